@@ -1,0 +1,1 @@
+"""What recipes need: data, models, the training loop, records and the report."""

@@ -1,0 +1,453 @@
+"""The networks of the recipes, short enough to be read.
+
+A network is asked for by a frozen *specification*, which is what a recipe holds and a record shows;
+``build`` makes the module with fresh random weights, drawn from torch's generator.
+
+>>> net = CifarResNet(depth=20).build()
+>>> sum(p.numel() for p in net.parameters())
+272474
+
+Shapes: every network takes float images ``[N, C, H, W]`` and returns logits ``[N, classes]``.
+ResNets carry torchvision's layer names (``conv1``, ``layer1.0.conv1``, ``layer2.0.downsample.0``,
+``fc``); what has no torchvision counterpart keeps to the same words.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from acdc.errors import InputError
+
+
+@dataclass(frozen=True)
+class Model(ABC):
+    """What a network is, before it has weights."""
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Return the network in training mode, with fresh weights, on torch's default device."""
+
+
+def _whole(spec: Model, **fields: int) -> None:
+    """Refuse fields that are not whole numbers from 1 up."""
+    for field, value in fields.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(
+                f"{type(spec).__name__} was given {field}={value!r}. Give a whole number from 1 up."
+            )
+
+
+def _blocks(spec: Model, depth: int, layers_per_block: int, other_layers: int) -> int:
+    """Return the blocks of each of three stages in a network of ``depth`` weighted layers."""
+    blocks, rest = divmod(depth - other_layers, 3 * layers_per_block)
+    if rest or blocks < 1:
+        allowed = ", ".join(str(3 * layers_per_block * n + other_layers) for n in (1, 2, 3, 4))
+        raise InputError(
+            f"{type(spec).__name__} was given depth={depth}. Its three stages have equally many "
+            f"blocks of {layers_per_block} layers, so depth is one of {allowed}, ..."
+        )
+    return blocks
+
+
+# --- ResNets ------------------------------------------------------------------------------------
+
+
+def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the image size at stride 1; BatchNorm follows, so it has no bias."""
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
+    """The path around a block: a 1x1 convolution where the shape changes, else nothing."""
+    if stride == 1 and c_in == c_out:
+        return nn.Identity()
+    return nn.Sequential(_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+
+
+class _Basic(nn.Module):
+    """Two 3x3 convolutions (He et al., CVPR 2016)."""
+
+    expansion = 1
+
+    def __init__(self, c_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(c_in, width, 3, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv(width, width, 3)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(c_in, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return cast(Tensor, self.relu(out + self.downsample(x)))
+
+
+class _Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 (He et al., CVPR 2016). v1.5 strides in the 3x3, v1 in the first 1x1."""
+
+    expansion = 4
+
+    def __init__(self, c_in: int, width: int, stride: int, stride_in_1x1: bool = False) -> None:
+        super().__init__()
+        first, second = (stride, 1) if stride_in_1x1 else (1, stride)
+        c_out = self.expansion * width
+        self.conv1 = _conv(c_in, width, 1, first)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv(width, width, 3, second)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv(width, c_out, 1)
+        self.bn3 = nn.BatchNorm2d(c_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(c_in, c_out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return cast(Tensor, self.relu(out + self.downsample(x)))
+
+
+class _ResNet(nn.Module):
+    """Stem, stages whose width doubles and whose image halves, global average, linear layer.
+
+    Args:
+        conv1: The stem's convolution.
+        maxpool: What follows the stem.
+        block: Makes a block from input channels, width and stride.
+        expansion: Output channels of a block, as a multiple of its width.
+        blocks: Number of blocks of each stage; the first stage keeps the image size.
+        classes: Number of logits.
+    """
+
+    def __init__(
+        self,
+        conv1: nn.Conv2d,
+        maxpool: nn.Module,
+        block: Callable[[int, int, int], nn.Module],
+        expansion: int,
+        blocks: Sequence[int],
+        classes: int,
+    ) -> None:
+        super().__init__()
+        channels = conv1.out_channels
+        self.conv1 = conv1
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = maxpool
+        self.stages = [f"layer{number + 1}" for number in range(len(blocks))]
+        width = conv1.out_channels
+        for stage, (name, depth) in enumerate(zip(self.stages, blocks, strict=True)):
+            layers = []
+            for number in range(depth):
+                layers.append(block(channels, width, 2 if stage > 0 and number == 0 else 1))
+                channels = expansion * width
+            self.add_module(name, nn.Sequential(*layers))
+            width *= 2
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # Standard deviation sqrt(2 / (k * k * C_out)), as in the paper's code.
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
+        return cast(Tensor, self.fc(self.avgpool(x).flatten(1)))
+
+
+@dataclass(frozen=True)
+class SmallResNet(Model):
+    """Three stages of basic blocks on small grey or colour images: digits, Fashion-MNIST.
+
+    Args:
+        width: Channels of the first stage; the others have twice and four times as many.
+        blocks: Basic blocks of each stage.
+        stem_stride: Stride of the first convolution; 2 makes 28x28 images affordable on a CPU.
+        channels: Channels of the images.
+        size: Height and width of the images.
+        classes: Number of logits.
+    """
+
+    width: int = 16
+    blocks: int = 1
+    stem_stride: int = 1
+    channels: int = 1
+    size: int = 8
+    classes: int = 10
+
+    def __post_init__(self) -> None:
+        _whole(self, width=self.width, blocks=self.blocks, stem_stride=self.stem_stride)
+        _whole(self, channels=self.channels, size=self.size, classes=self.classes)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return (self.channels, self.size, self.size)
+
+    def build(self) -> nn.Module:
+        """Return the network with fresh weights, He's normal initialisation."""
+        stem = _conv(self.channels, self.width, 3, self.stem_stride)
+        return _ResNet(stem, nn.Identity(), _Basic, 1, (self.blocks,) * 3, self.classes)
+
+
+@dataclass(frozen=True)
+class CifarResNet(Model):
+    """The ResNets for 32x32 images, of ``6n + 2`` layers (He et al., CVPR 2016, section 4.2).
+
+    As in the AC/DC paper's code the shortcuts between stages are 1x1 convolutions with BatchNorm,
+    not padding: ResNet-20 has 22 layers that can be pruned.
+
+    Args:
+        depth: 20, 32, 44, 56, ...
+        width: Channels of the first stage; the others have twice and four times as many.
+        classes: Number of logits.
+    """
+
+    depth: int = 20
+    width: int = 16
+    classes: int = 10
+
+    def __post_init__(self) -> None:
+        _whole(self, depth=self.depth, width=self.width, classes=self.classes)
+        _blocks(self, self.depth, layers_per_block=2, other_layers=2)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return (3, 32, 32)
+
+    def build(self) -> nn.Module:
+        """Return the network with fresh weights, He's normal initialisation."""
+        blocks = _blocks(self, self.depth, layers_per_block=2, other_layers=2)
+        stem = _conv(3, self.width, 3)
+        return _ResNet(stem, nn.Identity(), _Basic, 1, (blocks,) * 3, self.classes)
+
+
+def _imagenet_stem() -> tuple[nn.Conv2d, nn.Module]:
+    return _conv(3, 64, 7, 2), nn.MaxPool2d(3, stride=2, padding=1)
+
+
+@dataclass(frozen=True)
+class ResNet18(Model):
+    """ResNet-18 for 224x224 images (He et al., CVPR 2016).
+
+    Args:
+        classes: Number of logits.
+    """
+
+    classes: int = 1000
+
+    def __post_init__(self) -> None:
+        _whole(self, classes=self.classes)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return (3, 224, 224)
+
+    def build(self) -> nn.Module:
+        """Return the network with fresh weights, He's normal initialisation."""
+        return _ResNet(*_imagenet_stem(), _Basic, 1, (2, 2, 2, 2), self.classes)
+
+
+@dataclass(frozen=True)
+class ResNet50(Model):
+    """ResNet-50 for 224x224 images, v1.5: the stride of a stage is in its first 3x3 convolution.
+
+    Args:
+        classes: Number of logits.
+        stride_in_1x1: Put it into the first 1x1 convolution, as the original v1 does.
+    """
+
+    classes: int = 1000
+    stride_in_1x1: bool = False
+
+    def __post_init__(self) -> None:
+        _whole(self, classes=self.classes)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return (3, 224, 224)
+
+    def build(self) -> nn.Module:
+        """Return the network with fresh weights, He's normal initialisation."""
+        block = partial(_Bottleneck, stride_in_1x1=self.stride_in_1x1)
+        return _ResNet(*_imagenet_stem(), block, 4, (3, 4, 6, 3), self.classes)
+
+
+# --- WideResNet ---------------------------------------------------------------------------------
+
+
+class _Wide(nn.Module):
+    """BatchNorm and ReLU before each of two 3x3 convolutions, dropout between them."""
+
+    def __init__(self, c_in: int, c_out: int, strides: tuple[int, int], dropout: float) -> None:
+        super().__init__()
+        first, second = strides
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, first, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, second, padding=1)
+        self.downsample: nn.Module = nn.Identity()
+        if c_in != c_out or first * second != 1:
+            self.downsample = nn.Conv2d(c_in, c_out, 1, first * second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.dropout(self.conv1(F.relu(self.bn1(x))))
+        out = self.conv2(F.relu(self.bn2(out)))
+        return cast(Tensor, out + self.downsample(x))
+
+
+class _WideResNet(nn.Module):
+    def __init__(
+        self, blocks: int, widen: int, dropout: float, classes: int, stride_in_conv2: bool
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        channels = 16
+        for stage in range(3):
+            width = 16 * widen * 2**stage
+            layers = []
+            for number in range(blocks):
+                stride = 2 if stage > 0 and number == 0 else 1
+                strides = (1, stride) if stride_in_conv2 else (stride, 1)
+                layers.append(_Wide(channels, width, strides, dropout))
+                channels = width
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+        # torch's momentum is the weight of the new batch: these statistics are almost the last
+        # batch's own. Odd, and kept because the published runs have it.
+        self.bn1 = nn.BatchNorm2d(channels, momentum=0.9)
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        for name in ("layer1", "layer2", "layer3"):
+            x = self.get_submodule(name)(x)
+        return cast(Tensor, self.fc(F.relu(self.bn1(x)).mean((2, 3))))
+
+
+@dataclass(frozen=True)
+class WideResNet(Model):
+    """WideResNet for 32x32 images (Zagoruyko and Komodakis, BMVC 2016), as the AC/DC paper ran it.
+
+    That code differs from the original: convolutions have biases, the stride of a stage is in the
+    *second* convolution of its first block, the last BatchNorm has momentum 0.9, and the weights
+    start as torch makes them.
+
+    Args:
+        depth: 10, 16, 22, 28, 34, ...
+        widen: The first stage has ``16 * widen`` channels, the others twice and four times as many.
+        dropout: Share of activations dropped between the convolutions of a block.
+        classes: Number of logits.
+        stride_in_conv2: ``False`` puts the stride into the first convolution, as the original does.
+    """
+
+    depth: int = 28
+    widen: int = 10
+    dropout: float = 0.3
+    classes: int = 100
+    stride_in_conv2: bool = True
+
+    def __post_init__(self) -> None:
+        _whole(self, depth=self.depth, widen=self.widen, classes=self.classes)
+        _blocks(self, self.depth, layers_per_block=2, other_layers=4)
+        if not 0 <= self.dropout < 1:
+            raise InputError(
+                f"WideResNet was given dropout={self.dropout!r}, which is the share of "
+                f"activations to drop. Give a number from 0 up to, and without, 1."
+            )
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return (3, 32, 32)
+
+    def build(self) -> nn.Module:
+        """Return the network with fresh weights, torch's own initialisation."""
+        blocks = _blocks(self, self.depth, layers_per_block=2, other_layers=4)
+        return _WideResNet(blocks, self.widen, self.dropout, self.classes, self.stride_in_conv2)
+
+
+# --- MobileNet ----------------------------------------------------------------------------------
+
+
+class _Separable(nn.Module):
+    """A 3x3 convolution of each channel by itself, then a 1x1 convolution across channels."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(c_in, c_in, 3, stride, padding=1, groups=c_in, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.pointwise = nn.Conv2d(c_in, c_out, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.depthwise(x)))
+        return cast(Tensor, self.relu(self.bn2(self.pointwise(x))))
+
+
+class _MobileNetV1(nn.Module):
+    def __init__(self, blocks: Sequence[tuple[int, int]], classes: int) -> None:
+        super().__init__()
+        channels = 32
+        self.conv1 = _conv(3, channels, 3, 2)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        layers = []
+        for width, stride in blocks:
+            layers.append(_Separable(channels, width, stride))
+            channels = width
+        self.blocks = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.relu(self.bn1(self.conv1(x))))
+        return cast(Tensor, self.fc(self.avgpool(x).flatten(1)))
+
+
+@dataclass(frozen=True)
+class MobileNetV1(Model):
+    """MobileNetV1 for 224x224 images (Howard et al., arXiv:1704.04861).
+
+    The layers that can be pruned are ``conv1``, ``blocks.*.depthwise``, ``blocks.*.pointwise`` and
+    ``fc``.
+
+    Args:
+        classes: Number of logits.
+    """
+
+    classes: int = 1000
+
+    def __post_init__(self) -> None:
+        _whole(self, classes=self.classes)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return (3, 224, 224)
+
+    def build(self) -> nn.Module:
+        """Return the network with fresh weights, torch's own initialisation."""
+        blocks = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)]  # width, stride
+        blocks += [(512, 1)] * 5 + [(1024, 2), (1024, 1)]
+        return _MobileNetV1(blocks, self.classes)
