@@ -1,0 +1,108 @@
+"""Which layers of a model may be pruned.
+
+Only weights of convolutions and linear layers are ever candidates: never a bias, a normalisation
+parameter or an embedding. A weight that modules share counts once, under its first name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import cast
+
+from torch import nn
+
+from acdc.errors import InputError
+
+Prunable = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+_TYPES: dict[str, tuple[type[nn.Module], ...]] = {
+    "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "linear": (nn.Linear,),
+}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers chosen by type, by name and by place.
+
+    Args:
+        types: Kinds of layers: ``"conv"`` (1d, 2d, 3d), ``"linear"``.
+        include: Globs over module names (``"layer1.*"``); a layer must match one of them.
+        exclude: Globs over module names; a layer that matches one of them stays dense.
+        skip_first: Leave the first layer dense, in the order of ``model.named_modules()``.
+        skip_last: Leave the last layer dense.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2))
+    >>> list(Layers(exclude=("0",)).select(model))
+    ['1.weight', '2.weight']
+    """
+
+    types: tuple[str, ...] = ("conv", "linear")
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    skip_first: bool = False
+    skip_last: bool = False
+
+    def __post_init__(self) -> None:
+        for kind in self.types:
+            if kind not in _TYPES:
+                raise InputError(
+                    f"Layers(types=...) holds {kind!r}. The kinds are {', '.join(_TYPES)}."
+                )
+
+    def select(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the chosen weights by parameter name, in the order of the model's modules.
+
+        Raises:
+            InputError: A glob matches no layer, or no layer is left.
+        """
+        candidates = prunable(model)
+        names = list(candidates)
+        for pattern in (*self.include, *self.exclude):
+            if pattern != "*" and not any(_matches(name, pattern) for name in names):
+                raise InputError(
+                    f"No layer is called {pattern!r}. The model's convolutions and linear layers "
+                    f"are: {', '.join(n.removesuffix('.weight') for n in names) or 'none'}."
+                )
+        wanted = tuple(cls for kind in self.types for cls in _TYPES[kind])
+        first, last = names[:1], names[-1:]
+        chosen = {
+            name: cast(nn.Parameter, module.weight)
+            for name, module in candidates.items()
+            if isinstance(module, wanted)
+            and any(_matches(name, glob) for glob in self.include)
+            and not any(_matches(name, glob) for glob in self.exclude)
+            and not (self.skip_first and name in first)
+            and not (self.skip_last and name in last)
+            and module.weight.requires_grad
+        }
+        if not chosen:
+            raise InputError(
+                f"Nothing to prune: {self} leaves none of the model's {len(names)} convolutions "
+                f"and linear layers. Loosen include, exclude, skip_first or skip_last, and check "
+                f"that the weights require gradients."
+            )
+        return chosen
+
+
+def prunable(model: nn.Module) -> dict[str, Prunable]:
+    """Return every convolution and linear layer by the name of its weight, shared ones once."""
+    every = tuple(cls for group in _TYPES.values() for cls in group)
+    own = {id(param): name for name, param in model.named_parameters()}
+    found: dict[str, Prunable] = {}
+    for module in model.modules():
+        if isinstance(module, every):
+            name = own.get(id(module.weight))
+            if name is not None:
+                found.setdefault(name, cast(Prunable, module))
+    return found
+
+
+def _matches(parameter: str, glob: str) -> bool:
+    """Whether a glob names the layer of this parameter, or the parameter itself."""
+    return fnmatchcase(parameter.removesuffix(".weight"), glob) or fnmatchcase(parameter, glob)
+
+
+def matches(parameter: str, globs: tuple[str, ...]) -> bool:
+    """Whether one of the globs names the layer of this parameter."""
+    return any(_matches(parameter, glob) for glob in globs)

@@ -1,0 +1,484 @@
+"""What may be kept, and how many.
+
+A pattern turns scores into a support. Counts are exact, ties go to the lower index (global scope:
+parameter order first), and the result is the same on every device and for every number of threads.
+Scores are read one layer at a time and never copied as a whole: see :func:`largest`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from acdc.errors import InputError
+from acdc.layers import Layers, matches
+from acdc.score import Scores
+from acdc.support import Support, check_sparsity, kept
+
+Scope = Literal["global", "uniform", "erk"]
+Shapes = Mapping[str, tuple[int, ...]]
+Overrides = tuple[tuple[str, float], ...] | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Pattern(ABC):
+    """What may be kept. A subclass says how scores become a support."""
+
+    @property
+    @abstractmethod
+    def target(self) -> float:
+        """The sparsity that was asked for, of the layers that the pattern admits."""
+
+    @abstractmethod
+    def counts(self, shapes: Shapes) -> dict[str, int] | None:
+        """Return the kept weights of every layer, or ``None`` where they depend on the scores.
+
+        Raises:
+            InputError: The request cannot be met on these shapes.
+        """
+
+    @abstractmethod
+    def total(self, shapes: Shapes) -> int:
+        """Return the kept weights of all layers together, which no score changes."""
+
+    @abstractmethod
+    def select(self, scores: Mapping[str, Tensor]) -> Support:
+        """Return the support that keeps the largest scores this pattern allows.
+
+        Args:
+            scores: Float tensors by name, larger is kept; read one at a time.
+
+        Raises:
+            InputError: A score is NaN, or the request cannot be met.
+        """
+
+    def refuses(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """Return why a layer of this shape must stay dense, or ``None`` where it need not."""
+        return None
+
+    def default_layers(self) -> Layers:
+        """Return the layers that are pruned where the user names none."""
+        return Layers()
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Single weights.
+
+    Args:
+        sparsity: Fraction of zeros, over all layers together.
+        scope: ``"global"``: the largest scores of all layers together. ``"uniform"``: the same
+            fraction in every layer. ``"erk"``: layers with few weights for their dimensions are
+            kept denser (Erdős–Rényi kernel), layers that would exceed 1 become dense and the rest
+            is redistributed, so that the total is met exactly.
+        overrides: Glob → sparsity; a layer whose name matches gets this sparsity for itself, the
+            first match counts, and ``sparsity`` then speaks of the other layers.
+        floor: Every layer keeps at least this many weights (or all, if it has fewer).
+
+    Source: scopes as in Peste et al. 2021; ERK as in Evci et al., RigL, ICML 2020, appendix.
+    """
+
+    sparsity: float
+    scope: Scope = "global"
+    overrides: Overrides = ()
+    floor: int = 1
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        _check_scope(self.scope)
+        if not isinstance(self.floor, int) or self.floor < 0:
+            raise InputError(
+                f"floor is {self.floor!r}. It is the least number of weights that a layer keeps: "
+                f"a whole number from 0 up."
+            )
+        if isinstance(self.overrides, Mapping):
+            object.__setattr__(self, "overrides", tuple(self.overrides.items()))
+        for glob, sparsity in self._overrides():
+            check_sparsity(sparsity, f"The override for {glob!r}")
+
+    def _overrides(self) -> tuple[tuple[str, float], ...]:
+        return tuple(dict(self.overrides).items())
+
+    @property
+    def target(self) -> float:
+        """The sparsity that was asked for."""
+        return self.sparsity
+
+    def default_layers(self) -> Layers:
+        """Return every convolution and linear layer; for uniform, all but the first and last."""
+        uniform = self.scope == "uniform"
+        return Layers(skip_first=uniform, skip_last=uniform)
+
+    def _groups(self, shapes: Shapes) -> tuple[dict[str, int], list[str]]:
+        """Split the layers: those with a sparsity of their own, and the names of the rest."""
+        own: dict[str, int] = {}
+        for glob, _ in self._overrides():
+            if not any(matches(name, (glob,)) for name in shapes):
+                raise InputError(
+                    f"The override for {glob!r} matches no pruned layer. They are: "
+                    f"{', '.join(n.removesuffix('.weight') for n in shapes)}."
+                )
+        for name, shape in shapes.items():
+            for glob, sparsity in self._overrides():
+                if matches(name, (glob,)):
+                    numel = math.prod(shape)
+                    own[name] = max(kept(numel, sparsity), min(self.floor, numel))
+                    break
+        return own, [name for name in shapes if name not in own]
+
+    def counts(self, shapes: Shapes) -> dict[str, int] | None:
+        """Return the kept weights of every layer; ``None`` for the global scope."""
+        own, rest = self._groups(shapes)
+        if self.scope == "global" and rest:
+            return None
+        budget = _budgets(self.scope, {n: shapes[n] for n in rest}, self.sparsity, self.floor)
+        return {name: own.get(name, budget.get(name, 0)) for name in shapes}
+
+    def total(self, shapes: Shapes) -> int:
+        """Return the kept weights of all layers together."""
+        counts = self.counts(shapes)
+        if counts is not None:
+            return sum(counts.values())
+        own, rest = self._groups(shapes)
+        return sum(own.values()) + kept(sum(math.prod(shapes[n]) for n in rest), self.sparsity)
+
+    def select(self, scores: Mapping[str, Tensor]) -> Support:
+        """Return the support of the largest scores."""
+        scores = Scores.of(scores)
+        shapes = scores.shapes
+        own, rest = self._groups(shapes)
+        counts = self.counts(shapes)
+        masks: dict[str, Tensor] = {}
+        if counts is None:
+            budget = kept(sum(math.prod(shapes[n]) for n in rest), self.sparsity)
+            masks |= largest_with_floor(scores.subset(rest), budget, self.floor)
+        for name, k in (own if counts is None else counts).items():
+            masks |= largest(scores.subset([name]), k)
+        return Support({name: masks[name] for name in shapes})
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """``n`` of every ``m`` consecutive weights along the reduction axis.
+
+    Groups run along the input channels of one output row (``in_features`` of a linear layer), at
+    one kernel position; none crosses an output channel. A layer whose reduction axis ``m`` does not
+    divide stays dense and is reported.
+
+    Source: Mishra et al. 2021 (2:4); Zhou et al., ICLR 2021 (N:M from scratch).
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n < self.m):
+            raise InputError(
+                f"NM({self.n!r}, {self.m!r}) is no pattern: it keeps n of every m weights, "
+                f"with whole numbers 1 <= n < m, such as NM(2, 4)."
+            )
+
+    @property
+    def target(self) -> float:
+        """The sparsity ``1 - n/m``."""
+        return 1 - self.n / self.m
+
+    def refuses(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """Return why a layer cannot be grouped."""
+        if shape[1] % self.m:
+            return f"its {shape[1]} inputs do not divide into groups of {self.m}"
+        return None
+
+    def counts(self, shapes: Shapes) -> dict[str, int]:
+        """Return the kept weights of every layer."""
+        for name, shape in shapes.items():
+            if why := self.refuses(name, shape):
+                raise InputError(f"The layer {name!r} cannot be {self.n}:{self.m}: {why}.")
+        return {name: math.prod(shape) // self.m * self.n for name, shape in shapes.items()}
+
+    def total(self, shapes: Shapes) -> int:
+        """Return the kept weights of all layers together."""
+        return sum(self.counts(shapes).values())
+
+    def select(self, scores: Mapping[str, Tensor]) -> Support:
+        """Return the support of the ``n`` largest scores of every group."""
+        self.counts(Scores.of(scores).shapes)
+        return Support({name: self._mask(name, scores[name]) for name in scores})
+
+    def _mask(self, name: str, score: Tensor) -> Tensor:
+        _refuse_nan(name, score)
+        inputs_last = score.movedim(1, -1)
+        groups = inputs_last.reshape(-1, self.m)
+        order = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
+        return mask.reshape(inputs_last.shape).movedim(-1, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """Whole blocks of ``shape`` (output channels, input channels), at one kernel position.
+
+    A block counts as the sum of its scores. A layer that does not divide into blocks stays dense
+    and is reported. Counts are exact in blocks: ``kept(number of blocks, sparsity)``.
+
+    Args:
+        shape: (rows, columns) of a block.
+        sparsity: Fraction of zeros.
+        scope: As in :class:`Unstructured`, over blocks.
+        floor: Every layer keeps at least this many blocks.
+    """
+
+    shape: tuple[int, int] = (4, 1)
+    sparsity: float = 0.9
+    scope: Scope = "global"
+    floor: int = 1
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        _check_scope(self.scope)
+        if len(self.shape) != 2 or any(not isinstance(n, int) or n < 1 for n in self.shape):
+            raise InputError(
+                f"Block(shape={self.shape!r}): a block has (output channels, input channels), two "
+                f"whole numbers from 1 up, such as (4, 1)."
+            )
+
+    @property
+    def target(self) -> float:
+        """The sparsity that was asked for."""
+        return self.sparsity
+
+    def default_layers(self) -> Layers:
+        """Return every convolution and linear layer; for uniform, all but the first and last."""
+        uniform = self.scope == "uniform"
+        return Layers(skip_first=uniform, skip_last=uniform)
+
+    def refuses(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """Return why a layer cannot be cut into blocks."""
+        if shape[0] % self.shape[0] or shape[1] % self.shape[1]:
+            rows, columns = self.shape
+            return f"its {shape[0]} x {shape[1]} channels do not divide into {rows} x {columns}"
+        return None
+
+    def _blocks(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the layers, counted in blocks."""
+        for name, shape in shapes.items():
+            if why := self.refuses(name, shape):
+                raise InputError(f"The layer {name!r} cannot be pruned in blocks: {why}.")
+        return {
+            name: (shape[0] // self.shape[0], shape[1] // self.shape[1], *shape[2:])
+            for name, shape in shapes.items()
+        }
+
+    def _inner(self) -> Unstructured:
+        return Unstructured(self.sparsity, self.scope, floor=self.floor)
+
+    def counts(self, shapes: Shapes) -> dict[str, int] | None:
+        """Return the kept weights of every layer; ``None`` for the global scope."""
+        counts = self._inner().counts(self._blocks(shapes))
+        return counts and {name: k * math.prod(self.shape) for name, k in counts.items()}
+
+    def total(self, shapes: Shapes) -> int:
+        """Return the kept weights of all layers together."""
+        return self._inner().total(self._blocks(shapes)) * math.prod(self.shape)
+
+    def select(self, scores: Mapping[str, Tensor]) -> Support:
+        """Return the support of the blocks with the largest sums."""
+        scores = Scores.of(scores)
+        rows, columns = self.shape
+
+        def sums(name: str) -> Tensor:
+            score = scores[name]
+            parts: Tensor = score.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+            return parts.sum(dim=(1, 3))
+
+        blocks = self._inner().select(Scores(self._blocks(scores.shapes), sums, scores.dtype))
+        return Support(
+            {
+                name: mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+                for name, mask in blocks.items()
+            }
+        )
+
+
+# --- budgets ---------------------------------------------------------------------------------
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in ("global", "uniform", "erk"):
+        raise InputError(f"scope is {scope!r}. It is 'global', 'uniform' or 'erk'.")
+
+
+def _budgets(scope: Scope, shapes: Shapes, sparsity: float, floor: int) -> dict[str, int]:
+    """Return the kept weights of every layer under a scope that no score changes."""
+    if scope == "erk":
+        return erk(shapes, sparsity, floor)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return {name: max(kept(n, sparsity), min(floor, n)) for name, n in sizes.items()}
+
+
+def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
+    """Return the kept weights of every layer by the Erdős–Rényi-kernel rule.
+
+    The density of a layer is proportional to ``sum(dims) / prod(dims)``; a layer that would exceed
+    1 becomes dense and the rest is solved again. The total is exactly ``kept(all, sparsity)``:
+    shares are rounded by largest remainder (ties to the earlier layer), where the RigL code rounds
+    each layer by itself and keeps a few weights too many.
+
+    Raises:
+        InputError: The total is smaller than the floors of the layers together.
+
+    Source: Evci et al., RigL, ICML 2020.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = kept(sum(sizes.values()), sparsity)
+    least = {name: min(floor, n) for name, n in sizes.items()}
+    _check_floor(total, least)
+    raw = {name: Fraction(sum(shapes[name]), sizes[name]) for name in shapes}
+    fixed: dict[str, int] = {}  # layers whose count is a bound: dense, or the floor
+    while True:
+        free = [name for name in shapes if name not in fixed]
+        room = total - sum(fixed.values())
+        weight = sum((raw[name] * sizes[name] for name in free), Fraction(0))
+        share = {name: room * raw[name] * sizes[name] / weight for name in free}
+        over = [name for name in free if share[name] > sizes[name]]
+        if over:
+            # Only the densest layers become dense in one round: this frees the least from the rest.
+            top = max(raw[name] for name in over)
+            fixed |= {name: sizes[name] for name in over if raw[name] == top}
+            continue
+        under = {name: least[name] for name in free if share[name] < least[name]}
+        if not under:
+            break
+        fixed |= under
+    counts = {name: math.floor(part) for name, part in share.items()}
+    short = total - sum(fixed.values()) - sum(counts.values())
+    for name in sorted(free, key=lambda name: counts[name] - share[name])[:short]:
+        counts[name] += 1
+    return {name: fixed.get(name, counts.get(name, 0)) for name in shapes}
+
+
+def _check_floor(total: int, least: Mapping[str, int]) -> None:
+    if total < sum(least.values()):
+        raise InputError(
+            f"{total:,} weights may be kept, but the floor asks for {sum(least.values()):,}: at "
+            f"least {max(least.values(), default=0)} in each of {len(least)} layers. Ask for less "
+            f"sparsity, leave some layers dense, or lower floor."
+        )
+
+
+# --- exact top-k over layers, without a copy -------------------------------------------------
+
+_CHUNK = 1 << 20  # weights ranked at a time: 4 MB of keys, so that both passes stay near the cache
+_BUCKETS = 1 << 16
+_EXTREMES = 128  # at either end of the first histogram: infinity, and NaN beyond it
+
+
+def largest_with_floor(scores: Scores, k: int, floor: int) -> dict[str, Tensor]:
+    """Return masks of exactly ``k`` largest scores, at least ``floor`` of them in every layer.
+
+    A layer that would fall short keeps its ``floor`` largest, and the others share what is left.
+
+    Raises:
+        InputError: ``k`` is smaller than the floors of the layers together, or a score is NaN.
+    """
+    least = {name: min(floor, math.prod(shape)) for name, shape in scores.shapes.items()}
+    _check_floor(k, least)
+    held: dict[str, Tensor] = {}
+    while True:
+        free = [name for name in scores if name not in held]
+        masks = largest(scores.subset(free), k - sum(least[name] for name in held))
+        short = [n for n in free if least[n] and int(torch.count_nonzero(masks[n])) < least[n]]
+        if not short:
+            return {**masks, **held}
+        for name in short:
+            held |= largest(scores.subset([name]), least[name])
+
+
+def largest(scores: Scores, k: int) -> dict[str, Tensor]:
+    """Return masks that keep exactly the ``k`` largest scores of all tensors together.
+
+    Ties go to the earlier tensor and the lower flat index. Radix selection: the bits of a float,
+    read as an integer, sort like the float, so a histogram of the upper 16 bits over all tensors
+    finds the bucket of the k-th score, and one of the next 16 bits inside that bucket finds the
+    score itself (64-bit scores take four such passes). Beyond the scores of one tensor it needs a
+    chunk of keys and 512 KB of counts, whatever the size of the model, and work linear in it.
+
+    Args:
+        scores: Float tensors, asked for one at a time.
+        k: Number of scores to keep, from 0 to their number.
+
+    Raises:
+        InputError: A score is NaN.
+    """
+    numel = sum(math.prod(shape) for shape in scores.shapes.values())
+    if not 0 <= k <= numel:
+        raise InputError(f"{k:,} scores cannot be kept: there are {numel:,}.")
+    if k == 0:
+        return {name: torch.zeros_like(scores[name], dtype=torch.bool) for name in scores}
+    threshold, ties = _kth_key(scores, k)
+    masks: dict[str, Tensor] = {}
+    for name in scores:
+        score = scores[name]
+        mask = torch.empty(score.numel(), dtype=torch.bool, device=score.device)
+        parts = mask.split(_CHUNK)
+        for key, part in zip(_keys(score, scores.dtype), parts, strict=True):
+            torch.gt(key, threshold, out=part)
+            if ties:  # scores equal to the k-th: the first ones of them are kept
+                equal = torch.nonzero(key == threshold).flatten()[:ties]
+                part[equal] = True
+                ties -= equal.numel()
+        masks[name] = mask.view(score.shape)
+    return masks
+
+
+def _kth_key(scores: Scores, k: int) -> tuple[int, int]:
+    """Return the key of the k-th largest score, and how many scores equal to it are kept."""
+    width = torch.finfo(scores.dtype).bits
+    prefix, left = 0, k  # the upper bits found so far; how many to keep among the keys with them
+    for shift in range(width - 16, -1, -16):
+        histogram = torch.zeros(_BUCKETS, dtype=torch.int64)
+        first = shift == width - 16
+        for name in scores:
+            score = scores[name]
+            counts = torch.zeros(_BUCKETS, dtype=torch.int64, device=score.device)
+            for key in _keys(score, scores.dtype):
+                if first:
+                    digit = (
+                        key >> shift
+                    ) + _BUCKETS // 2  # the sign bit makes digits start below 0
+                else:
+                    digit = (key[(key >> (shift + 16)) == prefix] >> shift) & (_BUCKETS - 1)
+                counts += torch.bincount(digit, minlength=_BUCKETS)
+            if first and (counts[:_EXTREMES].any() or counts[-_EXTREMES:].any()):
+                _refuse_nan(name, score)
+            histogram += counts.cpu()
+        from_top = histogram.flip(0).cumsum(0)
+        place = int(torch.searchsorted(from_top, left))
+        left -= int(from_top[place - 1]) if place else 0
+        digit_of_kth = _BUCKETS - 1 - place
+        prefix = digit_of_kth - _BUCKETS // 2 if first else (prefix << 16) | digit_of_kth
+    return prefix, left
+
+
+def _keys(score: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield integers that sort like the scores read as ``dtype``, a chunk at a time."""
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    for chunk in score.detach().reshape(-1).split(_CHUNK):
+        bits = (chunk.to(dtype) + 0.0).view(integer)  # + 0.0: -0.0 and 0.0 are the same score
+        # Below zero, a larger magnitude is a smaller number: flip all bits but the sign.
+        yield bits ^ ((bits >> (torch.iinfo(integer).bits - 1)) & torch.iinfo(integer).max)
+
+
+def _refuse_nan(name: str, score: Tensor) -> None:
+    if bool(torch.isnan(score).any()):
+        raise InputError(
+            f"The score of {name!r} holds NaN, so its weights cannot be ranked. The training has "
+            f"diverged: lower the learning rate, or go back to an earlier checkpoint."
+        )

@@ -1,0 +1,100 @@
+"""Scores: name → float tensor, larger is kept.
+
+A score is lazy: a tensor is computed when a pattern asks for it and dropped after, so that ranking
+the weights of a model never needs a second copy of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from acdc.errors import InputError
+
+
+class Scores(Mapping[str, Tensor]):
+    """Scores computed on demand, in the order of the parameters.
+
+    Args:
+        shapes: Shape of every score by name.
+        score: What returns the float tensor for a name.
+        dtype: The widest type of any score.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        score: Callable[[str], Tensor],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.shapes = dict(shapes)
+        self.dtype = dtype
+        self._score = score
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Scores:
+        """Return plain tensors as scores; scores come back as they are."""
+        return tensors if isinstance(tensors, Scores) else _lazy(tensors, lambda tensor: tensor)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        with torch.no_grad():
+            return self._score(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def subset(self, names: Iterable[str]) -> Scores:
+        """Return the scores with these names."""
+        return Scores({name: self.shapes[name] for name in names}, self._score, self.dtype)
+
+
+def magnitude(params: Mapping[str, Tensor]) -> Scores:
+    """Return ``|w|``."""
+    return _lazy(params, lambda w: w.abs())
+
+
+def gradient(params: Mapping[str, Tensor]) -> Scores:
+    """Return ``|∂loss/∂w|`` from ``.grad``, which must be there."""
+    return _lazy(params, lambda w: _grad(w).abs())
+
+
+def saliency(params: Mapping[str, Tensor]) -> Scores:
+    """Return ``|w · ∂loss/∂w|``. Source: Lee et al., SNIP, ICLR 2019."""
+    return _lazy(params, lambda w: (w * _grad(w)).abs())
+
+
+def random(params: Mapping[str, Tensor], seed: int) -> Scores:
+    """Return uniform numbers in [0, 1): for a seed and a place in the order of the parameters the
+    same on every device and every rank."""
+    place = {name: i for i, name in enumerate(params)}
+
+    def draw(name: str) -> Tensor:
+        generator = torch.Generator().manual_seed(hash((seed, place[name])) & (2**63 - 1))
+        return torch.rand(params[name].shape, generator=generator).to(params[name].device)
+
+    return Scores({name: tuple(w.shape) for name, w in params.items()}, draw)
+
+
+def _lazy(tensors: Mapping[str, Tensor], score: Callable[[Tensor], Tensor]) -> Scores:
+    double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    return Scores(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        lambda name: score(tensors[name]),
+        torch.float64 if double else torch.float32,
+    )
+
+
+def _grad(w: Tensor) -> Tensor:
+    if w.grad is None:
+        raise InputError(
+            f"A weight of shape {tuple(w.shape)} has no gradient. Run a backward pass before "
+            f"ranking by gradient."
+        )
+    return w.grad
