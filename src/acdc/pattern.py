@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -46,7 +46,11 @@ class Pattern(ABC):
 
     @abstractmethod
     def total(self, shapes: Shapes) -> int:
-        """Return the kept weights of all layers together, which no score changes."""
+        """Return the kept weights of all layers together, which no score changes.
+
+        Raises:
+            InputError: The request cannot be met on these shapes.
+        """
 
     @abstractmethod
     def select(self, scores: Mapping[str, Tensor]) -> Support:
@@ -147,7 +151,10 @@ class Unstructured(Pattern):
         if counts is not None:
             return sum(counts.values())
         own, rest = self._groups(shapes)
-        return sum(own.values()) + kept(sum(math.prod(shapes[n]) for n in rest), self.sparsity)
+        sizes = [math.prod(shapes[name]) for name in rest]
+        budget = kept(sum(sizes), self.sparsity)
+        _check_floor(budget, [min(self.floor, size) for size in sizes])
+        return sum(own.values()) + budget
 
     def select(self, scores: Mapping[str, Tensor]) -> Support:
         """Return the support of the largest scores."""
@@ -339,7 +346,7 @@ def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = kept(sum(sizes.values()), sparsity)
     least = {name: min(floor, n) for name, n in sizes.items()}
-    _check_floor(total, least)
+    _check_floor(total, least.values())
     raw = {name: Fraction(sum(shapes[name]), sizes[name]) for name in shapes}
     fixed: dict[str, int] = {}  # layers whose count is a bound: dense, or the floor
     while True:
@@ -364,11 +371,11 @@ def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
     return {name: fixed.get(name, counts.get(name, 0)) for name in shapes}
 
 
-def _check_floor(total: int, least: Mapping[str, int]) -> None:
-    if total < sum(least.values()):
+def _check_floor(total: int, least: Collection[int]) -> None:
+    if total < sum(least):
         raise InputError(
-            f"{total:,} weights may be kept, but the floor asks for {sum(least.values()):,}: at "
-            f"least {max(least.values(), default=0)} in each of {len(least)} layers. Ask for less "
+            f"{total:,} may be kept in all, but the floor asks for {sum(least):,}: at least "
+            f"{max(least, default=0)} in each of {len(least)} layers. Ask for less "
             f"sparsity, leave some layers dense, or lower floor."
         )
 
@@ -389,7 +396,7 @@ def largest_with_floor(scores: Scores, k: int, floor: int) -> dict[str, Tensor]:
         InputError: ``k`` is smaller than the floors of the layers together, or a score is NaN.
     """
     least = {name: min(floor, math.prod(shape)) for name, shape in scores.shapes.items()}
-    _check_floor(k, least)
+    _check_floor(k, least.values())
     held: dict[str, Tensor] = {}
     while True:
         free = [name for name in scores if name not in held]

@@ -1,0 +1,437 @@
+"""The only stateful object: it binds a method, a model and an optimizer.
+
+Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as it is:
+
+* a post-hook on ``optimizer.step`` is the clock. It is not called for a step that a GradScaler
+  skips, so the clock counts executed steps. It asks the method for the next support, and sets every
+  weight outside it to zero.
+* in a sparse phase, a hook on every pruned weight clears the gradient outside the support as soon
+  as it is accumulated, so that clipping norms and moments never see it.
+
+In a dense phase the second hook is absent and the first one only counts: training is bitwise what
+it would be without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from acdc.errors import InputError
+from acdc.methods.base import Method
+from acdc.pair import Pair
+from acdc.schedule import Kind, Phase, Schedule
+from acdc.support import Support
+
+FORMAT = 1  # of the state dict
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the support.
+
+    Args:
+        step: Executed steps when it happened.
+        to: The kind of phase it began.
+        nnz: Prunable weights kept from here on.
+        churn: Share of mask bits that differ from the previous sparse support; ``None`` where
+            there was none, and on the way to dense.
+        regrown: Weights kept now that the previous sparse support did not keep; ``None`` likewise.
+        counts: Kept weights by name; ``None`` on the way to dense.
+    """
+
+    step: int
+    to: Kind
+    nnz: int
+    churn: float | None
+    regrown: int | None
+    counts: dict[str, int] | None
+
+
+@dataclass(frozen=True)
+class DenseTwin:
+    """The network at the end of the last dense phase, with what is needed to train it on.
+
+    Args:
+        step: Executed steps at its end.
+        model: Its state dict on the CPU, running statistics included.
+        optimizer: The optimizer's state dict at the same moment, on the CPU.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Load the twin into ``model`` and ``optimizer``, to fine-tune it on the rest of the run.
+
+        The learning rate is that of ``step``: set the scheduler to it. Remove the sparsifier first.
+        """
+        plain(model).load_state_dict(self.model)
+        if optimizer is not None:
+            optimizer.load_state_dict(deepcopy(self.optimizer))
+
+
+class Sparsifier:
+    """Makes ``optimizer`` train ``model`` by ``method``.
+
+    Attach it after the model is on its device and the optimizer is built, before the first step.
+
+    Args:
+        method: What to do, with its schedule resolved in steps.
+        model: The network; wrappers for data parallelism and ``torch.compile`` are seen through.
+        optimizer: Any optimizer that steps the pruned weights and keeps state per parameter.
+
+    Attributes:
+        step: Executed optimizer steps.
+        support: The support now.
+        refused: Name → why a layer that was chosen stays dense.
+        changes: Every change of the support so far.
+        dense_twin: The network at the end of the last dense phase, once that has passed.
+
+    Raises:
+        InputError: The method holds a plan, nothing can be pruned, or the optimizer does not hold
+            the weights that are pruned.
+    """
+
+    def __init__(self, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise InputError(
+                "LBFGS keeps one flat history for all parameters, so the state of single weights "
+                "cannot be reset. Use SGD, Adam, AdamW or another optimizer with state per weight."
+            )
+        self.method = method
+        self.model = plain(model)
+        self.optimizer = optimizer
+        self.schedule: Schedule = method.resolved
+        self.params, self.refused = method.select(self.model)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if strangers := [name for name, p in self.params.items() if id(p) not in held]:
+            raise InputError(
+                f"The optimizer does not hold {len(strangers)} of the {len(self.params)} weights "
+                f"to prune, {strangers[0]!r} first. Build it from the parameters of this very "
+                f"model, after moving the model to its device, and before the sparsifier."
+            )
+        self.step = 0
+        self.changes: tuple[Change, ...] = ()
+        self.dense_twin: DenseTwin | None = None
+        self.support = Support.full(self.params)
+        self._dropped: dict[str, Tensor] = {}  # the complement of the support; empty when dense
+        self._last_sparse: Support | None = None
+        self._gradient_hooks: list[RemovableHandle] = []
+        self._step_hook: RemovableHandle | None = optimizer.register_step_post_hook(
+            lambda *_: self._after_step()
+        )
+        self._advance()
+
+    def __repr__(self) -> str:
+        return (
+            f"Sparsifier({self.method.name}, step {self.step} of {self.schedule.total}, "
+            f"{self.phase.kind}, {self.support})"
+        )
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the next step belongs to."""
+        return self.schedule.phase_at(self.step)
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        self.step += 1
+        if self.step == 1:
+            self._check_optimizer_state()
+        self._advance()
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        """Ask the method for the support from here on, and make the weights obey it."""
+        support = self.method.update(self.step, self.params, self.support)
+        if support is not self.support:
+            self._change(support)
+        for name, dropped in self._dropped.items():
+            self.params[name].masked_fill_(dropped, 0.0)
+
+    def _change(self, support: Support) -> None:
+        support = _agree(support)
+        last_dense = self.schedule.last("dense")
+        if last_dense is not None and self.step == last_dense.stop:
+            # Before anything is cut: this is the dense network at its best.
+            self.dense_twin = DenseTwin(
+                self.step, _on_cpu(self.model.state_dict()), _on_cpu(self.optimizer.state_dict())
+            )
+        entered = support.entered(self.support)
+        if entered.nnz:
+            self._reset_optimizer(entered)
+        self._note(support)
+        self._apply(support)
+
+    def _note(self, support: Support) -> None:
+        """Add the change to the record."""
+        dense, before = support.is_full, self._last_sparse
+        compare = None if dense or before is None else before
+        self.changes += (
+            Change(
+                step=self.step,
+                to="dense" if dense else "sparse",
+                nnz=support.nnz,
+                churn=None if compare is None else support.churn(compare),
+                regrown=None if compare is None else support.regrown(compare),
+                counts=None if dense else support.counts(),
+            ),
+        )
+        if not dense:
+            self._last_sparse = support
+
+    def _apply(self, support: Support) -> None:
+        """Hold ``support`` from here on: gradients and weights outside it are zero."""
+        for hook in self._gradient_hooks:
+            hook.remove()
+        self._gradient_hooks.clear()
+        self.support = support
+        self._dropped = {} if support.is_full else {name: ~mask for name, mask in support.items()}
+        for name, dropped in self._dropped.items():
+            param = self.params[name]
+            self._gradient_hooks.append(
+                param.register_post_accumulate_grad_hook(_clear_gradient(dropped))
+            )
+            if param.grad is not None:  # accumulated before the change, used after it
+                param.grad.masked_fill_(dropped, 0.0)
+
+    # --- optimizer state ------------------------------------------------------------------------
+
+    def _reset_optimizer(self, entered: Support) -> None:
+        """Clear the state that would move the weights that come back, before they move."""
+        rule = self.method.reset
+        if rule == "all":
+            if type(self.optimizer) in _STATE_ON_FIRST_STEP:
+                # Without state these build it anew: exactly a fresh optimizer, step counts too.
+                self.optimizer.state.clear()
+                return
+            for group in self.optimizer.param_groups:
+                for param in group["params"]:
+                    _zero_state(self.optimizer.state.get(param, {}), group, param, None)
+        elif rule == "entered":
+            for name, mask in entered.items():
+                param = self.params[name]
+                _zero_state(self.optimizer.state.get(param, {}), {}, param, mask)
+
+    def _check_optimizer_state(self) -> None:
+        """Refuse, at the first step and not at the first reset, state that cannot be cleared."""
+        if self.method.reset == "none" or type(self.optimizer) in _STATE_ON_FIRST_STEP:
+            return
+        for name, param in self.params.items():
+            for key, value in self.optimizer.state.get(param, {}).items():
+                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != param.shape:
+                    raise InputError(
+                        f"{type(self.optimizer).__name__} keeps the state {key!r} of shape "
+                        f"{tuple(value.shape)} for the weight {name!r} of shape "
+                        f"{tuple(param.shape)}, and how to reset it is not known. Use an optimizer "
+                        f'with state per weight, or reset="none".'
+                    )
+
+    # --- what comes out -------------------------------------------------------------------------
+
+    def pair(self, **facts: Any) -> Pair:
+        """Return the sparse network as it is now, its dense twin, and the support that ties them.
+
+        Args:
+            **facts: Anything JSON can hold, kept with the pair.
+
+        Raises:
+            InputError: The network is dense now, or the last dense phase has not ended yet.
+        """
+        if self.phase.kind == "dense" or self.dense_twin is None:
+            last = self.schedule.last("dense")
+            raise InputError(
+                f"There is no pair yet: after {self.step} of {self.schedule.total} steps the "
+                f"network is {self.phase.kind}. The dense twin is the end of the last dense phase"
+                + (f", at step {last.stop}" if last else ", and this schedule has none")
+                + "; the sparse one is the end of the run."
+            )
+        return Pair(
+            sparse=_on_cpu(self.model.state_dict()),
+            dense=dict(self.dense_twin.model),
+            support=self.support.to("cpu"),
+            facts={
+                "method": self.method.name,
+                "step": self.step,
+                "dense_step": self.dense_twin.step,
+                "schedule": self.schedule.to_dict(),
+                **facts,
+            },
+        )
+
+    @torch.no_grad()
+    def project(self, model: nn.Module) -> None:
+        """Set the pruned weights of another copy of the model to zero.
+
+        For averages such as EMA, which mix weights from before the last compression: call it after
+        each update of the average.
+
+        Args:
+            model: A module with the parameter names of the bound model, perhaps below ``module.``.
+        """
+        params = dict(plain(model).named_parameters())
+        prefix = "module." if isinstance(model, torch.optim.swa_utils.AveragedModel) else ""
+        for name, dropped in self._dropped.items():
+            if prefix + name not in params:
+                raise InputError(
+                    f"The model to project has no parameter {name!r}. Give a copy of the model "
+                    f"that the sparsifier is bound to."
+                )
+            param = params[prefix + name]
+            param.masked_fill_(dropped.to(param.device), 0.0)
+
+    def remove(self) -> None:
+        """Take the hooks off. The model stays as it is, with exact zeros where it is pruned."""
+        if self._step_hook is not None:
+            self._step_hook.remove()
+            self._step_hook = None
+        for hook in self._gradient_hooks:
+            hook.remove()
+        self._gradient_hooks.clear()
+
+    # --- stop and resume ------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resumed run needs beside the model's and the optimizer's state."""
+        twin = self.dense_twin
+        return {
+            "format": FORMAT,
+            "method": self.method.name,
+            "schedule": self.schedule.to_dict(),
+            "step": self.step,
+            "shapes": {name: tuple(param.shape) for name, param in self.params.items()},
+            "support": self.support.pack(),
+            "last_sparse": None if self._last_sparse is None else self._last_sparse.pack(),
+            "changes": [asdict(change) for change in self.changes],
+            "dense_twin": None
+            if twin is None
+            else {"step": twin.step, "model": twin.model, "optimizer": twin.optimizer},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken. Load the model and the optimizer as well.
+
+        Raises:
+            InputError: The state is of another model, method or schedule; nothing is changed then.
+        """
+        if state.get("format") != FORMAT:
+            raise InputError(
+                f"The sparsifier's state has format {state.get('format')!r}, and this version of "
+                f"acdc reads format {FORMAT}."
+            )
+        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        mine = {name: tuple(param.shape) for name, param in self.params.items()}
+        if shapes != mine:
+            differ = sorted(
+                name for name in shapes.keys() | mine.keys() if shapes.get(name) != mine.get(name)
+            )
+            raise InputError(
+                f"The state is of another model, or other layers were pruned: {len(differ)} "
+                f"weights differ, {differ[0]!r} first ({shapes.get(differ[0], 'absent')} there, "
+                f"{mine.get(differ[0], 'absent')} here)."
+            )
+        if (state["method"], state["schedule"]) != (self.method.name, self.schedule.to_dict()):
+            raise InputError(
+                f"The state is of another run: method {state['method']!r} over "
+                f"{sum(state['schedule']['steps_per_epoch'])} steps, and this is "
+                f"{self.method.name!r} over {self.schedule.total} steps. Resume with the method "
+                f"and the schedule the run was started with."
+            )
+
+        def unpack(packed: Mapping[str, Tensor]) -> Support:
+            masks = Support.unpack(packed, shapes)
+            return Support({n: mask.to(self.params[n].device) for n, mask in masks.items()})
+
+        twin, last = state["dense_twin"], state["last_sparse"]
+        support = unpack(state["support"])
+        self._last_sparse = None if last is None else unpack(last)
+        self.step = state["step"]
+        self.changes = tuple(Change(**change) for change in state["changes"])
+        self.dense_twin = None if twin is None else DenseTwin(**twin)
+        self._apply(support)
+        for name, dropped in self._dropped.items():
+            self.params[name].masked_fill_(dropped, 0.0)
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+# These build the state of a parameter at its first step, so clearing it makes them fresh.
+_STATE_ON_FIRST_STEP: frozenset[type[torch.optim.Optimizer]] = frozenset(
+    getattr(torch.optim, name)
+    for name in (
+        "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adadelta", "ASGD", "Rprop",
+        "Adafactor", "Muon",
+    )
+    if hasattr(torch.optim, name)
+)  # fmt: skip
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Return the user's own module inside data-parallel wrappers and ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _clear_gradient(dropped: Tensor) -> Callable[[Tensor], None]:
+    def clear(param: Tensor) -> None:
+        if param.grad is not None:
+            param.grad.masked_fill_(dropped, 0.0)
+
+    return clear
+
+
+def _zero_state(
+    state: MutableMapping[str, Any], group: Mapping[str, Any], param: Tensor, where: Tensor | None
+) -> None:
+    """Set one parameter's state to what a fresh optimizer has: all of it, or only ``where``."""
+    fresh = group.get("initial_accumulator_value", 0.0)  # Adagrad starts its sum there
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == param.shape and key != "step":
+            if where is None:
+                value.fill_(fresh if key == "sum" else 0.0)
+            else:
+                value.masked_fill_(where, fresh if key == "sum" else 0.0)
+        elif where is None and key == "step":
+            if isinstance(value, Tensor):
+                value.zero_()
+            else:
+                state[key] = 0
+
+
+def _on_cpu(value: Any) -> Any:
+    """Return a deep copy of a nested state with every tensor cloned to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(item) for item in value)
+    return deepcopy(value)
+
+
+def _agree(support: Support) -> Support:
+    """Give every rank the support of rank 0: scores may differ in the last bit between ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return support
+    if torch.distributed.get_world_size() == 1:
+        return support
+    masks = {name: mask.to(torch.uint8) for name, mask in support.items()}
+    for mask in masks.values():
+        torch.distributed.broadcast(mask, src=0)
+    return Support({name: mask.to(torch.bool) for name, mask in masks.items()})
