@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from acdc.cost import Network, measure
 from acdc.errors import InputError
 
 
@@ -38,6 +40,11 @@ class Model(ABC):
     @abstractmethod
     def build(self) -> nn.Module:
         """Return the network in training mode, with fresh weights, on torch's default device."""
+
+    def network(self) -> Network:
+        """Return the layers and the cost of the network, without making its weights."""
+        with torch.device("meta"):
+            return measure(self.build(), torch.empty(1, *self.input_shape))
 
 
 def _whole(spec: Model, **fields: int) -> None:

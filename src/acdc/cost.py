@@ -1,0 +1,374 @@
+"""What a network costs, by one convention.
+
+* A *position* is one place at which a layer's weights are applied to one sample: every output pixel
+  of a convolution, padding included, and once for a linear layer on ``[N, F]``.
+* One weight at one position is one multiply-add (MAC), and one MAC is 2 FLOPs.
+* Convolutions and linear layers count; biases, normalisation, activations and pooling do not.
+* A weight that is zero *by the support* costs nothing. A weight that happens to be zero costs the
+  same as any other, so a dense step has the dense cost, also right after a decompression.
+* A training step costs 3 forward passes per sample: forward, and the gradients of inputs and of
+  weights, at one forward each. In a sparse phase all three are done on the kept weights alone.
+
+Everything is counted in Python integers and is exact; only ratios are floats.
+
+>>> from torch import nn, zeros
+>>> network = measure(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), zeros(1, 1, 28, 28))
+>>> network.flops(), network.flops({"1.weight": 784}), network.inference_ratio({"1.weight": 784})
+(15680, 1568, 0.1)
+
+Source of the 3: Evci et al., RigL, ICML 2020, appendix H.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from acdc.errors import InputError
+from acdc.schedule import Schedule
+from acdc.support import Support
+
+Kept = Mapping[str, int] | Support
+"""Kept weights: their number by parameter name, or a support. Layers that are missing are dense."""
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One convolution or linear layer.
+
+    Args:
+        name: Name of its weight among the model's parameters, such as ``"layer1.0.conv1.weight"``.
+        kind: ``"conv"`` or ``"linear"``.
+        shape: Shape of the weight.
+        positions: How often one sample meets every weight; 0 for a layer the network never calls.
+        bias: Whether it adds a bias, which no figure here counts.
+    """
+
+    name: str
+    kind: Literal["conv", "linear"]
+    shape: tuple[int, ...]
+    positions: int
+    bias: bool
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, without the bias."""
+        return math.prod(self.shape)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one sample with every weight."""
+        return self.weights * self.positions
+
+
+@dataclass(frozen=True)
+class Network:
+    """The convolutions and linear layers of a network, in the order of its modules.
+
+    Raises:
+        InputError: No layer is ever called: there is nothing to count.
+    """
+
+    layers: tuple[LayerCost, ...]
+
+    def __post_init__(self) -> None:
+        if not self.macs:
+            raise InputError(
+                "The network calls no convolution (1d, 2d, 3d) and no linear layer, so it has no "
+                "cost to count. Measure the model whose forward pass runs them."
+            )
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the dense network for one sample."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all layers."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every weight by name: what the counts of a pattern are computed from."""
+        return {layer.name: layer.shape for layer in self.layers}
+
+    def kept(self, counts: Kept | None = None) -> dict[str, int]:
+        """Return the kept weights of every layer; without ``counts``, all of them.
+
+        Raises:
+            InputError: A name is no layer of the network, or a count does not fit its layer.
+        """
+        if isinstance(counts, Support):
+            counts = counts.counts()
+        found = dict(counts or {})
+        if strange := [name for name in found if name not in self.shapes]:
+            raise InputError(
+                f"{strange[0]!r} is no layer of this network. Its layers are: "
+                f"{', '.join(self.shapes)}."
+            )
+        kept = {layer.name: found.get(layer.name, layer.weights) for layer in self.layers}
+        for layer in self.layers:
+            number = kept[layer.name]
+            if not isinstance(number, int) or not 0 <= number <= layer.weights:
+                raise InputError(
+                    f"{number!r} weights of {layer.name!r} are said to be kept, and it has "
+                    f"{layer.weights}. Give a whole number from 0 to {layer.weights}."
+                )
+        return kept
+
+    def flops(self, counts: Kept | None = None) -> int:
+        """Return the FLOPs of inference on one sample, dense or with these weights kept."""
+        kept = self.kept(counts)
+        return sum(2 * kept[layer.name] * layer.positions for layer in self.layers)
+
+    def inference_ratio(self, counts: Kept) -> float:
+        """Return the FLOPs with these weights kept as a share of the dense network's."""
+        return self.flops(counts) / self.flops()
+
+    def training_flops(
+        self,
+        schedule: Schedule,
+        counts: Kept | Sequence[Kept | None],
+        samples_per_step: int,
+        samples_per_epoch: int | None = None,
+    ) -> int:
+        """Return the FLOPs of a whole training run, each phase at its own density.
+
+        Args:
+            schedule: The phases in executed optimizer steps.
+            counts: Kept weights in the sparse phases: one mapping for all of them, or a sequence
+                with an entry per phase of the schedule, ``None`` where it is dense.
+            samples_per_step: Samples an optimizer step sees, over all its batches and processes.
+            samples_per_epoch: Size of the training set, where the last step of an epoch sees the
+                samples that are left; ``None`` where every step is full.
+
+        Raises:
+            InputError: The counts do not belong to the schedule, or the samples do not.
+        """
+        seen = _samples_seen(schedule, samples_per_step, samples_per_epoch)
+        per_sample = [3 * self.flops(kept) for kept in _by_phase(schedule, counts)]
+        return sum(
+            flops * (seen(phase.stop) - seen(phase.start))
+            for phase, flops in zip(schedule.phases, per_sample, strict=True)
+        )
+
+    def training_ratio(self, schedule: Schedule, counts: Kept | Sequence[Kept | None]) -> float:
+        """Return the training FLOPs as a share of a dense run of the same number of steps.
+
+        Args:
+            schedule: The phases in executed optimizer steps, all of which weigh the same.
+            counts: As in :meth:`training_flops`.
+        """
+        dense = 3 * self.flops() * schedule.total
+        return float(Fraction(self.training_flops(schedule, counts, samples_per_step=1), dense))
+
+    def rows(self, counts: Kept | None = None) -> list[tuple[str, str, str, str, str, str]]:
+        """Return the layers as text: layer, shape, weights, kept, density, MACs of one sample."""
+        kept = self.kept(counts)
+        return [
+            _row(layer.name, "×".join(map(str, layer.shape)), layer.weights, k, k * layer.positions)
+            for layer, k in ((layer, kept[layer.name]) for layer in self.layers)
+        ]
+
+    def table(self, counts: Kept | None = None) -> str:
+        """Return the layers as a table of plain text, a line each, totals last."""
+        head = ("layer", "shape", "weights", "kept", "density", "MACs")
+        total = _row(
+            "total", "", self.weights, sum(self.kept(counts).values()), self.flops(counts) // 2
+        )
+        lines = [head, *self.rows(counts), total]
+        width = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        text_columns = 2
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if column < text_columns else cell.rjust(w)
+                for column, (cell, w) in enumerate(zip(line, width, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _row(
+    name: str, shape: str, weights: int, kept: int, macs: int
+) -> tuple[str, str, str, str, str, str]:
+    return (name, shape, f"{weights:,}", f"{kept:,}", f"{kept / weights:.4f}", f"{macs:,}")
+
+
+def _by_phase(schedule: Schedule, counts: Kept | Sequence[Kept | None]) -> list[Kept | None]:
+    """Return the kept weights of every phase of the schedule, ``None`` where it is dense."""
+    if isinstance(counts, Mapping):
+        return [counts if phase.kind == "sparse" else None for phase in schedule.phases]
+    if len(counts) != len(schedule.phases):
+        raise InputError(
+            f"Counts of {len(counts)} phases were given, and the schedule has "
+            f"{len(schedule.phases)}. Give one entry per phase, None for a dense one."
+        )
+    for phase, kept in zip(schedule.phases, counts, strict=True):
+        if phase.kind == "dense" and kept is not None:
+            raise InputError(
+                f"The phase [{phase.start}, {phase.stop}) is dense, and counts were given for it. "
+                f"A dense phase has the dense cost, also while revived weights are still zero: "
+                f"give None."
+            )
+    return list(counts)
+
+
+def _samples_seen(schedule: Schedule, per_step: int, per_epoch: int | None) -> Callable[[int], int]:
+    """Return the function from executed steps to the samples they have seen."""
+    if per_step < 1:
+        raise InputError(f"samples_per_step is {per_step}. Give a whole number from 1 up.")
+    if per_epoch is None:
+        return lambda step: step * per_step
+    size, needed = per_epoch, -(-per_epoch // per_step)
+    if any(steps != needed for steps in schedule.steps_per_epoch):
+        raise InputError(
+            f"An epoch of {per_epoch} samples at {per_step} a step has {needed} steps, and the "
+            f"schedule has epochs of {sorted(set(schedule.steps_per_epoch))}. Leave out "
+            f"samples_per_epoch where every step is full."
+        )
+
+    def seen(step: int) -> int:
+        epochs, steps = divmod(step, needed)
+        return epochs * size + steps * per_step
+
+    return seen
+
+
+# --- measuring a model --------------------------------------------------------------------------
+
+
+def measure(model: nn.Module, example: Tensor) -> Network:
+    """Return the cost of a model, found by one forward pass of one sample.
+
+    The pass runs in evaluation mode without gradients; BatchNorm statistics do not move, and the
+    mode and hooks of every module are afterwards what they were. A layer that is called several
+    times has the sum of its positions, as has a weight that layers share, under its first name.
+    Operations that are no modules (attention products, ``functional.linear``) are not seen.
+
+    Args:
+        model: On any device. On ``"meta"`` nothing is computed, and no weight takes memory.
+        example: One batch of inputs, ``[N, ...]`` with ``N >= 1``, on the model's device. Its first
+            sample is used.
+
+    Raises:
+        InputError: The example has no sample, or the model calls no layer that counts.
+    """
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    names: dict[nn.Module, str] = {}
+    layers: dict[str, _Layer] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _LAYERS):
+            # A parametrized weight is no parameter; it goes by the name it has without.
+            name = own.get(id(module.weight), f"{path}.weight".removeprefix("."))
+            names[module] = name
+            layers.setdefault(name, module)
+    positions: Counter[str] = Counter()
+
+    def count(module: nn.Module, _: Tensor, output: Tensor) -> None:
+        positions[names[module]] += output.numel() // cast(_Layer, module).weight.shape[0]
+
+    _watch(model, example, _LAYERS, count)
+    return Network(
+        tuple(
+            LayerCost(
+                name,
+                "linear" if isinstance(layer, nn.Linear) else "conv",
+                tuple(layer.weight.shape),
+                positions[name],
+                layer.bias is not None,
+            )
+            for name, layer in layers.items()
+        )
+    )
+
+
+def reference_flops(model: nn.Module, example: Tensor, support: Kept | None = None) -> int:
+    """Return the FLOPs of one sample as the AC/DC paper's code counts them.
+
+    Beside 2 per kept weight and position these are: 1 per output of a layer with bias, 2 per input
+    of a BatchNorm *module*, 1 per input of a ReLU *module*, and the size of the window per output
+    of a max or average pooling *module*. What a forward pass does with plain functions is not
+    counted, nor are residual additions. This is for comparison with published figures; take
+    :func:`measure` for everything else.
+
+    Ours is an exact integer, where the original adds up in float32, and a linear layer without bias
+    is counted, where the original crashes.
+
+    Args:
+        model: As in :func:`measure`.
+        example: As in :func:`measure`.
+        support: Kept weights; layers that are missing are dense. The original takes the weights
+            that are not zero instead, which makes a dense phase look cheaper than it is.
+
+    Source: IST-DASLab/ACDC, utils/flop_utils.py, commit ac53210.
+    """
+    total = measure(model, example).flops(support)
+
+    def count(module: nn.Module, x: Tensor, output: Tensor) -> None:
+        nonlocal total
+        if isinstance(module, _LAYERS):
+            total += output.numel() if module.bias is not None else 0
+        elif isinstance(module, _NORMS):
+            total += 2 * x.numel()
+        elif isinstance(module, nn.ReLU):
+            total += x.numel()
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            total += x.numel()  # windows that tile the image: their size times their number
+        elif isinstance(module, _POOLS):
+            size = module.kernel_size
+            total += output.numel() * (math.prod(size) if isinstance(size, tuple) else size**2)
+
+    _watch(model, example, (*_LAYERS, *_NORMS, nn.ReLU, nn.AdaptiveAvgPool2d, *_POOLS), count)
+    return total
+
+
+_Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
+
+
+def _watch(
+    model: nn.Module,
+    example: Tensor,
+    types: tuple[type[nn.Module], ...],
+    see: Callable[[nn.Module, Tensor, Tensor], None],
+) -> None:
+    """Run one sample through the model; ``see`` module, input and output of every call."""
+    if example.ndim == 0 or len(example) == 0:
+        raise InputError(
+            f"The example has shape {tuple(example.shape)}. Give a batch of at least one sample, "
+            f"[N, ...], as the model takes it."
+        )
+
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> None:
+        see(module, (*args, *named.values())[0], output)
+
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [
+        module.register_forward_hook(hook, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(module, types)
+    ]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(example[:1])
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
