@@ -45,6 +45,11 @@ def _parse(text: str, what: str) -> tuple[Fraction, str]:
     return Fraction(match[1]), match[2]
 
 
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise InputError(f"A phase is 'dense' or 'sparse', not {kind!r}.")
+
+
 @dataclass(frozen=True)
 class Phase:
     """The half-open run of executed optimizer steps ``[start, stop)``, dense or sparse."""
@@ -77,8 +82,7 @@ class Schedule:
             raise InputError("A schedule needs at least one phase, and none was given.")
         here = 0
         for before, phase in zip((None, *self.phases), self.phases, strict=False):
-            if phase.kind not in KINDS:
-                raise InputError(f"A phase is 'dense' or 'sparse', not {phase.kind!r}.")
+            _check_kind(phase.kind)
             if phase.start != here:
                 raise InputError(
                     f"The phases must touch: a phase starts at step {phase.start}, "
@@ -95,6 +99,10 @@ class Schedule:
                     f"Write them as one phase."
                 )
             here = phase.stop
+        if any(steps < 1 for steps in self.steps_per_epoch):
+            raise InputError(
+                f"Every epoch has at least one step, and steps_per_epoch is {self.steps_per_epoch}."
+            )
         if here != sum(self.steps_per_epoch):
             raise InputError(
                 f"The phases end at step {here}, but the epochs have "
@@ -188,13 +196,13 @@ class Schedule:
 
 
 def _epoch_lengths(steps_per_epoch: int | Sequence[int], epochs: int) -> tuple[int, ...]:
-    if isinstance(steps_per_epoch, int):
-        steps_per_epoch = (steps_per_epoch,) * epochs
-    lengths = tuple(steps_per_epoch)
-    if len(lengths) != epochs or any(n < 1 for n in lengths):
+    given = steps_per_epoch
+    lengths = tuple(given) if isinstance(given, Sequence) else (given,) * epochs
+    if len(lengths) != epochs or any(not isinstance(n, int) or n < 1 for n in lengths):
         raise InputError(
-            f"The plan has {epochs} epochs and steps_per_epoch is {lengths}. Give one positive "
-            f"number for all epochs, or {epochs} positive numbers."
+            f"The plan has {epochs} epochs and steps_per_epoch is "
+            f"{lengths if isinstance(given, Sequence) else given}. Give one positive whole number for all "
+            f"epochs, or {epochs} of them."
         )
     return lengths
 
@@ -298,6 +306,13 @@ class Alternate(Plan):
     last_dense: str | None = None
     last_sparse: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for what in ("warmup", "sparse", "dense", "last_dense", "last_sparse"):
+            duration = getattr(self, what)
+            if duration is not None or what in ("warmup", "sparse", "dense"):
+                _parse(duration, what)
+
     def boundaries(self, lengths: tuple[int, ...]) -> list[tuple[Kind, int]]:
         """Return (kind, stop step) of every phase for epochs of these lengths."""
         clock = _Clock(lengths)
@@ -340,13 +355,18 @@ class Alternate(Plan):
         def epochs(steps: Iterable[Fraction]) -> str:
             return " or ".join(f"{float(s / mean):.4g}" for s in steps)
 
+        # A share of the run grows with the run, and half an epoch cannot be asked for.
+        durations = (self.warmup, self.sparse, self.dense, self.last_dense, self.last_sparse)
+        shares = any(duration and "%" in duration for duration in durations)
+        longer = [clock.total + fit - room for fit in fits]
+        whole = [] if shares else [steps for steps in longer if (steps / mean).denominator == 1]
+        advice = f"Set epochs to {epochs(whole)}, or change" if whole else "Change"
         return (
             f"The phases do not fit into {self.epochs} epochs. Between warmup={self.warmup!r} and "
             f"last_dense={self.last_dense or self.dense!r}, "
             f"last_sparse={self.last_sparse or self.sparse!r} there are {epochs([room])} epochs; "
             f"sparse={self.sparse!r}, dense={self.dense!r} in turn, starting and ending sparse, "
-            f"fill {epochs(fits)}. Set epochs to {epochs(clock.total + f - room for f in fits)}, "
-            f"or change a duration by the difference."
+            f"fill {epochs(fits)}. {advice} a duration by the difference."
         )
 
 
@@ -355,6 +375,10 @@ class Constant(Plan):
     """One phase from the first step to the last."""
 
     kind: Kind = "dense"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_kind(self.kind)
 
     def boundaries(self, lengths: tuple[int, ...]) -> list[tuple[Kind, int]]:
         """Return (kind, stop step) of the only phase."""
@@ -374,6 +398,14 @@ class Spans(Plan):
     """
 
     spans: tuple[tuple[Kind, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.spans:
+            raise InputError("A plan needs at least one phase, and no spans were given.")
+        for number, (kind, duration) in enumerate(self.spans):
+            _check_kind(kind)
+            _parse(duration, f"phase {number} ({kind})")
 
     def boundaries(self, lengths: tuple[int, ...]) -> list[tuple[Kind, int]]:
         """Return (kind, stop step) of every phase for epochs of these lengths."""
