@@ -160,6 +160,23 @@ def test_a_batch_depends_on_epoch_index_and_seed(change: dict[str, int]) -> None
     assert not torch.equal(data.train_batch(**asked)[0], data.train_batch(**asked | change)[0])
 
 
+@pytest.mark.parametrize("other", [(1, 0), (0, 1)], ids=["epoch", "seed"])
+def test_the_order_depends_on_epoch_and_seed(other: tuple[int, int]) -> None:
+    data = toy(augment=Augment())
+    first, second = (data.train_batch(e, 0, 22, s)[0] for e, s in ((0, 0), other))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, data.train_batch(0, 0, 22, 0)[0])
+
+
+@pytest.mark.parametrize("other", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["epoch", "index", "seed"])
+def test_augmentation_depends_on_epoch_index_and_seed(other: tuple[int, int, int]) -> None:
+    picture = torch.arange(36, dtype=torch.uint8).view(1, 1, 6, 6).repeat(20, 1, 1, 1)
+    labels = torch.zeros(20, dtype=torch.int64)  # all images alike: the order cannot show
+    data = Images("one", (picture, labels), (picture, labels), 1, [0.5], [0.5], Augment(2, True))
+    first, second = (data.train_batch(e, i, 10, s)[0] for e, i, s in ((0, 0, 0), other))
+    assert not torch.equal(first, second)
+
+
 def test_augmentation_changes_from_epoch_to_epoch_for_the_same_image() -> None:
     one = toy(samples=1)
     pictures = {one.train_batch(epoch, 0, 1, seed=0)[0].numpy().tobytes() for epoch in range(20)}
