@@ -44,6 +44,11 @@ class Layers:
     skip_last: bool = False
 
     def __post_init__(self) -> None:
+        for field in ("types", "include", "exclude"):
+            if isinstance(names := getattr(self, field), str):
+                raise InputError(
+                    f"{field} is {names!r}. Layers takes a tuple of names, such as ({names!r},)."
+                )
         for kind in self.types:
             if kind not in _TYPES:
                 raise InputError(

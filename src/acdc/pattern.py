@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -104,6 +105,11 @@ class Unstructured(Pattern):
             )
         if isinstance(self.overrides, Mapping):
             object.__setattr__(self, "overrides", tuple(self.overrides.items()))
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.overrides):
+            raise InputError(
+                f"overrides is {self.overrides!r}. Give pairs of a glob and a sparsity, such as "
+                f'(("fc", 0.5),), or a dictionary.'
+            )
         for glob, sparsity in self._overrides():
             check_sparsity(sparsity, f"The override for {glob!r}")
 
@@ -248,8 +254,7 @@ class Block(Pattern):
     floor: int = 1
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-        _check_scope(self.scope)
+        self._inner()  # checks sparsity, scope and floor
         if len(self.shape) != 2 or any(not isinstance(n, int) or n < 1 for n in self.shape):
             raise InputError(
                 f"Block(shape={self.shape!r}): a block has (output channels, input channels), two "
@@ -333,8 +338,9 @@ def _budgets(scope: Scope, shapes: Shapes, sparsity: float, floor: int) -> dict[
 def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
     """Return the kept weights of every layer by the Erdős–Rényi-kernel rule.
 
-    The density of a layer is proportional to ``sum(dims) / prod(dims)``; a layer that would exceed
-    1 becomes dense and the rest is solved again. The total is exactly ``kept(all, sparsity)``:
+    The density of a layer is proportional to ``sum(dims) / prod(dims)``, held between its floor and
+    1, by the one factor with which the total is met: what dense layers cannot take goes to the
+    others. The total is exactly ``kept(all, sparsity)``:
     shares are rounded by largest remainder (ties to the earlier layer), where the RigL code rounds
     each layer by itself and keeps a few weights too many.
 
@@ -347,28 +353,32 @@ def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
     total = kept(sum(sizes.values()), sparsity)
     least = {name: min(floor, n) for name, n in sizes.items()}
     _check_floor(total, least.values())
-    raw = {name: Fraction(sum(shapes[name]), sizes[name]) for name in shapes}
-    fixed: dict[str, int] = {}  # layers whose count is a bound: dense, or the floor
-    while True:
-        free = [name for name in shapes if name not in fixed]
-        room = total - sum(fixed.values())
-        weight = sum((raw[name] * sizes[name] for name in free), Fraction(0))
-        share = {name: room * raw[name] * sizes[name] / weight for name in free}
-        over = [name for name in free if share[name] > sizes[name]]
-        if over:
-            # Only the densest layers become dense in one round: this frees the least from the rest.
-            top = max(raw[name] for name in over)
-            fixed |= {name: sizes[name] for name in over if raw[name] == top}
-            continue
-        under = {name: least[name] for name in free if share[name] < least[name]}
-        if not under:
-            break
-        fixed |= under
+    if not shapes:
+        return {}
+
+    def shares(eps: Fraction) -> dict[str, Fraction]:
+        """Density times size is eps·sum(dims), held between the floor and the size."""
+        return {
+            name: min(max(eps * sum(shape), Fraction(least[name])), Fraction(sizes[name]))
+            for name, shape in shapes.items()
+        }
+
+    # The total grows with eps, in straight lines between the places where a layer meets a bound.
+    bounds = sorted(
+        {Fraction(n[name], sum(shapes[name])) for n in (least, sizes) for name in shapes}
+    )
+    totals = [sum(shares(eps).values()) for eps in bounds]
+    place = bisect_left(totals, total)
+    eps = bounds[place]
+    if totals[place] > total:
+        slope = (eps - bounds[place - 1]) / (totals[place] - totals[place - 1])
+        eps -= slope * (totals[place] - total)
+    share = shares(eps)
     counts = {name: math.floor(part) for name, part in share.items()}
-    short = total - sum(fixed.values()) - sum(counts.values())
-    for name in sorted(free, key=lambda name: counts[name] - share[name])[:short]:
+    short = total - sum(counts.values())
+    for name in sorted(shapes, key=lambda name: counts[name] - share[name])[:short]:
         counts[name] += 1
-    return {name: fixed.get(name, counts.get(name, 0)) for name in shapes}
+    return counts
 
 
 def _check_floor(total: int, least: Collection[int]) -> None:

@@ -44,7 +44,7 @@ def kept(numel: int, sparsity: float) -> int:
     (1275146, 5, 10)
     """
     check_sparsity(sparsity)
-    return numel - round(Fraction(repr(sparsity)) * numel)
+    return numel - round(Fraction(repr(float(sparsity))) * numel)
 
 
 class Support(Mapping[str, Tensor]):
