@@ -185,7 +185,9 @@ class SmallResNet(Model):
     Args:
         width: Channels of the first stage; the others have twice and four times as many.
         blocks: Basic blocks of each stage.
-        stem_stride: Stride of the first convolution; 2 makes 28x28 images affordable on a CPU.
+        stem_stride: Stride of the first convolution.
+        stem_pool: Size of the max-pooling after it; 1: none. With a stride of 2 and a pooling of 2,
+            as in the stem of an ImageNet ResNet, 28x28 images are affordable on a CPU.
         channels: Channels of the images.
         size: Height and width of the images.
         classes: Number of logits.
@@ -194,13 +196,15 @@ class SmallResNet(Model):
     width: int = 16
     blocks: int = 1
     stem_stride: int = 1
+    stem_pool: int = 1
     channels: int = 1
     size: int = 8
     classes: int = 10
 
     def __post_init__(self) -> None:
         _whole(self, width=self.width, blocks=self.blocks, stem_stride=self.stem_stride)
-        _whole(self, channels=self.channels, size=self.size, classes=self.classes)
+        _whole(self, stem_pool=self.stem_pool, channels=self.channels, size=self.size)
+        _whole(self, classes=self.classes)
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -210,7 +214,8 @@ class SmallResNet(Model):
     def build(self) -> nn.Module:
         """Return the network with fresh weights, He's normal initialisation."""
         stem = _conv(self.channels, self.width, 3, self.stem_stride)
-        return _ResNet(stem, nn.Identity(), _Basic, 1, (self.blocks,) * 3, self.classes)
+        pool = nn.MaxPool2d(self.stem_pool) if self.stem_pool > 1 else nn.Identity()
+        return _ResNet(stem, pool, _Basic, 1, (self.blocks,) * 3, self.classes)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""What a run leaves behind: its folder, its metrics, its record.
+
+=====================  ==================================================================
+``recipe.json``        every value of the recipe, and which ones were changed
+``metrics.jsonl``      one event a line: start, step, change, eval
+``checkpoint/``        ``last.ckpt``, replaced as a whole
+``pair/``              the two twins and ``pair.json`` (``dense.safetensors`` for a dense run)
+``record.json``        what came out, written last
+``report.html``        the page
+``tensorboard/``       the same numbers for TensorBoard
+=====================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acdc.errors import InputError
+from acdc.pair import Staging
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """Every value of the recipe."""
+        return self.path / "recipe.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One event a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last checkpoint."""
+        return self.path / "checkpoint" / "last.ckpt"
+
+    @property
+    def pair(self) -> Path:
+        """The folder of the twins."""
+        return self.path / "pair"
+
+    @property
+    def record(self) -> Path:
+        """What came out."""
+        return self.path / "record.json"
+
+    def read(self, file: Path) -> dict[str, Any]:
+        """Return one of the JSON files.
+
+        Raises:
+            InputError: It is missing or damaged.
+        """
+        try:
+            data: dict[str, Any] = json.loads(file.read_text())
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.path} is not the folder of a finished run: it has no {file.name}. Name "
+                f"the folder that 'acdc run' printed, or finish the run with --resume."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read: {error}.") from error
+        return data
+
+    def write(self, file: Path, data: Mapping[str, Any]) -> None:
+        """Write one of the JSON files, as a whole or not at all."""
+        with Staging(file.parent, file.name) as staging:
+            staging.add(file.name, (json.dumps(data, indent=1) + "\n").encode())
+            staging.commit()
+
+
+class Metrics:
+    """Appends events to ``metrics.jsonl``; a resumed run continues where its checkpoint was.
+
+    Args:
+        path: The file.
+        size: Bytes that count, from the checkpoint; what was written after it is cut off, because
+            the resumed run writes it again.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self._file = path.open("ab")
+        if self._file.tell() < size:
+            raise InputError(
+                f"{path} has {self._file.tell()} bytes, and the checkpoint was taken when it had "
+                f"{size}: it was cut. Restore it, or start the run anew in another folder."
+            )
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def write(self, event: Event) -> None:
+        """Append one event."""
+        self._file.write((json.dumps(event) + "\n").encode())
+
+    def sync(self) -> int:
+        """Return the size of the file, once every event in it is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+def events(path: Path) -> Iterator[Event]:
+    """Yield the events of a run; a last line that was being written when it stopped is left out."""
+    with path.open() as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return what the figures were computed with."""
+    from importlib.metadata import version
+
+    names = ("acdc", "torch", "lightning", "numpy", "safetensors")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,654 @@
+"""Runs a recipe: trains, resumes, and writes what comes out.
+
+The loop is plain; Lightning Fabric supplies devices, processes, precision and checkpoint files.
+Everything random is a function of the seed and the step: a batch of (seed, epoch, index), dropout
+of (seed, step, rank). So a resumed run needs no state of any generator, and ends bitwise where the
+uninterrupted one ends, wherever it was stopped.
+
+A run has one leg, or two: ``main`` trains by the method; ``finetune`` goes back to the end of the
+last dense phase and trains the dense twin on over the steps in which the sparse one was trained.
+The test data is measured after every epoch and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import accumulate
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from acdc import cost
+from acdc.errors import AcdcError, InputError, need
+from acdc.lab.batchnorm import reestimate
+from acdc.lab.data import Data
+from acdc.lab.recipe import Recipe, encode
+from acdc.lab.record import Event, Folder, Metrics, machine, versions
+from acdc.layers import prunable
+from acdc.pair import Pair, Staging, sizes
+from acdc.sparsifier import DenseTwin, Sparsifier
+
+try:
+    from lightning.fabric import Fabric
+    from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+except ImportError as missing:
+    raise need("lightning", "lab") from missing
+
+FORMAT = 1  # of checkpoints
+Leg = Literal["main", "finetune"]
+Watch = Callable[[Event], None]
+
+
+class Interrupted(AcdcError):
+    """The run was asked to stop, wrote a checkpoint, and stopped. ``signal`` is the signal."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    changed: Mapping[str, str] | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    root: Path | None = None,
+    download: bool = False,
+    command: str = "",
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Train ``recipe`` in ``folder`` and return its record.
+
+    Args:
+        recipe: What to run.
+        folder: Where everything is written; must be new, or hold the run to resume.
+        changed: What differs from the default recipe, path → text, for the record.
+        resume: Go on from the last checkpoint; a finished run returns its record.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        root: Where the data lies; ``None``: see the data source.
+        download: Fetch the data if it is not there.
+        command: What was typed, for the record.
+        watch: Called with every event, as it happens.
+
+    Raises:
+        InputError: Anything the user can mend. What was trained is in the last checkpoint.
+        Interrupted: The run was stopped by SIGTERM or SIGINT after writing a checkpoint.
+    """
+    place = Folder(folder)
+    fabric = _fabric(recipe, device, folder)
+    if fabric.is_global_zero:
+        if place.record.exists() and resume:
+            return place.read(place.record)
+        _claim(place, recipe, changed or {}, resume)
+    fabric.launch()
+    threads = torch.get_num_threads()
+    try:
+        # The generator is the process's own: what the run draws from it is put back.
+        with torch.random.fork_rng(enabled=True), _stop_signals() as stop:
+            if recipe.threads is not None:
+                torch.set_num_threads(recipe.threads)
+            data = recipe.data.load(root, download)
+            worker = _Run(recipe, place, fabric, data, stop, watch or (lambda _: None))
+            return worker.go(command, resume)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Run:
+    """One run while it is running."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        place: Folder,
+        fabric: Fabric,
+        data: Data,
+        stop: list[int],
+        watch: Watch,
+    ) -> None:
+        self.recipe, self.place, self.fabric, self.data = recipe, place, fabric, data
+        self.stop, self.watch = stop, watch
+        self.per_epoch = data.steps_per_epoch(recipe.batch_size)
+        self.local_batch = recipe.batch_size // fabric.world_size
+
+        torch.manual_seed(recipe.seed)
+        self.net = recipe.model.build()
+        if recipe.channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.method = recipe.method.resolve(self.per_epoch)
+        self.schedule = self.method.resolved
+        self.optimizer = recipe.optimizer.build(self.net.parameters())
+        self.model, self.stepper = fabric.setup(self.net, self.optimizer)
+        # Before the sparsifier's own hook, so that a phase is measured before the next one begins.
+        self.optimizer.register_step_post_hook(self._after_step)
+        self.sparsifier = Sparsifier(self.method, self.net, self.optimizer)
+        self.network = cost.measure(
+            self.net, torch.zeros(1, *recipe.model.input_shape, device=fabric.device)
+        )
+
+        self.leg: Leg = "main"
+        self.step = 0  # executed optimizer steps of this leg, on the clock of the main leg
+        self.batches = 0  # batches drawn: more than steps where a GradScaler skipped some
+        self.batches_at_twin = 0
+        self.seconds = 0.0
+        self.epoch_ends = set(accumulate(self.schedule.steps_per_epoch))
+        self.metrics: Metrics | None = None
+        self.measured: Event | None = None  # the evaluation that is due with this step
+
+    def _after_step(self, *_: Any) -> None:
+        """Count the executed step; at the end of an epoch, measure the network as it left it."""
+        phase = self.schedule.phase_at(self.step).kind
+        self.step += 1
+        if self.step in self.epoch_ends:
+            if self.leg == "main":
+                self.sparsifier.project(self.net)
+            self.measured = self._eval_event("dense" if self.leg == "finetune" else phase)
+            self.net.train()
+
+    # --- the whole ------------------------------------------------------------------------------
+
+    def go(self, command: str, resume: bool) -> dict[str, Any]:
+        """Train both legs and return the record."""
+        size = self._load() if resume and self.place.checkpoint.exists() else 0
+        if self.fabric.is_global_zero:
+            self.metrics = Metrics(self.place.metrics, size)
+        self.started = time.perf_counter() - self.seconds
+        if self.step == 0:
+            self._emit(self._start_event())
+        try:
+            if self.leg == "main":
+                self._train()
+                self._end_main()
+            if self.leg == "finetune":
+                self._train()
+            return self._finish(command)
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _end_main(self) -> None:
+        """Save the pair as it is now; go back to the dense twin if it is to be trained on."""
+        self.sparsifier.remove()
+        if not self._paired:
+            return
+        if self.fabric.is_global_zero:
+            self.sparsifier.pair(**self._facts()).save(self.place.pair)
+        if self.recipe.dense_finetune:
+            twin = self.sparsifier.dense_twin
+            assert twin is not None  # a pair has one
+            twin.restore(self.net, self.optimizer)
+            self.leg, self.step, self.batches = "finetune", twin.step, self.batches_at_twin
+            self._checkpoint()
+
+    @property
+    def _paired(self) -> bool:
+        """Whether the method leaves a sparse model and a dense twin."""
+        return self.method.sparsity is not None
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.name,
+            "seed": self.recipe.seed,
+            "sparsity_asked": self.method.sparsity,
+        }
+
+    # --- training -------------------------------------------------------------------------------
+
+    def _train(self) -> None:
+        """Train the leg to its end."""
+        self.net.train()
+        while self.step < self.schedule.total:
+            epoch, index = divmod(self.batches, self.per_epoch)
+            batches = self.data.train_batches(
+                epoch,
+                self.local_batch,
+                self.recipe.seed,
+                start=index,
+                rank=self.fabric.global_rank,
+                world=self.fabric.world_size,
+            )
+            for x, y in batches:
+                self._train_step(x, y)
+                if self.step >= self.schedule.total:
+                    break
+
+    def _train_step(self, x: Tensor, y: Tensor) -> None:
+        """Take one optimizer step and everything that is due after it."""
+        began, before, changes = time.perf_counter(), self.step, len(self.sparsifier.changes)
+        phase = "dense" if self.leg == "finetune" else self.schedule.phase_at(before).kind
+        lr = self.recipe.optimizer.lr * self.recipe.lr.factor(before, self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(
+            hash((self.recipe.seed, self.batches, self.fabric.global_rank)) & (2**63 - 1)
+        )
+        loss = self._backward(self._placed(x), y.to(self.fabric.device))
+        if not math.isfinite(loss):
+            raise InputError(self._diverged(loss))
+        if self.recipe.clip is not None:
+            self.fabric.clip_gradients(self.model, self.stepper, max_norm=self.recipe.clip)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        self.batches += 1
+        if self.step == before:
+            return  # the GradScaler found an overflow and skipped the step
+        seconds = time.perf_counter() - began
+        event = {"event": "step", "step": self.step, "epoch": math.floor(
+            self.schedule.epoch_at(before)), "phase": phase, "loss": loss, "lr": lr,
+            "seconds": round(seconds, 6)}  # fmt: skip
+        self._emit(event | self._twin_mark())
+        if self.measured is not None:
+            self._emit(self.measured)
+            self.measured = None
+        for change in self.sparsifier.changes[changes:]:
+            self._emit({"event": "change"} | vars(change))
+        twin = self.sparsifier.dense_twin
+        if twin is not None and twin.step == self.step and self.leg == "main":
+            self.batches_at_twin = self.batches
+        if self.stop or self.step % self.recipe.checkpoint_steps == 0:
+            self._checkpoint()
+        if self.stop:
+            raise Interrupted(
+                f"Stopped at step {self.step} of {self.schedule.total} "
+                f"({signal.Signals(self.stop[0]).name}). Nothing is lost: go on with --resume.",
+                self.stop[0],
+            )
+
+    def _backward(self, x: Tensor, y: Tensor) -> float:
+        """Accumulate the gradients of the mean loss over a batch, and return the loss."""
+        total = torch.zeros((), device=self.fabric.device)
+        parts = list(zip(x.chunk(self.recipe.accumulate), y.chunk(self.recipe.accumulate),
+                         strict=True))  # fmt: skip
+        for number, (inputs, targets) in enumerate(parts, start=1):
+            later = number < len(parts) and self.fabric.world_size > 1
+            with self.fabric.no_backward_sync(self.model) if later else nullcontext():
+                loss = nn.functional.cross_entropy(
+                    self.model(inputs), targets, label_smoothing=self.recipe.label_smoothing
+                ) * (len(inputs) / len(x))
+                self.fabric.backward(loss)
+            total += loss.detach()
+        return float(total)
+
+    def _placed(self, x: Tensor) -> Tensor:
+        x = x.to(self.fabric.device)
+        if self.recipe.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    def _diverged(self, loss: float) -> str:
+        saved = "no checkpoint was due yet"
+        if self.place.checkpoint.exists():
+            saved = f"{self.place.checkpoint} is from before"
+        return (
+            f"The loss is {loss} at step {self.step} of {self.schedule.total}: training diverged. "
+            f"The step was not taken, and {saved}. Lower optimizer.lr (now "
+            f"{self.recipe.optimizer.lr:g}), add --set clip=1.0, or lengthen lr.warmup, and start "
+            f"a new run."
+        )
+
+    # --- measuring ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[float, float]:
+        """Return accuracy in percent and mean loss on the test data."""
+        self.net.eval()
+        right, loss, seen = 0, 0.0, 0
+        for x, y in self.data.eval_batches("test", self.recipe.eval_batch_size):
+            y = y.to(self.fabric.device)
+            outputs = self.model(self._placed(x)).float()
+            right += int((outputs.argmax(1) == y).sum())
+            loss += float(nn.functional.cross_entropy(outputs, y, reduction="sum"))
+            seen += len(y)
+        return 100 * right / seen, loss / seen
+
+    def _eval_event(self, phase: str) -> Event:
+        """Measure the network as the last step of ``phase`` left it."""
+        began = time.perf_counter()
+        accuracy, loss = self._evaluate()
+        support = self.sparsifier.support
+        dense = self.leg == "finetune"
+        return {
+            "event": "eval",
+            "step": self.step,
+            "epoch": math.floor(self.schedule.epoch_at(self.step)),
+            "phase": phase,
+            "split": "test",
+            "accuracy": accuracy,
+            "loss": loss,
+            "nnz": support.numel if dense else support.nnz,
+            "sparsity": 0.0 if dense else support.sparsity,
+            "seconds": round(time.perf_counter() - began, 6),
+        } | self._twin_mark()
+
+    def _twin_mark(self) -> Event:
+        return {"twin": "dense"} if self.leg == "finetune" else {}
+
+    def _start_event(self) -> Event:
+        pruned = self.sparsifier.params
+        return {
+            "event": "start",
+            "step": 0,
+            "total_steps": self.schedule.total,
+            **self.schedule.to_dict(),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "numel": layer.weights,
+                    "positions": layer.positions,
+                    "prunable": layer.name in pruned,
+                }
+                for layer in self.network.layers
+            ],
+            "refused": self.sparsifier.refused,
+        }
+
+    def _emit(self, event: Event) -> None:
+        if self.metrics is None:
+            return
+        self.metrics.write(event)
+        self.watch(event)
+        if event["event"] in ("step", "eval"):
+            group = event.get("twin", "sparse" if self._paired else "dense")
+            numbers = {k: event[k] for k in ("loss", "lr", "accuracy", "sparsity") if k in event}
+            self.fabric.log_dict(
+                {f"{event['event']}/{group}/{k}": v for k, v in numbers.items()}, event["step"]
+            )
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def _checkpoint(self) -> None:
+        """Replace the last checkpoint by one of this moment."""
+        self.seconds = time.perf_counter() - self.started
+        state = {
+            "format": FORMAT,
+            "recipe": encode(self.recipe),
+            "data": self.data.digest(),
+            "leg": self.leg,
+            "step": self.step,
+            "batches": self.batches,
+            "batches_at_twin": self.batches_at_twin,
+            "seconds": self.seconds,
+            "metrics": self.metrics.sync() if self.metrics is not None else 0,
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sparsifier": self.sparsifier.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+        }
+        if not self.fabric.is_global_zero:
+            self.fabric.save(self.place.checkpoint, state)
+            return
+        with Staging(self.place.checkpoint.parent, "the checkpoint") as staging:
+            self.fabric.save(staging.place(self.place.checkpoint.name), state)
+            staging.commit()
+
+    def _load(self) -> int:
+        """Go back to the last checkpoint, and return the size of the metrics file at the time."""
+        path = self.place.checkpoint
+        try:
+            state = self.fabric.load(path, weights_only=True)
+        except Exception as error:
+            raise InputError(
+                f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}). Restore "
+                f"it from a copy, or start the run anew in another folder."
+            ) from error
+        if state.get("format") != FORMAT:
+            raise InputError(
+                f"The checkpoint {path} has format {state.get('format')!r}, and this version of "
+                f"acdc reads format {FORMAT}."
+            )
+        if state["recipe"] != encode(self.recipe):
+            raise InputError(
+                f"The checkpoint {path} is of another recipe: "
+                f"{_first_difference(state['recipe'], encode(self.recipe))}. Resume with the same "
+                f"--set values and the same version of acdc."
+            )
+        if state["data"] != self.data.digest():
+            raise InputError(
+                f"The run in {self.place.path} was trained on other data than is found now. Point "
+                f"ACDC_DATA to the data it was started with."
+            )
+        self.leg = state["leg"]
+        self.step, self.batches = state["step"], state["batches"]
+        self.batches_at_twin, self.seconds = state["batches_at_twin"], state["seconds"]
+        self.sparsifier.load_state_dict(state["sparsifier"])
+        if self.leg == "finetune":
+            self.sparsifier.remove()
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        return int(state["metrics"])
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def _finish(self, command: str) -> dict[str, Any]:
+        """Write the final pair and the record, from the files as they will be read."""
+        if self._paired:
+            twins = self._final_pair()
+        else:
+            self._reestimate()
+            twins = self._final_dense()
+        self.seconds = time.perf_counter() - self.started
+        record = twins | self._costs()
+        record |= {"seconds": round(self.seconds, 3), "run": str(self.place.path)}
+        record["details"] = self._details(command)
+        if self.fabric.is_global_zero:
+            assert self.metrics is not None
+            self.metrics.sync()
+            self.place.write(self.place.record, record)
+        self.fabric.barrier()
+        return record
+
+    def _final_pair(self) -> dict[str, Any]:
+        folder = self.place.pair
+        self.fabric.barrier()
+        pair = Pair.load(folder)
+        if self.leg == "finetune":
+            facts = pair.facts | {"dense_step": self.step, "dense_finetuned": True}
+            pair = replace(pair, dense=_on_cpu(self.net.state_dict()), facts=facts)
+        if self.recipe.bn_batches:
+            states = []
+            for state in (pair.sparse, pair.dense):
+                self.net.load_state_dict(state)
+                self._reestimate()
+                states.append(_on_cpu(self.net.state_dict()))
+            facts = pair.facts | {"bn_batches": self.recipe.bn_batches}
+            pair = replace(pair, sparse=states[0], dense=states[1], facts=facts)
+        self.fabric.barrier()
+        if self.fabric.is_global_zero:
+            pair.save(folder)
+        self.fabric.barrier()
+        pair = Pair.load(folder)
+        pair.dense_model(self.net)
+        dense, _ = self._evaluate()
+        pair.sparse_model(self.net)
+        sparse, _ = self._evaluate()
+        size = sizes(folder)
+        return {
+            "sparse": {
+                "accuracy": sparse,
+                "sparsity": pair.support.sparsity,
+                "nnz": pair.support.nnz,
+                "bytes": size["sparse"],
+            },
+            "dense": {"accuracy": dense, "bytes": size["dense"]},
+        }
+
+    def _final_dense(self) -> dict[str, Any]:
+        from safetensors.torch import save
+
+        name = "dense.safetensors"
+        state = {key: value.contiguous() for key, value in _on_cpu(self.net.state_dict()).items()}
+        if self.fabric.is_global_zero:
+            with Staging(self.place.pair, "the trained network") as staging:
+                staging.add(name, save(state))
+                staging.commit()
+        self.fabric.barrier()
+        accuracy, _ = self._evaluate()
+        size = (self.place.pair / name).stat().st_size
+        return {"sparse": None, "dense": {"accuracy": accuracy, "bytes": size}}
+
+    def _reestimate(self) -> None:
+        if self.recipe.bn_batches:
+            batches = self.data.train_batches(0, self.local_batch, self.recipe.seed)
+            inputs = (self._placed(x) for x, _ in batches)
+            reestimate(self.net, inputs, self.recipe.bn_batches)
+
+    def _costs(self) -> dict[str, Any]:
+        counts = self.sparsifier.support.counts()
+        return {
+            "inference_flops_ratio": self.network.inference_ratio(counts),
+            "train_flops_ratio": self.network.training_ratio(self.schedule, self._by_phase()),
+        }
+
+    def _by_phase(self) -> list[dict[str, int] | None]:
+        """Return the kept weights of every phase, ``None`` where it is dense."""
+        at = {change.step: change.counts for change in self.sparsifier.changes}
+        return [at[p.start] if p.kind == "sparse" else None for p in self.schedule.phases]
+
+    def _details(self, command: str) -> dict[str, Any]:
+        support, network, samples = self.sparsifier.support, self.network, self.recipe.batch_size
+        counts = support.counts()
+        kept = network.kept(counts)
+        parameters = sum(p.numel() for p in self.net.parameters())
+        dense_phases: list[dict[str, int] | None] = [None] * len(self.schedule.phases)
+        epoch = self.data.train_samples
+
+        def trained(by_phase: list[dict[str, int] | None]) -> int:
+            return network.training_flops(self.schedule, by_phase, samples, epoch)
+
+        last_dense = self.schedule.last("dense")
+        tail = 0
+        if self.leg == "finetune" and last_dense is not None:
+            tail = 3 * network.flops() * samples * (self.schedule.total - last_dense.stop)
+        return {
+            "recipe": self.recipe.name,
+            "method": self.method.name,
+            "seed": self.recipe.seed,
+            "epochs": self.schedule.epochs,
+            "command": command,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "versions": versions(),
+            "device": str(self.fabric.device),
+            "devices": self.fabric.world_size,
+            "sparsity_asked": self.method.sparsity,
+            "sparsity_all_parameters": (support.numel - support.nnz) / parameters,
+            "parameters": parameters,
+            "prunable": support.numel,
+            "dense_flops": network.flops(),
+            "sparse_flops": network.flops(counts),
+            "train_flops": trained(self._by_phase()),
+            "train_flops_dense": trained(dense_phases),
+            "finetune_flops": tail,
+            "phases": [vars(phase) for phase in self.schedule.phases],
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "numel": layer.weights,
+                    "nnz": kept[layer.name],
+                    "positions": layer.positions,
+                    "macs": layer.macs,
+                    "density": kept[layer.name] / layer.weights,
+                    "pruned": layer.name in counts,
+                }
+                for layer in network.layers
+            ],
+            "refused": self.sparsifier.refused,
+            "dense_finetuned": self.leg == "finetune",
+            "bn_reestimated": bool(self.recipe.bn_batches),
+        }
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def _fabric(recipe: Recipe, device: str, folder: Path) -> Fabric:
+    try:
+        return Fabric(
+            accelerator=device,
+            devices=recipe.devices,
+            precision=recipe.precision,  # type: ignore[arg-type]
+            loggers=TensorBoardLogger(folder, name="tensorboard", version=""),
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"The run cannot be set up on device {device!r} with devices={recipe.devices} and "
+            f"precision={recipe.precision!r}: {error} Choose --device cpu, or other values."
+        ) from error
+
+
+def _claim(place: Folder, recipe: Recipe, changed: Mapping[str, str], resume: bool) -> None:
+    """Make the folder this run's own, or see that it is."""
+    values = {"name": recipe.name, "seed": recipe.seed, "values": encode(recipe),
+              "changed": dict(changed)}  # fmt: skip
+    if resume:
+        if not place.recipe.exists():
+            raise InputError(
+                f"There is no run to resume in {place.path}. Leave --resume out to start it."
+            )
+        old = place.read(place.recipe)
+        if old["values"] != values["values"]:
+            raise InputError(
+                f"The run in {place.path} has another recipe: "
+                f"{_first_difference(old['values'], values['values'])}. Resume with the same --set "
+                f"values, or start a new run in another folder."
+            )
+        return
+    if place.recipe.exists():
+        raise InputError(
+            f"{place.path} already holds a run. Go on with it by --resume, or choose another "
+            f"folder with --out."
+        )
+    place.write(place.recipe, values)
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> str:
+    """Return the first value in which two encoded recipes differ, as words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            if old.get(key) != new.get(key):
+                return _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    return f"{path} was {old!r} and is {new!r}"
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Yield a list that holds the signal, once one asks the process to stop."""
+    caught: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt  # asked twice: stop now
+        caught.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught  # only the main thread may set handlers
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["DenseTwin", "Interrupted", "prunable", "run"]

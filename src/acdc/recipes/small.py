@@ -1,0 +1,56 @@
+"""Recipes that a laptop runs: digits in a minute, Fashion-MNIST in some more."""
+
+from __future__ import annotations
+
+from acdc.lab.data import Digits, FashionMNIST
+from acdc.lab.models import SmallResNet
+from acdc.lab.optim import SGD, Cosine
+from acdc.lab.recipe import Recipe
+from acdc.methods.acdc import ACDC
+from acdc.pattern import Unstructured
+from acdc.schedule import alternate
+
+
+def digits() -> Recipe:
+    """scikit-learn's 8x8 digits: the demonstration, with no download."""
+    return Recipe(
+        name="digits",
+        about="scikit-learn's 8x8 digits with a small ResNet, 90 %: the demo, no download",
+        model=SmallResNet(width=16),
+        data=Digits(),
+        method=ACDC(
+            Unstructured(0.9),
+            alternate(epochs=40, warmup="4ep", sparse="4ep", dense="4ep", last_sparse="12ep"),
+        ),
+        optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=5e-4),
+        lr=Cosine(),
+        batch_size=64,
+        dense_finetune=True,
+        checkpoint_steps=200,
+    )
+
+
+def fashion_mnist() -> Recipe:
+    """Fashion-MNIST, 60,000 images of 28x28, with a small ResNet."""
+    return Recipe(
+        name="fashion_mnist",
+        about="Fashion-MNIST with a small ResNet, 90 %",
+        model=SmallResNet(width=32, stem_stride=2, stem_pool=2, size=28),
+        data=FashionMNIST(),
+        method=ACDC(
+            Unstructured(0.9),
+            alternate(
+                epochs=20,
+                warmup="2ep",
+                sparse="2ep",
+                dense="2ep",
+                last_dense="4ep",
+                last_sparse="8ep",
+            ),
+        ),
+        optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=5e-4),
+        lr=Cosine(every="step"),
+        batch_size=128,
+        dense_finetune=True,
+        checkpoint_steps=469,
+    )
