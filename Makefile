@@ -1,0 +1,45 @@
+# The commands of a working day. Everything is installed into .venv, from constraints.txt.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/cost.py
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types unit format clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## make .venv and install acdc with all extras but ImageNet's
+
+# torch first and by this exact name: on Linux without a GPU, set PIP_INDEX_URL or PIP_FIND_LINKS to
+# where your CPU build lies if the default CUDA build is too large for you.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: install  ## train AC/DC at 90 % on scikit-learn's digits, in about half a minute
+	$(BIN)/acdc run digits --out runs
+
+test: lint types unit  ## everything: lint, types, tests
+
+lint: install  ## style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy, strict
+	$(BIN)/mypy
+
+unit: install  ## tests and doctests
+	$(BIN)/pytest --doctest-modules $(DOCTEST) tests
+
+format: install  ## put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove what was built, not what was trained
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
