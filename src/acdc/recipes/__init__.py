@@ -1,1 +1,44 @@
-"""Recipes: functions that return everything about a run."""
+"""Recipes: functions that return everything about a run, in the order of ``acdc list``.
+
+>>> names()[:3]
+['digits', 'fashion_mnist', 'cifar10_resnet20']
+>>> get("imagenet_resnet50").method.sparsity
+0.9
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from acdc.errors import InputError
+from acdc.lab.recipe import Recipe
+from acdc.recipes import paper, small
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    function.__name__: function
+    for function in (small.digits, small.fashion_mnist, *paper.RECIPES)
+}
+
+
+def names() -> list[str]:
+    """Return the names of all recipes, small ones first."""
+    return list(RECIPES)
+
+
+def get(name: str) -> Recipe:
+    """Return the recipe of this name.
+
+    Raises:
+        InputError: There is none; the message has the names that are near.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}? 'acdc list' shows all of them."
+        if not near:
+            hint = f"There are: {', '.join(RECIPES)}."
+        raise InputError(f"There is no recipe {name!r}. {hint}")
+    return RECIPES[name]()
+
+
+__all__ = ["RECIPES", "get", "names"]
