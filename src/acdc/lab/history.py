@@ -1,0 +1,264 @@
+"""What a run left behind in its folder, read back.
+
+The folder holds ``recipe.json``, ``metrics.jsonl`` and ``record.json``. A run may have been killed
+at any moment: half a line at the end of the metrics, steps that a resumed run said twice, a record
+that was never written are read for what they are worth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from acdc.errors import InputError
+from acdc.schedule import Schedule
+
+Json = dict[str, Any]
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Measurements of executed steps, one entry each, in order.
+
+    Args:
+        step: Executed steps so far, this one included.
+        loss: Training loss, not finite where it was not.
+        rate: Learning rate.
+        seconds: Time the step took.
+    """
+
+    step: Array
+    loss: Array
+    rate: Array
+    seconds: Array
+
+    @classmethod
+    def of(cls, events: Sequence[Json]) -> Steps:
+        """Gather the events of steps; a value that is missing becomes NaN."""
+
+        def column(name: str) -> Array:
+            values = [event.get(name) for event in events]
+            array = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+            array[~np.isfinite(array)] = np.nan
+            return array
+
+        return cls(column("step"), column("loss"), column("lr"), column("seconds"))
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def within(self, start: int, stop: int) -> slice:
+        """Return where the steps of the phase ``[start, stop)`` are."""
+        # The event of a phase's first step says start + 1: it was written after the step.
+        first, last = np.searchsorted(self.step, [start, stop], side="right")
+        return slice(int(first), int(last))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer, its weights, and how many of them the sparse twin keeps."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    positions: int | None
+    prunable: bool
+    nnz: int | None = None
+
+    @property
+    def density(self) -> float | None:
+        """Share of the weights that are kept."""
+        return None if self.nnz is None else self.nnz / self.numel
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known about a run, from its three files."""
+
+    recipe: Json
+    record: Json | None
+    start: Json | None
+    steps: Steps
+    branch: Steps  # steps of the dense twin's fine-tuning, on the clock of the run
+    evals: tuple[Json, ...]
+    branch_evals: tuple[Json, ...]
+    changes: tuple[Json, ...]
+    damaged: int = 0  # lines of metrics.jsonl that are not JSON
+
+    @property
+    def details(self) -> Json:
+        """The record's details, empty for a run that stopped."""
+        return dict((self.record or {}).get("details") or {})
+
+    @cached_property
+    def schedule(self) -> Schedule | None:
+        """The phases, or ``None`` for a run that wrote no start event."""
+        return None if self.start is None else Schedule.from_dict(self.start)
+
+    def epochs(self, steps: Any) -> Array:
+        """Turn executed steps into epochs, fractions included."""
+        assert self.schedule is not None
+        ends = [0, *accumulate(self.schedule.steps_per_epoch)]
+        return np.interp(np.asarray(steps, dtype=np.float64), ends, np.arange(len(ends)))
+
+    @property
+    def reached(self) -> int:
+        """Executed steps of the run itself, the twin's fine-tuning not counted."""
+        seen = [int(self.steps.step[-1])] if len(self.steps) else [0]
+        seen += [int(event["step"]) for event in self.evals]
+        return max(seen)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Layers that were to be pruned and could not be, and why: they stayed dense."""
+        return dict((self.start or {}).get("refused") or self.details.get("refused") or {})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end, and wrote its record there."""
+        return self.record is not None
+
+    @property
+    def compressions(self) -> list[Json]:
+        """The changes to a sparse support."""
+        return [change for change in self.changes if change["to"] == "sparse"]
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Convolutions and linear layers in the order of the model."""
+        named = {str(layer["name"]): layer for layer in (self.start or {}).get("layers", [])}
+        for layer in self.details.get("layers", []):
+            named[str(layer["name"])] = {**named.get(str(layer["name"]), {}), **layer}
+        last = self.compressions[-1]["counts"] if self.compressions else None
+        sparse = self.record["sparse"] is not None if self.record else last is not None
+
+        def one(name: str, layer: Json) -> Layer:
+            numel = int(layer["numel"])
+            prunable = bool(layer.get("prunable", layer.get("pruned", True)))
+            nnz = layer.get("nnz", (last or {}).get(name)) if sparse else None
+            if sparse and not prunable:
+                nnz = numel
+            shape = tuple(int(n) for n in layer["shape"])
+            return Layer(name, shape, numel, layer.get("positions"), prunable, nnz)
+
+        return tuple(one(name, layer) for name, layer in named.items())
+
+    @property
+    def prunable(self) -> int | None:
+        """Weights that may be pruned."""
+        return sum(layer.numel for layer in self.layers if layer.prunable) or None
+
+    def flops(self, counts: Mapping[str, int] | None = None) -> int | None:
+        """FLOPs of one forward pass over one sample; layers that are not in ``counts`` are dense.
+
+        A weight does one multiplication and one addition at each output position.
+        """
+        total = 0
+        for layer in self.layers:
+            if layer.positions is None:
+                return None
+            kept = (counts or {}).get(layer.name, layer.numel)
+            total += 2 * int(kept) * int(layer.positions)
+        return total or None
+
+    @property
+    def samples(self) -> float | None:
+        """Training samples that the run has seen, epochs counted, or ``None`` if not recorded."""
+        dense, total = self.flops(), self.details.get("train_flops_dense")
+        return None if not dense or not total else float(total) / (3 * dense)
+
+    def spent(self, start: int, stop: int) -> float | None:
+        """Cost of the steps ``[start, stop)`` in dense steps: 1 per step where all is dense."""
+        dense = self.flops()
+        if dense is None:
+            return None
+        marks = [c for c in self.changes if c["step"] < stop]
+        before = [c for c in marks if c["step"] <= start]
+        inside = [c for c in marks if c["step"] > start]
+        edges = [start, *(int(c["step"]) for c in inside), stop]
+        forces = [before[-1] if before else None, *inside]
+        total = 0.0
+        for (begin, end), force in zip(pairwise(edges), forces, strict=True):
+            share: float = 1.0
+            if force is not None and force["to"] == "sparse":
+                if force["counts"] is None:
+                    return None
+                share = (self.flops(force["counts"]) or 0) / dense
+            total += share * (end - begin)
+        return total
+
+
+def read(run: Path) -> Run:
+    """Read the files of a run.
+
+    Raises:
+        InputError: The folder is not the folder of a run, or one of its files is damaged.
+    """
+    if not run.is_dir():
+        raise InputError(f"There is no folder {str(run)!r}. Give the folder of a run.")
+    recipe = _json(run / "recipe.json")
+    if recipe is None:
+        raise InputError(
+            f"The folder {str(run)!r} holds no recipe.json, so it is not the folder of a run. "
+            f"Give the folder that training wrote into: one level below --out."
+        )
+    events, damaged = _events(run / "metrics.jsonl")
+
+    def pick(event: str, twin: str | None) -> list[Json]:
+        # A run that was killed and resumed may say a step twice: what it said last is what counts.
+        found = {e["step"]: e for e in events if e.get("event") == event and e.get("twin") == twin}
+        return [found[step] for step in sorted(found)]
+
+    starts = [e for e in events if e.get("event") == "start"]
+    return Run(
+        recipe=recipe,
+        record=_json(run / "record.json"),
+        start=starts[-1] if starts else None,
+        steps=Steps.of(pick("step", None)),
+        branch=Steps.of(pick("step", "dense")),
+        evals=tuple(pick("eval", None)),
+        branch_evals=tuple(pick("eval", "dense")),
+        changes=tuple(pick("change", None)),
+        damaged=damaged,
+    )
+
+
+def _json(path: Path) -> Json | None:
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{str(path)!r} is damaged ({error}). Run the training again with --resume: it "
+            f"writes the file anew."
+        ) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{str(path)!r} holds no JSON object. Is this the folder of a run?")
+    return value
+
+
+def _events(path: Path) -> tuple[list[Json], int]:
+    """Read the events, and count the lines that are none: a killed run may leave half a line."""
+    events, damaged = [], 0
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in filter(str.strip, lines):
+                try:
+                    event = json.loads(line)
+                    if not isinstance(event, dict):
+                        raise ValueError("not an object")
+                except ValueError:
+                    damaged += 1
+                else:
+                    events.append(event)
+    return events, damaged

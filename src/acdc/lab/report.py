@@ -1,0 +1,747 @@
+"""The report of a run: one HTML page that says what happened, and opens anywhere.
+
+``render(run)`` reads what training wrote into the run's folder and writes ``report.html`` beside
+it. The page holds its figures and its style, asks the network for nothing and runs no script. The
+page of a run that stopped before its end shows what there is and says so.
+
+Every figure is drawn twice, wide and narrow, and the page shows the one that fits the screen: a
+drawing scaled down to a telephone has labels that nobody can read.
+
+The only module that imports the plotting library and the template engine.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.resources import files
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from acdc.errors import need
+from acdc.lab import tables
+from acdc.lab.history import Array, Run, read
+from acdc.lab.tables import percent, plural, short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+Form = Literal["wide", "narrow"]
+
+# One colour per twin, in figures and tables alike. Blue and vermilion stay apart under every common
+# form of colour blindness, and both are dark enough to be read as text on white.
+DENSE = "#0067a5"
+SPARSE = "#c04a00"
+SHADE = "#fbeee5"
+INK = "#1c1c1c"
+GREY = "#6f6f6f"
+FAINT = "#d2d2d2"
+
+WIDTH: dict[Form, float] = {"wide": 7.1, "narrow": 3.7}  # inches
+POINTS = 1500  # a line in a figure has at most so many
+
+
+def render(run: Path) -> Path:
+    """Write ``report.html`` into the folder of a run and return its path.
+
+    The file appears whole or not at all: a page that was there before stays until the new one is
+    complete. The same run gives the same bytes.
+
+    Args:
+        run: Folder with ``recipe.json`` and, as far as the run came, ``metrics.jsonl`` and
+            ``record.json``.
+
+    Raises:
+        InputError: The folder is not the folder of a run, or one of its files is damaged.
+        MissingDependency: matplotlib or jinja2 is not installed.
+    """
+    run = Path(run)
+    text = page(read(run))
+    handle, partial = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=run)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(partial, run / "report.html")
+    except BaseException:
+        os.unlink(partial)
+        raise
+    return run / "report.html"
+
+
+# --- Figures -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A numbered figure with its caption, or the sentence that says why there is none."""
+
+    id: str
+    heading: str
+    caption: str = ""
+    drawings: Mapping[Form, str] = field(default_factory=dict)
+    absent: str = ""
+
+
+Draw = Callable[["Figure", Form], None]
+
+# Text stays text (selectable, searchable, in the page's own typeface), so no font is embedded. The
+# salt makes the ids, and with them the file, the same every time.
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "acdc",
+    "font.size": 8.5,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "xtick.minor.size": 1.8,
+    "ytick.minor.size": 1.8,
+    "lines.linewidth": 1.3,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "figure.constrained_layout.h_pad": 0.04,
+    "figure.constrained_layout.hspace": 0.05,
+    "figure.constrained_layout.w_pad": 0.03,
+}
+
+
+def _svg(draw: Draw, form: Form, height: float, prefix: str) -> str:
+    """Draw and return the SVG element, its ids made unique in the page by ``prefix``."""
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise need("matplotlib", "lab") from error
+
+    # The user's own settings of matplotlib must neither change the page nor be changed by it.
+    settings: Any = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
+    with matplotlib.rc_context(settings | STYLE):
+        figure = Figure(figsize=(WIDTH[form], height), layout="constrained")
+        canvas: Any = FigureCanvasSVG(figure)
+        draw(figure, form)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        canvas.print_svg(buffer, metadata=nothing)
+    return _embed(buffer.getvalue(), prefix)
+
+
+def _embed(svg: str, prefix: str) -> str:
+    """Turn a file of SVG into an element of a page that holds several of them."""
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.S)  # would style the whole page
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
+    svg = re.sub(
+        r"<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>",
+        r'<svg viewBox="\1" role="img" aria-labelledby="' + prefix.split("-")[0] + '-caption">',
+        svg,
+        count=1,
+    )
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
+    svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
+    # The size of the text is ours, its typeface the page's. matplotlib before 3.11 writes both as
+    # one "font:".
+    svg = re.sub(r"font: (?:[a-z0-9]+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    # A hundredth of a point is finer than any printer; matplotlib's six digits double the file.
+    digits = re.compile(r"(\.\d\d)\d+")
+    return re.sub(r' d="[^"]*"', lambda path: digits.sub(r"\1", path[0]), svg)
+
+
+def _plate(
+    name: str, heading: str, caption: str, draw: Draw, height: Mapping[Form, float]
+) -> Plate:
+    forms: tuple[Form, ...] = ("wide", "narrow")
+    drawings = {form: _svg(draw, form, height[form], f"{name}-{form}") for form in forms}
+    return Plate(name, heading, caption, drawings)
+
+
+def decimate(x: Array, y: Array, limit: int = POINTS) -> tuple[Array, Array]:
+    """Thin a line to at most ``limit`` points: the lowest and the highest of each of equal bins.
+
+    The outline of the line stays what it was, every spike included. ``x`` and ``y`` have the shape
+    ``[points]``; a bin that is NaN throughout stays a gap.
+    """
+    if len(x) <= limit:
+        return x, y
+    edges = np.linspace(0, len(x), max(1, limit // 2) + 1).astype(int)
+    low, high = np.where(np.isnan(y), np.inf, y), np.where(np.isnan(y), -np.inf, y)
+    keep: list[int] = []
+    for a, b in pairwise(edges):
+        keep += sorted((a + int(low[a:b].argmin()), a + int(high[a:b].argmax())))
+    return x[keep], y[keep]
+
+
+def smooth(y: Array, window: int) -> Array:
+    """Return the centred mean over ``window`` points, over fewer at the ends; NaN is left out."""
+    known = ~np.isnan(y)
+    totals = np.concatenate([[0.0], np.cumsum(np.where(known, y, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    centre = np.arange(len(y))
+    first = np.maximum(centre - window // 2, 0)
+    last = np.minimum(centre + (window - window // 2), len(y))
+    with np.errstate(invalid="ignore"):
+        mean = (totals[last] - totals[first]) / (counts[last] - counts[first])
+    return np.where(known, mean, np.nan)
+
+
+def _time_axis(axes: Axes, run: Run, form: Form, label: bool = True) -> None:
+    """Epochs along the bottom, the sparse phases shaded."""
+    from matplotlib.ticker import MaxNLocator
+
+    assert run.schedule is not None
+    for phase in run.schedule.phases:
+        if phase.kind == "sparse":
+            start, stop = run.epochs([phase.start, phase.stop])
+            axes.axvspan(start, stop, facecolor=SHADE, edgecolor="none", linewidth=0, zorder=0)
+    axes.set_xlim(0, run.schedule.epochs)
+    axes.xaxis.set_major_locator(MaxNLocator(10 if form == "wide" else 6, integer=True))
+    axes.tick_params(labelbottom=label)
+    if label:
+        axes.set_xlabel("training, epochs")
+
+
+def _legend(axes: Axes, handles: Sequence[Any], form: Form) -> None:
+    axes.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=len(handles) if form == "wide" else 2,
+        borderaxespad=0.1,
+        borderpad=0.2,
+        handlelength=1.6,
+        columnspacing=1.6,
+        labelspacing=0.35,
+    )
+
+
+def _key(color: str, label: str, **style: Any) -> Line2D:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, label=label, **style)
+
+
+def _keys(run: Run, twins: bool) -> list[Any]:
+    """The legend's entries: only what the figure shows."""
+    assert run.schedule is not None
+    sparse = any(phase.kind == "sparse" for phase in run.schedule.phases)
+    keys: list[Any] = [_key(DENSE, "dense phase" if sparse else "dense network")]
+    if sparse:
+        keys += [_key(SPARSE, "sparse phase")]
+    if run.branch_evals or len(run.branch):
+        keys += [_key(DENSE, "dense twin, fine-tuned", linestyle=(0, (3, 1.6)))]
+    if twins:
+        ring = {"linestyle": "", "marker": "o", "markerfacecolor": "white", "markersize": 5.5}
+        label = "twins of table 1" if sparse else "network of table 1"
+        keys += [_key(INK if sparse else DENSE, label, **ring)]
+    return keys
+
+
+def _colour(kind: str) -> str:
+    return SPARSE if kind == "sparse" else DENSE
+
+
+def _no_clock(run: Run) -> str:
+    return (
+        "This run wrote no start event into metrics.jsonl, so there is no clock to draw against."
+        if run.schedule is None
+        else ""
+    )
+
+
+def _accuracy(run: Run) -> Plate:
+    sparsity = _sparsity(run)
+    name = "accuracy"
+    heading = "Accuracy and sparsity over training" if sparsity else "Accuracy over training"
+    if reason := _no_clock(run) or (
+        "" if run.evals else "The run stopped before its first evaluation."
+    ):
+        return Plate(name, heading, absent=reason)
+    assert run.schedule is not None
+    x = run.epochs([e["step"] for e in run.evals])
+    y = np.array([e["accuracy"] for e in run.evals], dtype=np.float64)
+    kinds = [str(e["phase"]) for e in run.evals]
+    tail_x = run.epochs([e["step"] for e in run.branch_evals])
+    tail_y = np.array([e["accuracy"] for e in run.branch_evals], dtype=np.float64)
+    fork = run.schedule.last("dense")
+    at = [i for i, e in enumerate(run.evals) if fork is not None and e["step"] <= fork.stop]
+    if len(tail_x) and at:  # the branch leaves the line where the twin was taken
+        tail_x, tail_y = np.append(x[at[-1]], tail_x), np.append(y[at[-1]], tail_y)
+    low, hidden = _floor(y)
+    rings: list[tuple[float, float, str]] = []
+    if run.finished:
+        if run.record is not None and run.record["sparse"] is not None:
+            rings.append((x[-1], y[-1], SPARSE))
+        if len(tail_x):
+            rings.append((tail_x[-1], tail_y[-1], DENSE))
+        elif at:
+            rings.append((x[at[-1]], y[at[-1]], DENSE))
+
+    def draw(figure: Figure, form: Form) -> None:
+        rows = 2 if sparsity else 1
+        panels = figure.subplots(
+            rows, 1, squeeze=False, sharex=True, height_ratios=[3.2, 1][:rows]
+        )[:, 0]
+        top = panels[0]
+        here = 0
+        for kind, group in groupby(kinds[1:]):  # a line is of the kind of the phase that it ends in
+            stop = here + len(list(group))
+            top.plot(x[here : stop + 1], y[here : stop + 1], color=_colour(kind), zorder=3)
+            here = stop
+        for kind in sorted(set(kinds)) if len(x) <= 60 else ():
+            of_kind = [i for i, k in enumerate(kinds) if k == kind]
+            top.plot(x[of_kind], y[of_kind], "o", color=_colour(kind), markersize=2.6, zorder=4)
+        top.plot(tail_x, tail_y, color=DENSE, linestyle=(0, (3, 1.6)), zorder=3)
+        for px, py, color in rings:
+            top.plot(
+                px, py, "o", markersize=5.5, markerfacecolor="white", color=color, zorder=5,
+                markeredgewidth=1.3, clip_on=False,
+            )  # fmt: skip
+        top.set_ylabel("test accuracy, %")
+        span = max(float(np.nanmax(np.append(y, tail_y))) - low, 1e-3)
+        top.set_ylim(low, min(low + 1.07 * span, 100 + 0.02 * span))
+        _legend(top, _keys(run, bool(rings)), form)
+        _time_axis(top, run, form, label=not sparsity)
+        if sparsity:
+            bottom = panels[1]
+            steps, zeros = sparsity
+            bottom.step(run.epochs(steps), zeros, where="post", color=INK, linewidth=1.1, zorder=3)
+            bottom.set_ylim(-6, 106)
+            bottom.set_yticks([0, 50, 100])
+            bottom.set_ylabel("sparsity, %")
+            _time_axis(bottom, run, form)
+        figure.align_ylabels()
+
+    caption = f"Accuracy on the test set after each epoch, in percent{_hidden(low, hidden)}."
+    if sparsity:
+        caption = (
+            f"Top: {caption[0].lower()}{caption[1:]} Bottom: share of the prunable weights that "
+            f"are zero, in percent. Sparse phases are shaded."
+        )
+    if len(tail_x):
+        caption += (
+            " The dashed line is the dense twin: it leaves the run at the end of the last dense "
+            "phase and is trained on, densely, on the tail of the same learning-rate curve."
+        )
+    if rings:
+        caption += (
+            " Rings mark the twins of table 1."
+            if len(rings) > 1
+            else " The ring marks the network of table 1."
+        )
+    if run.details.get("bn_reestimated"):
+        caption += (
+            " The statistics of batch normalisation were estimated anew after training, so that "
+            "table 1 may differ from the rings."
+        )
+    height: dict[Form, float] = (
+        {"wide": 3.7, "narrow": 3.6} if sparsity else {"wide": 2.8, "narrow": 2.8}
+    )
+    return _plate(name, heading, caption, draw, height)
+
+
+def _floor(y: Array) -> tuple[float, int]:
+    """Return where the accuracy axis starts, and how many evaluations lie below it.
+
+    The first epochs of a long run climb from chance. Drawn in full they take the height that the
+    differences between the phases need.
+    """
+    low, high = float(np.nanmin(y)), float(np.nanmax(y))
+    settled = float(np.nanmin(y[len(y) // 5 :]))
+    if high - low > 2.5 * (high - settled) > 0:
+        low = settled - 0.15 * (high - settled)
+    else:
+        low -= 0.05 * max(high - low, 1.0)
+    return low, int((y < low).sum())
+
+
+def _hidden(low: float, hidden: int) -> str:
+    if not hidden:
+        return ""
+    lies = "evaluation lies" if hidden == 1 else "evaluations lie"
+    return f" (the axis starts at {low:.1f}\u202f%; {hidden} early {lies} below)"
+
+
+def _sparsity(run: Run) -> tuple[list[int], list[float]] | None:
+    """Sparsity in percent from each step on, or ``None`` for a run that is dense throughout."""
+    if not run.compressions or not run.prunable:
+        return None
+    steps, zeros = [0], [0.0]
+    for change in run.changes:
+        steps.append(int(change["step"]))
+        zeros.append(100 * (1 - int(change["nnz"]) / run.prunable))
+    return [*steps, run.reached], [*zeros, zeros[-1]]
+
+
+def _loss(run: Run) -> Plate:
+    name, heading = "loss", "Training loss and learning rate"
+    if reason := _no_clock(run) or ("" if len(run.steps) else "The run stopped before a step."):
+        return Plate(name, heading, absent=reason)
+    assert run.schedule is not None
+    window = max(1, min(run.schedule.total // 100, min(run.schedule.steps_per_epoch)))
+    lines: list[tuple[Array, Array, str, Any]] = []
+    for steps, branch in ((run.steps, False), (run.branch, True)):
+        for phase in run.schedule.phases:
+            part = steps.within(phase.start, phase.stop)
+            if part.stop > part.start:
+                # A mean has no spikes to keep: every so manyth point draws it.
+                every = max(1, len(steps) // POINTS)
+                color = DENSE if branch else _colour(phase.kind)
+                style: Any = (0, (3, 1.6)) if branch else "-"
+                mean = smooth(steps.loss[part], window)
+                at = run.epochs(steps.step[part])
+                lines.append((at[::every], mean[::every], color, style))
+    raw = decimate(run.epochs(run.steps.step), run.steps.loss)
+    if not any(np.isfinite(line[1]).any() for line in lines):
+        return Plate(name, heading, absent="No step of this run has a finite loss.")
+    means = np.concatenate([line[1] for line in lines])
+    low, high = float(np.nanmin(means)), float(np.nanmax(means))
+    log = low > 0 and high / low > 8
+    top_of_raw = float(np.nanquantile(run.steps.loss, 0.995))
+    rate = decimate(run.epochs(run.steps.step), run.steps.rate)
+    # A rate that falls in steps falls by factors: on a linear axis the late steps cannot be seen.
+    levels = np.unique(run.steps.rate[~np.isnan(run.steps.rate)])
+    positive = len(levels) > 1 and levels[0] > 0
+    steps_down = positive and levels[-1] / levels[0] > 20 and min(levels[1:] / levels[:-1]) > 1.5
+
+    def draw(figure: Figure, form: Form) -> None:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+        top.plot(*raw, color=FAINT, linewidth=0.5, zorder=1)
+        for x, y, color, style in lines:
+            top.plot(x, y, color=color, linestyle=style, zorder=3)
+        top.set_ylabel("training loss")
+        if log:
+            top.set_yscale("log")
+            _plain_log(top)
+            top.set_ylim(low / 1.7, max(high, top_of_raw) * 1.15)
+        else:
+            top.set_ylim(min(0.0, low), max(high, top_of_raw) * 1.05)
+        _legend(top, [*_keys(run, twins=False), _key(FAINT, "single steps")], form)
+        _time_axis(top, run, form, label=False)
+        bottom.plot(*rate, color=INK, linewidth=1.1, zorder=3)
+        bottom.set_ylabel("learning rate")
+        if steps_down:
+            bottom.set_yscale("log")
+            _plain_log(bottom, between=False)
+        else:
+            bottom.set_ylim(bottom=0)
+        _time_axis(bottom, run, form)
+        figure.align_ylabels()
+
+    caption = (
+        f"Top: training loss{', on a logarithmic axis' if log else ''}. Coloured: mean over "
+        f"{plural(window, 'step')}, centred, within each phase; grey: single steps. "
+        f"Bottom: learning rate{', on a logarithmic axis' if steps_down else ''}."
+    )
+    if len(run.branch):
+        caption += " Dashed: fine-tuning of the dense twin."
+    if lost := int(np.isnan(run.steps.loss).sum()):
+        caption += f" The loss of {plural(lost, 'step')} is not finite and is not drawn."
+    return _plate(name, heading, caption, draw, {"wide": 3.7, "narrow": 3.6})
+
+
+def _plain_log(axes: Axes, between: bool = True) -> None:
+    """Write 0.1, 1, 10 along a logarithmic axis, and 2 and 5 between them if there is room."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    subs = (1.0, 2.0, 5.0) if between else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _churn(run: Run) -> Plate:
+    name, heading = "churn", "Change of the support"
+    known = [c for c in run.compressions if c["churn"] is not None]
+    reason = _no_clock(run)
+    if not reason and not run.compressions:
+        reason = (
+            "The network was dense throughout: there is no support that could change."
+            if run.schedule is not None and run.schedule.last("sparse") is None
+            else "The run stopped before its first compression."
+        )
+    elif not reason and not known:
+        reason = "The network was compressed once: there is no earlier support to compare with."
+    if reason:
+        return Plate(name, heading, absent=reason)
+    x = run.epochs([c["step"] for c in known])
+    y = 100 * np.array([c["churn"] for c in known], dtype=np.float64)
+    first = float(run.epochs(run.compressions[0]["step"]))
+
+    def draw(figure: Figure, form: Form) -> None:
+        axes = figure.subplots()
+        axes.vlines(x, 0, y, color=SPARSE, linewidth=1.1, zorder=3)
+        axes.plot(x, y, "o", color=SPARSE, markersize=4.5, zorder=4)
+        if len(x) <= (16 if form == "wide" else 8):
+            for px, py in zip(x, y, strict=True):
+                axes.annotate(
+                    f"{py:.2g}", (px, py), xytext=(0, 5), textcoords="offset points",
+                    ha="center", fontsize=8,
+                )  # fmt: skip
+        axes.set_ylim(0, max(float(y.max()) * 1.22, 1e-3))
+        axes.set_ylabel("changed weights, %")
+        _time_axis(axes, run, form)
+
+    caption = (
+        f"Share of the prunable weights that were kept in one of two consecutive sparse supports "
+        f"and not in the other, in percent, at each compression but the first (epoch {first:g}), "
+        f"which has no predecessor."
+    )
+    if run.prunable:
+        density = int(known[-1]["nnz"]) / run.prunable
+        caption += (
+            f" Two independent random supports of the last density ({percent(density)}) would "
+            f"differ in {percent(2 * density * (1 - density), 1)} of the weights."
+        )
+    return _plate(name, heading, caption, draw, {"wide": 2.4, "narrow": 2.7})
+
+
+def _density(run: Run) -> Plate:
+    name, heading = "density", "Density of the layers"
+    layers = [layer for layer in run.layers if layer.density is not None]
+    if not layers:
+        reason = "The run stopped before its first compression."
+        if (run.record is not None and run.record["sparse"] is None) or (
+            run.schedule is not None and run.schedule.last("sparse") is None
+        ):
+            reason = "The network was dense throughout: every layer keeps all its weights."
+        elif run.compressions or run.finished:
+            reason = "The run recorded no count of kept weights by layer."
+        return Plate(name, heading, absent=reason)
+    values = np.array([100 * (layer.density or 0.0) for layer in layers])
+    pruned = [layer for layer in layers if layer.prunable]
+    overall = 100 * sum(layer.nnz or 0 for layer in pruned) / max(1, sum(p.numel for p in pruned))
+    positive = values[values > 0]
+    log = bool(len(positive)) and positive.min() < 10 and values.max() / positive.min() > 6
+    left = 10 ** math.floor(math.log10(positive.min() / 1.3)) if log else 0.0
+
+    def draw(figure: Figure, form: Form) -> None:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes = figure.subplots()
+        rows = np.arange(len(layers))
+        axes.hlines(rows, left, 100, color="#e6e6e6", linewidth=0.6, zorder=1)
+        axes.axvline(overall, color=GREY, linewidth=0.8, linestyle=(0, (4, 2)), zorder=2)
+        for prunable, color, face in ((True, SPARSE, SPARSE), (False, DENSE, "white")):
+            mine = [row for row in rows if layers[row].prunable == prunable]
+            axes.plot(
+                np.maximum(values[mine], left), mine, "o", color=color, markerfacecolor=face,
+                markersize=4.2, zorder=3, clip_on=False,
+            )  # fmt: skip
+        if log:
+            axes.set_xscale("log")
+            subs = (1.0,) if form == "narrow" or left < 0.1 else (1.0, 2.0, 5.0)
+            axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlim(left, 100)
+        axes.set_ylim(len(layers) - 0.4, -0.6)
+        # Names are the user's: a dollar sign in one is not mathematics.
+        axes.set_yticks(rows, [short(layer.name) for layer in layers], parse_math=False)
+        axes.tick_params(axis="y", length=0, labelsize=8 if form == "wide" else 7.5)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("weights kept, %")
+
+    caption = (
+        f"Share of the weights that the sparse support keeps, layer by layer from input to output, "
+        f"in percent{', on a logarithmic axis' if log else ''}. The dashed line is the density of "
+        f"all prunable weights together, {percent(overall / 100)}."
+    )
+    if len(pruned) < len(layers):
+        caption += " Open dots: layers that are not pruned."
+    if empty := int((values == 0).sum()):
+        caption += f" {plural(empty, 'layer')} without any weight drawn at the left edge."
+    height = 0.55 + 0.168 * len(layers)
+    return _plate(name, heading, caption, draw, {"wide": height, "narrow": height})
+
+
+# --- The page ------------------------------------------------------------------------------------
+
+
+def page(run: Run) -> str:
+    """Return the report as the text of an HTML page.
+
+    Raises:
+        MissingDependency: matplotlib or jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise need("jinja2", "lab") from error
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files("acdc.lab").joinpath("templates", "report.html.jinja")
+    template = environment.from_string(source.read_text(encoding="utf-8"))
+    return template.render(
+        run=run,
+        details=run.details,
+        colours={"dense": DENSE, "sparse": SPARSE, "shade": SHADE, "ink": INK, "grey": GREY},
+        method=_method(run),
+        subtitle=_subtitle(run),
+        summary=_summary(run),
+        notices=_notices(run),
+        plates=[draw(run) for draw in (_accuracy, _loss, _churn, _density)],
+        twins=tables.twins(run),
+        training=tables.training(run),
+        ledger=tables.one_power(tables.ledger(run), 1),
+        phases=tables.one_power(tables.phases(run), 4),
+        compressions=tables.compressions(run),
+        layers=tables.one_power(tables.layers(run), 4, 5),
+        values=tables.values(run),
+        origin=_origin(run),
+        command=_command(run),
+    )
+
+
+def _method(run: Run) -> str:
+    method = (run.recipe.get("values") or {}).get("method")
+    kind = method.get("type") if isinstance(method, Mapping) else method
+    return {"ACDC": "AC/DC", "Dense": "Dense training", None: "Training"}.get(kind, str(kind))
+
+
+def _subtitle(run: Run) -> list[str]:
+    parts = []
+    asked, sparse = run.details.get("sparsity_asked"), (run.record or {}).get("sparse")
+    if sparse is not None:
+        asked_text = "" if asked is None else f"{percent(asked)} sparsity asked for, "
+        parts.append(f"{asked_text}{percent(sparse['sparsity'])} reached")
+    parts.append(f"seed {run.recipe.get('seed', 'not recorded')}")
+    if when := run.details.get("finished", run.details.get("started")):
+        parts.append(_date(when))
+    return parts
+
+
+def _date(started: Any) -> str:
+    try:
+        when = (
+            datetime.fromisoformat(started)
+            if isinstance(started, str)
+            else datetime.fromtimestamp(float(started))
+        )
+    except (TypeError, ValueError):
+        return str(started)
+    return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".strip()
+
+
+def _summary(run: Run) -> str:
+    """The report in a few sentences."""
+    said = []
+    details, schedule = run.details, run.schedule
+    parameters = details.get("parameters")
+    if schedule is not None:
+        network = "A network" if parameters is None else f"A network of {parameters:,} parameters"
+        if run.prunable:
+            layers = sum(layer.prunable for layer in run.layers)
+            network += (
+                f" ({run.prunable:,} prunable weights in {plural(layers, 'layer')})"
+                if schedule.last("sparse") is not None
+                else f" ({run.prunable:,} weights in {plural(layers, 'layer')})"
+            )
+        share = float(schedule.share("sparse"))
+        sentence = (
+            f"{network} was trained for {plural(schedule.epochs, 'epoch')} "
+            f"({plural(schedule.total, 'step')})"
+            if run.finished
+            else f"{network} was to be trained for {plural(schedule.epochs, 'epoch')} "
+            f"({plural(schedule.total, 'step')})"
+        )
+        said.append(sentence + (f", {percent(share, 1)} of them sparse." if share else "."))
+    if run.record is not None:
+        sparse, dense = run.record["sparse"], run.record["dense"]
+        if sparse is None:
+            said.append(f"It reaches {dense['accuracy']:.2f}\u202f% on the test set.")
+        else:
+            twin = "taken at the end of the last dense phase"
+            if details.get("dense_finetuned") or len(run.branch):
+                twin += " and fine-tuned on the tail of the learning-rate curve"
+            said.append(
+                f"The sparse twin keeps {sparse['nnz']:,} weights and reaches "
+                f"{sparse['accuracy']:.2f}\u202f% on the test set; the dense twin, {twin}, reaches "
+                f"{dense['accuracy']:.2f}\u202f%. An inference of the sparse twin takes "
+                f"{percent(run.record['inference_flops_ratio'], 1)} of the dense FLOPs, and the "
+                f"training of both took {percent(run.record['train_flops_ratio'], 1)} of the "
+                f"FLOPs of dense training of the same length."
+            )
+    return " ".join(said)
+
+
+def _notices(run: Run) -> list[str]:
+    """What a reader must know before trusting the page."""
+    notices = []
+    if not run.finished:
+        where = ""
+        if run.schedule is not None:
+            done = run.reached / run.schedule.total
+            where = f" at step {run.reached:,} of {run.schedule.total:,} ({percent(done, 1)})"
+        notices.append(
+            f"This run stopped before its end{where} and wrote no record. The page shows what it "
+            f"had measured until then; the twins, their sizes and the machine are not known."
+        )
+    if run.damaged:
+        lines = "line" if run.damaged == 1 else "lines"
+        notices.append(
+            f"{run.damaged} {lines} of metrics.jsonl could not be read and "
+            f"{'was' if run.damaged == 1 else 'were'} left out."
+        )
+    for layer, reason in run.refused.items():
+        notices.append(f"The layer {short(layer)} stayed dense: {reason}")
+    return notices
+
+
+def _origin(run: Run) -> list[tuple[str, str]]:
+    """Where and with what the run was made."""
+    details = run.details
+    said = [("Recipe", str(run.recipe.get("name", "not recorded")))]
+    said += [("Seed", str(run.recipe.get("seed", "not recorded")))]
+    if run.record is not None and run.record.get("run"):
+        # The folder's name: where it lay is nobody's business but its owner's.
+        said.append(("Run", Path(str(run.record["run"])).name))
+    for key in ("started", "finished"):
+        if details.get(key):
+            said.append((key.capitalize(), _date(details[key])))
+    for key, label in (("machine", "Machine"), ("versions", "Versions")):
+        known = details.get(key)
+        if isinstance(known, Mapping):
+            said.append((label, ", ".join(f"{name} {value}" for name, value in known.items())))
+        elif known:
+            said.append((label, str(known)))
+    if details.get("device"):
+        many = int(details.get("devices") or 1)
+        said.append(("Device", f"{details['device']}{f' × {many}' if many > 1 else ''}"))
+    return said
+
+
+def _command(run: Run) -> str | None:
+    command = run.details.get("command")
+    if isinstance(command, (list, tuple)):
+        return shlex.join(str(part) for part in command)
+    return None if command is None else str(command)
