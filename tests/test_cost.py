@@ -299,8 +299,8 @@ def test_reference_count_part_by_part() -> None:
         nn.ReLU(),  # 72
         nn.MaxPool2d(3, stride=2, padding=1),  # 9 x 2 x 3 x 3
         nn.ReLU6(),  # not counted
-        nn.AvgPool2d((3, 1)),  # 3 x 2 x 1 x 3
-        nn.AdaptiveAvgPool2d(1),  # 2 x 1 x 3
+        nn.AvgPool2d((1, 3)),  # 3 x 2 x 3 x 1
+        nn.AdaptiveAvgPool2d(1),  # 2 x 3 x 1
         nn.Flatten(),
         nn.Linear(2, 4, bias=False),  # 8 weights; the original crashes
         nn.BatchNorm1d(4),  # 2 x 4
