@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from acdc.errors import InputError, need
 from acdc.lab.data import Source
@@ -39,7 +39,8 @@ class Recipe:
         optimizer: How weights move.
         lr: The learning-rate curve, through all phases.
         batch_size: Samples of one optimizer step, over all processes.
-        accumulate: Parts a batch is computed in, to save memory; the step is the same.
+        accumulate: Parts a batch is computed in, to save memory; the step is the same, but that
+            BatchNorm takes its statistics over a part.
         label_smoothing: Of the cross-entropy loss.
         clip: Largest norm of the gradient, or ``None``.
         dense_finetune: Train the dense twin on, from the end of the last dense phase over the rest
@@ -50,7 +51,7 @@ class Recipe:
         checkpoint_steps: Steps between two checkpoints.
         precision: Of Lightning Fabric: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``.
         channels_last: Keep images and convolutions in PyTorch's channels-last layout.
-        devices: Processes, one a device.
+        devices: Processes, one a device. They share every batch, and BatchNorm sees the share.
         threads: Threads of PyTorch in each process; ``None``: as PyTorch chooses. Results are
             bitwise the same only for the same number of threads.
         seed: Of weights, data order, augmentation and dropout.
@@ -204,9 +205,8 @@ def parse(text: str, hint: Any, path: str) -> Any:
         raise need("jsonargparse", "lab") from error
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
-    none = text.lower() in ("none", "null")
     try:
-        value = parser.parse_args([f"--value={'null' if none else text}"]).value
+        value = parser.parse_args([f"--value={_yaml(text, hint)}"]).value
     except Exception as error:
         raise InputError(
             f"--set {path}={text}: {text!r} is not of the type {_spell(hint)}."
@@ -216,7 +216,19 @@ def parse(text: str, hint: Any, path: str) -> Any:
     return value
 
 
+def _yaml(text: str, hint: Any) -> str:
+    """Return the text as the parser reads it: ``none`` and ``a,b`` are what people type."""
+    if text.lower() in ("none", "null"):
+        return "null"
+    if get_origin(hint) is tuple and text[:1] not in ("[", "("):
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return json.dumps(parts) if get_args(hint)[0] is str else f"[{', '.join(parts)}]"
+    return text
+
+
 def _spell(hint: Any) -> str:
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        return f"list of {_spell(get_args(hint)[0])}s (a,b,c)"
     if hint in (int, float, str, bool):
         return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]
     return str(hint).replace("typing.", "").replace("NoneType", "none")

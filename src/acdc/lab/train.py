@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from acdc.sparsifier import DenseTwin, Sparsifier
 try:
     from lightning.fabric import Fabric
     from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+    from lightning.fabric.utilities import rank_zero_only
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 except ImportError as missing:
     raise need("lightning", "lab") from missing
@@ -81,7 +82,7 @@ def run(
         root: Where the data lies; ``None``: see the data source.
         download: Fetch the data if it is not there.
         command: What was typed, for the record.
-        watch: Called with every event, as it happens.
+        watch: Called with every event, as it happens; a resumed run gives its start event again.
 
     Raises:
         InputError: Anything the user can mend. What was trained is in the last checkpoint.
@@ -89,10 +90,10 @@ def run(
     """
     place = Folder(folder)
     fabric = _fabric(recipe, device, folder)
-    if fabric.is_global_zero:
-        if place.record.exists() and resume:
-            return place.read(place.record)
-        _claim(place, recipe, changed or {}, resume)
+    if resume and place.record.exists():
+        return place.read(place.record)
+    if getattr(rank_zero_only, "rank", 0) == 0:  # before the launch Fabric calls every rank 0
+        _check_free(place, recipe, resume)
     fabric.launch()
     threads = torch.get_num_threads()
     try:
@@ -102,7 +103,15 @@ def run(
                 torch.set_num_threads(recipe.threads)
             data = recipe.data.load(root, download)
             worker = _Run(recipe, place, fabric, data, stop, watch or (lambda _: None))
+            if fabric.is_global_zero and not resume:
+                # Not before: a run that cannot start leaves no folder in the way of the next try.
+                place.write(place.recipe, _identity(recipe, changed or {}))
             return worker.go(command, resume)
+    except OSError as error:
+        raise InputError(
+            f"The run in {folder} stopped: {error.strerror or error}. {_kept(place)} Free some "
+            f"space if the disk is full, then go on with --resume."
+        ) from error
     finally:
         torch.set_num_threads(threads)
 
@@ -168,6 +177,8 @@ class _Run:
         self.started = time.perf_counter() - self.seconds
         if self.step == 0:
             self._emit(self._start_event())
+        else:
+            self.watch(self._start_event())
         try:
             if self.leg == "main":
                 self._train()
@@ -178,6 +189,7 @@ class _Run:
         finally:
             if self.metrics is not None:
                 self.metrics.close()
+                self.fabric.logger.finalize("success")  # flushes; the run may have stopped
 
     def _end_main(self) -> None:
         """Save the pair as it is now; go back to the dense twin if it is to be trained on."""
@@ -235,7 +247,7 @@ class _Run:
         torch.manual_seed(
             hash((self.recipe.seed, self.batches, self.fabric.global_rank)) & (2**63 - 1)
         )
-        loss = self._backward(self._placed(x), y.to(self.fabric.device))
+        loss, stop = self._agreed(self._backward(self._placed(x), y.to(self.fabric.device)))
         if not math.isfinite(loss):
             raise InputError(self._diverged(loss))
         if self.recipe.clip is not None:
@@ -252,20 +264,35 @@ class _Run:
         self._emit(event | self._twin_mark())
         if self.measured is not None:
             self._emit(self.measured)
+            if not math.isfinite(self.measured["loss"]):
+                raise InputError(self._diverged(self.measured["loss"]))
             self.measured = None
         for change in self.sparsifier.changes[changes:]:
             self._emit({"event": "change"} | vars(change))
         twin = self.sparsifier.dense_twin
         if twin is not None and twin.step == self.step and self.leg == "main":
             self.batches_at_twin = self.batches
-        if self.stop or self.step % self.recipe.checkpoint_steps == 0:
+        if self.fabric.world_size == 1 and self.stop:
+            stop = self.stop[0]
+        if stop or self.step % self.recipe.checkpoint_steps == 0:
             self._checkpoint()
-        if self.stop:
+        if stop:
             raise Interrupted(
                 f"Stopped at step {self.step} of {self.schedule.total} "
-                f"({signal.Signals(self.stop[0]).name}). Nothing is lost: go on with --resume.",
-                self.stop[0],
+                f"({signal.Signals(stop).name}). Nothing is lost: go on with --resume.",
+                stop,
             )
+
+    def _agreed(self, loss: float) -> tuple[float, int]:
+        """Return the mean loss of all processes, and the signal that one of them has been sent.
+
+        A process that stopped alone would leave the others waiting for it.
+        """
+        if self.fabric.world_size == 1:
+            return loss, 0
+        mine = torch.tensor([loss, self.stop[0] if self.stop else 0], device=self.fabric.device)
+        every = cast(Tensor, self.fabric.all_gather(mine))
+        return float(every[:, 0].mean()), int(every[:, 1].max())
 
     def _backward(self, x: Tensor, y: Tensor) -> float:
         """Accumulate the gradients of the mean loss over a batch, and return the loss."""
@@ -289,14 +316,10 @@ class _Run:
         return x
 
     def _diverged(self, loss: float) -> str:
-        saved = "no checkpoint was due yet"
-        if self.place.checkpoint.exists():
-            saved = f"{self.place.checkpoint} is from before"
         return (
             f"The loss is {loss} at step {self.step} of {self.schedule.total}: training diverged. "
-            f"The step was not taken, and {saved}. Lower optimizer.lr (now "
-            f"{self.recipe.optimizer.lr:g}), add --set clip=1.0, or lengthen lr.warmup, and start "
-            f"a new run."
+            f"{_kept(self.place)} Lower optimizer.lr (now {self.recipe.optimizer.lr:g}), add "
+            f"--set clip=1.0, or lengthen lr.warmup, and start a new run."
         )
 
     # --- measuring ------------------------------------------------------------------------------
@@ -389,11 +412,13 @@ class _Run:
             "precision": self.fabric.strategy.precision.state_dict(),
         }
         if not self.fabric.is_global_zero:
-            self.fabric.save(self.place.checkpoint, state)
+            self.fabric.save(self.place.checkpoint, state)  # writes nothing, and waits
+            self.fabric.barrier()
             return
         with Staging(self.place.checkpoint.parent, "the checkpoint") as staging:
             self.fabric.save(staging.place(self.place.checkpoint.name), state)
             staging.commit()
+        self.fabric.barrier()
 
     def _load(self) -> int:
         """Go back to the last checkpoint, and return the size of the metrics file at the time."""
@@ -592,29 +617,42 @@ def _fabric(recipe: Recipe, device: str, folder: Path) -> Fabric:
         ) from error
 
 
-def _claim(place: Folder, recipe: Recipe, changed: Mapping[str, str], resume: bool) -> None:
-    """Make the folder this run's own, or see that it is."""
-    values = {"name": recipe.name, "seed": recipe.seed, "values": encode(recipe),
-              "changed": dict(changed)}  # fmt: skip
-    if resume:
-        if not place.recipe.exists():
+def _identity(recipe: Recipe, changed: Mapping[str, str]) -> dict[str, Any]:
+    """Return what ``recipe.json`` holds: all that a run is, before it has begun."""
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "values": encode(recipe),
+        "changed": dict(changed),
+    }
+
+
+def _check_free(place: Folder, recipe: Recipe, resume: bool) -> None:
+    """See that the folder holds no run, or the very one that is to be resumed."""
+    if not resume:
+        if place.recipe.exists():
             raise InputError(
-                f"There is no run to resume in {place.path}. Leave --resume out to start it."
-            )
-        old = place.read(place.recipe)
-        if old["values"] != values["values"]:
-            raise InputError(
-                f"The run in {place.path} has another recipe: "
-                f"{_first_difference(old['values'], values['values'])}. Resume with the same --set "
-                f"values, or start a new run in another folder."
+                f"{place.path} already holds a run. Go on with it by --resume, or choose another "
+                f"folder with --out."
             )
         return
-    if place.recipe.exists():
+    if not place.recipe.exists():
         raise InputError(
-            f"{place.path} already holds a run. Go on with it by --resume, or choose another "
-            f"folder with --out."
+            f"There is no run to resume in {place.path}. Leave --resume out to start it."
         )
-    place.write(place.recipe, values)
+    old, new = place.read(place.recipe)["values"], encode(recipe)
+    if old != new:
+        raise InputError(
+            f"The run in {place.path} has another recipe: {_first_difference(old, new)}. Resume "
+            f"with the same --set values, or start a new run in another folder."
+        )
+
+
+def _kept(place: Folder) -> str:
+    """Say what of the training is safe."""
+    if place.checkpoint.exists():
+        return f"What was trained until the last checkpoint is in {place.checkpoint}."
+    return "No checkpoint was due yet."
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str:

@@ -1,0 +1,200 @@
+"""What ``acdc run`` shows: a line that moves while it trains, and a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from acdc.errors import need
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError as missing:
+    raise need("rich", "lab") from missing
+
+# As in the report: blue is dense, orange is sparse.
+COLOURS = {"dense": "bright_blue", "sparse": "orange3"}
+
+
+class Watcher:
+    """Shows a run while it trains: a bar on a terminal, else a line after each epoch.
+
+    A context manager; the bar is gone when it is left.
+
+    Args:
+        what: What is run, and where, for the first line.
+        finetune: Whether the dense twin is trained on after the run itself.
+        console: Where to write.
+    """
+
+    def __init__(self, what: str, finetune: bool, console: Console) -> None:
+        self.what = what
+        self.finetune = finetune
+        self.console = console
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not self._live,
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task("starting", total=None, numbers="")
+        self._epochs, self._total, self._branch = 0, 0, 0
+        self._loss, self._accuracy = "", ""
+        self._pace = Pace()
+        self._mean = Mean()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Take in one event of the run."""
+        kind = event["event"]
+        if kind == "start":
+            self._start(event)
+        elif kind == "step":
+            self._step(event)
+        elif kind == "eval":
+            self._evaluated(event)
+
+    def _start(self, event: Mapping[str, Any]) -> None:
+        self._total, self._epochs = event["total_steps"], len(event["steps_per_epoch"])
+        ends = [phase["stop"] for phase in event["phases"] if phase["kind"] == "dense"]
+        self._branch = ends[-1] if ends and self.finetune else self._total
+        self.console.print(
+            f"{self.what}: {self._epochs} epochs, {self._total:,} steps",
+            highlight=False,
+            soft_wrap=True,
+        )
+        both = self._total + (self._total - self._branch)
+        self._progress.update(self._task, total=both)
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        self._pace.tick(event["seconds"])
+        self._mean.add(event["loss"])
+        if not self._live:
+            return
+        twin = "twin" in event
+        done = event["step"] + (self._total - self._branch if twin else 0)
+        phase = "dense" if twin else event["phase"]
+        name = "dense twin" if twin else f"{phase:<6}"
+        self._loss = f"{event['loss']:.3f}"
+        self._progress.update(
+            self._task,
+            completed=done,
+            description=(f"[{COLOURS[phase]}]{name}[/]  epoch {event['epoch'] + 1}/{self._epochs}"),
+            numbers=self._numbers(),
+        )
+
+    def _numbers(self) -> str:
+        parts = [f"loss {self._loss}", self._accuracy, f"{self._pace} steps/s"]
+        return "  ".join(part for part in parts if part)
+
+    def _evaluated(self, event: Mapping[str, Any]) -> None:
+        self._accuracy = f"test {event['accuracy']:.2f} %"
+        if not self._live:
+            phase = "dense twin" if "twin" in event else event["phase"]
+            width = len(str(self._epochs))
+            self.console.print(
+                f"epoch {event['epoch']:>{width}}/{self._epochs}  {phase:<10}  "
+                f"loss {self._mean.take():.4f}  test accuracy {event['accuracy']:6.2f} %  "
+                f"{self._pace} steps/s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+class Pace:
+    """Steps in a second, a running mean."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def tick(self, seconds: float) -> None:
+        """Take in the time of one step."""
+        self._seconds = 0.95 * self._seconds + 0.05 * seconds if self._seconds else seconds
+
+    def __str__(self) -> str:
+        if not self._seconds:
+            return "–"
+        pace = 1 / self._seconds
+        return f"{pace:.0f}" if pace >= 10 else f"{pace:.2f}"
+
+
+class Mean:
+    """The mean of what was added since it was last taken."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        """Add one value."""
+        self._sum, self._count = self._sum + value, self._count + 1
+
+    def take(self) -> float:
+        """Return the mean, and begin anew."""
+        mean = self._sum / self._count if self._count else float("nan")
+        self._sum, self._count = 0.0, 0
+        return mean
+
+
+def outcome(record: Mapping[str, Any]) -> Table:
+    """Return the table at the end of a run: its twins side by side, or its dense network."""
+    sparse, dense, details = record["sparse"], record["dense"], record["details"]
+    prunable = details["prunable"]
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table.add_column("")
+    if sparse is None:
+        table.add_column("dense network", justify="right", style=COLOURS["dense"])
+        rows = [
+            ("test accuracy", percent(dense["accuracy"])),
+            ("parameters", f"{details['parameters']:,}"),
+            ("bytes on disk", f"{dense['bytes']:,}"),
+        ]
+        for row in rows:
+            table.add_row(*row)
+        return table
+    tuned = details["finetune_flops"] / details["train_flops_dense"]
+    table.add_column("sparse twin", justify="right", style=COLOURS["sparse"])
+    table.add_column("dense twin", justify="right", style=COLOURS["dense"])
+    for label, left, right in (
+        ("test accuracy", percent(sparse["accuracy"]), percent(dense["accuracy"])),
+        ("sparsity asked", percent(100 * details["sparsity_asked"]), ""),
+        ("sparsity reached", percent(100 * sparse["sparsity"]), percent(0)),
+        ("weights kept", f"{sparse['nnz']:,}", f"{prunable:,}"),
+        (
+            "inference FLOPs, share of dense",
+            percent(100 * record["inference_flops_ratio"]),
+            percent(100),
+        ),
+        (
+            "training FLOPs, share of dense",
+            percent(100 * record["train_flops_ratio"]),
+            f"+{percent(100 * tuned)} fine-tuning" if tuned else "the same run",
+        ),
+        ("bytes on disk", f"{sparse['bytes']:,}", f"{dense['bytes']:,}"),
+    ):
+        table.add_row(label, left, right)
+    return table
+
+
+def percent(value: float) -> str:
+    """Write a number of percent."""
+    return f"{value:.2f} %"
