@@ -2,9 +2,9 @@
 
 Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as it is:
 
-* a post-hook on ``optimizer.step`` is the clock. It is not called for a step that a GradScaler
-  skips, so the clock counts executed steps. It asks the method for the next support, and sets every
-  weight outside it to zero.
+* a post-hook on ``optimizer.step`` is the clock. A step that a GradScaler skips is none, so the
+  clock counts executed steps. It sets every weight outside the support to zero, and asks the method
+  for the next support.
 * in a sparse phase, a hook on every pruned weight clears the gradient outside the support as soon
   as it is accumulated, so that clipping norms and moments never see it.
 
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -101,6 +102,11 @@ class Sparsifier:
     """
 
     def __init__(self, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(method, Method):
+            raise InputError(
+                f"Sparsifier(method, model, optimizer) takes a method first, such as "
+                f"acdc.ACDC(...), and what was given is a {type(method).__name__}."
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise InputError(
                 "LBFGS keeps one flat history for all parameters, so the state of single weights "
@@ -125,10 +131,10 @@ class Sparsifier:
         self._dropped: dict[str, Tensor] = {}  # the complement of the support; empty when dense
         self._last_sparse: Support | None = None
         self._gradient_hooks: list[RemovableHandle] = []
+        self._advance()
         self._step_hook: RemovableHandle | None = optimizer.register_step_post_hook(
             lambda *_: self._after_step()
         )
-        self._advance()
 
     def __repr__(self) -> str:
         return (
@@ -145,19 +151,27 @@ class Sparsifier:
 
     @torch.no_grad()
     def _after_step(self) -> None:
+        # A fused optimizer is called by a GradScaler even for a step that it then skips inside.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
         self.step += 1
         if self.step == 1:
             self._check_optimizer_state()
+        self._project()  # before the support may change: what comes back comes back from zero
         self._advance()
+
+    def _project(self) -> None:
+        # Not a product with the mask: that leaves -0.0 for -1 and NaN for infinity.
+        for name, dropped in self._dropped.items():
+            self.params[name].masked_fill_(dropped, 0.0)
 
     @torch.no_grad()
     def _advance(self) -> None:
-        """Ask the method for the support from here on, and make the weights obey it."""
+        """Ask the method for the support from here on."""
         support = self.method.update(self.step, self.params, self.support)
         if support is not self.support:
             self._change(support)
-        for name, dropped in self._dropped.items():
-            self.params[name].masked_fill_(dropped, 0.0)
 
     def _change(self, support: Support) -> None:
         support = _agree(support)
@@ -175,12 +189,12 @@ class Sparsifier:
 
     def _note(self, support: Support) -> None:
         """Add the change to the record."""
-        dense, before = support.is_full, self._last_sparse
+        dense, before = self.phase.kind == "dense", self._last_sparse
         compare = None if dense or before is None else before
         self.changes += (
             Change(
                 step=self.step,
-                to="dense" if dense else "sparse",
+                to=self.phase.kind,
                 nnz=support.nnz,
                 churn=None if compare is None else support.churn(compare),
                 regrown=None if compare is None else support.regrown(compare),
@@ -199,43 +213,55 @@ class Sparsifier:
         self._dropped = {} if support.is_full else {name: ~mask for name, mask in support.items()}
         for name, dropped in self._dropped.items():
             param = self.params[name]
+            trained = param.requires_grad
+            param.requires_grad_(True)  # a frozen weight takes no hook, and may thaw in this phase
             self._gradient_hooks.append(
                 param.register_post_accumulate_grad_hook(_clear_gradient(dropped))
             )
+            param.requires_grad_(trained)
             if param.grad is not None:  # accumulated before the change, used after it
                 param.grad.masked_fill_(dropped, 0.0)
+        self._project()
 
     # --- optimizer state ------------------------------------------------------------------------
 
     def _reset_optimizer(self, entered: Support) -> None:
         """Clear the state that would move the weights that come back, before they move."""
-        rule = self.method.reset
-        if rule == "all":
-            if type(self.optimizer) in _STATE_ON_FIRST_STEP:
-                # Without state these build it anew: exactly a fresh optimizer, step counts too.
-                self.optimizer.state.clear()
-                return
-            for group in self.optimizer.param_groups:
-                for param in group["params"]:
-                    _zero_state(self.optimizer.state.get(param, {}), group, param, None)
-        elif rule == "entered":
-            for name, mask in entered.items():
-                param = self.params[name]
-                _zero_state(self.optimizer.state.get(param, {}), {}, param, mask)
+        rule, state = self.method.reset, self.optimizer.state
+        if rule == "none":
+            return
+        if rule == "all" and type(self.optimizer) in _STATE_ON_FIRST_STEP:
+            # Without state these build it anew: exactly a fresh optimizer, step counts too.
+            state.clear()
+            return
+        where = {id(self.params[name]): mask for name, mask in entered.items()}
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if rule == "all":
+                    _zero_state(state.get(param, {}), group, param, None)
+                elif id(param) in where:
+                    _zero_state(state.get(param, {}), group, param, where[id(param)])
 
     def _check_optimizer_state(self) -> None:
         """Refuse, at the first step and not at the first reset, state that cannot be cleared."""
-        if self.method.reset == "none" or type(self.optimizer) in _STATE_ON_FIRST_STEP:
+        rule, optimizer = self.method.reset, self.optimizer
+        if rule == "none" or (rule == "all" and type(optimizer) in _STATE_ON_FIRST_STEP):
             return
         for name, param in self.params.items():
-            for key, value in self.optimizer.state.get(param, {}).items():
-                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != param.shape:
-                    raise InputError(
-                        f"{type(self.optimizer).__name__} keeps the state {key!r} of shape "
-                        f"{tuple(value.shape)} for the weight {name!r} of shape "
-                        f"{tuple(param.shape)}, and how to reset it is not known. Use an optimizer "
-                        f'with state per weight, or reset="none".'
-                    )
+            for key, value in optimizer.state.get(param, {}).items():
+                if isinstance(value, Tensor):
+                    if value.numel() == 1 or value.shape == param.shape:
+                        continue
+                    form = f"of shape {tuple(value.shape)}"
+                elif value is None or isinstance(value, int | float | str):
+                    continue
+                else:
+                    form = f"({type(value).__name__})"
+                raise InputError(
+                    f"{type(optimizer).__name__} keeps the state {key!r} {form} for the weight "
+                    f"{name!r} of shape {tuple(param.shape)}, and how to reset it is not known. "
+                    f'Use an optimizer with state per weight, or reset="none".'
+                )
 
     # --- what comes out -------------------------------------------------------------------------
 
@@ -277,18 +303,19 @@ class Sparsifier:
         each update of the average.
 
         Args:
-            model: A module with the parameter names of the bound model, perhaps below ``module.``.
+            model: A module with the parameter names of the bound model. Wrappers for data
+                parallelism, ``torch.compile`` and ``AveragedModel`` are seen through.
         """
+        if isinstance(model, torch.optim.swa_utils.AveragedModel):
+            model = model.module
         params = dict(plain(model).named_parameters())
-        prefix = "module." if isinstance(model, torch.optim.swa_utils.AveragedModel) else ""
+        if strangers := [name for name in self._dropped if name not in params]:
+            raise InputError(
+                f"The model to project has no parameter {strangers[0]!r}. Give a copy of the model "
+                f"that the sparsifier is bound to."
+            )
         for name, dropped in self._dropped.items():
-            if prefix + name not in params:
-                raise InputError(
-                    f"The model to project has no parameter {name!r}. Give a copy of the model "
-                    f"that the sparsifier is bound to."
-                )
-            param = params[prefix + name]
-            param.masked_fill_(dropped.to(param.device), 0.0)
+            params[name].masked_fill_(dropped.to(params[name].device), 0.0)
 
     def remove(self) -> None:
         """Take the hooks off. The model stays as it is, with exact zeros where it is pruned."""
@@ -306,7 +333,7 @@ class Sparsifier:
         twin = self.dense_twin
         return {
             "format": FORMAT,
-            "method": self.method.name,
+            "method": _settings(self.method),
             "schedule": self.schedule.to_dict(),
             "step": self.step,
             "shapes": {name: tuple(param.shape) for name, param in self.params.items()},
@@ -320,7 +347,11 @@ class Sparsifier:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken. Load the model and the optimizer as well.
+        """Go on where :meth:`state_dict` was taken.
+
+        Build model, optimizer and sparsifier as the run was started, then load the state of all
+        three, in any order. A schedule that starts sparse cuts the model when the sparsifier is
+        built, so a model loaded before that would lose weights.
 
         Raises:
             InputError: The state is of another model, method or schedule; nothing is changed then.
@@ -341,13 +372,7 @@ class Sparsifier:
                 f"weights differ, {differ[0]!r} first ({shapes.get(differ[0], 'absent')} there, "
                 f"{mine.get(differ[0], 'absent')} here)."
             )
-        if (state["method"], state["schedule"]) != (self.method.name, self.schedule.to_dict()):
-            raise InputError(
-                f"The state is of another run: method {state['method']!r} over "
-                f"{sum(state['schedule']['steps_per_epoch'])} steps, and this is "
-                f"{self.method.name!r} over {self.schedule.total} steps. Resume with the method "
-                f"and the schedule the run was started with."
-            )
+        self._check_same_run(state["method"], Schedule.from_dict(state["schedule"]))
 
         def unpack(packed: Mapping[str, Tensor]) -> Support:
             masks = Support.unpack(packed, shapes)
@@ -355,13 +380,29 @@ class Sparsifier:
 
         twin, last = state["dense_twin"], state["last_sparse"]
         support = unpack(state["support"])
-        self._last_sparse = None if last is None else unpack(last)
-        self.step = state["step"]
-        self.changes = tuple(Change(**change) for change in state["changes"])
-        self.dense_twin = None if twin is None else DenseTwin(**twin)
+        last_sparse = None if last is None else unpack(last)
+        changes = tuple(Change(**change) for change in state["changes"])
+        dense_twin = None if twin is None else DenseTwin(**twin)
+        self.step, self.changes = state["step"], changes
+        self._last_sparse, self.dense_twin = last_sparse, dense_twin
         self._apply(support)
-        for name, dropped in self._dropped.items():
-            self.params[name].masked_fill_(dropped, 0.0)
+
+    def _check_same_run(self, method: str, schedule: Schedule) -> None:
+        mine = _settings(self.method)
+        if method != mine:
+            differ = f"its method is {method}, and here it is {mine}"
+        elif schedule.phases != self.schedule.phases:
+            pairs = zip_longest(schedule.phases, self.schedule.phases)
+            there, here = next((a, b) for a, b in pairs if a != b)
+            differ = f"its schedule has {there or 'no phase'} where this one has {here or 'none'}"
+        elif schedule != self.schedule:
+            differ = "its epochs have other numbers of steps"
+        else:
+            return
+        raise InputError(
+            f"The state is of another run: {differ}. Resume with the method and the schedule the "
+            f"run was started with."
+        )
 
 
 # --- helpers ------------------------------------------------------------------------------------
@@ -388,6 +429,13 @@ def plain(model: nn.Module) -> nn.Module:
             return model
 
 
+def _settings(method: Method) -> str:
+    """Return the method and its arguments as text, but for what the state holds in full."""
+    names: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
+    given = (f"{n}={getattr(method, n)!r}" for n in names if n not in ("schedule", "layers"))
+    return f"{method.name}({', '.join(given)})"
+
+
 def _clear_gradient(dropped: Tensor) -> Callable[[Tensor], None]:
     def clear(param: Tensor) -> None:
         if param.grad is not None:
@@ -400,18 +448,27 @@ def _zero_state(
     state: MutableMapping[str, Any], group: Mapping[str, Any], param: Tensor, where: Tensor | None
 ) -> None:
     """Set one parameter's state to what a fresh optimizer has: all of it, or only ``where``."""
-    fresh = group.get("initial_accumulator_value", 0.0)  # Adagrad starts its sum there
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == param.shape and key != "step":
+            fresh = _fresh(key, group)
             if where is None:
-                value.fill_(fresh if key == "sum" else 0.0)
+                value.fill_(fresh)
             else:
-                value.masked_fill_(where, fresh if key == "sum" else 0.0)
+                value.masked_fill_(where, fresh)
         elif where is None and key == "step":
             if isinstance(value, Tensor):
                 value.zero_()
             else:
                 state[key] = 0
+
+
+def _fresh(key: str, group: Mapping[str, Any]) -> float:
+    """Return where an optimizer starts a state: at zero, but for these two."""
+    if key == "sum":  # Adagrad
+        return float(group.get("initial_accumulator_value", 0.0))
+    if key == "step_size" and "step_sizes" in group:  # Rprop
+        return float(group["lr"])
+    return 0.0
 
 
 def _on_cpu(value: Any) -> Any:

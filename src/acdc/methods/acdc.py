@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import RESETS, Method, Reset, choose
+from acdc.methods.base import RESETS, Method, Reset, check_schedule, choose
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support
@@ -60,10 +60,11 @@ class ACDC(Method):
                 f"ACDC(pattern=...) is {self.pattern!r}. Give a pattern, such as "
                 f"acdc.Unstructured(sparsity=0.9)."
             )
-        if not isinstance(self.schedule, Plan | Schedule):
+        check_schedule("ACDC", self.schedule)
+        if not isinstance(self.layers, Layers | None):
             raise InputError(
-                f"ACDC(schedule=...) is {self.schedule!r}. Give a plan, such as "
-                f"acdc.alternate(epochs=100), or a Schedule."
+                f"ACDC(layers=...) is {self.layers!r}. Give acdc.Layers(...), or None for the "
+                f"pattern's default."
             )
         if self.reset not in RESETS:
             raise InputError(f"reset is {self.reset!r}. It is one of {', '.join(RESETS)}.")

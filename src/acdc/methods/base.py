@@ -79,6 +79,15 @@ class Method(ABC):
         return resolved
 
 
+def check_schedule(method: str, schedule: object) -> None:
+    """Raise InputError unless ``schedule`` is a plan or a schedule."""
+    if not isinstance(schedule, Plan | Schedule):
+        raise InputError(
+            f"{method}(schedule=...) is {schedule!r}. Give a plan, such as "
+            f"acdc.alternate(epochs=100), or a Schedule."
+        )
+
+
 def choose(
     model: nn.Module, pattern: Pattern, layers: Layers | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, str]]:

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from acdc.methods.base import Method
+from acdc.methods.base import Method, check_schedule
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support
 
@@ -26,6 +26,9 @@ class Dense(Method):
     citation: ClassVar[str] = ""
 
     schedule: Plan | Schedule
+
+    def __post_init__(self) -> None:
+        check_schedule("Dense", self.schedule)
 
     def update(self, step: int, params: Mapping[str, Tensor], support: Support) -> Support:
         """Change nothing."""
