@@ -280,6 +280,13 @@ def test_the_digest_follows_the_data() -> None:
     assert toy().digest() == toy(augment=Augment()).digest()
     assert toy().digest() != toy(samples=21).digest()
 
+    def digest(pixel: int, label: int) -> str:
+        x, y = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, label])
+        x[1, 0, 3, 3] = pixel
+        return Images("two", (x, y), (x, y), 3, [0.5], [0.5], Augment()).digest()
+
+    assert len({digest(0, 0), digest(1, 0), digest(0, 1)}) == 3
+
 
 # --- Digits ---------------------------------------------------------------------------------------
 
@@ -592,25 +599,30 @@ def cifar_files(base: Path, source: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def cifar10_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cifar_files(tmp_path_factory.mktemp("cifar10"), Cifar10())
-
-
-@pytest.fixture(scope="session")
-def cifar100_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cifar_files(tmp_path_factory.mktemp("cifar100"), Cifar100())
+@pytest.fixture
+def small_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of 200 images: the full size would be 180 MB for each test."""
+    for name in ("_CIFAR10", "_CIFAR100"):
+        monkeypatch.setattr(sources, name, replace(getattr(sources, name), rows=(200, 200)))
 
 
 @pytest.mark.parametrize("source", [Cifar10(), Cifar100()], ids=["10", "100"])
+def test_the_layout_adds_up_to_the_published_numbers(source: Any) -> None:
+    layout = source.layout
+    rows = (len(layout.train) * layout.rows[0], len(layout.test) * layout.rows[1])
+    assert rows == source.published == (50_000, 10_000)
+
+
+@pytest.mark.usefixtures("small_cifar")
+@pytest.mark.parametrize("source", [Cifar10(), Cifar100()], ids=["10", "100"])
 def test_cifar_is_found_and_put_together(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, source: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any
 ) -> None:
-    folder = request.getfixturevalue(f"cifar{source.classes}_files")
+    folder = cifar_files(tmp_path / "data", source)
     monkeypatch.setenv("ACDC_DATA", str(folder.parent))
     data = source.load()
     assert data.name == f"{source.name} (not the published files)"
-    assert (data.train_samples, data.test_samples) == (50_000, 10_000)
+    assert (data.train_samples, data.test_samples) == (200 * len(source.layout.train), 200)
     assert (data.channels, data.size, data.classes) == (3, 32, source.classes)
     assert same(
         next(source.load(folder).eval_batches("test", 9)), next(data.eval_batches("test", 9))
@@ -623,6 +635,14 @@ def test_cifar_is_found_and_put_together(
     blocks = [x[0, 1, 0, 0] for x, _ in data.eval_batches("train", source.layout.rows[0])]
     expected = [((n + 1) / 255 - mean) / std for n in range(len(source.layout.train))]
     torch.testing.assert_close(torch.stack(blocks), torch.tensor(expected))
+
+
+def test_the_archives_are_those_of_the_official_page() -> None:
+    # https://www.cs.toronto.edu/~kriz/cifar.html
+    assert Cifar10().layout.archive == "cifar-10-python.tar.gz"
+    assert Cifar10().layout.md5 == "c58f30108f718f92721af3b95e74349a"
+    assert Cifar100().layout.archive == "cifar-100-python.tar.gz"
+    assert Cifar100().layout.md5 == "eb9058c3a382ffc7106e4002c42a8d85"
 
 
 @pytest.mark.parametrize("source", [Cifar10(), Cifar100()], ids=["10", "100"])
@@ -741,14 +761,15 @@ def test_cifar_is_downloaded_and_unpacked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     serve: Callable[[Path | None], str],
-    cifar100_files: Path,
+    small_cifar: None,
 ) -> None:
     source, layout = Cifar100(), Cifar100().layout
+    made = cifar_files(tmp_path / "made", source)
     (tmp_path / "outside").write_bytes(b"x")
     (tmp_path / "served").mkdir()
     archive = tmp_path / "served" / layout.archive
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-        tar.add(cifar100_files, arcname=layout.folder)
+        tar.add(made, arcname=layout.folder)
         tar.add(tmp_path / "outside", arcname="../../evil")
     mirror = serve(archive.parent)
     root = tmp_path / "root"
@@ -757,7 +778,7 @@ def test_cifar_is_downloaded_and_unpacked(
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
     monkeypatch.setattr(sources, "_CIFAR100", replace(layout, md5=md5))
     data = source.load(root, download=True, mirror=mirror)
-    assert data.digest() == source.load(cifar100_files).digest()
+    assert data.digest() == source.load(made).digest()
     assert [path.name for path in root.iterdir()] == [layout.folder]
     assert sorted(path.name for path in (root / layout.folder).iterdir()) == ["test", "train"]
     assert not list(tmp_path.rglob("evil"))
@@ -864,6 +885,10 @@ def test_folder_ranks_share_out_the_global_batch(jpegs: Path) -> None:
 def test_a_folder_can_be_shortened_and_sent_to_a_process(jpegs: Path) -> None:
     data = folder_of(jpegs, train_examples=5, test_examples=2)
     assert (data.train_samples, data.test_samples) == (5, 2)
+    whole = zip(*next(folder_of(jpegs).eval_batches("train", 11)), strict=True)
+    label_of = {x.numpy().tobytes(): int(y) for x, y in whole}
+    for x, y in zip(*next(data.eval_batches("train", 5)), strict=True):
+        assert label_of[x.numpy().tobytes()] == int(y)
     again = pickle.loads(pickle.dumps(data))
     assert same(again.train_batch(0, 0, 5, 0), data.train_batch(0, 0, 5, 0))
     assert again.digest() == data.digest() != folder_of(jpegs).digest()
