@@ -1,0 +1,201 @@
+"""Two processes that train one model: DDP over gloo on the CPU.
+
+The processes are started once. Each writes down what it saw, and the tests read it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from acdc import score
+from acdc.methods.acdc import ACDC
+from acdc.pattern import NM, Unstructured
+from acdc.sparsifier import Sparsifier
+from helpers import CUTS, REVIVAL, SCHEDULE, TOTAL, adam, backward, build, is_plus_zero, sgd
+
+WORLD = 2
+PATTERN = Unstructured(0.8)
+METHOD = ACDC(PATTERN, SCHEDULE)
+
+
+def own_batch(step: int) -> int:
+    """Return the number of the batch that this rank trains on: no two ranks have the same."""
+    return WORLD * step + dist.get_rank()
+
+
+def flat(tensors: Iterator[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten().clone() for t in tensors])
+
+
+def trained(
+    wrap_first: bool, accumulate: int, method: ACDC = METHOD, factory: Any = sgd, **ddp: Any
+) -> dict[str, Any]:
+    """Train under DDP; return weights, supports and what clipping saw, step by step."""
+    model = build()
+    optimizer = factory(model)
+    if wrap_first:
+        wrapped = DDP(model, **ddp)
+        sparsifier = Sparsifier(method, wrapped, optimizer)
+    else:
+        sparsifier = Sparsifier(method, model, optimizer)
+        wrapped = DDP(model, **ddp)
+    seen: dict[str, Any] = {"weights": [], "digests": [], "outside": [], "norms": []}
+    for step in range(TOTAL):
+        twin = copy.deepcopy(model)  # what this rank's gradients are without DDP and sparsifier
+        optimizer.zero_grad()
+        for micro in range(accumulate):
+            index = own_batch(accumulate * step + micro)
+            last = micro == accumulate - 1
+            with nullcontext() if last else wrapped.no_sync():
+                backward(wrapped, index)
+            backward(twin, index)
+
+        support = sparsifier.support
+        outside = [sparsifier.params[n].grad[~mask] for n, mask in support.items()]
+        expected = []
+        for name, p in twin.named_parameters():
+            dist.all_reduce(p.grad)
+            grad = p.grad / WORLD
+            expected.append(grad.masked_fill(~support[name], 0) if name in support else grad)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        seen["outside"].append(all(map(is_plus_zero, outside)))
+        seen["norms"].append((float(norm), float(nn.utils.get_total_norm(expected))))
+
+        optimizer.step()
+        seen["weights"].append(flat(model.parameters()))
+        seen["digests"].append(sparsifier.support.digest())
+        seen["zero"] = all(
+            is_plus_zero(sparsifier.params[n][~m]) for n, m in sparsifier.support.items()
+        )
+    seen["changes"] = sparsifier.changes
+    twin_state = sparsifier.dense_twin
+    assert twin_state is not None
+    seen["twin"] = flat(twin_state.model[name] for name, _ in model.named_parameters())
+    return seen
+
+
+def disagreeing() -> dict[str, Any]:
+    """Let the ranks' weights differ in the last bit right before the first compression."""
+    model = build()
+    optimizer = sgd(model)
+
+    @torch.no_grad()
+    def disturb(*_: Any) -> None:  # registered first, so it runs before the sparsifier looks
+        disturb.step += 1  # type: ignore[attr-defined]
+        if disturb.step in CUTS:  # type: ignore[attr-defined]
+            seed = 10 * disturb.step + dist.get_rank()  # type: ignore[attr-defined]
+            generator = torch.Generator().manual_seed(seed)
+            for p in model.parameters():
+                p.copy_(torch.where(p < 0, -0.125, 0.125))  # all tied, but for the last bit
+                up = torch.rand(p.shape, generator=generator) < 0.1
+                p.copy_(torch.where(up, torch.nextafter(p, p * 2), p))
+            local.append(PATTERN.select(score.magnitude(sparsifier.params)).digest())
+
+    disturb.step = 0  # type: ignore[attr-defined]
+    local: list[str] = []
+    optimizer.register_step_post_hook(disturb)
+    wrapped = DDP(model)
+    sparsifier = Sparsifier(METHOD, wrapped, optimizer)
+    used = []
+    for step in range(TOTAL):
+        optimizer.zero_grad()
+        backward(wrapped, own_batch(step))
+        optimizer.step()
+        used.append(sparsifier.support.digest())
+    zero = all(is_plus_zero(sparsifier.params[n][~m]) for n, m in sparsifier.support.items())
+    return {"local": local, "used": used, "zero": zero}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "wrapped first": {"wrap_first": True, "accumulate": 1},
+    "sparsifier first": {"wrap_first": False, "accumulate": 1},
+    "gradients in buckets": {"wrap_first": True, "accumulate": 1, "gradient_as_bucket_view": True},
+    "accumulated": {"wrap_first": True, "accumulate": 2},
+    "adam, 2:4": {
+        "wrap_first": True,
+        "accumulate": 1,
+        "method": ACDC(NM(2, 4), SCHEDULE),
+        "factory": adam,
+    },
+}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = Path(folder, "store").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD)
+    try:
+        result: dict[str, Any] = {name: trained(**case) for name, case in CASES.items()}
+        result["disagreeing"] = disagreeing()
+        torch.save(result, Path(folder, f"rank{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this build of torch has no gloo")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        torch.multiprocessing.spawn(worker, (folder,), nprocs=WORLD)
+        files = (Path(folder, f"rank{rank}.pt") for rank in range(WORLD))
+        return [torch.load(file, weights_only=False) for file in files]
+
+
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+@each_case
+def test_ranks_agree_bit_for_bit_after_every_step(ranks: list[dict[str, Any]], case: str) -> None:
+    first, second = (rank[case] for rank in ranks)
+    assert len(first["weights"]) == TOTAL
+    assert all(map(torch.equal, first["weights"], second["weights"]))
+    assert first["digests"] == second["digests"]
+    assert first["changes"] == second["changes"]
+    assert [c.step for c in first["changes"]] == [CUTS[0], REVIVAL, CUTS[1]]
+    assert torch.equal(first["twin"], second["twin"])
+    assert first["zero"]
+    assert second["zero"]
+
+
+@each_case
+def test_clipping_sees_the_averaged_gradient_of_the_kept_weights_alone(
+    ranks: list[dict[str, Any]], case: str
+) -> None:
+    # DDP averages what the sparsifier's hook has already cleared on every rank: post-accumulate
+    # hooks run before the reducer copies a gradient into its bucket.
+    for rank in ranks:
+        assert rank[case]["outside"] == [True] * TOTAL
+        for seen, expected in rank[case]["norms"]:
+            assert seen == pytest.approx(expected, rel=1e-4)
+    assert [n for n, _ in ranks[0][case]["norms"]] == [n for n, _ in ranks[1][case]["norms"]]
+
+
+def test_wrapping_first_or_last_is_the_same_run(ranks: list[dict[str, Any]]) -> None:
+    a, b = ranks[0]["wrapped first"], ranks[0]["sparsifier first"]
+    assert all(map(torch.equal, a["weights"], b["weights"]))
+
+
+def test_rank_zero_decides_where_scores_differ_in_the_last_bit(
+    ranks: list[dict[str, Any]],
+) -> None:
+    first, second = (rank["disagreeing"] for rank in ranks)
+    for i, step in enumerate(CUTS):
+        assert first["local"][i] != second["local"][i]  # each on its own would choose otherwise
+        assert first["used"][step - 1] == second["used"][step - 1] == first["local"][i]
+    assert first["used"] == second["used"]
+    assert first["zero"]
+    assert second["zero"]

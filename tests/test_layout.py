@@ -1,0 +1,271 @@
+"""Who may import whom, read from the syntax trees: imports point down, never sideways or up."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+import acdc
+
+ROOT = Path(acdc.__file__).parent
+
+# From the top down; a row may import the rows below it. The parts of one room may import each
+# other, and the public names (acdc itself) are at hand from the integrations up.
+ROWS: list[set[str]] = [
+    {"__main__"},
+    {"cli"},
+    {"console"},
+    {"recipes"},
+    {"lab"},
+    {"integrations", "export"},
+    {"acdc"},
+    {"sparsifier"},
+    {"methods", "pair"},
+    {"pattern", "views", "engine", "cost"},
+    {"layers", "support", "schedule", "score"},
+    {"errors"},
+]
+RANK = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}
+
+# What else a room may import beside the standard library; torch is everywhere but in schedule.
+EVERYWHERE = {"torch"}
+ALLOWED: dict[str, set[str]] = {
+    "acdc.pair": {"safetensors", "numpy"},
+    "acdc.engine.native": {"acdc._native"},
+    "acdc.export": {"safetensors", "onnx", "onnxscript", "onnxruntime", "numpy"},
+    "acdc.lab": {"lightning", "sklearn", "numpy", "tensorboard", "torchvision", "PIL"},
+    "acdc.lab.recipe": {"jsonargparse"},
+    "acdc.lab.train": {"safetensors"},
+    "acdc.lab.report": {"matplotlib", "jinja2"},
+    "acdc.console": {"rich"},
+    "acdc.cli": {"jsonargparse", "rich", "safetensors"},
+    "acdc.integrations.lightning": {"lightning"},
+    "acdc.integrations.transformers": {"transformers"},
+    "acdc.integrations.accelerate": {"accelerate"},
+}
+
+
+def modules() -> dict[str, str]:
+    """Return the source of every module of the library by its dotted name."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text("utf-8")
+    return found
+
+
+def imports(name: str, source: str, known: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Yield line and dotted name of everything a module imports, inside functions too."""
+    known = set(known)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = name if f"{name}." in " ".join(known) else name.rpartition(".")[0]
+                upward = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*upward, base]).rstrip(".")
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield node.lineno, whole if whole in known else base
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "acdc"
+
+
+def complaints(sources: dict[str, str]) -> list[str]:
+    """Return a sentence for every import that the layout forbids."""
+    said = []
+    for module, source in sources.items():
+        here = room(module)
+        if here not in RANK:
+            said.append(f"{module}: {here!r} is no room of the plan")
+            continue
+        for line, target in imports(module, source, sources):
+            place = f"{module}:{line}"
+            if target.split(".")[0] == "acdc":
+                there = room(target)
+                if there not in RANK:
+                    said.append(f"{place} imports {target}, which is in no row")
+                elif module == "acdc" and RANK[there] >= RANK["acdc"]:
+                    said.append(f"{place} makes every user import {target}")
+                elif here != there and RANK[there] >= RANK[here]:
+                    said.append(f"{place} imports {target}: not below it")
+                elif here == there == "methods" and target != "acdc.methods.base":
+                    said.append(f"{place} imports {target}: methods do not know one another")
+                continue
+            package = target.split(".")[0]
+            if package in sys.stdlib_module_names or (
+                package in EVERYWHERE and module != "acdc.schedule"
+            ):
+                continue
+            owners = [o for o in ALLOWED if module == o or module.startswith(f"{o}.")]
+            if not any(package in ALLOWED[owner] for owner in owners):
+                said.append(f"{place} imports {package}, which is not its business")
+    return said
+
+
+def test_imports_point_down() -> None:
+    assert complaints(modules()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("acdc.support", "import acdc.pattern", "imports acdc.pattern: not below it"),
+        ("acdc.support", "from acdc import pattern", "imports acdc.pattern: not below it"),
+        ("acdc.support", "def f():\n    from acdc.layers import Layers", "acdc.layers: not below"),
+        ("acdc.score", "from . import sparsifier", "imports acdc.sparsifier: not below it"),
+        ("acdc.pattern", "from acdc.cost import measure", "imports acdc.cost: not below it"),
+        ("acdc.methods.acdc", "from acdc.sparsifier import Sparsifier", "not below it"),
+        ("acdc.methods.acdc", "from acdc.methods.dense import Dense", "do not know one another"),
+        ("acdc.methods.acdc", "from .dense import Dense", "do not know one another"),
+        ("acdc.sparsifier", "from acdc import ACDC", "imports acdc: not below it"),
+        ("acdc.export", "import acdc.lab.train", "imports acdc.lab.train: not below it"),
+        ("acdc", "from acdc.lab import train", "makes every user import acdc.lab"),
+        ("acdc", "from acdc.export import onnx_file", "makes every user import acdc.export"),
+        ("acdc.schedule", "import torch", "imports torch, which is not its business"),
+        ("acdc.pattern", "import numpy as np", "imports numpy, which is not its business"),
+        ("acdc.lab.train", "import matplotlib.pyplot", "imports matplotlib"),
+        ("acdc.lab.train", "import rich", "imports rich"),
+        ("acdc.cli", "import lightning", "imports lightning"),
+        ("acdc.attic", "", "'attic' is no room of the plan"),
+    ],
+)
+def test_the_rule_can_fail(module: str, source: str, complaint: str) -> None:
+    known = {name: "" for name in modules()}
+    said = complaints(known | {module: source})
+    assert len(said) == 1
+    assert complaint in said[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("acdc.methods.acdc", "from acdc.methods.base import Method\nfrom acdc import score"),
+        ("acdc.lab.train", "from acdc import ACDC\nfrom acdc.lab.record import Record"),
+        ("acdc.lab.report", "import matplotlib, jinja2, json"),
+        ("acdc", "from acdc.sparsifier import Sparsifier"),
+    ],
+)
+def test_the_rule_lets_good_imports_through(module: str, source: str) -> None:
+    known = {name: "" for name in modules()}
+    assert complaints(known | {module: source}) == []
+
+
+def calls(source: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func)
+
+
+def global_effects(sources: dict[str, str]) -> list[str]:
+    """Return what a library has no right to do: print, and seed or own the process."""
+    said = []
+    for module, source in sources.items():
+        for line, call in calls(source):
+            if call == "print" and module != "acdc.cli":
+                said.append(f"{module}:{line} prints")
+            seeds = {"torch.manual_seed", "torch.random.manual_seed", "random.seed"}
+            seeds |= {"np.random.seed", "numpy.random.seed", "torch.cuda.manual_seed_all"}
+            if call in seeds and room(module) not in ("lab", "recipes", "cli"):
+                said.append(f"{module}:{line} seeds the process")
+            process = {"torch.set_num_threads", "torch.use_deterministic_algorithms"}
+            process |= {"torch.set_default_dtype", "torch.set_default_device", "signal.signal"}
+            if call in process and room(module) not in ("lab", "recipes", "cli"):
+                said.append(f"{module}:{line} calls {call}")
+    return said
+
+
+def test_no_print_and_no_global_seed() -> None:
+    assert global_effects(modules()) == []
+    assert global_effects(
+        {"acdc.score": "print(1)\ntorch.manual_seed(0)\nsignal.signal(2, f)"}
+    ) == [
+        "acdc.score:1 prints",
+        "acdc.score:2 seeds the process",
+        "acdc.score:3 calls signal.signal",
+    ]
+    assert global_effects({"acdc.score": "torch.Generator().manual_seed(0)"}) == []
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_acdc_loads_torch_and_nothing_else_heavy() -> None:
+    optional = ["lightning", "sklearn", "matplotlib", "jinja2", "rich", "jsonargparse"]
+    optional += [
+        "tensorboard",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "torchvision",
+        "transformers",
+        "accelerate",
+    ]
+    loaded = run(
+        f"""
+        import sys, acdc
+        print([m for m in {optional} if m in sys.modules])
+        print([m for m in sys.modules if m.startswith(("acdc.lab", "acdc.export", "acdc.recipes"))])
+        """
+    )
+    assert loaded.splitlines() == ["[]", "[]"]
+    assert all(importlib.util.find_spec(name) for name in optional[:7])  # they could have been
+
+
+def test_the_core_imports_what_the_package_declares() -> None:
+    project = tomllib.loads((ROOT.parent.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = {re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]}
+    imported = set()
+    for module, source in modules().items():
+        if RANK[room(module)] <= RANK["acdc"]:
+            names = {target.split(".")[0] for _, target in imports(module, source, modules())}
+            imported |= names - set(sys.stdlib_module_names) - {"acdc"}
+    assert imported <= declared
+    assert "torch" in imported
+
+
+def test_acdc_works_without_the_extras() -> None:
+    run(
+        """
+        import sys
+
+        for name in ("lightning", "sklearn", "matplotlib", "jinja2", "rich", "jsonargparse"):
+            sys.modules[name] = None  # importing it fails, looking for it finds nothing
+        import torch, acdc
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        plan = acdc.phases(4, [("dense", "2ep"), ("sparse", "2ep")])
+        method = acdc.ACDC(acdc.Unstructured(0.75), plan.resolve(2))
+        sparsifier = acdc.Sparsifier(method, model, optimizer)
+        for _ in range(8):
+            optimizer.zero_grad()
+            model(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+        assert sparsifier.pair().support.nnz == 24
+        """
+    )
+
+
+def test_public_names_are_there_once() -> None:
+    assert all(hasattr(acdc, name) for name in acdc.__all__)
+    assert len(set(acdc.__all__)) == len(acdc.__all__)
