@@ -160,15 +160,14 @@ def test_export_of_a_model_leaves_it_alone(net, pair, tmp_path):
 
 
 def test_export_says_nothing_and_leaves_the_loggers_alone(net, tmp_path, capfd, caplog):
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    caplog.set_level(logging.INFO, "torch.onnx")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         to_onnx(net, torch.zeros(2, 3, 8, 8), tmp_path / "m.onnx")
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.levelno >= logging.INFO] == []
     assert [str(warning.message) for warning in caught] == []
-    assert logger.level == level
+    assert logging.getLogger("torch.onnx").level == logging.INFO
 
 
 def test_large_weights_go_beside_the_graph(net, pair, tmp_path, monkeypatch):
@@ -199,6 +198,31 @@ def test_lost_zeros_are_an_error_and_no_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+class OneSample(nn.Module):
+    """A path of its own for one sample, which gives the same."""
+
+    def forward(self, x):
+        return x * 2 if x.shape[0] == 1 else (x * 2).reshape(-1, 3)
+
+
+def test_an_example_of_one_sample_does_not_fix_the_batch(tmp_path):
+    path = to_onnx(OneSample(), torch.zeros(1, 3), tmp_path / "m.onnx")
+    for batch in (1, 4):
+        assert np.array_equal(run_onnx(path, torch.ones(batch, 3)), np.full((batch, 3), 2.0))
+
+
+def test_what_a_killed_export_left_is_not_published(tmp_path):
+    (tmp_path / ".acdc-saving").mkdir()
+    (tmp_path / ".acdc-saving" / "m.onnx.data").write_text("half of the weights")
+    to_onnx(OneSample(), torch.zeros(1, 3), tmp_path / "m.onnx")
+    assert os.listdir(tmp_path) == ["m.onnx"]
+
+
+class TwoSamples(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.shape[0] == 2 else x
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x * 2 if x.sum() > 0 else x
@@ -210,6 +234,7 @@ class Branching(nn.Module):
         (nn.Linear(3, 4), torch.zeros(2, 5), r"cannot run the example, of shapes \[\(2, 5\)\]"),
         (nn.Linear(3, 4), torch.zeros(0, 3), r"\[\(0, 3\)\]. Give one sample at least"),
         (nn.Linear(3, 4), torch.tensor(1.0), r"\[\(\)\]. Give one sample at least"),
+        (TwoSamples(), torch.zeros(2, 3), r"TwoSamples depends on the batch .* of 2 only"),
         (Branching(), torch.zeros(2, 3), r"PyTorch cannot export this Branching to ONNX \(.+\)"),
     ],
 )

@@ -96,7 +96,7 @@ def _export(model: nn.Module, example: tuple[Tensor, ...]) -> Any:
             f"The example has the shapes {[tuple(tensor.shape) for tensor in example]}. Give one "
             f"sample at least, the batch first, such as torch.zeros(1, 3, 32, 32)."
         )
-    # Of a batch of one, torch.export concludes that every batch is one.
+    # A batch of one takes the path of "one sample" in a model that has such a path.
     inputs = tuple(t.cpu() if len(t) > 1 else torch.cat([t.cpu()] * 2) for t in example)
     try:
         with torch.no_grad():
@@ -109,7 +109,7 @@ def _export(model: nn.Module, example: tuple[Tensor, ...]) -> Any:
     batch = torch.export.Dim("batch")
     try:
         with _quiet():
-            return torch.onnx.export(
+            program: Any = torch.onnx.export(
                 model,
                 inputs,
                 dynamo=True,
@@ -122,6 +122,12 @@ def _export(model: nn.Module, example: tuple[Tensor, ...]) -> Any:
             f"PyTorch cannot export this {type(model).__name__} to ONNX ({reason}). Its forward "
             f"must be traceable by torch.export, for any batch size."
         ) from error
+    if any(isinstance(value.shape[0], int) for value in program.model.graph.inputs):
+        raise InputError(
+            f"The forward of this {type(model).__name__} depends on the batch size: the ONNX model "
+            f"would run batches of {len(inputs[0])} only. Make it work for any batch size."
+        )
+    return program
 
 
 def _check_zeros(onnx: Any, path: Path, model: nn.Module) -> None:
