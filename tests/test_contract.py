@@ -361,6 +361,18 @@ def test_first_dense_step_is_that_of_a_fresh_optimizer(
     assert same(optimizer.state_dict()["state"], fresh_optimizer.state_dict()["state"])
 
 
+def test_momentum_of_a_weight_without_a_gradient_is_reset_too() -> None:
+    # (A1) once more: a branch that the last sparse step did not use.
+    model, optimizer, _ = bind(ACDC(Unstructured(0.8), SCHEDULE), sgd)
+    train(model, optimizer, 0, REVIVAL - 1)
+    optimizer.zero_grad()
+    backward(model, REVIVAL - 1)
+    model.fc1.weight.grad = None
+    assert optimizer.state[model.fc1.weight]["momentum_buffer"].any()
+    optimizer.step()
+    assert not optimizer.state.get(model.fc1.weight)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 @every_pattern
 def test_first_dense_step_under_every_pattern(pattern: Pattern, set_to_none: bool) -> None:

@@ -25,7 +25,7 @@ from acdc.layers import Layers
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import choose
 from acdc.pattern import NM, Block, Pattern, Unstructured, erk
-from acdc.schedule import constant
+from acdc.schedule import constant, phases
 from acdc.score import Scores
 from acdc.sparsifier import Sparsifier
 from acdc.support import Support, kept
@@ -647,7 +647,7 @@ def test_no_layer_dies_silently() -> None:
 
 def test_a_request_below_the_floors_is_an_error_before_training() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
-    method = ACDC(Unstructured(0.99), constant("sparse", 1).resolve(5))
+    method = ACDC(Unstructured(0.99), phases(2, [("dense", "1ep"), ("sparse", "1ep")]).resolve(5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = copy.deepcopy(model.state_dict())
     sentence = "1 may be kept in all, but the floor asks for 5: at least 1 in each of 5 layers"

@@ -75,6 +75,7 @@ def test_kept_of_other_numbers() -> None:
     assert kept(10**7, 1e-07) == 10**7 - 1  # written with an exponent
     assert kept(100, np.float64(0.9)) == 10  # what numpy.linspace gives
     assert kept(10, 0.99) == 0
+    assert kept(100, 0.575) == 42  # in floats 57.49999999999999 zeros, so 43
     assert kept(1, 0.4) == 1
 
 

@@ -80,8 +80,7 @@ class Support(Mapping[str, Tensor]):
         if not isinstance(other, Support):
             return NotImplemented
         return self.keys() == other.keys() and all(
-            mask.shape == other[name].shape and torch.equal(mask, other[name].to(mask.device))
-            for name, mask in self.items()
+            torch.equal(mask, other[name].to(mask.device)) for name, mask in self.items()
         )
 
     __hash__ = None  # type: ignore[assignment]  # tensors inside: equal by value, not hashable
