@@ -201,8 +201,8 @@ def _epoch_lengths(steps_per_epoch: int | Sequence[int], epochs: int) -> tuple[i
     if len(lengths) != epochs or any(not isinstance(n, int) or n < 1 for n in lengths):
         raise InputError(
             f"The plan has {epochs} epochs and steps_per_epoch is "
-            f"{lengths if isinstance(given, Sequence) else given}. Give one positive whole number for all "
-            f"epochs, or {epochs} of them."
+            f"{lengths if isinstance(given, Sequence) else given}. Give one positive whole number "
+            f"for all epochs, or {epochs} of them."
         )
     return lengths
 
