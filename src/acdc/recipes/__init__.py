@@ -16,8 +16,7 @@ from acdc.lab.recipe import Recipe
 from acdc.recipes import paper, small
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    function.__name__: function
-    for function in (small.digits, small.fashion_mnist, *paper.RECIPES)
+    function.__name__: function for function in (small.digits, small.fashion_mnist, *paper.RECIPES)
 }
 
 

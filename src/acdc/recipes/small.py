@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from acdc.lab.data import Digits, FashionMNIST
+from acdc.lab.data import Augment, Digits, FashionMNIST
 from acdc.lab.models import SmallResNet
 from acdc.lab.optim import SGD, Cosine
 from acdc.lab.recipe import Recipe
@@ -17,7 +17,7 @@ def digits() -> Recipe:
         name="digits",
         about="scikit-learn's 8x8 digits with a small ResNet, 90 %: the demo, no download",
         model=SmallResNet(width=16),
-        data=Digits(),
+        data=Digits(augment=Augment(padding=1)),
         method=ACDC(
             Unstructured(0.9),
             alternate(epochs=40, warmup="4ep", sparse="4ep", dense="4ep", last_sparse="12ep"),
@@ -31,19 +31,24 @@ def digits() -> Recipe:
 
 
 def fashion_mnist() -> Recipe:
-    """Fashion-MNIST, 60,000 images of 28x28, with a small ResNet."""
+    """Fashion-MNIST, 60,000 images of 28x28, with a small ResNet of 308 thousand weights.
+
+    The stem halves the image twice, as that of an ImageNet ResNet does, so that a CPU can afford the
+    width that 90 % needs. The last dense and the last sparse phase are longer than the others, as
+    in the paper's runs: a third of the run is left when the support is cut for the last time.
+    """
     return Recipe(
         name="fashion_mnist",
         about="Fashion-MNIST with a small ResNet, 90 %",
         model=SmallResNet(width=32, stem_stride=2, stem_pool=2, size=28),
-        data=FashionMNIST(),
+        data=FashionMNIST(augment=Augment(flip=True)),
         method=ACDC(
             Unstructured(0.9),
             alternate(
-                epochs=20,
-                warmup="2ep",
-                sparse="2ep",
-                dense="2ep",
+                epochs=24,
+                warmup="3ep",
+                sparse="3ep",
+                dense="3ep",
                 last_dense="4ep",
                 last_sparse="8ep",
             ),
