@@ -1,20 +1,20 @@
 """How much a sparsifier adds to a training step, in a dense and in a sparse phase.
 
-    python benchmarks/step_overhead.py [--steps 60] [--rounds 15]
+    python benchmarks/step_overhead.py [--rounds 12] [--seconds 0.6]
 
-Three copies of a network train side by side on the same batches: one plain, one with a sparsifier
-in a dense phase, one with a sparsifier in a sparse phase (masks over dense arithmetic). They take
-turns, a few steps at a time, in an order that rotates, so that a change in the machine's speed
-meets all three. A ratio is that of the medians over all steps; its spread is that of the rounds.
+One network trains on one batch: plain, with a sparsifier in a dense phase, and with one in a sparse
+phase (masks over dense arithmetic). They take turns, some steps at a time, in an order that rotates,
+so that a change in the machine's speed meets all three; it is one network, because copies lie at
+other addresses, and that alone makes a difference of some percent. A ratio is that of the
+medians over all steps; its spread is that of the rounds. ``again`` is a second plain turn: how far
+from zero a difference may be and mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -33,78 +33,83 @@ CASES: dict[str, tuple[Model, int]] = {
 }
 
 
-def stepper(net: nn.Module, kind: str | None, batch: int, shape: tuple[int, ...]) -> Callable:
-    """Return a function that takes one training step of ``net`` and returns its seconds."""
-    net = net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
-    if kind is not None:
-        plan = acdc.constant(kind, epochs=1)
-        method = acdc.ACDC(acdc.Unstructured(0.9), plan.resolve(1_000_000))
-        acdc.Sparsifier(method, net, optimizer)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *shape, generator=generator).contiguous(
-        memory_format=torch.channels_last
-    )
-    y = torch.randint(0, 10, (batch,), generator=generator)
+class Bench:
+    """One network, one batch, and the seconds of a training step with and without a sparsifier."""
 
-    def step() -> float:
+    def __init__(self, model: Model, batch: int) -> None:
+        torch.manual_seed(0)
+        self.net = model.build().to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4
+        )
+        x = torch.randn(batch, *model.input_shape)
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.y = torch.randint(0, 10, (batch,))
+
+    def step(self) -> float:
+        """Take one step and return its seconds."""
         began = time.perf_counter()
-        nn.functional.cross_entropy(net(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        nn.functional.cross_entropy(self.net(self.x), self.y).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return time.perf_counter() - began
 
-    return step
+    def turn(self, kind: str, steps: int) -> list[float]:
+        """Take some steps with a sparsifier of this kind, or without one; leave the net plain."""
+        sparsifier = None
+        if kind in ("dense", "sparse"):
+            plan = acdc.constant(kind, epochs=1)
+            method = acdc.ACDC(acdc.Unstructured(0.9), plan.resolve(1_000_000))
+            sparsifier = acdc.Sparsifier(method, self.net, self.optimizer)
+        self.step()
+        seconds = [self.step() for _ in range(steps)]
+        if sparsifier is not None:
+            sparsifier.remove()
+        return seconds
 
 
 def main() -> None:
     """Measure all cases, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=4, help="of each copy in a round")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=0.6, help="of a turn, at least 3 steps")
     args = parser.parse_args()
     rows = []
     print(f"{'case':42} {'phase':7} {'plain ms':>9} {'with ms':>9} {'added':>8}")
     for case, (model, batch) in CASES.items():
-        torch.manual_seed(0)
-        net = model.build()
-        steps = {
-            name: stepper(copy.deepcopy(net), kind, batch, model.input_shape)
-            for name, kind in (("plain", None), ("dense", "dense"), ("sparse", "sparse"))
-        }
-        for step in steps.values():
-            for _ in range(3):
-                step()
-        times: dict[str, list[list[float]]] = {name: [] for name in steps}
-        order = list(steps)
+        bench = Bench(model, batch)
+        steps = max(3, round(args.seconds / min(bench.turn("plain", 3))))
+        times: dict[str, list[list[float]]] = {k: [] for k in ("plain", "dense", "sparse", "again")}
+        order = list(times)
         for _ in range(args.rounds):
-            for name in order:
-                times[name].append([steps[name]() for _ in range(args.steps)])
+            for kind in order:
+                times[kind].append(bench.turn(kind, steps))
             order = order[1:] + order[:1]
-        flat = {name: [t for r in rounds for t in r] for name, rounds in times.items()}
-        for name in ("dense", "sparse"):
-            ratio = statistics.median(flat[name]) / statistics.median(flat["plain"])
+        flat = {kind: [t for turn in turns for t in turn] for kind, turns in times.items()}
+        for kind in ("dense", "sparse", "again"):
+            ratio = statistics.median(flat[kind]) / statistics.median(flat["plain"])
             by_round = [
                 statistics.median(a) / statistics.median(b)
-                for a, b in zip(times[name], times["plain"], strict=True)
+                for a, b in zip(times[kind], times["plain"], strict=True)
             ]
             low, _, high = statistics.quantiles(by_round, n=4)
             rows.append(
                 {
                     "case": case,
-                    "phase": name,
+                    "phase": kind,
                     "plain": spread(flat["plain"]),
-                    "with_sparsifier": spread(flat[name]),
+                    "with_sparsifier": spread(flat[kind]),
                     "ratio": ratio,
                     "ratio_q1_q3": [low, high],
                 }
             )
-            plain, mine = (1000 * statistics.median(flat[key]) for key in ("plain", name))
+            plain, mine = (1000 * statistics.median(flat[key]) for key in ("plain", kind))
             print(
-                f"{case:42} {name:7} {plain:9.2f} {mine:9.2f} {100 * (ratio - 1):+7.2f}%"
-                f"  (rounds {100 * (low - 1):+.1f}..{100 * (high - 1):+.1f}%)"
+                f"{case:42} {kind:7} {plain:9.2f} {mine:9.2f} {100 * (ratio - 1):+7.2f}%"
+                f"  (rounds {100 * (low - 1):+.1f}..{100 * (high - 1):+.1f}%)",
+                flush=True,
             )
-    print(save("step_overhead", rows, rounds=args.rounds, steps=args.steps))
+    print(save("step_overhead", rows, rounds=args.rounds, seconds=args.seconds))
 
 
 if __name__ == "__main__":

@@ -210,7 +210,15 @@ class Sparsifier:
             hook.remove()
         self._gradient_hooks.clear()
         self.support = support
-        self._dropped = {} if support.is_full else {name: ~mask for name, mask in support.items()}
+        # In the memory layout of the weights (channels_last, say), so that a fill is one sweep.
+        self._dropped = (
+            {}
+            if support.is_full
+            else {
+                name: torch.empty_like(self.params[name], dtype=torch.bool).copy_(~mask)
+                for name, mask in support.items()
+            }
+        )
         for name, dropped in self._dropped.items():
             param = self.params[name]
             trained = param.requires_grad
