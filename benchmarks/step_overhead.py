@@ -3,8 +3,8 @@
     python benchmarks/step_overhead.py [--rounds 12] [--seconds 0.6]
 
 One network trains on one batch: plain, with a sparsifier in a dense phase, and with one in a sparse
-phase (masks over dense arithmetic). They take turns, some steps at a time, in an order that rotates,
-so that a change in the machine's speed meets all three; it is one network, because copies lie at
+phase (masks over dense arithmetic). They take turns, some steps at a time, in a rotating order, so
+that a change in the machine's speed meets all three; it is one network, because copies lie at
 other addresses, and that alone makes a difference of some percent. A ratio is that of the
 medians over all steps; its spread is that of the rounds. ``again`` is a second plain turn: how far
 from zero a difference may be and mean nothing.

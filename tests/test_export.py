@@ -218,6 +218,30 @@ def test_what_a_killed_export_left_is_not_published(tmp_path):
     assert os.listdir(tmp_path) == ["m.onnx"]
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_layers_of_one_size_without_names_are_told_apart(tmp_path, monkeypatch, lost):
+    """On sequences the exporter transposes them and drops their names; their zeros remain."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    with torch.no_grad():
+        for layer, zero_rows in ((model[0], 1), (model[2], 3)):
+            layer.weight.fill_(1.0)[:zero_rows] = 0
+    export = torch.onnx.export
+
+    def lossy(model, *args, **kwargs):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model[0].weight.fill_(1.0)
+        return export(model, *args, **kwargs)
+
+    if not lost:
+        path = to_onnx(model, torch.zeros(2, 5, 4), tmp_path / "m.onnx")
+        assert zeros_in(path) == [([4, 4], 4), ([4, 4], 12)]
+        return
+    monkeypatch.setattr(torch.onnx, "export", lossy)
+    with pytest.raises(AcdcError, match=r"zeros of '0.weight': the model has 4, the file 0"):
+        to_onnx(model, torch.zeros(2, 5, 4), tmp_path / "m.onnx")
+
+
 class TwoSamples(nn.Module):
     def forward(self, x):
         return x * 2 if x.shape[0] == 2 else x

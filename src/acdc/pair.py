@@ -405,7 +405,8 @@ def _encode(
         taken |= stored.keys()
 
     note = {"layout": "sparse-bitmask", "weights": weights, "aliases": aliases}
-    return stored, {"format": "pt", "acdc": json.dumps(note)}
+    # One entry and no second: safetensors writes several in an order that is new each time.
+    return stored, {"acdc": json.dumps(note)}
 
 
 def _compress(weight: Tensor, mask: Tensor) -> dict[str, Tensor]:

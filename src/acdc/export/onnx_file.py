@@ -140,10 +140,12 @@ def _check_zeros(onnx: Any, path: Path, model: nn.Module) -> None:
     weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
     # A weight that the exporter transposed has lost its name; one that is not used is not there.
     renamed = [name for name in arrays if name not in dict(model.named_parameters())]
-    for name, weight in weights.items():
-        same_size = [other for other in renamed if arrays[other].size == weight.numel()]
+    wanted_zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    # From the most zeros down, each takes the nameless tensor of its size with the most zeros: if
+    # this leaves one short, so does every other way to match them.
+    for name, wanted in sorted(wanted_zeros.items(), key=lambda item: -item[1]):
+        same_size = [other for other in renamed if arrays[other].size == weights[name].numel()]
         candidates = [name] if name in arrays else same_size
-        wanted = int(torch.count_nonzero(weight.detach() == 0))
         if not candidates:
             continue
         best = max(candidates, key=lambda candidate: zeros[candidate])

@@ -34,8 +34,8 @@ def fashion_mnist() -> Recipe:
     """Fashion-MNIST, 60,000 images of 28x28, with a small ResNet of 308 thousand weights.
 
     The stem halves the image twice, as that of an ImageNet ResNet does, so that a CPU can afford
-    the width that 90 % needs. The last dense and the last sparse phase are longer than the others, as
-    in the paper's runs: a third of the run is left when the support is cut for the last time.
+    the width that 90 % needs. The last dense and the last sparse phase are longer than the others,
+    as in the paper's runs: a third of the run is left when the support is cut for the last time.
     """
     return Recipe(
         name="fashion_mnist",

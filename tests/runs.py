@@ -1,0 +1,64 @@
+"""What the tests of the run share: a recipe that trains in a second, and how two runs compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from acdc import recipes
+from acdc.lab.recipe import Recipe, change
+
+# D[0,4) S[4,8) D[8,12) S[12,16) D[16,20) S[20,28) in steps; then the dense twin over [20,28).
+TINY = {
+    "method.schedule.epochs": "7",
+    "method.schedule.warmup": "1ep",
+    "method.schedule.sparse": "1ep",
+    "method.schedule.dense": "1ep",
+    "method.schedule.last_sparse": "2ep",
+    "data.train_examples": "128",
+    "data.test_examples": "100",
+    "batch_size": "32",
+    "model.width": "8",  # with 4, oneDNN in torch 2.13 corrupts the heap (plain PyTorch too)
+    "checkpoint_steps": "3",
+    "threads": "1",
+}
+STEPS, BRANCH = 28, 20
+
+
+def tiny(**more: str) -> Recipe:
+    """Return the digits recipe, made tiny; ``__`` in a name stands for a dot."""
+    settings = {path.replace("__", "."): value for path, value in more.items()}
+    return change(recipes.get("digits"), {**TINY, **settings})
+
+
+def words(settings: Mapping[str, str]) -> list[str]:
+    """Return the settings as they are typed."""
+    return ["--set", *(f"{path}={value}" for path, value in settings.items())]
+
+
+def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    """Return the events of a run, without the seconds, which no two runs share."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    chosen = [event for event in lines if not kinds or event["event"] in kinds]
+    return [{k: v for k, v in event.items() if k != "seconds"} for event in chosen]
+
+
+def record(run: Path) -> dict[str, Any]:
+    """Return the record of a run, without what no two runs share."""
+    found: dict[str, Any] = json.loads((run / "record.json").read_text())
+    del found["seconds"], found["run"], found["details"]["finished"], found["details"]["command"]
+    return found
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """Return the files of the pair."""
+    return {path.name: path.read_bytes() for path in sorted((run / "pair").iterdir())}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Assert that two runs trained the same, bit for bit, and said the same."""
+    assert files(one) == files(other)
+    assert events(one) == events(other)
+    assert record(one) == record(other)

@@ -1,0 +1,315 @@
+"""A run: it resumes bitwise from any death, and does what its recipe says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from acdc import Pair
+from acdc.errors import InputError
+from acdc.lab import train
+from acdc.lab.models import Model
+from acdc.lab.record import Metrics
+from runs import BRANCH, STEPS, TINY, assert_same_run, events, files, record, tiny, words
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.run(tiny(), folder, device="cpu")
+    return folder
+
+
+def different(one: Path, other: Path) -> float:
+    """Return the largest difference of the trained parameters of two pairs."""
+    a, b = Pair.load(one / "pair"), Pair.load(other / "pair")
+    own = [name for name in a.dense if not re.search("running|tracked", name)]
+    return max(
+        float((x[name] - y[name]).abs().max())
+        for x, y in ((a.sparse, b.sparse), (a.dense, b.dense))
+        for name in own
+    )
+
+
+# --- stopping and going on ----------------------------------------------------------------------
+
+DEATHS: list[dict[str, Any]] = [
+    {"at": "event", "like": {"event": "start"}},
+    {"at": "event", "like": {"event": "step", "step": 2}},  # before the first checkpoint
+    {"at": "rename", "count": 2},  # the second checkpoint is written, and is not in place
+    {"at": "event", "like": {"event": "change", "step": 8}},
+    {"at": "event", "like": {"event": "eval", "step": 16}},
+    {"at": "event", "like": {"event": "change", "step": BRANCH}},
+    {"at": "paired", "count": 1},  # the main leg is over, the second has not begun
+    {"at": "event", "like": {"event": "step", "step": 22, "twin": "dense"}},
+    {"at": "event", "like": {"event": "step", "step": STEPS, "twin": "dense"}},
+    {"at": "paired", "count": 1},  # the final pair is there, the record is not
+    {"at": "record"},
+]
+
+
+def killed(folder: Path, settings: dict[str, str], deaths: list[dict[str, Any]]) -> list[int]:
+    """Run ``killed.py`` and return how each attempt ended."""
+    words = [sys.executable, "killed.py", str(folder), json.dumps(settings), json.dumps(deaths)]
+    done = subprocess.run(words, cwd=TESTS, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    ends: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return ends
+
+
+def test_killed_at_every_kind_of_moment_it_ends_bitwise_the_same(tmp_path: Path) -> None:
+    settings = {"bn_batches": "2"}
+    train.run(tiny(**settings), tmp_path / "whole", device="cpu")
+    ends = killed(tmp_path / "killed", settings, DEATHS)
+    assert ends == [-signal.SIGKILL] * len(DEATHS) + [0]
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_killed_at_random_moments_it_ends_bitwise_the_same(whole: Path, tmp_path: Path) -> None:
+    deaths = [{"at": "time", "between": (0.05, 1.5)} for _ in range(4)]
+    ends = killed(tmp_path / "killed", {}, deaths)
+    assert ends[-1] == 0
+    assert set(ends[:-1]) <= {-signal.SIGKILL, 0}
+    assert_same_run(whole, tmp_path / "killed")
+
+
+def stop_at(step: int, number: signal.Signals) -> train.Watch:
+    """Send this process a signal when a step has been taken."""
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == step:
+            os.kill(os.getpid(), number)
+
+    return watch
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_of_that_very_step(
+    whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    recipe, folder = tiny(), tmp_path / "run"
+    before = signal.getsignal(number)
+    with pytest.raises(train.Interrupted, match=f"step 5 of {STEPS}") as stopped:
+        train.run(recipe, folder, device="cpu", watch=stop_at(5, number))
+    assert stopped.value.signal == number
+    assert torch.load(folder / "checkpoint" / "last.ckpt", weights_only=True)["step"] == 5
+    assert signal.getsignal(number) == before
+    train.run(recipe, folder, device="cpu", resume=True)
+    assert_same_run(whole, folder)
+
+
+def test_a_resumed_run_gives_its_start_event_to_the_watcher_and_not_to_the_file(
+    tmp_path: Path,
+) -> None:
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(train.Interrupted):
+        train.run(tiny(), tmp_path / "run", device="cpu", watch=stop_at(4, signal.SIGTERM))
+    train.run(tiny(), tmp_path / "run", device="cpu", resume=True, watch=seen.append)
+    assert [event["event"] for event in seen].count("start") == 1
+    assert len(events(tmp_path / "run", "start")) == 1
+    assert [e["step"] for e in events(tmp_path / "run", "step")] == [
+        *range(1, STEPS + 1),
+        *range(BRANCH + 1, STEPS + 1),
+    ]
+
+
+def test_a_finished_run_is_not_trained_again(whole: Path) -> None:
+    before = files(whole)
+    assert train.run(
+        tiny(), whole, device="cpu", resume=True, watch=lambda _: pytest.fail("it trained")
+    )
+    assert files(whole) == before
+
+
+# --- what a recipe says -------------------------------------------------------------------------
+
+
+def test_the_test_data_chooses_nothing(whole: Path, tmp_path: Path) -> None:
+    train.run(tiny(data__test_examples="7"), tmp_path / "run", device="cpu")
+    assert files(tmp_path / "run") == files(whole)
+    accuracies = [[e["accuracy"] for e in events(run, "eval")] for run in (whole, tmp_path / "run")]
+    assert accuracies[0] != accuracies[1]
+
+
+def test_the_dense_method_leaves_one_network(tmp_path: Path) -> None:
+    made = train.run(
+        tiny(method="dense", method__schedule__epochs="2"), tmp_path / "run", device="cpu"
+    )
+    assert made["sparse"] is None
+    assert made["train_flops_ratio"] == made["inference_flops_ratio"] == 1
+    assert list(files(tmp_path / "run")) == ["dense.safetensors"]
+    assert made["dense"]["bytes"] == len(files(tmp_path / "run")["dense.safetensors"])
+    assert made["dense"]["accuracy"] == events(tmp_path / "run", "eval")[-1]["accuracy"]
+    assert not events(tmp_path / "run", "change")
+
+
+def test_a_switch_of_phase_does_not_touch_the_learning_rate(whole: Path, tmp_path: Path) -> None:
+    main = [e["lr"] for e in events(whole, "step") if "twin" not in e]
+    tail = [e["lr"] for e in events(whole, "step") if "twin" in e]
+    epochs = [math.floor(step / 4) for step in range(STEPS)]
+    assert main == pytest.approx([0.05 * (1 + math.cos(math.pi * t / 7)) for t in epochs])
+    assert tail == main[BRANCH:]
+
+
+def test_the_twin_is_the_network_of_the_last_dense_step_trained_on(
+    whole: Path, tmp_path: Path
+) -> None:
+    train.run(tiny(dense_finetune="false"), tmp_path / "run", device="cpu")
+    left, tuned = Pair.load(tmp_path / "run" / "pair"), Pair.load(whole / "pair")
+    assert left.facts["dense_step"] == BRANCH
+    assert tuned.facts["dense_step"] == STEPS
+    assert all(torch.equal(left.sparse[name], tuned.sparse[name]) for name in left.sparse)
+    assert not torch.equal(left.dense["fc.weight"], tuned.dense["fc.weight"])
+    at_branch = next(e["accuracy"] for e in events(whole, "eval") if e["step"] == BRANCH)
+    assert record(tmp_path / "run")["dense"]["accuracy"] == at_branch
+    assert not [e for e in events(tmp_path / "run") if "twin" in e]
+
+
+def test_batchnorm_statistics_are_averages_over_the_batches_asked_for(tmp_path: Path) -> None:
+    recipe = tiny(bn_batches="2", dense_finetune="false", method__schedule__epochs="7")
+    train.run(recipe, tmp_path / "run", device="cpu")
+    pair = Pair.load(tmp_path / "run" / "pair")
+    data = recipe.data.load()
+    for state in (pair.sparse, pair.dense):
+        conv = recipe.model.build().conv1
+        conv.load_state_dict({"weight": state["conv1.weight"]})
+        outputs = [
+            conv(data.train_batch(0, index, recipe.batch_size, recipe.seed)[0]) for index in (0, 1)
+        ]
+        mean = torch.stack([x.mean((0, 2, 3)) for x in outputs]).mean(0)
+        var = torch.stack([x.var((0, 2, 3)) for x in outputs]).mean(0)
+        torch.testing.assert_close(state["bn1.running_mean"], mean, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(state["bn1.running_var"], var, atol=1e-5, rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class Plain(Model):
+    """A network without BatchNorm, for which the parts of a batch are independent."""
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return (1, 8, 8)
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10), nn.Flatten()
+        )
+
+
+def test_a_batch_in_parts_is_the_same_step(tmp_path: Path) -> None:
+    # 120 images in batches of 32: the last batch has 24 and is cut into parts as well.
+    recipe = replace(tiny(data__train_examples="120", label_smoothing="0.1"), model=Plain())
+    train.run(recipe, tmp_path / "1", device="cpu")
+    train.run(replace(recipe, accumulate=4), tmp_path / "4", device="cpu")
+    assert different(tmp_path / "1", tmp_path / "4") < 1e-5
+    losses = [[e["loss"] for e in events(tmp_path / n, "step")] for n in "14"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_two_processes_train_what_one_trains_in_two_parts(tmp_path: Path) -> None:
+    """The halves of a batch are on two processes, and BatchNorm sees them apart in both cases."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    settings = {**TINY, "devices": "2"}
+    command = [sys.executable, "-m", "acdc", "run", "digits", *words(settings)]
+    command += ["--device", "cpu", "--out", str(tmp_path), "--json"]
+    # Stopped once on its way: both processes have to agree to it.
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
+                             text=True)  # fmt: skip
+    assert first.stderr is not None
+    for line in first.stderr:
+        if line.startswith("epoch 2"):
+            first.send_signal(signal.SIGTERM)
+            break
+    said = first.stderr.read()
+    assert first.wait(timeout=60) == 128 + signal.SIGTERM, said
+    assert "Nothing is lost" in said
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=env,
+                          timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1  # the helper said nothing
+    assert done.stderr.count("Report: ") == 1
+    assert "Initializing" not in said + done.stderr
+    run = Path(json.loads(done.stdout)["run"])
+    train.run(tiny(accumulate="2"), tmp_path / "one", device="cpu")
+    assert different(run, tmp_path / "one") < 1e-4
+    one, two = events(tmp_path / "one", "step"), events(run, "step")
+    assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-3)
+
+
+def test_tensorboard_holds_the_numbers_of_the_metrics(whole: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = EventAccumulator(str(whole / "tensorboard"), {"scalars": 0}).Reload()
+    for twin, group in ((False, "sparse"), (True, "dense")):
+        for kind, number in (("step", "loss"), ("step", "lr"), ("eval", "accuracy")):
+            logged = [(e.step, e.value) for e in seen.Scalars(f"{kind}/{group}/{number}")]
+            own = [(e["step"], e[number]) for e in events(whole, kind) if ("twin" in e) == twin]
+            assert [step for step, _ in logged] == [step for step, _ in own]
+            assert [v for _, v in logged] == pytest.approx([v for _, v in own], rel=1e-6)
+
+
+def test_the_generator_and_the_threads_of_the_process_are_left_as_they_were(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(7)
+    expected, threads = torch.rand(3), torch.get_num_threads()
+    torch.manual_seed(7)
+    recipe = tiny(method="dense", method__schedule__epochs="1", threads=str(threads + 1))
+    train.run(recipe, tmp_path / "run", device="cpu")
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+# --- what can go wrong --------------------------------------------------------------------------
+
+
+def test_a_full_disk_under_the_metrics_is_a_sentence_and_the_run_goes_on_later(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, calls = Metrics.sync, []
+
+    def full(self: Metrics) -> int:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return sync(self)
+
+    monkeypatch.setattr(Metrics, "sync", full)
+    with pytest.raises(InputError, match=r"No space left on device.*last checkpoint.*--resume"):
+        train.run(tiny(), tmp_path / "run", device="cpu")
+    assert torch.load(tmp_path / "run/checkpoint/last.ckpt", weights_only=True)["step"] == 6
+    train.run(tiny(), tmp_path / "run", device="cpu", resume=True)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    recipe = tiny(optimizer__lr="1e30", checkpoint_steps="1")
+    with pytest.raises(InputError, match=r"training diverged.*last checkpoint.*optimizer\.lr"):
+        train.run(recipe, tmp_path / "run", device="cpu")
+    state = torch.load(tmp_path / "run/checkpoint/last.ckpt", weights_only=True)
+    assert state["step"] == events(tmp_path / "run", "step")[-1]["step"]
+
+
+def test_other_data_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny()
+    with pytest.raises(train.Interrupted):
+        train.run(recipe, tmp_path / "run", device="cpu", watch=stop_at(4, signal.SIGTERM))
+    kind = type(recipe.data.load())
+    monkeypatch.setattr(kind, "digest", lambda _: "another")
+    with pytest.raises(InputError, match="other data"):
+        train.run(recipe, tmp_path / "run", device="cpu", resume=True)
