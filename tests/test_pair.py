@@ -237,6 +237,13 @@ def test_names_that_collide_with_the_fields_are_kept_apart(tmp_path):
 # The files
 
 
+def test_the_same_pair_is_the_same_bytes_each_time(pair, tmp_path):
+    """Several entries of metadata would come in an order that is new each time."""
+    folders = [pair.save(tmp_path / str(number)) for number in range(8)]
+    for name in (DENSE, SPARSE, INDEX):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
+
+
 def test_the_layout_is_the_one_that_the_docstring_promises(pair, saved):
     """A reader written from the docstring of acdc.pair alone."""
     stored = safetensors.torch.load_file(saved / SPARSE)
