@@ -1,0 +1,571 @@
+"""The command line: its surface is frozen, its errors are sentences, and nothing trained is lost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import acdc
+from acdc import Pair, recipes
+from acdc.cli import RECORD, main, parser
+from acdc.errors import InputError
+from acdc.lab import report, train
+from acdc.lab.data import FashionMNIST
+from runs import STEPS, TINY, assert_same_run, events, files, tiny, words
+
+Capture = pytest.CaptureFixture[str]
+
+
+def typed(out: Path, *more: str, **changed: str) -> list[str]:
+    """Return the words of a tiny run; ``__`` in a name stands for a dot."""
+    changed = {path.replace("__", "."): value for path, value in changed.items()}
+    settings = words({**TINY, **changed})
+    return ["run", "digits", "--out", str(out), "--device", "cpu", *more, *settings]
+
+
+def only_run(out: Path) -> Path:
+    """Return the folder of the one run in ``out``."""
+    (folder,) = out.iterdir()
+    return folder
+
+
+def said(capture: Capture) -> tuple[str, str]:
+    """Return standard output, and standard error with its line breaks taken out."""
+    out, err = capture.readouterr()
+    return out, " ".join(err.split())
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that ``acdc run`` finished."""
+    out = tmp_path_factory.mktemp("done")
+    assert main(typed(out)) == 0
+    return only_run(out)
+
+
+# --- the surface --------------------------------------------------------------------------------
+
+RECIPE = ("RECIPE", "required")
+SET = ("--set PATH=VALUE", "any number")
+RUN = ("RUN", "required")
+JSON = ("--json", "flag")
+SURFACE = {
+    "": [("COMMAND", "required"), ("--version", "flag")],
+    "list": [],
+    "show": [RECIPE, SET],
+    "run": [
+        RECIPE,
+        SET,
+        ("--out DIR", "default runs"),
+        ("--resume", "flag"),
+        ("--seed N", "default None"),
+        ("--device D", "default auto"),
+        ("--download", "flag"),
+        JSON,
+    ],
+    "report": [RUN],
+    "cost": [RECIPE, SET, JSON],
+    "export": [
+        RUN,
+        ("--to safetensors|onnx", "required"),
+        ("--twin sparse|dense", "default sparse"),
+        ("--out FILE", "default None"),
+    ],
+}
+
+
+def surface(commands: argparse.ArgumentParser) -> dict[str, list[tuple[str, str]]]:
+    """Return all that can be typed: of every command its words, in order, and how they count."""
+
+    def described(action: argparse.Action) -> tuple[str, str]:
+        name = " ".join(action.option_strings)
+        value = "|".join(action.choices) if action.choices else action.metavar
+        if action.nargs != 0 and not isinstance(action, argparse._SubParsersAction):
+            name = f"{name} {value}".strip()
+        if action.nargs == 0:
+            return name, "flag"
+        if action.nargs == "+":
+            return name, "any number"
+        required = action.required or not action.option_strings
+        return name or str(action.metavar), "required" if required else f"default {action.default}"
+
+    found = {}
+    subs = next(a for a in commands._actions if isinstance(a, argparse._SubParsersAction))
+    for name, sub in {"": commands, **subs.choices}.items():
+        actions = [a for a in sub._actions if "--help" not in a.option_strings]
+        found[name] = sorted((described(a) for a in actions), key=str)
+    return found
+
+
+def test_the_surface_is_frozen() -> None:
+    """A change here changes what people have in their scripts: do not make one lightly."""
+    assert surface(parser()) == {name: sorted(rows, key=str) for name, rows in SURFACE.items()}
+
+
+def test_help_and_version_need_nothing_but_the_library(capsys: Capture) -> None:
+    for argv in (["--version"], ["--help"], ["run", "--help"]):
+        with pytest.raises(SystemExit) as left:
+            main(argv)
+        assert left.value.code == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith(f"acdc {acdc.__version__}\n")
+    assert all(name in out for name in SURFACE)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nothing"], ["run"], ["run", "digits", "--res"], ["export", "x", "--to", "pdf"]]
+)
+def test_words_that_are_none_exit_with_2(argv: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+    assert "usage: acdc" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    shell = f"{sys.executable} -m acdc list | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""
+    assert done.returncode in (0, 128 + signal.SIGPIPE)
+
+
+# --- list, show, cost: no training, no data -----------------------------------------------------
+
+
+def test_list_names_every_recipe(capsys: Capture) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipes.names()
+    assert all(recipes.get(line.split()[0]).about in line for line in lines)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_can_be_shown(
+    name: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipes.get(name)
+    kind = type(recipe.data)
+    monkeypatch.setattr(kind, "load", lambda *_: pytest.fail("data was loaded"))
+    if "imagenet" in name or "wrn" in name:  # their weights would take a second each
+        monkeypatch.setattr("torch.nn.init.kaiming_normal_", lambda x, **_: x)
+    assert main(["show", name]) == 0
+    out = capsys.readouterr().out
+    assert recipe.method.resolve(recipe.data.steps_per_epoch(recipe.batch_size)).resolved.table()
+    assert re.search(rf"total +{recipe.epochs} ", out)
+    assert out.count(" yes\n") == len(recipe.method.select(recipe.model.build())[0])
+
+
+def test_show_says_what_would_happen(capsys: Capture) -> None:
+    argv = ["show", "imagenet_resnet50_uniform", "--set", "method.pattern.sparsity=0.95"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"method\.pattern\.sparsity +0\.95 +\(changed\)", out)
+    assert re.search(r"optimizer\.lr +0\.256\n", out)
+    assert re.search(r"dense +\[75, 85\) +\[375,375, 425,425\) +10\.0 %", out)
+    assert re.search(r"conv1 +64×3×7×7 +9,408  no: the first layer", out)
+    assert re.search(r"fc +1000×2048 +2,048,000  no: the last layer", out)
+    assert re.search(r"parameters +25,557,032\n", out)
+    assert re.search(r"prunable weights +23,445,504 +in 52 layers", out)
+    assert "estimated" not in out  # uniform counts are known beforehand
+
+
+def test_show_says_why_a_layer_stays_dense(capsys: Capture) -> None:
+    assert main(["show", "digits", "--set", "method.pattern=nm"]) == 0
+    assert "no: its 1 inputs do not divide into groups of 4" in capsys.readouterr().out
+    assert main(["show", "cifar10_resnet20"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("no: excluded by name") == 2
+    assert "estimated on untrained weights" in out
+    assert main(["show", "digits", "--set", "method=dense"]) == 0
+    assert capsys.readouterr().out.count("no: the method dense prunes nothing") == 10
+
+
+def test_every_path_that_is_shown_can_be_set(capsys: Capture) -> None:
+    assert main(["show", "cifar10_resnet20"]) == 0
+    shown = re.findall(r"^  ([a-z_.]+[a-z]) +(\S+)$", capsys.readouterr().out, re.MULTILINE)
+    values = {path: value for path, value in shown if value[0].islower() or not value[0].isalpha()}
+    assert len(values) > 35
+    given = {k: v for k, v in values.items() if v != "()" and k not in ("parameters",)}
+    assert main(["show", "cifar10_resnet20", *words(given)]) == 0
+    again = capsys.readouterr().out
+    assert again.count("(changed)") >= len(given)
+    for path, value in given.items():
+        assert re.search(rf"^  {re.escape(path)} +{re.escape(value)} +\(changed\)", again, re.M)
+
+
+def test_cost_adds_up(capsys: Capture) -> None:
+    name = "cifar10_resnet20_s50"
+    assert main(["cost", name, "--json", "--set", "method.pattern.scope=uniform"]) == 0
+    out, err = capsys.readouterr()
+    assert "multiply-add" in err
+    assert "Training, by phase" in err
+    data = json.loads(out)  # and nothing else on standard output
+    assert not data["estimated"]
+    assert sum(phase["flops"] for phase in data["phases"]) == data["train_flops"]
+    assert data["train_flops_dense"] == 3 * data["dense_flops"] * 50_000 * 200
+    assert data["inference_flops_ratio"] == data["sparse_flops"] / data["dense_flops"]
+    # Half of every layer but the first and the last, in 110 of 200 epochs.
+    assert data["sparse_flops"] == sum(
+        2 * layer["macs"] * layer["kept"] // layer["weights"] for layer in data["layers"]
+    )
+    expected = 0.45 + 0.55 * data["inference_flops_ratio"]
+    assert data["train_flops_ratio"] == pytest.approx(expected)
+    assert data["train_flops"] / data["train_flops_dense"] == pytest.approx(expected)
+
+
+def test_cost_prints_the_same_for_people(capsys: Capture) -> None:
+    assert main(["cost", "digits"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "estimated on untrained" in " ".join(out.split())
+    assert re.search(r"total +40 +920 ", out)
+    assert "layer3.0.downsample.0" in out
+
+
+# --- run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_table_and_a_page(tmp_path: Path, capsys: Capture) -> None:
+    assert main(typed(tmp_path)) == 0
+    out, err = capsys.readouterr()
+    folder = only_run(tmp_path)
+    kept = json.loads((folder / "record.json").read_text())
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    for label, values in {
+        "test accuracy": (kept["sparse"]["accuracy"], kept["dense"]["accuracy"]),
+        "sparsity asked": (90.0,),
+        "sparsity reached": (100 * kept["sparse"]["sparsity"], 0.0),
+        "inference FLOPs, share of dense": (100 * kept["inference_flops_ratio"], 100.0),
+        "training FLOPs, share of dense": (100 * kept["train_flops_ratio"], 100 * 8 / 28),
+    }.items():
+        numbers = re.findall(r"([\d.]+) %", rows[label])
+        assert numbers == [f"{value:.2f}" for value in values]
+    assert f"{kept['sparse']['bytes']:,}" in rows["bytes on disk"]
+    assert f"{kept['dense']['bytes']:,}" in rows["bytes on disk"]
+    assert f"Took {kept['seconds']:.1f} s." in out
+    assert out.splitlines()[-1] == f"Report: {folder / 'report.html'}"
+    assert (folder / "report.html").stat().st_size > 10_000
+    lines = err.splitlines()  # no terminal: a line an epoch
+    assert lines[0].endswith(f"7 epochs, {STEPS} steps")
+    assert [line.split()[0] for line in lines[1:]] == ["epoch"] * 9
+    assert [line for line in lines if "dense twin" in line] == lines[-2:]
+
+
+def test_json_is_the_last_line_and_the_only_one(
+    done: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert main(typed(tmp_path, "--json")) == 0
+    out, err = capsys.readouterr()
+    folder = only_run(tmp_path)
+    data = json.loads(out)
+    assert out.count("\n") == 1
+    assert list(data) == [*RECORD]
+    assert set(data["sparse"]) == {"accuracy", "sparsity", "nnz", "bytes"}
+    assert set(data["dense"]) == {"accuracy", "bytes"}
+    assert data["run"] == str(folder)
+    assert "test accuracy" in err
+    assert f"Report: {folder / 'report.html'}" in err
+    assert files(folder) == files(done)
+
+
+def test_a_dense_run_has_one_column(tmp_path: Path, capsys: Capture) -> None:
+    argv = ["run", "digits", "--out", str(tmp_path), "--device", "cpu", "--json", "--set"]
+    argv += ["method=dense", "method.schedule.epochs=1", "data.train_examples=64", "threads=1"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["sparse"] is None
+    assert "dense network" in err
+    assert "sparse twin" not in err
+    folder = only_run(tmp_path)
+    assert main(["export", str(folder), "--to", "safetensors"]) == 2
+    assert "--twin dense" in said(capsys)[1]
+    assert main(["export", str(folder), "--to", "safetensors", "--twin", "dense"]) == 0
+    assert (folder / "dense.safetensors").read_bytes() == files(folder)["dense.safetensors"]
+
+
+def test_a_seed_and_a_setting_give_a_folder_of_their_own(tmp_path: Path) -> None:
+    settings = {"method.schedule.epochs": "1", "method": "dense", "threads": "1"}
+    settings = {"method": "dense", **settings, "data.train_examples": "64"}
+    base = ["run", "digits", "--out", str(tmp_path), "--device", "cpu", *words(settings)]
+    assert main(base) == 0
+    assert main([*base, "--seed", "5"]) == 0
+    seeds = {json.loads((f / "recipe.json").read_text())["seed"] for f in tmp_path.iterdir()}
+    assert seeds == {0, 5}
+
+
+def test_a_run_that_is_there_is_not_overwritten(done: Path, capsys: Capture) -> None:
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
+    assert main(typed(done.parent)) == 2
+    out, err = said(capsys)
+    assert re.match(r"error: .* already holds a run\. Go on with it by --resume", err)
+    assert out == ""
+    assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == before
+
+
+def test_resuming_a_finished_run_shows_it_again(done: Path, capsys: Capture) -> None:
+    before = files(done)
+    assert main(typed(done.parent, "--resume", "--json")) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {
+        key: json.loads((done / "record.json").read_text())[key] for key in RECORD
+    }
+    assert "nothing was trained" in err
+    assert "epoch" not in err
+    assert files(done) == before
+
+
+def signal_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next run send itself a signal."""
+    run = train.run
+
+    def signalled(*args: Any, watch: Callable[[dict[str, Any]], None], **more: Any) -> Any:
+        def both(event: dict[str, Any]) -> None:
+            watch(event)
+            if event["event"] == "step" and event["step"] == step:
+                os.kill(os.getpid(), number)
+
+        return run(*args, watch=both, **more)
+
+    monkeypatch.setattr(train, "run", signalled)
+
+
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(
+    done: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(10, signal.SIGTERM, monkeypatch)
+    assert main(typed(tmp_path)) == 143
+    _, err = said(capsys)
+    assert f"Stopped at step 10 of {STEPS} (SIGTERM). Nothing is lost: go on with --resume." in err
+    assert "error:" not in err
+    monkeypatch.undo()
+    assert main(typed(tmp_path, "--resume")) == 0
+    folder = only_run(tmp_path)
+    assert_same_run(done, folder)
+    assert "Going on with digits" in said(capsys)[1]
+
+
+# --- what can go wrong --------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "recipe": (["run", "fashion_mist"], "Did you mean fashion_mnist?"),
+    "show": (["show", "imagenet_resnet5"], "Did you mean imagenet_resnet50"),
+    "field": (["run", "digits", "--set", "momentum=0"], "has no field 'momentum'"),
+    "deep field": (["run", "digits", "--set", "lr.decay=1"], "Its fields are: warmup, every"),
+    "no value": (["run", "digits", "--set", "seed"], "write PATH=VALUE"),
+    "order": (["run", "--set", "seed=1", "digits"], "required"),
+    "value": (["run", "digits", "--set", "batch_size=64.5"], "not of the type whole number"),
+    "choice": (["run", "digits", "--set", "lr.every=week"], "not of the type"),
+    "range": (["run", "digits", "--set", "batch_size=0"], "from 1 up"),
+    "layer": (
+        ["run", "digits", "--set", "method.layers.exclude=conv9,fc"],
+        "No layer is called 'conv9'. The model's convolutions and linear layers are: conv1,",
+    ),
+    "sparsity 1": (["run", "digits", "--set", "method.pattern.sparsity=1.0"], "but without, 1"),
+    "sparsity 90": (["run", "digits", "--set", "method.pattern.sparsity=90"], "0.9 for 90 %"),
+    "sparsity -1": (["run", "digits", "--set", "method.pattern.sparsity=-0.1"], "from 0 (dense)"),
+    "too sparse": (["run", "digits", "--set", "method.pattern.sparsity=0.99999"], "keep"),
+    "long phase": (
+        ["run", "digits", "--set", "method.schedule.last_sparse=50ep"],
+        "longer than the run",
+    ),
+    "misfit": (["run", "digits", "--set", "method.schedule.epochs=39"], "Set epochs to"),
+    "cost": (["cost", "digits", "--set", "method.schedule.epochs=39"], "Set epochs to"),
+    "device": (["run", "digits", "--device", "toaster"], "toaster"),
+    "precision": (["run", "digits", "--set", "precision=3-bit"], "precision"),
+    "no data": (["run", "cifar10_resnet20"], "set ACDC_DATA"),
+    "no ImageNet": (["run", "imagenet_resnet50"], ""),
+    "no resume": (["run", "digits", "--resume"], "There is no run to resume in"),
+    "no report": (["report", "nowhere"], "There is no folder"),
+    "no export": (["export", "nowhere", "--to", "onnx"], "not the folder of a"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_a_sentence_and_leaves_nothing(
+    case: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv, sentence = WRONG[case]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACDC_DATA", str(empty))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(empty))
+    try:
+        code = main(argv)
+    except SystemExit as left:  # argparse's own
+        code = int(str(left.code))
+    out, err = said(capsys)
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert "error: " in err
+    assert "Traceback" not in err
+    # A run that could not start is not in the way of the next try.
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_no_data_names_all_three_ways_and_the_next_try_works(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACDC_DATA", str(tmp_path / "nothing"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(FashionMNIST, "installed", tmp_path / "debian")
+    argv = ["run", "fashion_mnist", "--out", str(tmp_path / "runs")]
+    for _ in range(2):  # the second time it is not "already a run"
+        assert main(argv) == 2
+        _, err = said(capsys)
+        for way in ("ACDC_DATA", "dataset-fashion-mnist", "--download"):
+            assert way in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_extra_is_its_install_line(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import acdc.lab
+
+    monkeypatch.delattr(acdc.lab, "train")
+    monkeypatch.delitem(sys.modules, "acdc.lab.train")
+    monkeypatch.setitem(sys.modules, "lightning.fabric", None)
+    assert main(typed(tmp_path)) == 2
+    assert 'pip install "acdc[lab]"' in said(capsys)[1]
+
+
+def test_a_loss_that_diverges_keeps_the_checkpoint(tmp_path: Path, capsys: Capture) -> None:
+    argv = typed(tmp_path, optimizer__lr="1e30", checkpoint_steps="1")
+    assert main(argv) == 2
+    _, err = said(capsys)
+    checkpoint = only_run(tmp_path) / "checkpoint" / "last.ckpt"
+    assert "training diverged" in err
+    assert str(checkpoint) in err
+    assert "Lower optimizer.lr" in err
+    assert torch.load(checkpoint, weights_only=True)["step"] >= 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(4, signal.SIGTERM, monkeypatch)
+    for width in ("8", "12"):
+        assert main(typed(tmp_path / width, model__width=width)) == 143
+    monkeypatch.undo()
+    mine, other = (only_run(tmp_path / width) / "checkpoint/last.ckpt" for width in ("8", "12"))
+    own = mine.read_bytes()
+    shutil.copy(other, mine)
+    capsys.readouterr()
+    assert main(typed(tmp_path / "8", "--resume", model__width="8")) == 2
+    _, err = said(capsys)
+    assert "is of another recipe: model.width was 12 and is 8" in err
+    assert mine.read_bytes() == other.read_bytes()  # left as it was
+    mine.write_bytes(own[:-100])
+    assert main(typed(tmp_path / "8", "--resume", model__width="8")) == 2
+    assert "cannot be read" in said(capsys)[1]
+    mine.write_bytes(own)
+    assert main(typed(tmp_path / "8", "--resume", model__width="8")) == 0
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    done: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit on the size of files fails a write as a full disk does."""
+    signal_at(7, signal.SIGTERM, monkeypatch)
+    assert main(typed(tmp_path)) == 143
+    monkeypatch.undo()
+    folder = only_run(tmp_path)
+    checkpoint = folder / "checkpoint" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        code = main(typed(tmp_path, "--resume"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    _, err = said(capsys)
+    assert code == 2
+    assert "Cannot write the checkpoint" in err
+    assert "Free some space" in err
+    assert checkpoint.read_bytes() == before
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    assert main(typed(tmp_path, "--resume")) == 0
+    assert_same_run(done, folder)
+
+
+def test_a_report_that_fails_does_not_lose_the_run(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> Path:
+        assert (only_run(tmp_path) / "record.json").exists()
+        raise InputError("No ink.")
+
+    def break_down(_: Path) -> Path:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(report, "render", refuse)
+    assert main(typed(tmp_path, "--json")) == 2
+    out, err = said(capsys)
+    folder = only_run(tmp_path)
+    assert json.loads(out)["run"] == str(folder)
+    assert "test accuracy" in err
+    assert "could not be written: No ink. Once that is mended: acdc report" in err
+    monkeypatch.setattr(report, "render", break_down)
+    with pytest.raises(ZeroDivisionError):
+        main(typed(tmp_path, "--resume", "--json"))
+    assert json.loads(said(capsys)[0])["run"] == str(folder)
+    monkeypatch.undo()
+    assert main(["report", str(folder)]) == 0
+    assert said(capsys)[0] == f"{folder / 'report.html'}\n"
+
+
+# --- export -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("twin", ["sparse", "dense"])
+def test_a_twin_is_exported_as_safetensors(done: Path, capsys: Capture, twin: str) -> None:
+    assert main(["export", str(done), "--to", "safetensors", "--twin", twin]) == 0
+    path = done / f"{twin}.safetensors"
+    assert capsys.readouterr().out == f"{path} ({path.stat().st_size:,} bytes)\n"
+    pair = Pair.load(done / "pair")
+    state, written = getattr(pair, twin), load_file(path)
+    assert state.keys() == written.keys()
+    assert all(torch.equal(state[name], written[name]) for name in state)
+
+
+def test_a_twin_is_exported_as_onnx(done: Path, tmp_path: Path, capsys: Capture) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "twin.onnx"
+    assert main(["export", str(done), "--to", "onnx", "--out", str(path)]) == 0
+    assert str(path) in capsys.readouterr().out
+    recipe = tiny()
+    model = Pair.load(done / "pair").sparse_model(recipe.model.build()).eval()
+    x = torch.randn(3, *recipe.model.input_shape)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(outputs), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_is_not_known_is_a_sentence(
+    done: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(done, folder)
+    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe["values"]["model"]["type"] = "Perceptron"
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert main(["export", str(folder), "--to", "onnx"]) == 2
+    assert "'Perceptron' is not known" in said(capsys)[1]
+    assert events(folder) == events(done)
