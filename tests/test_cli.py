@@ -1,4 +1,4 @@
-"""The command line: its surface is frozen, its errors are sentences, and nothing trained is lost."""
+"""The command line: its surface is frozen, errors are sentences, and nothing trained is lost."""
 
 from __future__ import annotations
 
@@ -164,9 +164,12 @@ def test_every_recipe_can_be_shown(
         monkeypatch.setattr("torch.nn.init.kaiming_normal_", lambda x, **_: x)
     assert main(["show", name]) == 0
     out = capsys.readouterr().out
-    assert recipe.method.resolve(recipe.data.steps_per_epoch(recipe.batch_size)).resolved.table()
-    assert re.search(rf"total +{recipe.epochs} ", out)
-    assert out.count(" yes\n") == len(recipe.method.select(recipe.model.build())[0])
+    steps = recipe.data.steps_per_epoch(recipe.batch_size)
+    for line in recipe.method.resolve(steps).resolved.table().splitlines():
+        assert line in out
+    with torch.device("meta"):
+        pruned, _ = recipe.method.select(recipe.model.build())
+    assert out.count(" yes\n") == len(pruned)
 
 
 def test_show_says_what_would_happen(capsys: Capture) -> None:
@@ -265,7 +268,7 @@ def test_a_run_ends_with_a_table_and_a_page(tmp_path: Path, capsys: Capture) -> 
     assert [line for line in lines if "dense twin" in line] == lines[-2:]
 
 
-def test_json_is_the_last_line_and_the_only_one(
+def test_json_is_the_only_line_on_standard_output(
     done: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     assert main(typed(tmp_path, "--json")) == 0
@@ -377,7 +380,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "sparsity 1": (["run", "digits", "--set", "method.pattern.sparsity=1.0"], "but without, 1"),
     "sparsity 90": (["run", "digits", "--set", "method.pattern.sparsity=90"], "0.9 for 90 %"),
     "sparsity -1": (["run", "digits", "--set", "method.pattern.sparsity=-0.1"], "from 0 (dense)"),
-    "too sparse": (["run", "digits", "--set", "method.pattern.sparsity=0.99999"], "keep"),
+    "too sparse": (["run", "digits", "--set", "method.pattern.sparsity=0.99999"], "lower floor"),
     "long phase": (
         ["run", "digits", "--set", "method.schedule.last_sparse=50ep"],
         "longer than the run",
@@ -387,7 +390,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "device": (["run", "digits", "--device", "toaster"], "toaster"),
     "precision": (["run", "digits", "--set", "precision=3-bit"], "precision"),
     "no data": (["run", "cifar10_resnet20"], "set ACDC_DATA"),
-    "no ImageNet": (["run", "imagenet_resnet50"], ""),
+    "no ImageNet": (["run", "imagenet_resnet50"], "imagenet"),
     "no resume": (["run", "digits", "--resume"], "There is no run to resume in"),
     "no report": (["report", "nowhere"], "There is no folder"),
     "no export": (["export", "nowhere", "--to", "onnx"], "not the folder of a"),
@@ -411,7 +414,7 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(
     out, err = said(capsys)
     assert code == 2
     assert out == ""
-    assert sentence in err
+    assert sentence.lower() in err.lower()  # without torchvision, ImageNet is an extra's name
     assert "error: " in err
     assert "Traceback" not in err
     # A run that could not start is not in the way of the next try.
