@@ -284,14 +284,6 @@ def test_the_layout_is_the_one_that_the_docstring_promises(pair, saved):
     assert {k: v["kept"] for k, v in index["support"]["layers"].items()} == pair.support.counts()
 
 
-def test_equal_pairs_are_equal_files(pair, tmp_path):
-    files = [
-        [(pair.save(tmp_path / str(n)) / name).read_bytes() for name in (DENSE, SPARSE, INDEX)]
-        for n in range(8)
-    ]
-    assert all(again == files[0] for again in files)
-
-
 def test_a_sparse_file_at_95_percent_takes_at_most_a_tenth(tmp_path):
     net = make_net()
     pair = twins(net, 0.95)
