@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from acdc import Pair
+from acdc import ACDC, Pair, Unstructured, phases
 from acdc.errors import InputError
 from acdc.lab import train
 from acdc.lab.models import Model
@@ -180,6 +180,14 @@ def test_the_twin_is_the_network_of_the_last_dense_step_trained_on(
     assert not [e for e in events(tmp_path / "run") if "twin" in e]
 
 
+def test_fine_tuning_costs_the_samples_it_saw(tmp_path: Path) -> None:
+    # The last of four batches has 24 of 32 images: no step is counted for more than it has.
+    train.run(tiny(data__train_examples="120"), tmp_path / "run", device="cpu")
+    details = record(tmp_path / "run")["details"]
+    assert details["finetune_flops"] == 3 * details["dense_flops"] * 120 * 2
+    assert details["train_flops_dense"] == 3 * details["dense_flops"] * 120 * 7
+
+
 def test_batchnorm_statistics_are_averages_over_the_batches_asked_for(tmp_path: Path) -> None:
     recipe = tiny(bn_batches="2", dense_finetune="false", method__schedule__epochs="7")
     train.run(recipe, tmp_path / "run", device="cpu")
@@ -303,6 +311,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
         train.run(recipe, tmp_path / "run", device="cpu")
     state = torch.load(tmp_path / "run/checkpoint/last.ckpt", weights_only=True)
     assert state["step"] == events(tmp_path / "run", "step")[-1]["step"]
+
+
+def test_a_schedule_that_makes_no_pair_is_refused_before_training(tmp_path: Path) -> None:
+    recipe = tiny()
+    spans = phases(2, [("sparse", "1ep"), ("dense", "1ep")])
+    recipe = replace(recipe, method=ACDC(Unstructured(0.9), spans))
+    with pytest.raises(InputError, match="ends sparse and dense. A pair needs"):
+        train.run(recipe, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_data_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,11 @@ class _Run:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = recipe.method.resolve(self.per_epoch)
         self.schedule = self.method.resolved
+        if self._paired and [p.kind for p in self.schedule.phases[-2:]] != ["dense", "sparse"]:
+            raise InputError(
+                f"The run ends {' and '.join(p.kind for p in self.schedule.phases[-2:])}. A pair "
+                f"needs a last dense phase, whose end is the dense twin, and a sparse one after it."
+            )
         self.optimizer = recipe.optimizer.build(self.net.parameters())
         self.model, self.stepper = fabric.setup(self.net, self.optimizer)
         # Before the sparsifier's own hook, so that a phase is measured before the next one begins.
@@ -555,10 +560,10 @@ class _Run:
         def trained(by_phase: list[dict[str, int] | None]) -> int:
             return network.training_flops(self.schedule, by_phase, samples, epoch)
 
-        last_dense = self.schedule.last("dense")
         tail = 0
-        if self.leg == "finetune" and last_dense is not None:
-            tail = 3 * network.flops() * samples * (self.schedule.total - last_dense.stop)
+        if self.leg == "finetune":  # it took the steps of the last phase, densely
+            nothing = dict.fromkeys(network.shapes, 0)
+            tail = trained(dense_phases) - trained([*dense_phases[:-1], nothing])
         return {
             "recipe": self.recipe.name,
             "method": self.method.name,
