@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# A demo that was stopped goes on, and one that is complete is shown again.
 demo: install  ## train AC/DC at 90 % on scikit-learn's digits, in about half a minute
-	$(BIN)/acdc run digits --out runs
+	$(BIN)/acdc run digits --out runs $(if $(wildcard runs/digits/recipe.json),--resume)
 
 test: lint types unit  ## everything: lint, types, tests
 
