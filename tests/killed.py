@@ -53,13 +53,15 @@ def attempt(recipe: Recipe, folder: Path, death: dict[str, Any] | None) -> None:
             return place
 
         Pair.save = save_and_die
-    elif moment == "record":
+    elif moment in ("record", "recorded"):  # before the record is there, and after
         write = record.Folder.write
 
         def write_or_die(self: record.Folder, file: Path, data: Any) -> None:
-            if file.name == "record.json":
+            if file.name == "record.json" and moment == "record":
                 die()
             write(self, file, data)
+            if file.name == "record.json":
+                die()
 
         record.Folder.write = write_or_die
 
