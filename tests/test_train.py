@@ -317,7 +317,7 @@ def test_a_schedule_that_makes_no_pair_is_refused_before_training(tmp_path: Path
     recipe = tiny()
     spans = phases(2, [("sparse", "1ep"), ("dense", "1ep")])
     recipe = replace(recipe, method=ACDC(Unstructured(0.9), spans))
-    with pytest.raises(InputError, match="ends sparse and dense. A pair needs"):
+    with pytest.raises(InputError, match=r"ends sparse and dense\. A pair needs"):
         train.run(recipe, tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
