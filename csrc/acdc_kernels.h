@@ -1,0 +1,212 @@
+/* The native kernels of a sparse phase: a plain C interface, no torch in it.
+ *
+ * Every activation lies in one layout, [block][channel][row][column][lane]: a block is as many samples
+ * as a SIMD register has lanes, so one register holds one pixel of one channel of all of them, and a
+ * kept weight is a broadcast and a few multiply-adds, whatever its position in the filter. Around each
+ * channel lies a halo of zeros that belongs to the buffer and is never written: padding needs no code.
+ *
+ * A kernel takes one struct of pointers, pitches and integers. Pitches and strides count elements, not
+ * bytes. All pointers into layout buffers are aligned to 64 bytes at pixel (-halo, -halo).
+ * docs/engine.md tells the whole story.
+ */
+#ifndef ACDC_KERNELS_H
+#define ACDC_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* A buffer in the layout. For images a block is `lanes` samples. For tokens (linear layers) a block is
+ * 8 columns of `lanes` tokens, height 1: the panel that a tile reads is then one run of memory. */
+typedef struct acdc_image {
+    void* origin;                 /* pixel (0, 0) of channel 0 of block 0, inside the halo */
+    int64_t row, channel, block;  /* pitches */
+    int32_t blocks, channels, height, width;
+    int32_t samples;              /* live samples (tokens); the lanes after the last one hold zeros */
+    int32_t per_block;            /* samples in a block */
+    int32_t per_column;           /* how much the sample number grows from column to column: 0 or lanes */
+} acdc_image;
+
+/* A plain tensor seen as [block][lane][channel][row][column], through strides of any order. Either a
+ * plane is dense (column == 1, row == width) or channels are (channel == 1). */
+typedef struct acdc_plain {
+    void* data;
+    int64_t block, lane, channel, row, column;
+} acdc_plain;
+
+typedef struct acdc_entry_f32 { int32_t offset; float value; } acdc_entry_f32;
+typedef struct acdc_entry_f64 { int32_t offset; double value; } acdc_entry_f64;
+
+/* The kept weights in the order in which one pass reads them: by tile of input channels (the panel of a
+ * tile fits into the first-level cache), by output channel, by position. A *row* is one output channel
+ * inside one tile. Rows that have nothing to add are left out, except in the first tile (which starts
+ * the sums) and in the last (which ends them). */
+typedef struct acdc_list {
+    int32_t tiles;
+    int32_t in_channels;
+    const int32_t* tile_rows; /* [tiles + 1] number of the first row of each tile */
+    const int32_t* channel;   /* [rows] the output channel of a row */
+    const int32_t* begin;     /* [rows + 1] its first entry */
+    const void* entries;      /* [nnz + 16] acdc_entry_f32 or _f64 */
+    const int32_t* source;    /* [nnz] flat index into the dense weight */
+    int64_t nnz;
+    int32_t out_row, out_column;       /* first output pixel this list computes (its phase) */
+    int32_t top, bottom, left, right;  /* input pixels reached, relative to a tile; for prefetching */
+} acdc_list;
+
+/* y[out] (+)= sum over a row's entries of value * x[in + offset], for every output pixel of every phase.
+ * A convolution is one phase with the stride on the input; its input gradient is stride x stride phases
+ * with the stride on the output. */
+typedef struct acdc_conv_args {
+    acdc_image x, y;
+    const acdc_list* lists;
+    int32_t phases;
+    int32_t in_row_step, in_column_step, out_row_step, out_column_step;
+    int32_t tile_rows, tile_columns; /* register tile; see acdc_tile_fits */
+    int32_t accumulate;              /* add to what y holds */
+    const void* bias;                /* [channels of y] or null */
+    const void* shift;               /* [channels of y] or null: subtracted inside `sums` */
+    double* sums;                    /* [2][channels of y] or null: sum and sum of squares of y - shift */
+    void* workspace;                 /* with sums: threads * channels * 2 * lanes elements, 64-B aligned */
+    int32_t threads;
+} acdc_conv_args;
+
+/* target[source[k]] (+)= sum over pixels of dy * x at the offset of entry k: only the support. */
+typedef struct acdc_weight_grad_args {
+    acdc_image x, dy;
+    const acdc_list* list; /* of the forward pass */
+    int32_t in_row_step, in_column_step;
+    int32_t tile_rows, tile_columns;
+    int32_t accumulate;
+    void* target;          /* as large as the dense weight; only the support is written */
+    void* workspace;       /* threads * acdc_grad_pitch(nnz) elements, 64-B aligned */
+    int32_t threads;
+} acdc_weight_grad_args;
+
+typedef struct acdc_convert_args {
+    acdc_image image;
+    acdc_plain plain;
+    int32_t threads;
+} acdc_convert_args;
+
+/* sums[c] = sum of x over samples and pixels (a bias gradient). */
+typedef struct acdc_channel_sums_args {
+    acdc_image x;
+    double* sums;
+    void* workspace; /* threads * channels * lanes elements, 64-B aligned */
+    int32_t threads;
+} acdc_channel_sums_args;
+
+/* out = f(scale*y + offset [+ scale2*y2] [+ residual]), f = ReLU or nothing. The offset of the second
+ * normalisation is part of `offset`. Dead lanes become zero. */
+typedef struct acdc_norm_args {
+    acdc_image y, out, y2, residual; /* origin null: absent */
+    const void *scale, *offset, *scale2;
+    int32_t relu;
+    int32_t threads;
+} acdc_norm_args;
+
+/* First pass of the backward of acdc_norm_args: dz = grad where the ReLU passed, and its sums
+ *   sums[0][c] = sum dz, sums[1][c] = sum dz*(y - mean), sums[2][c] = sum dz*(y2 - mean2).
+ * dz is stored if dz.origin is not null (it may be grad itself: the residual's gradient). */
+typedef struct acdc_norm_reduce_args {
+    acdc_image grad, y, out, y2, dz; /* out is read only if relu */
+    const void *mean, *mean2;
+    int32_t relu;
+    double* sums;
+    void* workspace; /* threads * channels * 3 * lanes elements, 64-B aligned */
+    int32_t threads;
+} acdc_norm_reduce_args;
+
+/* Second pass: dy = a*dz + b*y + c, and dy2 = a2*dz + b2*y2 + c2. dz is grad, masked by out if relu. */
+typedef struct acdc_norm_grad_args {
+    acdc_image grad, y, out, y2, dy, dy2;
+    const void *a, *b, *c, *a2, *b2, *c2;
+    int32_t relu;
+    int32_t threads;
+} acdc_norm_grad_args;
+
+/* out = op(a, b): see the kernel table for which. */
+typedef struct acdc_pointwise_args {
+    acdc_image a, b, out;
+    int32_t threads;
+} acdc_pointwise_args;
+
+/* Pooling over a window; pixels outside of the image are ignored (max) or count as zero (average). */
+typedef struct acdc_pool_args {
+    acdc_image x, y, dx, dy; /* forward: x -> y; backward: (x, y,) dy -> dx */
+    int32_t window_rows, window_columns, row_step, column_step, row_padding, column_padding;
+    int32_t count_padding;   /* average: divide by the whole window even at the border */
+    int32_t threads;
+} acdc_pool_args;
+
+/* The one list of kernels: it makes the dispatch table, the binding, and what the tests and the
+ * benchmarks must cover. row(name, arguments) */
+#define ACDC_KERNELS(row)                        \
+    row(to_layout, acdc_convert_args)            \
+    row(from_layout, acdc_convert_args)          \
+    row(conv, acdc_conv_args)                    \
+    row(weight_grad, acdc_weight_grad_args)      \
+    row(channel_sums, acdc_channel_sums_args)    \
+    row(norm, acdc_norm_args)                    \
+    row(norm_reduce, acdc_norm_reduce_args)      \
+    row(norm_grad, acdc_norm_grad_args)          \
+    row(relu, acdc_pointwise_args)               \
+    row(relu_grad, acdc_pointwise_args)          \
+    row(add, acdc_pointwise_args)                \
+    row(max_pool, acdc_pool_args)                \
+    row(max_pool_grad, acdc_pool_args)           \
+    row(avg_pool, acdc_pool_args)                \
+    row(avg_pool_grad, acdc_pool_args)
+
+/* One table for each instruction set compiled in; `f64` is there for gradient checks, not for speed. */
+typedef struct acdc_table {
+    const char* isa;
+    int32_t lanes;
+    int32_t (*supported)(void);
+#define ACDC_FIELD(name, args)         \
+    void (*name##_f32)(const args*);   \
+    void (*name##_f64)(const args*);
+    ACDC_KERNELS(ACDC_FIELD)
+#undef ACDC_FIELD
+} acdc_table;
+
+int32_t acdc_table_count(void);
+const acdc_table* acdc_table_at(int32_t index); /* from the most portable to the widest */
+
+/* Which register tiles exist, for steps of 1 or 2 and for any other step. */
+static inline int32_t acdc_tile_fits(int32_t rows, int32_t columns, int32_t most) {
+    return rows >= 1 && rows <= 3 && columns >= 1 && columns <= 8 && rows * columns <= most;
+}
+enum { ACDC_CONV_TILE = 14, ACDC_GRAD_TILE = 12, ACDC_PAD = 16 };
+
+/* Pitch of one thread's weight gradients: whole cache lines, and room for one register too many. */
+static inline int64_t acdc_grad_pitch(int64_t nnz) { return (nnz + 2 * ACDC_PAD - 1) / ACDC_PAD * ACDC_PAD; }
+
+/* ---- plans: the index structures of one layer, for one support and one pair of buffer shapes ---- */
+
+typedef struct acdc_plan acdc_plan;
+
+typedef struct acdc_plan_args {
+    int32_t out_channels, in_channels, kernel_rows, kernel_columns, groups; /* in_channels: all groups */
+    int32_t row_step, column_step, row_padding, column_padding, row_dilation, column_dilation;
+    int64_t nnz;
+    const int64_t* support;          /* [nnz] sorted flat indices of the kept weights */
+    int32_t lanes, is_double;
+    int64_t x_row, x_channel;        /* pitches of the input */
+    int64_t dy_row, dy_channel;      /* pitches of the output's gradient */
+    int32_t in_tile, out_tile;       /* channels in a tile: forward, input gradient */
+} acdc_plan_args;
+
+acdc_plan* acdc_plan_create(const acdc_plan_args* args); /* null: out of memory, or an offset too large */
+void acdc_plan_destroy(acdc_plan* plan);
+void acdc_plan_refresh(acdc_plan* plan, const void* weight, int32_t input_grad, int32_t threads);
+const acdc_list* acdc_plan_forward(const acdc_plan* plan);
+const acdc_list* acdc_plan_input_grad(const acdc_plan* plan, int32_t* phases);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,274 @@
+// Sparse convolution, forward and input gradient: both are "y[out] += value * x[in + offset]".
+//
+// A tile of rows x columns output pixels of one output channel stays in registers. Each kept weight is
+// one broadcast and rows*columns multiply-adds that read x straight from the first-level cache, where
+// neighbouring pixels share the lines of their halo. The index list is read once per tile, in order.
+#pragma once
+#include "simd.h"
+
+namespace ACDC_ISA {
+namespace {
+
+template <class real> struct entry_of { using type = acdc_entry_f32; };
+template <> struct entry_of<double> { using type = acdc_entry_f64; };
+template <class real> using Entry = typename entry_of<real>::type;
+
+// Fetches, a little with every output channel, the lines that the next tile will read and write.
+struct NextTile {
+    const char* x = nullptr;  // first pixel reached, in the columns this tile has not read already
+    const char* y = nullptr;
+    int64_t x_channel, x_row, y_channel, y_row;  // in bytes
+    int x_rows, x_bytes, y_rows, y_bytes;
+    int rows, channels, credit, channels_left;  // every row of the index list pays for channels / rows
+
+    void start(const acdc_list& list) {
+        rows = list.tile_rows[list.tiles];
+        channels = channels_left = list.in_channels;
+        credit = 0;
+    }
+
+    void fetch(int channel) {
+        if (y) {
+            const char* line = y + channel * y_channel;
+            for (int row = 0; row < y_rows; ++row, line += y_row)
+                for (int byte = 0; byte < y_bytes; byte += 64) prefetch_write(line + byte);
+        }
+        if (!x) return;
+        for (credit += channels; credit >= rows; credit -= rows, x += x_channel) {
+            const char* line = x;
+            for (int row = 0; row < x_rows; ++row, line += x_row)
+                for (int byte = 0; byte < x_bytes; byte += 64) prefetch_read(line + byte);
+            if (--channels_left == 0) { x = nullptr; return; }
+        }
+    }
+};
+
+// One tile of channels of one list, at one tile of pixels.
+template <class real> struct ConvTile {
+    const real* x;
+    real* y;
+    int64_t x_row, y_row, y_channel;
+    int64_t x_column, y_column;  // used where the step is not known at compile time
+    const int32_t *channel, *begin;
+    int rows;
+    const Entry<real>* entries;
+    bool accumulate;
+    const real *bias, *live;     // live: 1 or 0 for each lane, a vector for each column `live_column` apart
+    int64_t live_column;
+    const real* shift;
+    real* sums;                  // [channels][2][lanes] or null
+    NextTile* next;
+};
+
+template <class real, int TH, int TW, int IN, int OUT> void conv_tile(const ConvTile<real>& t) {
+    const int64_t in = IN ? IN * lanes : t.x_column, out = OUT ? OUT * lanes : t.y_column;
+    const int64_t x_row = t.x_row;
+    for (int row = 0; row < t.rows; ++row) {
+        const int channel = t.channel[row];
+        real* y = t.y + channel * t.y_channel;
+        if (t.next) t.next->fetch(channel);
+
+        vec<real> sum[TH * TW];
+        if (t.accumulate) {
+            ACDC_UNROLL
+            for (int i = 0; i < TH * TW; ++i) sum[i] = load(y + i / TW * t.y_row + i % TW * out);
+        } else if (t.bias) {
+            ACDC_UNROLL
+            for (int i = 0; i < TH * TW; ++i) sum[i] = t.bias[channel] * load(t.live + i % TW * t.live_column);
+        } else {
+            ACDC_UNROLL
+            for (int i = 0; i < TH * TW; ++i) sum[i] = vec<real>{};
+        }
+
+        const Entry<real>*k = t.entries + t.begin[row], *end = t.entries + t.begin[row + 1];
+        for (; k < end; ++k) {
+            const vec<real> weight = splat(k->value);
+            const real* x = t.x + k->offset;
+            ACDC_UNROLL
+            for (int i = 0; i < TH * TW; ++i) {
+                sum[i] += weight * load(x + i % TW * in);
+                if (i % TW == TW - 1) x += x_row;
+            }
+        }
+
+        ACDC_UNROLL
+        for (int i = 0; i < TH * TW; ++i) store(y + i / TW * t.y_row + i % TW * out, sum[i]);
+
+        if (t.sums) {
+            real* partial = t.sums + channel * 2 * lanes;
+            const vec<real> shift = t.shift ? t.shift[channel] * load(t.live) : vec<real>{};
+            vec<real> s{}, q{};
+            ACDC_UNROLL
+            for (int i = 0; i < TH * TW; ++i) {
+                const vec<real> d = sum[i] - shift;
+                s += d;
+                q += d * d;
+            }
+            store(partial, load(partial) + s);
+            store(partial + lanes, load(partial + lanes) + q);
+        }
+    }
+}
+
+template <class real> using ConvTileKernel = void (*)(const ConvTile<real>&);
+
+// The double kernels serve gradient checks: fewer tiles, so that they compile fast.
+template <class real> constexpr int conv_tile_limit = sizeof(real) == 4 ? ACDC_CONV_TILE : 4;
+
+template <class real, int TH, int TW, int IN, int OUT> constexpr ConvTileKernel<real> conv_tile_or_null() {
+    constexpr bool known_step = IN != 0;
+    if constexpr (TH * TW <= conv_tile_limit<real> && (known_step || TH == 1)) return conv_tile<real, TH, TW, IN, OUT>;
+    else return nullptr;
+}
+
+template <class real, int IN, int OUT> ConvTileKernel<real> conv_tile_of(int rows, int columns) {
+#define ACDC_TILES(TH)                                                                       \
+    {                                                                                        \
+        conv_tile_or_null<real, TH, 1, IN, OUT>(), conv_tile_or_null<real, TH, 2, IN, OUT>(), \
+        conv_tile_or_null<real, TH, 3, IN, OUT>(), conv_tile_or_null<real, TH, 4, IN, OUT>(), \
+        conv_tile_or_null<real, TH, 5, IN, OUT>(), conv_tile_or_null<real, TH, 6, IN, OUT>(), \
+        conv_tile_or_null<real, TH, 7, IN, OUT>(), conv_tile_or_null<real, TH, 8, IN, OUT>()  \
+    }
+    static constexpr ConvTileKernel<real> table[3][8] = {ACDC_TILES(1), ACDC_TILES(2), ACDC_TILES(3)};
+#undef ACDC_TILES
+    return table[rows - 1][columns - 1];
+}
+
+template <class real> ConvTileKernel<real> conv_tile_for(int in, int out, int rows, int columns) {
+    if (in == 1 && out == 1) return conv_tile_of<real, 1, 1>(rows, columns);
+    if (in == 2 && out == 1) return conv_tile_of<real, 2, 1>(rows, columns);
+    if (in == 1 && out == 2) return conv_tile_of<real, 1, 2>(rows, columns);
+    return conv_tile_of<real, 0, 0>(rows, columns);
+}
+
+struct TileShape { int rows, columns; };
+
+// The largest tile that exists within the one asked for.
+inline TileShape tile_within(int rows, int columns, int limit, bool known_step) {
+    columns = least(least(columns, 8), limit);
+    rows = known_step ? least(least(rows, 3), limit / columns) : 1;
+    return {rows, columns};
+}
+
+// Where a tile lies: tiles are numbered along a row, then down, then from block to block.
+struct Place { int64_t block; int row, column; };
+struct Grid {
+    TileShape tile;
+    int down, across;
+    Grid(TileShape t, int height, int width)
+        : tile(t), down((height + t.rows - 1) / t.rows), across((width + t.columns - 1) / t.columns) {}
+    int64_t tiles(int64_t blocks) const { return blocks * down * across; }
+    Place at(int64_t i) const {
+        return {i / (down * across), int(i / across % down) * tile.rows, int(i % across) * tile.columns};
+    }
+};
+
+inline int phase_size(int size, int first, int step) { return (size - first + step - 1) / step; }
+
+template <class real> struct Conv {
+    const acdc_conv_args& a;
+    Grid grid;
+    const real *all_live, *last_live;
+
+    NextTile next_tile(const Place& p) const {
+        const acdc_list& list = a.lists[0];
+        const int new_columns = grid.tile.columns * a.in_column_step;
+        const int rows = (grid.tile.rows - 1) * a.in_row_step + list.bottom - list.top + 1;
+        NextTile next;
+        next.x = (const char*)(plane<real>(a.x, p.block, 0) + (p.row * a.in_row_step + list.top) * a.x.row +
+                               (int64_t(p.column - 1) * a.in_column_step + list.right + 1) * lanes);
+        next.y = (const char*)(plane<real>(a.y, p.block, 0) + int64_t(p.row) * a.out_row_step * a.y.row +
+                               int64_t(p.column) * a.out_column_step * lanes);
+        next.x_channel = a.x.channel * sizeof(real);
+        next.x_row = a.x.row * sizeof(real);
+        next.y_channel = a.y.channel * sizeof(real);
+        next.y_row = a.y.row * sizeof(real);
+        next.x_rows = rows;
+        next.x_bytes = new_columns * lanes * int(sizeof(real));
+        next.y_rows = grid.tile.rows * a.out_row_step;
+        next.y_bytes = grid.tile.columns * a.out_column_step * lanes * int(sizeof(real));
+        next.start(list);
+        return next;
+    }
+
+    void run_list(const acdc_list& list, const Place& p, real* sums, NextTile* next) const {
+        const int height = phase_size(a.y.height, list.out_row, a.out_row_step);
+        const int width = phase_size(a.y.width, list.out_column, a.out_column_step);
+        const int rows = least(grid.tile.rows, height - p.row), columns = least(grid.tile.columns, width - p.column);
+        if (rows <= 0 || columns <= 0) return;
+        const ConvTileKernel<real> kernel = conv_tile_for<real>(a.in_column_step, a.out_column_step, rows, columns);
+
+        ConvTile<real> t;
+        t.x = plane<real>(a.x, p.block, 0) + int64_t(p.row) * a.in_row_step * a.x.row +
+              int64_t(p.column) * a.in_column_step * lanes;
+        t.y = plane<real>(a.y, p.block, 0) + (int64_t(p.row) * a.out_row_step + list.out_row) * a.y.row +
+              (int64_t(p.column) * a.out_column_step + list.out_column) * lanes;
+        t.x_row = a.x.row * a.in_row_step;
+        t.y_row = a.y.row * a.out_row_step;
+        t.y_channel = a.y.channel;
+        t.x_column = int64_t(a.in_column_step) * lanes;
+        t.y_column = int64_t(a.out_column_step) * lanes;
+        t.entries = static_cast<const Entry<real>*>(list.entries);
+        t.bias = static_cast<const real*>(a.bias);
+        t.live_column = a.y.per_column ? lanes : 0;
+        t.live = (p.block == a.y.blocks - 1 ? last_live : all_live) + p.column * t.live_column;
+        t.shift = static_cast<const real*>(a.shift);
+        t.next = next;
+        for (int tile = 0; tile < list.tiles; ++tile) {
+            const int first = list.tile_rows[tile];
+            t.channel = list.channel + first;
+            t.begin = list.begin + first;
+            t.rows = list.tile_rows[tile + 1] - first;
+            t.accumulate = a.accumulate || tile > 0;
+            t.sums = tile == list.tiles - 1 ? sums : nullptr;
+            kernel(t);
+            if (next) next->y = nullptr;  // fetched with the first tile of channels, once
+        }
+    }
+
+    void run(int thread, int64_t first, int64_t last) const {
+        real* sums = a.sums ? static_cast<real*>(a.workspace) + int64_t(thread) * a.y.channels * 2 * lanes : nullptr;
+        for (int64_t i = first; i < last; ++i) {
+            const Place here = grid.at(i);
+            NextTile next;
+            if (i + 1 < last) next = next_tile(grid.at(i + 1));
+            for (int phase = 0; phase < a.phases; ++phase)
+                run_list(a.lists[phase], here, sums, phase == 0 && i + 1 < last ? &next : nullptr);
+        }
+    }
+};
+
+template <class real> void conv(const acdc_conv_args* a) {
+    // What is alive: everything, but for the last block, which may be short of samples.
+    constexpr int widest = 64;
+    alignas(64) real all_live[widest * lanes], last_live[widest * lanes];
+    const int columns = a->y.per_column ? least<int>(a->y.width, widest) : 1;
+    for (int column = 0; column < columns; ++column)
+        for (int lane = 0; lane < lanes; ++lane) {
+            all_live[column * lanes + lane] = 1;
+            last_live[column * lanes + lane] = lane < live_lanes(a->y, a->y.blocks - 1, column);
+        }
+    const bool known = (a->in_column_step == 1 && a->out_column_step <= 2) ||
+                       (a->in_column_step == 2 && a->out_column_step == 1);
+    const Grid grid(tile_within(a->tile_rows, a->tile_columns, conv_tile_limit<real>, known),
+                    phase_size(a->y.height, 0, a->out_row_step), phase_size(a->y.width, 0, a->out_column_step));
+    const int64_t partial = int64_t(a->y.channels) * 2;
+    if (a->sums) clear(static_cast<real*>(a->workspace), a->threads * partial * lanes);
+    const Conv<real> work{*a, grid, all_live, last_live};
+    split(grid.tiles(a->y.blocks), a->threads,
+          [&](int thread, int64_t first, int64_t last) { work.run(thread, first, last); });
+    if (!a->sums) return;
+    // The workspace is [channel][sum, squares]; the result [sum, squares][channel].
+    const real* workspace = static_cast<const real*>(a->workspace);
+    for (int c = 0; c < a->y.channels; ++c)
+        for (int which = 0; which < 2; ++which) {
+            double sum = 0;
+            for (int thread = 0; thread < a->threads; ++thread)
+                for (int lane = 0; lane < lanes; ++lane)
+                    sum += workspace[(thread * partial + c * 2 + which) * lanes + lane];
+            a->sums[int64_t(which) * a->y.channels + c] = sum;
+        }
+}
+
+}  // namespace
+}  // namespace ACDC_ISA

@@ -1,0 +1,25 @@
+// The tables that were compiled in, from the most portable to the widest. Built for the baseline.
+#include "acdc_kernels.h"
+
+extern "C" {
+extern const acdc_table acdc_table_baseline;
+#ifdef ACDC_HAS_AVX2
+extern const acdc_table acdc_table_avx2;
+#endif
+#ifdef ACDC_HAS_AVX512
+extern const acdc_table acdc_table_avx512;
+#endif
+
+static const acdc_table* const tables[] = {
+    &acdc_table_baseline,
+#ifdef ACDC_HAS_AVX2
+    &acdc_table_avx2,
+#endif
+#ifdef ACDC_HAS_AVX512
+    &acdc_table_avx512,
+#endif
+};
+
+int32_t acdc_table_count(void) { return int32_t(sizeof(tables) / sizeof(tables[0])); }
+const acdc_table* acdc_table_at(int32_t index) { return tables[index]; }
+}

@@ -1,0 +1,177 @@
+// The compiled module acdc._kernels: the structs of acdc_kernels.h and one function per kernel row.
+// Pointers cross as integers (tensor.data_ptr()); acdc/engine/native.py keeps the tensors alive, checks
+// shapes, and is the only caller.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "acdc_kernels.h"
+
+namespace nb = nanobind;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T = void> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+
+const acdc_table& table(int index) {
+    if (index < 0 || index >= acdc_table_count() || !acdc_table_at(index)->supported())
+        throw std::out_of_range("no such instruction set on this machine");
+    return *acdc_table_at(index);
+}
+
+// Fields of a struct of arguments are set by name, so that the Python side reads like the header.
+template <class T> void set_field(nb::class_<T>& cls, const char* name, void* T::*field) {
+    cls.def_prop_rw(
+        name, [field](const T& self) { return Address(self.*field); },
+        [field](T& self, Address value) { self.*field = pointer(value); });
+}
+template <class T> void set_field(nb::class_<T>& cls, const char* name, const void* T::*field) {
+    cls.def_prop_rw(
+        name, [field](const T& self) { return Address(self.*field); },
+        [field](T& self, Address value) { self.*field = pointer(value); });
+}
+template <class T> void set_field(nb::class_<T>& cls, const char* name, double* T::*field) {
+    cls.def_prop_rw(
+        name, [field](const T& self) { return Address(self.*field); },
+        [field](T& self, Address value) { self.*field = pointer<double>(value); });
+}
+template <class T, class V> void set_field(nb::class_<T>& cls, const char* name, V T::*field) { cls.def_rw(name, field); }
+
+struct Plan {
+    acdc_plan* plan;
+    explicit Plan(const acdc_plan_args& args) : plan(nullptr) {
+        nb::gil_scoped_release release;
+        plan = acdc_plan_create(&args);
+    }
+    Plan(const Plan&) = delete;
+    ~Plan() { acdc_plan_destroy(plan); }
+    bool valid() const { return plan != nullptr; }
+    void refresh(Address weight, bool input_grad, int threads) {
+        nb::gil_scoped_release release;
+        acdc_plan_refresh(plan, pointer(weight), input_grad, threads);
+    }
+};
+
+template <class Args> void call(void (*f32)(const Args*), void (*f64)(const Args*), bool is_double, const Args& args) {
+    nb::gil_scoped_release release;
+    (is_double ? f64 : f32)(&args);
+}
+
+}  // namespace
+
+#define FIELD(field) set_field(cls, #field, &Struct::field)
+
+NB_MODULE(_kernels, m) {
+    {
+        using Struct = acdc_image;
+        nb::class_<Struct> cls(m, "Image");
+        cls.def(nb::init<>());
+        FIELD(origin); FIELD(row); FIELD(channel); FIELD(block); FIELD(blocks); FIELD(channels); FIELD(height);
+        FIELD(width); FIELD(samples); FIELD(per_block); FIELD(per_column);
+    }
+    {
+        using Struct = acdc_plain;
+        nb::class_<Struct> cls(m, "Plain");
+        cls.def(nb::init<>());
+        FIELD(data); FIELD(block); FIELD(lane); FIELD(channel); FIELD(row); FIELD(column);
+    }
+    {
+        using Struct = acdc_conv_args;
+        nb::class_<Struct> cls(m, "conv_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(y); FIELD(in_row_step); FIELD(in_column_step); FIELD(out_row_step); FIELD(out_column_step);
+        FIELD(tile_rows); FIELD(tile_columns); FIELD(accumulate); FIELD(bias); FIELD(shift); FIELD(sums);
+        FIELD(workspace); FIELD(threads);
+        cls.def("set_plan", [](Struct& self, const Plan& plan, bool input_grad) {
+            self.phases = 1;
+            self.lists = input_grad ? acdc_plan_input_grad(plan.plan, &self.phases) : acdc_plan_forward(plan.plan);
+        });
+    }
+    {
+        using Struct = acdc_weight_grad_args;
+        nb::class_<Struct> cls(m, "weight_grad_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(dy); FIELD(in_row_step); FIELD(in_column_step); FIELD(tile_rows); FIELD(tile_columns);
+        FIELD(accumulate); FIELD(target); FIELD(workspace); FIELD(threads);
+        cls.def("set_plan", [](Struct& self, const Plan& plan) { self.list = acdc_plan_forward(plan.plan); });
+    }
+    {
+        using Struct = acdc_convert_args;
+        nb::class_<Struct> cls(m, "convert_args");
+        cls.def(nb::init<>());
+        FIELD(image); FIELD(plain); FIELD(threads);
+    }
+    {
+        using Struct = acdc_channel_sums_args;
+        nb::class_<Struct> cls(m, "channel_sums_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(sums); FIELD(workspace); FIELD(threads);
+    }
+    {
+        using Struct = acdc_norm_args;
+        nb::class_<Struct> cls(m, "norm_args");
+        cls.def(nb::init<>());
+        FIELD(y); FIELD(out); FIELD(y2); FIELD(residual); FIELD(scale); FIELD(offset); FIELD(scale2); FIELD(relu);
+        FIELD(threads);
+    }
+    {
+        using Struct = acdc_norm_reduce_args;
+        nb::class_<Struct> cls(m, "norm_reduce_args");
+        cls.def(nb::init<>());
+        FIELD(grad); FIELD(y); FIELD(out); FIELD(y2); FIELD(dz); FIELD(mean); FIELD(mean2); FIELD(relu); FIELD(sums);
+        FIELD(workspace); FIELD(threads);
+    }
+    {
+        using Struct = acdc_norm_grad_args;
+        nb::class_<Struct> cls(m, "norm_grad_args");
+        cls.def(nb::init<>());
+        FIELD(grad); FIELD(y); FIELD(out); FIELD(y2); FIELD(dy); FIELD(dy2); FIELD(a); FIELD(b); FIELD(c); FIELD(a2);
+        FIELD(b2); FIELD(c2); FIELD(relu); FIELD(threads);
+    }
+    {
+        using Struct = acdc_pointwise_args;
+        nb::class_<Struct> cls(m, "pointwise_args");
+        cls.def(nb::init<>());
+        FIELD(a); FIELD(b); FIELD(out); FIELD(threads);
+    }
+    {
+        using Struct = acdc_pool_args;
+        nb::class_<Struct> cls(m, "pool_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(y); FIELD(dx); FIELD(dy); FIELD(window_rows); FIELD(window_columns); FIELD(row_step);
+        FIELD(column_step); FIELD(row_padding); FIELD(column_padding); FIELD(count_padding); FIELD(threads);
+    }
+    {
+        using Struct = acdc_plan_args;
+        nb::class_<Struct> cls(m, "plan_args");
+        cls.def(nb::init<>());
+        FIELD(out_channels); FIELD(in_channels); FIELD(kernel_rows); FIELD(kernel_columns); FIELD(groups);
+        FIELD(row_step); FIELD(column_step); FIELD(row_padding); FIELD(column_padding); FIELD(row_dilation);
+        FIELD(column_dilation); FIELD(nnz); FIELD(lanes); FIELD(is_double); FIELD(x_row); FIELD(x_channel);
+        FIELD(dy_row); FIELD(dy_channel); FIELD(in_tile); FIELD(out_tile);
+        cls.def_prop_rw(
+            "support", [](const Struct& self) { return Address(self.support); },
+            [](Struct& self, Address value) { self.support = pointer<const int64_t>(value); });
+    }
+    nb::class_<Plan>(m, "Plan")
+        .def(nb::init<const acdc_plan_args&>())
+        .def("valid", &Plan::valid)
+        .def("refresh", &Plan::refresh);
+
+    m.def("table_count", &acdc_table_count);
+    m.def("isa", [](int index) { return std::string(acdc_table_at(index)->isa); });
+    m.def("lanes", [](int index) { return acdc_table_at(index)->lanes; });
+    m.def("supported", [](int index) { return acdc_table_at(index)->supported() != 0; });
+
+    nb::list names;
+#define ROW(name, args)                                                                \
+    names.append(#name);                                                               \
+    m.def(#name, [](int index, bool is_double, const args& a) {                        \
+        call<args>(table(index).name##_f32, table(index).name##_f64, is_double, a);    \
+    });
+    ACDC_KERNELS(ROW)
+    m.attr("KERNELS") = nb::tuple(names);
+}

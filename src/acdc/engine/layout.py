@@ -1,0 +1,144 @@
+"""The layout of the engine: ``[block][channel][row][column][lane]``, with a halo of zeros.
+
+A *block* is as many samples as a SIMD register has lanes. For linear layers the samples are tokens, and
+a block is 8 columns of ``lanes`` tokens. ``docs/engine.md`` says why.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import torch
+
+from acdc.errors import InputError
+
+LINE = 64  # bytes in a cache line, and the alignment of every buffer
+TOKEN_COLUMNS = 8  # registers of tokens in a block: one register tile of a linear layer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of one buffer: what it holds, and how it lies in memory. Pitches count elements."""
+
+    samples: int
+    channels: int
+    height: int
+    width: int
+    lanes: int
+    halo: int = 0
+    tokens: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.channels, self.height, self.width, self.lanes) < 1:
+            raise InputError(f"A layout buffer needs at least one of everything, got {self}.")
+        if self.halo < 0:
+            raise InputError(f"The halo of a layout buffer cannot be negative, got {self.halo}.")
+
+    @staticmethod
+    def of_images(
+        shape: tuple[int, ...] | torch.Size, lanes: int, halo: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Shape:
+        """Return the shape that holds an ``[N, C, H, W]`` tensor."""
+        samples, channels, height, width = shape
+        return Shape(samples, channels, height, width, lanes, halo, False, dtype)
+
+    @staticmethod
+    def of_tokens(tokens: int, features: int, lanes: int, dtype: torch.dtype = torch.float32) -> Shape:
+        """Return the shape that holds a ``[tokens, features]`` tensor."""
+        return Shape(tokens, features, 1, TOKEN_COLUMNS, lanes, 0, True, dtype)
+
+    @property
+    def per_block(self) -> int:
+        """Samples in a block."""
+        return self.lanes * (self.width if self.tokens else 1)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks; the last may hold fewer samples than lanes."""
+        return -(-self.samples // self.per_block)
+
+    @property
+    def row(self) -> int:
+        """Elements from a row to the next."""
+        return (self.width + 2 * self.halo) * self.lanes
+
+    @property
+    def channel(self) -> int:
+        """Elements from a channel to the next.
+
+        For images an odd number of cache lines: with a power of two, the same pixel of many channels
+        would compete for one set of the first-level cache. A block of tokens is read whole and is dense.
+        """
+        count = self.row * (self.height + 2 * self.halo)
+        if self.tokens:
+            return count
+        per_line = LINE // self.dtype.itemsize
+        return (-(-count // per_line) | 1) * per_line
+
+    @property
+    def block(self) -> int:
+        """Elements from a block to the next, in whole cache lines."""
+        per_line = LINE // self.dtype.itemsize
+        return -(-self.channel * self.channels // per_line) * per_line
+
+    @property
+    def origin(self) -> int:
+        """Elements from the start of memory to pixel (0, 0)."""
+        return self.halo * (self.row + self.lanes)
+
+    @property
+    def numel(self) -> int:
+        """Elements of memory."""
+        return self.block * self.blocks
+
+    def with_channels(self, channels: int) -> Shape:
+        """Return the same shape with another number of channels."""
+        return replace(self, channels=channels)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A block of memory in the layout. The halo is zero, and stays so: kernels write interiors."""
+
+    shape: Shape
+    data: torch.Tensor
+
+    @staticmethod
+    def zeros(shape: Shape) -> Buffer:
+        """Allocate a buffer, all zeros, aligned to a cache line."""
+        spare = LINE // shape.dtype.itemsize
+        data = torch.zeros(shape.numel + spare, dtype=shape.dtype)
+        skip = (-data.data_ptr() % LINE) // shape.dtype.itemsize
+        return Buffer(shape, data[skip : skip + shape.numel])
+
+    def pixels(self) -> torch.Tensor:
+        """Return the interior as a view ``[block, channel, row, column, lane]``."""
+        s = self.shape
+        return self.data.as_strided(
+            (s.blocks, s.channels, s.height, s.width, s.lanes),
+            (s.block, s.channel, s.row, s.lanes, 1),
+            self.data.storage_offset() + s.origin,
+        )
+
+
+class Pool:
+    """Buffers that are free, by shape: taking one back keeps its halo, so it need not be cleared."""
+
+    def __init__(self) -> None:
+        self._free: dict[Shape, list[Buffer]] = defaultdict(list)
+
+    def take(self, shape: Shape) -> Buffer:
+        """Return a buffer of this shape; its interior holds anything."""
+        free = self._free[shape]
+        return free.pop() if free else Buffer.zeros(shape)
+
+    def give(self, *buffers: Buffer) -> None:
+        """Hand buffers back: the caller reads and writes them no more."""
+        for buffer in buffers:
+            self._free[buffer.shape].append(buffer)
+
+    def clear(self) -> None:
+        """Free the memory."""
+        self._free.clear()
