@@ -1,0 +1,509 @@
+"""The compiled kernels behind a small API of buffers. The only module that touches ``acdc._kernels``.
+
+``acdc.engine.reference`` has the same functions in plain PyTorch, and the tests hold them together.
+Every call runs on ``torch.get_num_threads()`` threads of torch's own OpenMP pool; for a given number of
+threads its results are bitwise the same every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # first: its OpenMP library must be the one that the kernels find
+
+from acdc.engine.geometry import ConvGeometry, Pair
+from acdc.engine.layout import Buffer, Shape
+from acdc.errors import AcdcError, InputError
+
+try:
+    from acdc import _kernels
+except ImportError:  # installed without a compiler
+    _kernels = None  # type: ignore[assignment,unused-ignore]
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def available() -> bool:
+    """Return whether the compiled kernels are there."""
+    return _kernels is not None
+
+
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that were compiled in and that this machine has, narrowest first."""
+    if _kernels is None:
+        return []
+    return [_kernels.isa(i) for i in range(_kernels.table_count()) if _kernels.supported(i)]
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Return the rows of the kernel table."""
+    return () if _kernels is None else tuple(_kernels.KERNELS)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a pass is cut: the register tile in output pixels, and input channels per panel."""
+
+    rows: int
+    columns: int
+    channels: int
+
+    @staticmethod
+    def default(height: int, width: int, channels: int, geometry: ConvGeometry) -> Tile:
+        """Return a good tile: 8 to 12 accumulators, and a panel of at most 32 KB where that is possible."""
+        if geometry.kernel == (1, 1):
+            fits = [w for w in (8, 7, 6, 5, 4) if width % w == 0]
+            columns = fits[0] if fits else min(width, 8)
+            return Tile(max(1, min(3, height, 12 // columns)), columns, 128)
+        columns = 4 if width % 4 == 0 or width > 8 else min(width, 7)
+        rows = max(1, min(3 if channels <= 32 else 2, height, 12 // columns))
+        return Tile(rows, columns, 32)
+
+
+class Plan:
+    """The index lists of one layer for one support and one pair of buffer shapes (of any batch size).
+
+    Args:
+        geometry: the layer's sizes.
+        support: int64 flat indices of the kept weights, strictly ascending.
+        x, dy: shapes of the input's buffer and of the output gradient's buffer.
+
+    """
+
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        support: torch.Tensor,
+        x: Shape,
+        dy: Shape,
+        tile: Tile | None = None,
+        grad_tile: Tile | None = None,
+    ) -> None:
+        if _kernels is None:
+            raise AcdcError("The compiled kernels are missing: reinstall acdc where there is a C++ compiler.")
+        check_plan(geometry, support, x, dy)
+        self.geometry, self.x, self.dy = geometry, x, dy
+        self.nnz = support.numel()
+        self.tile = tile or Tile.default(dy.height, dy.width, geometry.in_channels, geometry)
+        self.grad_tile = grad_tile or Tile.default(
+            -(-x.height // geometry.stride[0]),
+            -(-x.width // geometry.stride[1]),
+            geometry.out_channels,
+            geometry,
+        )
+        a = _kernels.plan_args()
+        a.out_channels, a.in_channels = geometry.out_channels, geometry.in_channels
+        a.kernel_rows, a.kernel_columns = geometry.kernel
+        a.groups = geometry.groups
+        a.row_step, a.column_step = geometry.stride
+        a.row_padding, a.column_padding = geometry.padding
+        a.row_dilation, a.column_dilation = geometry.dilation
+        support = support.contiguous()
+        a.nnz, a.support = support.numel(), support.data_ptr()
+        a.lanes, a.is_double = x.lanes, x.dtype == torch.float64
+        a.x_row, a.x_channel = x.row, x.channel
+        a.dy_row, a.dy_channel = dy.row, dy.channel
+        a.in_tile, a.out_tile = self.tile.channels, self.grad_tile.channels
+        self._plan = _kernels.Plan(a)
+        if not self._plan.valid():
+            raise InputError(f"A layer this large does not fit into 32-bit offsets or memory: {geometry}.")
+
+    def refresh(self, weight: torch.Tensor, input_grad: bool = False) -> None:
+        """Copy the values of the kept weights into the lists of the forward pass or the input gradient."""
+        weight = weight.detach().contiguous()
+        if weight.dtype != self.x.dtype or weight.numel() != numel(self.geometry):
+            raise InputError(f"The plan wants {numel(self.geometry)} weights of {self.x.dtype}, got {weight.shape}.")
+        self._plan.refresh(weight.data_ptr(), input_grad, torch.get_num_threads())
+
+
+def numel(geometry: ConvGeometry) -> int:
+    """Return the number of weights of the dense layer."""
+    out, per_group, rows, columns = geometry.weight_shape
+    return out * per_group * rows * columns
+
+
+def check_plan(geometry: ConvGeometry, support: torch.Tensor, x: Shape, dy: Shape) -> None:
+    """Raise unless the support and the two shapes belong to this layer."""
+    if support.dtype != torch.int64 or support.dim() != 1:
+        raise InputError(f"The support is a vector of int64 indices, got {support.dtype} {tuple(support.shape)}.")
+    if numel(geometry) >= 2**31:
+        raise InputError(f"A layer of {numel(geometry)} weights is too large for 32-bit indices.")
+    if support.numel():
+        ascending = bool((support[1:] > support[:-1]).all())
+        if not ascending or int(support[0]) < 0 or int(support[-1]) >= numel(geometry):
+            raise InputError(f"Indices of kept weights ascend within 0..{numel(geometry) - 1}.")
+    if x.channels != geometry.in_channels or dy.channels != geometry.out_channels:
+        raise InputError(f"Buffers of {x.channels} and {dy.channels} channels do not fit {geometry}.")
+    if x.dtype != dy.dtype or x.dtype not in DTYPES or x.lanes != dy.lanes or x.tokens != dy.tokens:
+        raise InputError("Both buffers of a layer share lanes, dtype (float32 or float64) and kind.")
+    if x.tokens and geometry != ConvGeometry.linear(x.channels, dy.channels):
+        raise InputError("Buffers of tokens are for linear layers.")
+    if (dy.height, dy.width) != geometry.out_size(x.height, x.width):
+        raise InputError(f"The output is {geometry.out_size(x.height, x.width)}, got {dy.height}x{dy.width}.")
+    if x.halo < geometry.halo or dy.halo < geometry.grad_halo(x.height, x.width):
+        raise InputError(
+            f"The halos must be at least {geometry.halo} and {geometry.grad_halo(x.height, x.width)}, "
+            f"got {x.halo} and {dy.halo}."
+        )
+
+
+class Native:
+    """The kernels of one instruction set: the widest this machine has, or the one asked for by name."""
+
+    plan = Plan
+
+    def __init__(self, isa: str | None = None) -> None:
+        if _kernels is None:
+            raise AcdcError("The compiled kernels are missing: reinstall acdc where there is a C++ compiler.")
+        here = instruction_sets()
+        if isa is not None and isa not in here:
+            raise InputError(f"This machine has the kernels {here}, not {isa!r}.")
+        self.isa = isa or here[-1]
+        every = [_kernels.isa(i) for i in range(_kernels.table_count())]
+        self._index = every.index(self.isa)
+        self.lanes = int(_kernels.lanes(self._index))
+        self._workspace: dict[torch.dtype, torch.Tensor] = {}
+
+    # ---- conversions ----
+
+    def to_layout(self, plain: torch.Tensor, out: Buffer) -> Buffer:
+        """Copy an ``[N, C, H, W]`` tensor, or ``[tokens, features]``, of any strides into a buffer."""
+        plain = plain.detach()
+        a = _kernels.convert_args()
+        a.image, a.plain = self._image(out), self._plain(plain if _convertible(plain) else plain.contiguous(), out)
+        self._run("to_layout", a, out)
+        return out
+
+    def from_layout(self, buffer: Buffer, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Copy a buffer into a plain tensor: ``out`` if given (contiguous or channels_last), or a new one."""
+        s = buffer.shape
+        if out is None:
+            size = (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
+            out = torch.empty(size, dtype=s.dtype)
+        if not _convertible(out):
+            return out.copy_(self.from_layout(buffer))
+        a = _kernels.convert_args()
+        a.image, a.plain = self._image(buffer), self._plain(out, buffer)
+        self._run("from_layout", a, buffer)
+        return out
+
+    # ---- the sparse layer ----
+
+    def conv(
+        self,
+        plan: Plan,
+        x: Buffer,
+        y: Buffer,
+        *,
+        bias: torch.Tensor | None = None,
+        accumulate: bool = False,
+        statistics: bool = False,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Compute ``y = conv(x)``, or ``y += conv(x)``.
+
+        With ``statistics``, return float64 ``[2, channels]``: the sums of ``y - shift`` and of its square
+        over samples and pixels. A shift near the mean (the running mean) keeps the variance exact.
+        """
+        self._same(plan.x, x, "x")
+        self._sized(y, plan.dy, "y")
+        a = _kernels.conv_args()
+        a.set_plan(plan._plan, False)
+        a.in_row_step, a.in_column_step = plan.geometry.stride
+        a.out_row_step = a.out_column_step = 1
+        return self._conv(a, plan.tile, x, y, bias, accumulate, statistics, shift)
+
+    def conv_input_grad(self, plan: Plan, dy: Buffer, dx: Buffer, *, accumulate: bool = False) -> None:
+        """Compute ``dx`` from ``dy``, or add it to what ``dx`` holds."""
+        self._same(plan.dy, dy, "dy")
+        self._sized(dx, plan.x, "dx")
+        a = _kernels.conv_args()
+        a.set_plan(plan._plan, True)
+        a.in_row_step = a.in_column_step = 1
+        a.out_row_step, a.out_column_step = plan.geometry.stride
+        self._conv(a, plan.grad_tile, dy, dx, None, accumulate, False, None)
+
+    def conv_weight_grad(
+        self, plan: Plan, x: Buffer, dy: Buffer, grad: torch.Tensor, *, accumulate: bool = False
+    ) -> None:
+        """Write (or add) the gradients of the kept weights into ``grad``, shaped as the dense weight.
+
+        All other elements of ``grad`` are left as they are.
+        """
+        self._same(plan.x, x, "x")
+        self._sized(dy, plan.dy, "dy")
+        if dy.shape.channel != plan.dy.channel and dy.shape.height != plan.dy.height:
+            raise InputError("dy does not have the shape of the plan.")
+        if grad.numel() != numel(plan.geometry) or grad.dtype != x.shape.dtype or not grad.is_contiguous():
+            raise InputError(f"The gradient is a contiguous {x.shape.dtype} tensor as large as the weight.")
+        self._together(x, dy)
+        a = _kernels.weight_grad_args()
+        a.set_plan(plan._plan)
+        a.x, a.dy = self._image(x), self._image(dy)
+        a.in_row_step, a.in_column_step = plan.geometry.stride
+        a.tile_rows, a.tile_columns = plan.tile.rows, plan.tile.columns
+        a.accumulate, a.target = accumulate, grad.data_ptr()
+        pitch = (plan.nnz + 31) // 16 * 16
+        a.workspace = self._scratch(torch.get_num_threads() * pitch, x.shape.dtype)
+        self._run("weight_grad", a, x)
+
+    def channel_sums(self, x: Buffer) -> torch.Tensor:
+        """Return the float64 sums of a buffer over samples and pixels, by channel: a bias gradient."""
+        a = _kernels.channel_sums_args()
+        sums = torch.empty(x.shape.channels, dtype=torch.float64)
+        a.x, a.sums = self._image(x), sums.data_ptr()
+        a.workspace = self._scratch(torch.get_num_threads() * x.shape.channels * self.lanes, x.shape.dtype)
+        self._run("channel_sums", a, x)
+        return sums
+
+    # ---- between convolutions ----
+
+    def norm(
+        self,
+        y: Buffer,
+        scale: torch.Tensor,
+        offset: torch.Tensor,
+        out: Buffer,
+        *,
+        relu: bool = False,
+        residual: Buffer | None = None,
+        y2: Buffer | None = None,
+        scale2: torch.Tensor | None = None,
+    ) -> None:
+        """Compute ``out = f(scale*y + offset [+ scale2*y2] [+ residual])``, f = ReLU or nothing."""
+        a = _kernels.norm_args()
+        self._images(a, y=y, out=out, residual=residual, y2=y2)
+        held = self._vectors(a, y, scale=scale, offset=offset, scale2=scale2)
+        a.relu = relu
+        self._run("norm", a, y)
+        del held
+
+    def norm_reduce(
+        self,
+        grad: Buffer,
+        y: Buffer,
+        mean: torch.Tensor,
+        *,
+        out: Buffer | None = None,
+        y2: Buffer | None = None,
+        mean2: torch.Tensor | None = None,
+        dz: Buffer | None = None,
+    ) -> torch.Tensor:
+        """Return float64 ``[3, channels]``: the sums of dz, of dz*(y - mean) and of dz*(y2 - mean2).
+
+        ``dz`` is ``grad``, zero where the ReLU's ``out`` (if given) is not positive. It is stored into the
+        buffer ``dz``, if given (which may be ``grad``).
+        """
+        a = _kernels.norm_reduce_args()
+        self._images(a, grad=grad, y=y, out=out, y2=y2, dz=dz)
+        held = self._vectors(a, y, mean=mean, mean2=mean2)
+        sums = torch.empty(3, y.shape.channels, dtype=torch.float64)
+        a.relu, a.sums = out is not None, sums.data_ptr()
+        a.workspace = self._scratch(torch.get_num_threads() * y.shape.channels * 3 * self.lanes, y.shape.dtype)
+        self._run("norm_reduce", a, y)
+        del held
+        return sums
+
+    def norm_grad(
+        self,
+        grad: Buffer,
+        y: Buffer,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        dy: Buffer,
+        *,
+        out: Buffer | None = None,
+        y2: Buffer | None = None,
+        a2: torch.Tensor | None = None,
+        b2: torch.Tensor | None = None,
+        c2: torch.Tensor | None = None,
+        dy2: Buffer | None = None,
+    ) -> None:
+        """Compute ``dy = a*dz + b*y + c`` and ``dy2 = a2*dz + b2*y2 + c2``; dz as in ``norm_reduce``."""
+        args = _kernels.norm_grad_args()
+        self._images(args, grad=grad, y=y, out=out, y2=y2, dy=dy, dy2=dy2)
+        held = self._vectors(args, y, a=a, b=b, c=c, a2=a2, b2=b2, c2=c2)
+        args.relu = out is not None
+        self._run("norm_grad", args, y)
+        del held
+
+    def relu(self, x: Buffer, out: Buffer) -> None:
+        """Compute ``out = max(x, 0)``; NaN stays NaN."""
+        self._pointwise("relu", x, None, out)
+
+    def relu_grad(self, grad: Buffer, y: Buffer, out: Buffer) -> None:
+        """Compute ``out = grad`` where ``y``, the output of the ReLU, is positive, and 0 elsewhere."""
+        self._pointwise("relu_grad", grad, y, out)
+
+    def add(self, x: Buffer, y: Buffer, out: Buffer) -> None:
+        """Compute ``out = x + y``."""
+        self._pointwise("add", x, y, out)
+
+    def max_pool(self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)) -> None:
+        """Compute the maximum over windows."""
+        self._pool("max_pool", window, stride, padding, True, x=x, y=y)
+
+    def max_pool_grad(
+        self, x: Buffer, y: Buffer, dy: Buffer, dx: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)
+    ) -> None:
+        """Give each maximum's gradient to the first pixel that equals it."""
+        self._pool("max_pool_grad", window, stride, padding, True, x=x, y=y, dy=dy, dx=dx)
+
+    def avg_pool(
+        self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0), count_padding: bool = True
+    ) -> None:
+        """Compute averages over windows. A window as large as the image is global average pooling."""
+        self._pool("avg_pool", window, stride, padding, count_padding, x=x, y=y)
+
+    def avg_pool_grad(
+        self, dy: Buffer, dx: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0), count_padding: bool = True
+    ) -> None:
+        """Spread each average's gradient over its window."""
+        self._pool("avg_pool_grad", window, stride, padding, count_padding, x=dx, dy=dy, dx=dx)
+
+    # ---- from tensors to structs ----
+
+    def _run(self, name: str, args: Any, buffer: Buffer) -> None:
+        args.threads = torch.get_num_threads()
+        getattr(_kernels, name)(self._index, buffer.shape.dtype == torch.float64, args)
+
+    def _conv(
+        self,
+        a: Any,
+        tile: Tile,
+        x: Buffer,
+        y: Buffer,
+        bias: torch.Tensor | None,
+        accumulate: bool,
+        statistics: bool,
+        shift: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        if accumulate and bias is not None:
+            raise InputError("A bias starts a sum; it cannot be added to one: leave out bias or accumulate.")
+        if statistics and y.shape.tokens:
+            raise InputError("Statistics are for images.")
+        self._together(x, y)
+        a.x, a.y = self._image(x), self._image(y)
+        a.tile_rows, a.tile_columns, a.accumulate = tile.rows, tile.columns, accumulate
+        held = self._vectors(a, y, bias=bias, shift=shift)
+        sums = None
+        if statistics:
+            sums = torch.empty(2, y.shape.channels, dtype=torch.float64)
+            a.sums = sums.data_ptr()
+            a.workspace = self._scratch(torch.get_num_threads() * y.shape.channels * 2 * self.lanes, y.shape.dtype)
+        self._run("conv", a, x)
+        del held
+        return sums
+
+    def _pointwise(self, name: str, first: Buffer, second: Buffer | None, out: Buffer) -> None:
+        args = _kernels.pointwise_args()
+        self._images(args, a=first, b=second, out=out)
+        self._run(name, args, out)
+
+    def _pool(
+        self, name: str, window: Pair, stride: Pair, padding: Pair, count_padding: bool, **buffers: Buffer
+    ) -> None:
+        if any(2 * p > w for p, w in zip(padding, window, strict=True)):
+            raise InputError(f"Padding is at most half the window, got {padding} for {window}.")
+        a = _kernels.pool_args()
+        x = buffers["x"].shape
+        out = ConvGeometry(x.channels, x.channels, window, stride, padding).out_size(x.height, x.width)
+        for key in buffers.keys() & {"y", "dy"}:
+            y = buffers[key].shape
+            if (y.height, y.width) != out or y.channels != x.channels:
+                raise InputError(f"The pooled buffer is {out}, got {y.height}x{y.width}.")
+        self._together(*buffers.values())
+        for key, buffer in buffers.items():
+            setattr(a, key, self._image(buffer))
+        a.window_rows, a.window_columns = window
+        a.row_step, a.column_step = stride
+        a.row_padding, a.column_padding = padding
+        a.count_padding = count_padding
+        self._run(name, a, buffers["x"])
+
+    def _image(self, buffer: Buffer) -> Any:
+        s, image = buffer.shape, _kernels.Image()
+        if s.lanes != self.lanes:
+            raise InputError(f"The {self.isa} kernels have {self.lanes} lanes, the buffer has {s.lanes}.")
+        image.origin = buffer.data.data_ptr() + s.origin * s.dtype.itemsize
+        image.row, image.channel, image.block = s.row, s.channel, s.block
+        image.blocks, image.channels, image.height, image.width = s.blocks, s.channels, s.height, s.width
+        image.samples, image.per_block = s.samples, s.per_block
+        image.per_column = s.lanes if s.tokens else 0
+        return image
+
+    def _images(self, args: Any, **buffers: Buffer | None) -> None:
+        there = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        first = next(iter(there.values())).shape
+        for name, buffer in there.items():
+            s = buffer.shape
+            if (s.channels, s.height, s.width) != (first.channels, first.height, first.width):
+                raise InputError(f"Buffers of one operation have one size, got {first} and {s}.")
+            setattr(args, name, self._image(buffer))
+        self._together(*there.values())
+
+    def _vectors(self, args: Any, like: Buffer, **vectors: torch.Tensor | None) -> list[torch.Tensor]:
+        held = []
+        for name, vector in vectors.items():
+            if vector is None:
+                continue
+            if vector.shape != (like.shape.channels,):
+                raise InputError(f"{name} has one number a channel ({like.shape.channels}), got {tuple(vector.shape)}.")
+            held.append(vector.detach().to(like.shape.dtype).contiguous())
+            setattr(args, name, held[-1].data_ptr())
+        return held
+
+    def _plain(self, plain: torch.Tensor, buffer: Buffer) -> Any:
+        s, p = buffer.shape, _kernels.Plain()
+        size = (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
+        if tuple(plain.shape) != size or plain.dtype != s.dtype:
+            raise InputError(f"The buffer holds {size} of {s.dtype}, got {tuple(plain.shape)} of {plain.dtype}.")
+        p.data = plain.data_ptr()
+        sample, p.channel = plain.stride(0), plain.stride(1)
+        p.lane, p.block = sample, sample * s.per_block
+        if s.tokens:
+            p.row, p.column = 0, sample * s.lanes
+        elif _dense_planes(plain):
+            p.row, p.column = s.width, 1
+        else:
+            p.row, p.column = plain.stride(2), plain.stride(3)
+        if s.tokens or not _dense_planes(plain):
+            p.channel = 1
+        return p
+
+    def _scratch(self, count: int, dtype: torch.dtype) -> int:
+        have = self._workspace.get(dtype)
+        if have is None or have.numel() < count:
+            have = self._workspace[dtype] = torch.empty(count + 16, dtype=dtype)
+        return have.data_ptr() + -have.data_ptr() % 64
+
+    def _same(self, planned: Shape, buffer: Buffer, name: str) -> None:
+        s = buffer.shape
+        self._sized(buffer, planned, name)
+        if s.halo != planned.halo:
+            raise InputError(f"The plan was made for a halo of {planned.halo}; {name} has {s.halo}.")
+
+    def _sized(self, buffer: Buffer, planned: Shape, name: str) -> None:
+        s = buffer.shape
+        got = (s.channels, s.height, s.width, s.tokens, s.dtype)
+        if got != (planned.channels, planned.height, planned.width, planned.tokens, planned.dtype):
+            raise InputError(f"The plan was made for {planned}; {name} is {s}.")
+
+    def _together(self, *buffers: Buffer) -> None:
+        if len({(b.shape.samples, b.shape.tokens, b.shape.dtype) for b in buffers}) != 1:
+            raise InputError("Buffers of one operation hold the same samples in the same dtype.")
+
+
+def _dense_planes(plain: torch.Tensor) -> bool:
+    """Whether the pixels of a channel are one run of memory."""
+    if plain.dim() != 4:
+        return False
+    height, width = plain.shape[2:]
+    return (width == 1 or plain.stride(3) == 1) and (height == 1 or plain.stride(2) == width)
+
+
+def _convertible(plain: torch.Tensor) -> bool:
+    """Whether the conversion kernels read these strides: dense planes, or dense channels."""
+    return _dense_planes(plain) or plain.stride(1) == 1
