@@ -1,0 +1,351 @@
+"""Every kernel of every instruction set of this machine, and the reference, against dense PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acdc.engine import native, ops
+from acdc.engine.geometry import ConvGeometry
+from acdc.engine.layout import Buffer, Pool, Shape
+from acdc.engine.native import Native
+from acdc.engine.reference import Reference
+from acdc.errors import InputError
+
+BACKENDS = [*native.instruction_sets(), "reference"]
+# What each test below exercises; a row of the kernel table that no test names fails the suite.
+COVERED = {
+    "to_layout", "from_layout", "conv", "weight_grad", "channel_sums",
+    "norm", "norm_reduce", "norm_grad", "relu", "relu_grad", "add",
+    "max_pool", "max_pool_grad", "avg_pool", "avg_pool_grad",
+}  # fmt: skip
+
+backends = pytest.mark.parametrize("name", BACKENDS)
+many = settings(max_examples=40, deadline=None)
+
+
+def backend(name: str):
+    return Reference() if name == "reference" else Native(name)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    limit = 1e-5 if dtype == torch.float32 else 1e-12
+    scale = want.abs().max().clamp(min=1e-3) if want.numel() else 1.0
+    error = ((got.double() - want.double()).abs().max() / scale).item() if want.numel() else 0.0
+    assert error <= limit, f"relative error {error:.2e}"
+
+
+def dead_lanes_are_zero(buffer: Buffer) -> None:
+    s = buffer.shape
+    flat = buffer.pixels().permute(0, 3, 4, 1, 2) if s.tokens else buffer.pixels().permute(0, 4, 1, 2, 3)
+    assert not flat.reshape(s.blocks * s.per_block, -1)[s.samples :].any()
+
+
+def halo_is_zero(buffer: Buffer) -> None:
+    rest = Buffer(buffer.shape, buffer.data.clone())
+    rest.pixels().zero_()
+    assert not rest.data.any()
+
+
+@st.composite
+def layers(draw):
+    size = st.integers(1, 4)
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    wide = draw(st.sampled_from([6, 6, 6, 36]))  # 36: more than one tile of channels
+    g = ConvGeometry(
+        groups * draw(st.integers(1, wide)),
+        groups * draw(st.integers(1, wide)),
+        (draw(size), draw(size)),
+        (draw(size), draw(size)),
+        (draw(st.integers(0, 3)), draw(st.integers(0, 3))),
+        (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        groups,
+    )
+    least = [max(1, g.dilation[i] * (g.kernel[i] - 1) + 1 - 2 * g.padding[i]) for i in (0, 1)]
+    height, width = (low + draw(st.integers(0, 9)) for low in least)
+    samples = draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 61, 130]))
+    return g, samples, height, width
+
+
+def tensors(draw_seed, g, samples, height, width, dtype, density):
+    torch.manual_seed(draw_seed)
+    x = torch.randn(samples, g.in_channels, height, width, dtype=dtype)
+    weight = torch.randn(g.weight_shape, dtype=dtype)
+    support = torch.rand(g.weight_shape) < density
+    support[0] = False  # an empty row
+    grad = torch.randn(samples, g.out_channels, *g.out_size(height, width), dtype=dtype)
+    return x, weight, support, grad, torch.randn(g.out_channels, dtype=dtype)
+
+
+def test_every_row_of_the_kernel_table_is_covered_here():
+    if not native.available():
+        pytest.skip("installed without a compiler")
+    assert set(native.kernel_names()) == COVERED
+
+
+@backends
+@many
+@given(
+    layer=layers(),
+    dtype=st.sampled_from(native.DTYPES),
+    density=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_sparse_convolution_equals_the_masked_dense_one(name, layer, dtype, density, last, seed):
+    g, samples, height, width = layer
+    k = backend(name)
+    x, weight, support, grad, bias = tensors(seed, g, samples, height, width, dtype, density)
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    wide, masked = x.double().requires_grad_(), (weight * support).double().requires_grad_()
+    want = F.conv2d(wide, masked, bias.double(), g.stride, g.padding, g.dilation, g.groups)
+    want.backward(grad.double())
+
+    x_shape = Shape.of_images(x.shape, k.lanes, g.halo, dtype)
+    y_shape = Shape(samples, g.out_channels, *want.shape[2:], k.lanes, g.grad_halo(height, width), False, dtype)
+    plan = k.plan(g, support.reshape(-1).nonzero()[:, 0], x_shape, y_shape)
+    plan.refresh(weight)
+    plan.refresh(weight, True)
+    x_buffer = k.to_layout(x, Buffer.zeros(x_shape))
+    dy = k.to_layout(grad, Buffer.zeros(y_shape))
+    y, dx = Buffer.zeros(y_shape), Buffer.zeros(x_shape)
+
+    sums = k.conv(plan, x_buffer, y, bias=bias, statistics=True, shift=bias)
+    close(k.from_layout(y), want.detach(), dtype)
+    shifted = want.detach() - bias.double()[:, None, None]
+    close(sums, torch.stack([shifted.sum((0, 2, 3)), shifted.square().sum((0, 2, 3))]), dtype)
+    k.conv(plan, x_buffer, y, accumulate=True)
+    close(k.from_layout(y), 2 * want.detach() - bias.double()[:, None, None], dtype)
+
+    k.conv_input_grad(plan, dy, dx)
+    close(k.from_layout(dx), wide.grad, dtype)
+    k.conv_input_grad(plan, dy, dx, accumulate=True)
+    close(k.from_layout(dx), 2 * wide.grad, dtype)
+
+    found = torch.full_like(weight, 7)
+    k.conv_weight_grad(plan, x_buffer, dy, found)
+    assert (found[~support] == 7).all(), "only the support is written"
+    close(found * support, masked.grad * support, dtype)
+    close(k.channel_sums(dy), grad.double().sum((0, 2, 3)), dtype)
+    for buffer in (y, dx):
+        dead_lanes_are_zero(buffer)
+        halo_is_zero(buffer)
+
+
+@backends
+@pytest.mark.parametrize("tokens", [1, 7, 63, 64, 65, 130])
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+def test_a_sparse_linear_layer_equals_the_masked_dense_one(name, tokens, density):
+    torch.manual_seed(tokens)
+    layer = ops.SparseLayer(ConvGeometry.linear(150, 37), torch.rand(37, 150) < density, backend(name))
+    x, weight, bias = torch.randn(tokens, 150), torch.randn(37, 150), torch.randn(37)
+    masked = torch.zeros(37 * 150).index_copy(0, layer.support, weight.view(-1)[layer.support]).view(37, 150)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    wants = [t.double().requires_grad_() for t in (x, masked, bias)]
+    want = F.linear(*wants)
+    got = ops.sparse_linear(leaves[0], leaves[1], layer, leaves[2])
+    close(got.detach(), want.detach(), torch.float32)
+    grad = torch.randn(tokens, 37)
+    got.backward(grad)
+    want.backward(grad.double())
+    support = torch.zeros(37 * 150).index_fill(0, layer.support, 1.0).view(37, 150)
+    for leaf, ideal, mask in zip(leaves, wants, (1, support, 1), strict=True):
+        close(leaf.grad, ideal.grad * mask, torch.float32)
+    shape, _ = layer.shapes(x)
+    dead_lanes_are_zero(layer.backend.to_layout(x, Buffer.zeros(shape)))
+
+
+@backends
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("samples", [1, 5, 8, 19])
+def test_plain_tensors_of_any_strides_survive_a_round_trip(name, dtype, samples):
+    k = backend(name)
+    base = torch.randn(samples, 21, 5, 11, dtype=dtype)
+    for x in (base, base.to(memory_format=torch.channels_last), base[:, 2:19, 1:, ::2], base.transpose(2, 3)):
+        buffer = k.to_layout(x, Buffer.zeros(Shape.of_images(x.shape, k.lanes, 2, dtype)))
+        assert torch.equal(k.from_layout(buffer), x)
+        assert torch.equal(k.from_layout(buffer, torch.empty_like(x)), x)
+        dead_lanes_are_zero(buffer)
+        halo_is_zero(buffer)
+
+
+@backends
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("samples", [1, 6, 16, 61])
+def test_batchnorm_with_relu_and_residual_equals_autograd(name, dtype, samples):
+    torch.manual_seed(samples)
+    k, count = backend(name), samples * 6 * 5
+    shape = Shape(samples, 7, 6, 5, k.lanes, 1, False, dtype)
+    y, y2, residual, grad = (torch.randn(samples, 7, 6, 5, dtype=dtype) + 0.5 for _ in range(4))
+    gamma, beta, gamma2, beta2 = (torch.randn(7, dtype=dtype) for _ in range(4))
+    leaves = [t.double().requires_grad_() for t in (y, y2, residual)]
+    first = F.batch_norm(leaves[0], None, None, gamma.double(), beta.double(), True)
+    second = F.batch_norm(leaves[1], None, None, gamma2.double(), beta2.double(), True)
+    want = F.relu(first + second + leaves[2])
+    want.backward(grad.double())
+
+    def moments(t):
+        d = t.double()
+        return d.mean((0, 2, 3)), (d.var((0, 2, 3), correction=0) + 1e-5).rsqrt()
+
+    (mean, inverse), (mean2, inverse2) = moments(y), moments(y2)
+    scale, scale2 = gamma * inverse, gamma2 * inverse2
+    offset = beta + beta2 - scale * mean - scale2 * mean2
+    put = lambda t: k.to_layout(t, Buffer.zeros(shape))  # noqa: E731
+    b_y, b_y2, b_residual, b_grad = put(y), put(y2), put(residual), put(grad)
+    out, dz, dy, dy2 = (Buffer.zeros(shape) for _ in range(4))
+    t = lambda v: v.to(dtype)  # noqa: E731
+    k.norm(b_y, t(scale), t(offset), out, relu=True, residual=b_residual, y2=b_y2, scale2=t(scale2))
+    close(k.from_layout(out), want.detach(), dtype)
+
+    # The gate comes from the exact output: a sign that float rounding flips is not a kernel's error.
+    gate = put(want.detach().to(dtype))
+    sums = k.norm_reduce(b_grad, b_y, t(mean), out=gate, y2=b_y2, mean2=t(mean2), dz=dz)
+    close(k.from_layout(dz), leaves[2].grad, dtype)
+    lines = []
+    for scale_i, inverse_i, mean_i, projected in ((scale, inverse, mean, sums[1]), (scale2, inverse2, mean2, sums[2])):
+        on_y = -scale_i * inverse_i**2 * projected / count
+        lines += [t(scale_i), t(on_y), t(-scale_i * sums[0] / count - on_y * mean_i)]
+    a, b, c, a2, b2, c2 = lines
+    k.norm_grad(b_grad, b_y, a, b, c, dy, out=gate, y2=b_y2, a2=a2, b2=b2, c2=c2, dy2=dy2)
+    close(k.from_layout(dy), leaves[0].grad, dtype)
+    close(k.from_layout(dy2), leaves[1].grad, dtype)
+    for buffer in (out, dz, dy, dy2):
+        dead_lanes_are_zero(buffer)
+        halo_is_zero(buffer)
+
+
+@backends
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_relu_and_add_equal_pytorch_and_keep_nan(name, dtype):
+    k = backend(name)
+    shape = Shape(5, 3, 4, 6, k.lanes, 1, False, dtype)
+    x, y = torch.randn(5, 3, 4, 6, dtype=dtype), torch.randn(5, 3, 4, 6, dtype=dtype)
+    x[0, 0, 0, 0], x[1, 0, 0, 0] = math.nan, math.inf
+    b_x, b_y, out = k.to_layout(x, Buffer.zeros(shape)), k.to_layout(y, Buffer.zeros(shape)), Buffer.zeros(shape)
+    k.relu(b_x, out)
+    torch.testing.assert_close(k.from_layout(out), x.relu(), rtol=0, atol=0, equal_nan=True)
+    k.relu_grad(b_y, out, out)
+    assert torch.equal(k.from_layout(out), y * (x > 0))
+    k.add(b_x, b_y, out)
+    torch.testing.assert_close(k.from_layout(out), x + y, rtol=0, atol=0, equal_nan=True)
+
+
+@backends
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize(
+    ("window", "stride", "padding"),
+    [((2, 2), (2, 2), (0, 0)), ((3, 2), (2, 1), (1, 1)), ((3, 3), (1, 2), (0, 1)), ((7, 9), (7, 9), (0, 0))],
+)
+def test_pooling_equals_pytorch(name, dtype, window, stride, padding):
+    torch.manual_seed(0)
+    k = backend(name)
+    x = torch.randn(11, 3, 7, 9, dtype=dtype).round(decimals=1)  # with ties
+    x_shape = Shape.of_images(x.shape, k.lanes, 1, dtype)
+    b_x = k.to_layout(x, Buffer.zeros(x_shape))
+    for kind in ("max", True, False):
+        leaf = x.clone().requires_grad_()
+        if kind == "max":
+            want = F.max_pool2d(leaf, window, stride, padding)
+        else:
+            want = F.avg_pool2d(leaf, window, stride, padding, False, kind)
+        grad = torch.randn_like(want)
+        want.backward(grad)
+        y_shape = Shape.of_images(want.shape, k.lanes, 0, dtype)
+        y, dx, dy = Buffer.zeros(y_shape), Buffer.zeros(x_shape), k.to_layout(grad, Buffer.zeros(y_shape))
+        if kind == "max":
+            k.max_pool(b_x, y, window, stride, padding)
+            k.max_pool_grad(b_x, y, dy, dx, window, stride, padding)
+        else:
+            k.avg_pool(b_x, y, window, stride, padding, kind)
+            k.avg_pool_grad(dy, dx, window, stride, padding, kind)
+        close(k.from_layout(y), want.detach(), dtype)
+        close(k.from_layout(dx), leaf.grad, dtype)
+
+
+@backends
+def test_the_operator_passes_opcheck_and_gradcheck(name):
+    torch.manual_seed(0)
+    g = ConvGeometry(4, 6, (3, 2), (2, 1), (1, 1), (1, 2), 2)
+    support = torch.rand(g.weight_shape) < 0.4
+    layer = ops.SparseLayer(g, support, backend(name))
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(g.weight_shape, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *t: ops.sparse_conv2d(t[0], t[1], layer, t[2]), (x, weight, bias))
+    for sample in (x, x.detach().to(memory_format=torch.channels_last).requires_grad_()):
+        torch.library.opcheck(torch.ops.acdc.sparse_conv2d.default, (sample, weight, bias, layer.handle))
+
+
+def test_a_second_derivative_is_refused_in_words():
+    layer = ops.SparseLayer(ConvGeometry.linear(3, 2), torch.ones(2, 3, dtype=torch.bool))
+    x = torch.randn(4, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(
+        ops.sparse_linear(x, torch.randn(2, 3, requires_grad=True), layer).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
+
+
+@backends
+def test_results_are_bitwise_the_same_from_run_to_run(name):
+    torch.manual_seed(0)
+    layer = ops.SparseLayer(ConvGeometry(20, 24, (3, 3), padding=(1, 1)), torch.rand(24, 20, 3, 3) < 0.2, backend(name))
+    x, weight = torch.randn(37, 20, 12, 12), torch.randn(24, 20, 3, 3, requires_grad=True)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs = [torch.autograd.grad(ops.sparse_conv2d(x, weight, layer).sum(), weight)[0] for _ in range(3)]
+            assert all(torch.equal(runs[0], run) for run in runs)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@backends
+def test_nan_and_infinity_of_kept_weights_and_inputs_come_through(name):
+    g = ConvGeometry(3, 4, (3, 3), padding=(1, 1))
+    layer = ops.SparseLayer(g, torch.ones(g.weight_shape, dtype=torch.bool), backend(name))
+    x, weight = torch.randn(2, 3, 5, 5), torch.randn(g.weight_shape)
+    x[0, 1, 2, 2], x[1, 0, 0, 0] = math.nan, math.inf
+    got, want = ops.sparse_conv2d(x, weight, layer), F.conv2d(x, weight, None, 1, 1)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.isinf(), want.isinf())
+
+
+def test_a_buffer_comes_back_from_the_pool_with_its_halo_clean():
+    pool, shape = Pool(), Shape(3, 2, 4, 4, 8, 1)
+    buffer = pool.take(shape)
+    buffer.pixels().fill_(1)
+    pool.give(buffer)
+    again = pool.take(shape)
+    assert again is buffer
+    halo_is_zero(again)
+    assert again.data.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_buffers_that_do_not_fit_a_plan_are_refused(isa):
+    k, g = Native(isa), ConvGeometry(3, 4, (3, 3), padding=(1, 1))
+    good, out = Shape(2, 3, 5, 5, k.lanes, 1), Shape(2, 4, 5, 5, k.lanes, 1)
+    support = torch.arange(108)
+    plan = k.plan(g, support, good, out)
+    x, y = Buffer.zeros(good), Buffer.zeros(out)
+    with pytest.raises(InputError, match="halo"):
+        k.conv(plan, Buffer.zeros(Shape(2, 3, 5, 5, k.lanes, 0)), y)
+    with pytest.raises(InputError, match="halo"):
+        k.plan(g, support, good, Shape(2, 4, 5, 5, k.lanes, 0))
+    with pytest.raises(InputError, match="same samples"):
+        k.conv(plan, x, Buffer.zeros(Shape(9, 4, 5, 5, k.lanes, 1)))
+    with pytest.raises(InputError, match="plan was made"):
+        k.conv(plan, x, Buffer.zeros(Shape(2, 4, 5, 6, k.lanes, 1)))
+    with pytest.raises(InputError, match="ascend"):
+        k.plan(g, support.flip(0), good, out)
+    with pytest.raises(InputError, match="lanes"):
+        k.relu(Buffer.zeros(Shape(2, 3, 5, 5, 2 * k.lanes)), Buffer.zeros(Shape(2, 3, 5, 5, 2 * k.lanes)))
