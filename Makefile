@@ -16,7 +16,7 @@ install: $(STAMP)  ## make .venv and install acdc with all extras but ImageNet's
 
 # torch first and by this exact name: on Linux without a GPU, set PIP_INDEX_URL or PIP_FIND_LINKS to
 # where your CPU build lies if the default CUDA build is too large for you.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

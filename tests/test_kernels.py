@@ -42,7 +42,11 @@ def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
 
 def dead_lanes_are_zero(buffer: Buffer) -> None:
     s = buffer.shape
-    flat = buffer.pixels().permute(0, 3, 4, 1, 2) if s.tokens else buffer.pixels().permute(0, 4, 1, 2, 3)
+    flat = (
+        buffer.pixels().permute(0, 3, 4, 1, 2)
+        if s.tokens
+        else buffer.pixels().permute(0, 4, 1, 2, 3)
+    )
     assert not flat.reshape(s.blocks * s.per_block, -1)[s.samples :].any()
 
 
@@ -108,7 +112,9 @@ def test_a_sparse_convolution_equals_the_masked_dense_one(name, layer, dtype, de
     want.backward(grad.double())
 
     x_shape = Shape.of_images(x.shape, k.lanes, g.halo, dtype)
-    y_shape = Shape(samples, g.out_channels, *want.shape[2:], k.lanes, g.grad_halo(height, width), False, dtype)
+    y_shape = Shape(
+        samples, g.out_channels, *want.shape[2:], k.lanes, g.grad_halo(height, width), False, dtype
+    )
     plan = k.plan(g, support.reshape(-1).nonzero()[:, 0], x_shape, y_shape)
     plan.refresh(weight)
     plan.refresh(weight, True)
@@ -143,9 +149,15 @@ def test_a_sparse_convolution_equals_the_masked_dense_one(name, layer, dtype, de
 @pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
 def test_a_sparse_linear_layer_equals_the_masked_dense_one(name, tokens, density):
     torch.manual_seed(tokens)
-    layer = ops.SparseLayer(ConvGeometry.linear(150, 37), torch.rand(37, 150) < density, backend(name))
+    layer = ops.SparseLayer(
+        ConvGeometry.linear(150, 37), torch.rand(37, 150) < density, backend(name)
+    )
     x, weight, bias = torch.randn(tokens, 150), torch.randn(37, 150), torch.randn(37)
-    masked = torch.zeros(37 * 150).index_copy(0, layer.support, weight.view(-1)[layer.support]).view(37, 150)
+    masked = (
+        torch.zeros(37 * 150)
+        .index_copy(0, layer.support, weight.view(-1)[layer.support])
+        .view(37, 150)
+    )
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     wants = [t.double().requires_grad_() for t in (x, masked, bias)]
     want = F.linear(*wants)
@@ -167,7 +179,12 @@ def test_a_sparse_linear_layer_equals_the_masked_dense_one(name, tokens, density
 def test_plain_tensors_of_any_strides_survive_a_round_trip(name, dtype, samples):
     k = backend(name)
     base = torch.randn(samples, 21, 5, 11, dtype=dtype)
-    for x in (base, base.to(memory_format=torch.channels_last), base[:, 2:19, 1:, ::2], base.transpose(2, 3)):
+    for x in (
+        base,
+        base.to(memory_format=torch.channels_last),
+        base[:, 2:19, 1:, ::2],
+        base.transpose(2, 3),
+    ):
         buffer = k.to_layout(x, Buffer.zeros(Shape.of_images(x.shape, k.lanes, 2, dtype)))
         assert torch.equal(k.from_layout(buffer), x)
         assert torch.equal(k.from_layout(buffer, torch.empty_like(x)), x)
@@ -209,7 +226,10 @@ def test_batchnorm_with_relu_and_residual_equals_autograd(name, dtype, samples):
     sums = k.norm_reduce(b_grad, b_y, t(mean), out=gate, y2=b_y2, mean2=t(mean2), dz=dz)
     close(k.from_layout(dz), leaves[2].grad, dtype)
     lines = []
-    for scale_i, inverse_i, mean_i, projected in ((scale, inverse, mean, sums[1]), (scale2, inverse2, mean2, sums[2])):
+    for scale_i, inverse_i, mean_i, projected in (
+        (scale, inverse, mean, sums[1]),
+        (scale2, inverse2, mean2, sums[2]),
+    ):
         on_y = -scale_i * inverse_i**2 * projected / count
         lines += [t(scale_i), t(on_y), t(-scale_i * sums[0] / count - on_y * mean_i)]
     a, b, c, a2, b2, c2 = lines
@@ -228,7 +248,11 @@ def test_relu_and_add_equal_pytorch_and_keep_nan(name, dtype):
     shape = Shape(5, 3, 4, 6, k.lanes, 1, False, dtype)
     x, y = torch.randn(5, 3, 4, 6, dtype=dtype), torch.randn(5, 3, 4, 6, dtype=dtype)
     x[0, 0, 0, 0], x[1, 0, 0, 0] = math.nan, math.inf
-    b_x, b_y, out = k.to_layout(x, Buffer.zeros(shape)), k.to_layout(y, Buffer.zeros(shape)), Buffer.zeros(shape)
+    b_x, b_y, out = (
+        k.to_layout(x, Buffer.zeros(shape)),
+        k.to_layout(y, Buffer.zeros(shape)),
+        Buffer.zeros(shape),
+    )
     k.relu(b_x, out)
     torch.testing.assert_close(k.from_layout(out), x.relu(), rtol=0, atol=0, equal_nan=True)
     k.relu_grad(b_y, out, out)
@@ -241,7 +265,12 @@ def test_relu_and_add_equal_pytorch_and_keep_nan(name, dtype):
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize(
     ("window", "stride", "padding"),
-    [((2, 2), (2, 2), (0, 0)), ((3, 2), (2, 1), (1, 1)), ((3, 3), (1, 2), (0, 1)), ((7, 9), (7, 9), (0, 0))],
+    [
+        ((2, 2), (2, 2), (0, 0)),
+        ((3, 2), (2, 1), (1, 1)),
+        ((3, 3), (1, 2), (0, 1)),
+        ((7, 9), (7, 9), (0, 0)),
+    ],
 )
 def test_pooling_equals_pytorch(name, dtype, window, stride, padding):
     torch.manual_seed(0)
@@ -258,7 +287,11 @@ def test_pooling_equals_pytorch(name, dtype, window, stride, padding):
         grad = torch.randn_like(want)
         want.backward(grad)
         y_shape = Shape.of_images(want.shape, k.lanes, 0, dtype)
-        y, dx, dy = Buffer.zeros(y_shape), Buffer.zeros(x_shape), k.to_layout(grad, Buffer.zeros(y_shape))
+        y, dx, dy = (
+            Buffer.zeros(y_shape),
+            Buffer.zeros(x_shape),
+            k.to_layout(grad, Buffer.zeros(y_shape)),
+        )
         if kind == "max":
             k.max_pool(b_x, y, window, stride, padding)
             k.max_pool_grad(b_x, y, dy, dx, window, stride, padding)
@@ -278,16 +311,22 @@ def test_the_operator_passes_opcheck_and_gradcheck(name):
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(g.weight_shape, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *t: ops.sparse_conv2d(t[0], t[1], layer, t[2]), (x, weight, bias))
+    assert torch.autograd.gradcheck(
+        lambda *t: ops.sparse_conv2d(t[0], t[1], layer, t[2]), (x, weight, bias)
+    )
     for sample in (x, x.detach().to(memory_format=torch.channels_last).requires_grad_()):
-        torch.library.opcheck(torch.ops.acdc.sparse_conv2d.default, (sample, weight, bias, layer.handle))
+        torch.library.opcheck(
+            torch.ops.acdc.sparse_conv2d.default, (sample, weight, bias, layer.handle)
+        )
 
 
 def test_a_second_derivative_is_refused_in_words():
     layer = ops.SparseLayer(ConvGeometry.linear(3, 2), torch.ones(2, 3, dtype=torch.bool))
     x = torch.randn(4, 3, requires_grad=True)
     (grad,) = torch.autograd.grad(
-        ops.sparse_linear(x, torch.randn(2, 3, requires_grad=True), layer).square().sum(), x, create_graph=True
+        ops.sparse_linear(x, torch.randn(2, 3, requires_grad=True), layer).square().sum(),
+        x,
+        create_graph=True,
     )
     with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
@@ -296,13 +335,18 @@ def test_a_second_derivative_is_refused_in_words():
 @backends
 def test_results_are_bitwise_the_same_from_run_to_run(name):
     torch.manual_seed(0)
-    layer = ops.SparseLayer(ConvGeometry(20, 24, (3, 3), padding=(1, 1)), torch.rand(24, 20, 3, 3) < 0.2, backend(name))
+    layer = ops.SparseLayer(
+        ConvGeometry(20, 24, (3, 3), padding=(1, 1)), torch.rand(24, 20, 3, 3) < 0.2, backend(name)
+    )
     x, weight = torch.randn(37, 20, 12, 12), torch.randn(24, 20, 3, 3, requires_grad=True)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            runs = [torch.autograd.grad(ops.sparse_conv2d(x, weight, layer).sum(), weight)[0] for _ in range(3)]
+            runs = [
+                torch.autograd.grad(ops.sparse_conv2d(x, weight, layer).sum(), weight)[0]
+                for _ in range(3)
+            ]
             assert all(torch.equal(runs[0], run) for run in runs)
     finally:
         torch.set_num_threads(threads)
@@ -348,4 +392,7 @@ def test_buffers_that_do_not_fit_a_plan_are_refused(isa):
     with pytest.raises(InputError, match="ascend"):
         k.plan(g, support.flip(0), good, out)
     with pytest.raises(InputError, match="lanes"):
-        k.relu(Buffer.zeros(Shape(2, 3, 5, 5, 2 * k.lanes)), Buffer.zeros(Shape(2, 3, 5, 5, 2 * k.lanes)))
+        k.relu(
+            Buffer.zeros(Shape(2, 3, 5, 5, 2 * k.lanes)),
+            Buffer.zeros(Shape(2, 3, 5, 5, 2 * k.lanes)),
+        )

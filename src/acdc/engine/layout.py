@@ -38,14 +38,19 @@ class Shape:
 
     @staticmethod
     def of_images(
-        shape: tuple[int, ...] | torch.Size, lanes: int, halo: int = 0, dtype: torch.dtype = torch.float32
+        shape: tuple[int, ...] | torch.Size,
+        lanes: int,
+        halo: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> Shape:
         """Return the shape that holds an ``[N, C, H, W]`` tensor."""
         samples, channels, height, width = shape
         return Shape(samples, channels, height, width, lanes, halo, False, dtype)
 
     @staticmethod
-    def of_tokens(tokens: int, features: int, lanes: int, dtype: torch.dtype = torch.float32) -> Shape:
+    def of_tokens(
+        tokens: int, features: int, lanes: int, dtype: torch.dtype = torch.float32
+    ) -> Shape:
         """Return the shape that holds a ``[tokens, features]`` tensor."""
         return Shape(tokens, features, 1, TOKEN_COLUMNS, lanes, 0, True, dtype)
 

@@ -81,7 +81,9 @@ class Plan:
         grad_tile: Tile | None = None,
     ) -> None:
         if _kernels is None:
-            raise AcdcError("The compiled kernels are missing: reinstall acdc where there is a C++ compiler.")
+            raise AcdcError(
+                "The compiled kernels are missing: reinstall acdc where there is a C++ compiler."
+            )
         check_plan(geometry, support, x, dy)
         self.geometry, self.x, self.dy = geometry, x, dy
         self.nnz = support.numel()
@@ -107,13 +109,17 @@ class Plan:
         a.in_tile, a.out_tile = self.tile.channels, self.grad_tile.channels
         self._plan = _kernels.Plan(a)
         if not self._plan.valid():
-            raise InputError(f"A layer this large does not fit into 32-bit offsets or memory: {geometry}.")
+            raise InputError(
+                f"A layer this large does not fit into 32-bit offsets or memory: {geometry}."
+            )
 
     def refresh(self, weight: torch.Tensor, input_grad: bool = False) -> None:
         """Copy the values of the kept weights into the lists of the forward pass or the input gradient."""
         weight = weight.detach().contiguous()
         if weight.dtype != self.x.dtype or weight.numel() != numel(self.geometry):
-            raise InputError(f"The plan wants {numel(self.geometry)} weights of {self.x.dtype}, got {weight.shape}.")
+            raise InputError(
+                f"The plan wants {numel(self.geometry)} weights of {self.x.dtype}, got {weight.shape}."
+            )
         self._plan.refresh(weight.data_ptr(), input_grad, torch.get_num_threads())
 
 
@@ -126,7 +132,9 @@ def numel(geometry: ConvGeometry) -> int:
 def check_plan(geometry: ConvGeometry, support: torch.Tensor, x: Shape, dy: Shape) -> None:
     """Raise unless the support and the two shapes belong to this layer."""
     if support.dtype != torch.int64 or support.dim() != 1:
-        raise InputError(f"The support is a vector of int64 indices, got {support.dtype} {tuple(support.shape)}.")
+        raise InputError(
+            f"The support is a vector of int64 indices, got {support.dtype} {tuple(support.shape)}."
+        )
     if numel(geometry) >= 2**31:
         raise InputError(f"A layer of {numel(geometry)} weights is too large for 32-bit indices.")
     if support.numel():
@@ -134,13 +142,19 @@ def check_plan(geometry: ConvGeometry, support: torch.Tensor, x: Shape, dy: Shap
         if not ascending or int(support[0]) < 0 or int(support[-1]) >= numel(geometry):
             raise InputError(f"Indices of kept weights ascend within 0..{numel(geometry) - 1}.")
     if x.channels != geometry.in_channels or dy.channels != geometry.out_channels:
-        raise InputError(f"Buffers of {x.channels} and {dy.channels} channels do not fit {geometry}.")
+        raise InputError(
+            f"Buffers of {x.channels} and {dy.channels} channels do not fit {geometry}."
+        )
     if x.dtype != dy.dtype or x.dtype not in DTYPES or x.lanes != dy.lanes or x.tokens != dy.tokens:
-        raise InputError("Both buffers of a layer share lanes, dtype (float32 or float64) and kind.")
+        raise InputError(
+            "Both buffers of a layer share lanes, dtype (float32 or float64) and kind."
+        )
     if x.tokens and geometry != ConvGeometry.linear(x.channels, dy.channels):
         raise InputError("Buffers of tokens are for linear layers.")
     if (dy.height, dy.width) != geometry.out_size(x.height, x.width):
-        raise InputError(f"The output is {geometry.out_size(x.height, x.width)}, got {dy.height}x{dy.width}.")
+        raise InputError(
+            f"The output is {geometry.out_size(x.height, x.width)}, got {dy.height}x{dy.width}."
+        )
     if x.halo < geometry.halo or dy.halo < geometry.grad_halo(x.height, x.width):
         raise InputError(
             f"The halos must be at least {geometry.halo} and {geometry.grad_halo(x.height, x.width)}, "
@@ -155,7 +169,9 @@ class Native:
 
     def __init__(self, isa: str | None = None) -> None:
         if _kernels is None:
-            raise AcdcError("The compiled kernels are missing: reinstall acdc where there is a C++ compiler.")
+            raise AcdcError(
+                "The compiled kernels are missing: reinstall acdc where there is a C++ compiler."
+            )
         here = instruction_sets()
         if isa is not None and isa not in here:
             raise InputError(f"This machine has the kernels {here}, not {isa!r}.")
@@ -169,9 +185,10 @@ class Native:
 
     def to_layout(self, plain: torch.Tensor, out: Buffer) -> Buffer:
         """Copy an ``[N, C, H, W]`` tensor, or ``[tokens, features]``, of any strides into a buffer."""
-        plain = plain.detach()
+        # A copy must live until the kernel has run: the struct holds its address only.
+        plain = plain.detach() if _convertible(plain) else plain.detach().contiguous()
         a = _kernels.convert_args()
-        a.image, a.plain = self._image(out), self._plain(plain if _convertible(plain) else plain.contiguous(), out)
+        a.image, a.plain = self._image(out), self._plain(plain, out)
         self._run("to_layout", a, out)
         return out
 
@@ -179,7 +196,9 @@ class Native:
         """Copy a buffer into a plain tensor: ``out`` if given (contiguous or channels_last), or a new one."""
         s = buffer.shape
         if out is None:
-            size = (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
+            size = (
+                (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
+            )
             out = torch.empty(size, dtype=s.dtype)
         if not _convertible(out):
             return out.copy_(self.from_layout(buffer))
@@ -214,7 +233,9 @@ class Native:
         a.out_row_step = a.out_column_step = 1
         return self._conv(a, plan.tile, x, y, bias, accumulate, statistics, shift)
 
-    def conv_input_grad(self, plan: Plan, dy: Buffer, dx: Buffer, *, accumulate: bool = False) -> None:
+    def conv_input_grad(
+        self, plan: Plan, dy: Buffer, dx: Buffer, *, accumulate: bool = False
+    ) -> None:
         """Compute ``dx`` from ``dy``, or add it to what ``dx`` holds."""
         self._same(plan.dy, dy, "dy")
         self._sized(dx, plan.x, "dx")
@@ -235,8 +256,14 @@ class Native:
         self._sized(dy, plan.dy, "dy")
         if dy.shape.channel != plan.dy.channel and dy.shape.height != plan.dy.height:
             raise InputError("dy does not have the shape of the plan.")
-        if grad.numel() != numel(plan.geometry) or grad.dtype != x.shape.dtype or not grad.is_contiguous():
-            raise InputError(f"The gradient is a contiguous {x.shape.dtype} tensor as large as the weight.")
+        if (
+            grad.numel() != numel(plan.geometry)
+            or grad.dtype != x.shape.dtype
+            or not grad.is_contiguous()
+        ):
+            raise InputError(
+                f"The gradient is a contiguous {x.shape.dtype} tensor as large as the weight."
+            )
         self._together(x, dy)
         a = _kernels.weight_grad_args()
         a.set_plan(plan._plan)
@@ -253,7 +280,9 @@ class Native:
         a = _kernels.channel_sums_args()
         sums = torch.empty(x.shape.channels, dtype=torch.float64)
         a.x, a.sums = self._image(x), sums.data_ptr()
-        a.workspace = self._scratch(torch.get_num_threads() * x.shape.channels * self.lanes, x.shape.dtype)
+        a.workspace = self._scratch(
+            torch.get_num_threads() * x.shape.channels * self.lanes, x.shape.dtype
+        )
         self._run("channel_sums", a, x)
         return sums
 
@@ -300,7 +329,9 @@ class Native:
         held = self._vectors(a, y, mean=mean, mean2=mean2)
         sums = torch.empty(3, y.shape.channels, dtype=torch.float64)
         a.relu, a.sums = out is not None, sums.data_ptr()
-        a.workspace = self._scratch(torch.get_num_threads() * y.shape.channels * 3 * self.lanes, y.shape.dtype)
+        a.workspace = self._scratch(
+            torch.get_num_threads() * y.shape.channels * 3 * self.lanes, y.shape.dtype
+        )
         self._run("norm_reduce", a, y)
         del held
         return sums
@@ -341,24 +372,45 @@ class Native:
         """Compute ``out = x + y``."""
         self._pointwise("add", x, y, out)
 
-    def max_pool(self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)) -> None:
+    def max_pool(
+        self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)
+    ) -> None:
         """Compute the maximum over windows."""
         self._pool("max_pool", window, stride, padding, True, x=x, y=y)
 
     def max_pool_grad(
-        self, x: Buffer, y: Buffer, dy: Buffer, dx: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)
+        self,
+        x: Buffer,
+        y: Buffer,
+        dy: Buffer,
+        dx: Buffer,
+        window: Pair,
+        stride: Pair,
+        padding: Pair = (0, 0),
     ) -> None:
         """Give each maximum's gradient to the first pixel that equals it."""
         self._pool("max_pool_grad", window, stride, padding, True, x=x, y=y, dy=dy, dx=dx)
 
     def avg_pool(
-        self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0), count_padding: bool = True
+        self,
+        x: Buffer,
+        y: Buffer,
+        window: Pair,
+        stride: Pair,
+        padding: Pair = (0, 0),
+        count_padding: bool = True,
     ) -> None:
         """Compute averages over windows. A window as large as the image is global average pooling."""
         self._pool("avg_pool", window, stride, padding, count_padding, x=x, y=y)
 
     def avg_pool_grad(
-        self, dy: Buffer, dx: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0), count_padding: bool = True
+        self,
+        dy: Buffer,
+        dx: Buffer,
+        window: Pair,
+        stride: Pair,
+        padding: Pair = (0, 0),
+        count_padding: bool = True,
     ) -> None:
         """Spread each average's gradient over its window."""
         self._pool("avg_pool_grad", window, stride, padding, count_padding, x=dx, dy=dy, dx=dx)
@@ -381,7 +433,9 @@ class Native:
         shift: torch.Tensor | None,
     ) -> torch.Tensor | None:
         if accumulate and bias is not None:
-            raise InputError("A bias starts a sum; it cannot be added to one: leave out bias or accumulate.")
+            raise InputError(
+                "A bias starts a sum; it cannot be added to one: leave out bias or accumulate."
+            )
         if statistics and y.shape.tokens:
             raise InputError("Statistics are for images.")
         self._together(x, y)
@@ -392,7 +446,9 @@ class Native:
         if statistics:
             sums = torch.empty(2, y.shape.channels, dtype=torch.float64)
             a.sums = sums.data_ptr()
-            a.workspace = self._scratch(torch.get_num_threads() * y.shape.channels * 2 * self.lanes, y.shape.dtype)
+            a.workspace = self._scratch(
+                torch.get_num_threads() * y.shape.channels * 2 * self.lanes, y.shape.dtype
+            )
         self._run("conv", a, x)
         del held
         return sums
@@ -403,13 +459,21 @@ class Native:
         self._run(name, args, out)
 
     def _pool(
-        self, name: str, window: Pair, stride: Pair, padding: Pair, count_padding: bool, **buffers: Buffer
+        self,
+        name: str,
+        window: Pair,
+        stride: Pair,
+        padding: Pair,
+        count_padding: bool,
+        **buffers: Buffer,
     ) -> None:
         if any(2 * p > w for p, w in zip(padding, window, strict=True)):
             raise InputError(f"Padding is at most half the window, got {padding} for {window}.")
         a = _kernels.pool_args()
         x = buffers["x"].shape
-        out = ConvGeometry(x.channels, x.channels, window, stride, padding).out_size(x.height, x.width)
+        out = ConvGeometry(x.channels, x.channels, window, stride, padding).out_size(
+            x.height, x.width
+        )
         for key in buffers.keys() & {"y", "dy"}:
             y = buffers[key].shape
             if (y.height, y.width) != out or y.channels != x.channels:
@@ -426,10 +490,17 @@ class Native:
     def _image(self, buffer: Buffer) -> Any:
         s, image = buffer.shape, _kernels.Image()
         if s.lanes != self.lanes:
-            raise InputError(f"The {self.isa} kernels have {self.lanes} lanes, the buffer has {s.lanes}.")
+            raise InputError(
+                f"The {self.isa} kernels have {self.lanes} lanes, the buffer has {s.lanes}."
+            )
         image.origin = buffer.data.data_ptr() + s.origin * s.dtype.itemsize
         image.row, image.channel, image.block = s.row, s.channel, s.block
-        image.blocks, image.channels, image.height, image.width = s.blocks, s.channels, s.height, s.width
+        image.blocks, image.channels, image.height, image.width = (
+            s.blocks,
+            s.channels,
+            s.height,
+            s.width,
+        )
         image.samples, image.per_block = s.samples, s.per_block
         image.per_column = s.lanes if s.tokens else 0
         return image
@@ -444,13 +515,17 @@ class Native:
             setattr(args, name, self._image(buffer))
         self._together(*there.values())
 
-    def _vectors(self, args: Any, like: Buffer, **vectors: torch.Tensor | None) -> list[torch.Tensor]:
+    def _vectors(
+        self, args: Any, like: Buffer, **vectors: torch.Tensor | None
+    ) -> list[torch.Tensor]:
         held = []
         for name, vector in vectors.items():
             if vector is None:
                 continue
             if vector.shape != (like.shape.channels,):
-                raise InputError(f"{name} has one number a channel ({like.shape.channels}), got {tuple(vector.shape)}.")
+                raise InputError(
+                    f"{name} has one number a channel ({like.shape.channels}), got {tuple(vector.shape)}."
+                )
             held.append(vector.detach().to(like.shape.dtype).contiguous())
             setattr(args, name, held[-1].data_ptr())
         return held
@@ -459,7 +534,9 @@ class Native:
         s, p = buffer.shape, _kernels.Plain()
         size = (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
         if tuple(plain.shape) != size or plain.dtype != s.dtype:
-            raise InputError(f"The buffer holds {size} of {s.dtype}, got {tuple(plain.shape)} of {plain.dtype}.")
+            raise InputError(
+                f"The buffer holds {size} of {s.dtype}, got {tuple(plain.shape)} of {plain.dtype}."
+            )
         p.data = plain.data_ptr()
         sample, p.channel = plain.stride(0), plain.stride(1)
         p.lane, p.block = sample, sample * s.per_block
@@ -483,7 +560,9 @@ class Native:
         s = buffer.shape
         self._sized(buffer, planned, name)
         if s.halo != planned.halo:
-            raise InputError(f"The plan was made for a halo of {planned.halo}; {name} has {s.halo}.")
+            raise InputError(
+                f"The plan was made for a halo of {planned.halo}; {name} has {s.halo}."
+            )
 
     def _sized(self, buffer: Buffer, planned: Shape, name: str) -> None:
         s = buffer.shape

@@ -51,7 +51,9 @@ class SparseLayer:
 
     """
 
-    def __init__(self, geometry: ConvGeometry, support: torch.Tensor, backend: Kernels | None = None) -> None:
+    def __init__(
+        self, geometry: ConvGeometry, support: torch.Tensor, backend: Kernels | None = None
+    ) -> None:
         self.geometry = geometry
         flat = support.detach().reshape(-1)
         self.support = flat.nonzero()[:, 0] if flat.dtype == torch.bool else flat
@@ -81,7 +83,9 @@ class SparseLayer:
             self._plans[key] = self.backend.plan(self.geometry, self.support, x, y)
         return self._plans[key]
 
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """Compute the layer on a plain tensor."""
         x_shape, y_shape = self.shapes(x)
         plan = self.plan(x_shape, y_shape)
@@ -119,30 +123,44 @@ class SparseLayer:
         """Return the shape of the output for this input."""
         if x.dim() == 2:
             return (x.shape[0], self.geometry.out_channels)
-        return (x.shape[0], self.geometry.out_channels, *self.geometry.out_size(x.shape[2], x.shape[3]))
+        return (
+            x.shape[0],
+            self.geometry.out_channels,
+            *self.geometry.out_size(x.shape[2], x.shape[3]),
+        )
 
 
 def _like(x: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
     """Return an empty tensor in the memory format of ``x``: contiguous or channels_last."""
     out = x.new_empty(shape)
-    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    last = (
+        x.dim() == 4
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
     return out.contiguous(memory_format=torch.channels_last) if last else out
 
 
 def _layer(handle: int) -> SparseLayer:
     layer = _layers.get(handle)
     if layer is None:
-        raise InputError(f"The sparse layer {handle} is gone: keep the SparseLayer while its operators run.")
+        raise InputError(
+            f"The sparse layer {handle} is gone: keep the SparseLayer while its operators run."
+        )
     return layer
 
 
 @torch.library.custom_op("acdc::sparse_conv2d", mutates_args=())
-def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, handle: int) -> torch.Tensor:
+def _conv(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, handle: int
+) -> torch.Tensor:
     return _layer(handle).forward(x, weight, bias)
 
 
 @_conv.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, handle: int) -> torch.Tensor:
+def _(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, handle: int
+) -> torch.Tensor:
     return _like(x, _layer(handle).out_shape(x))
 
 
@@ -171,7 +189,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    wanted = [
+        ctx.needs_input_grad[0],
+        ctx.needs_input_grad[1],
+        ctx.has_bias and ctx.needs_input_grad[2],
+    ]
     grads = _conv_backward(grad, x, weight, ctx.handle, wanted)
     return (*(g if wanted[i] else None for i, g in enumerate(grads)), None)
 

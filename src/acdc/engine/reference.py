@@ -77,7 +77,9 @@ class Reference:
     ) -> torch.Tensor | None:
         """Compute ``y = conv(x)``, or ``y += conv(x)``; with ``statistics`` return its sums."""
         if accumulate and bias is not None:
-            raise InputError("A bias starts a sum; it cannot be added to one: leave out bias or accumulate.")
+            raise InputError(
+                "A bias starts a sum; it cannot be added to one: leave out bias or accumulate."
+            )
         g = plan.geometry
         out = F.conv2d(self._nchw(x), plan.weight, bias, g.stride, g.padding, g.dilation, g.groups)
         self._put(out + self._nchw(y) if accumulate else out, y)
@@ -88,7 +90,9 @@ class Reference:
             d = d - shift.double()[:, None, None]
         return torch.stack([d.sum((0, 2, 3)), d.square().sum((0, 2, 3))])
 
-    def conv_input_grad(self, plan: Plan, dy: Buffer, dx: Buffer, *, accumulate: bool = False) -> None:
+    def conv_input_grad(
+        self, plan: Plan, dy: Buffer, dx: Buffer, *, accumulate: bool = False
+    ) -> None:
         """Compute ``dx`` from ``dy``, or add it to what ``dx`` holds."""
         grad = self._backward(plan, dy, torch.empty_like(self._nchw(dx)), (True, False, False))[0]
         self._put(grad + self._nchw(dx) if accumulate else grad, dx)
@@ -97,7 +101,9 @@ class Reference:
         self, plan: Plan, x: Buffer, dy: Buffer, grad: torch.Tensor, *, accumulate: bool = False
     ) -> None:
         """Write (or add) the gradients of the kept weights into ``grad``."""
-        values = self._backward(plan, dy, self._nchw(x), (False, True, False))[1].reshape(-1)[plan.support]
+        values = self._backward(plan, dy, self._nchw(x), (False, True, False))[1].reshape(-1)[
+            plan.support
+        ]
         flat = grad.view(-1)
         flat[plan.support] = flat[plan.support] + values if accumulate else values
 
@@ -138,7 +144,10 @@ class Reference:
     ) -> torch.Tensor:
         """Return the sums of dz, of dz*(y - mean) and of dz*(y2 - mean2)."""
         d = self._masked(grad, out)
-        sums = [d.double().sum((0, 2, 3)), (d * (self._nchw(y) - mean[:, None, None])).double().sum((0, 2, 3))]
+        sums = [
+            d.double().sum((0, 2, 3)),
+            (d * (self._nchw(y) - mean[:, None, None])).double().sum((0, 2, 3)),
+        ]
         if y2 is not None and mean2 is not None:
             sums.append((d * (self._nchw(y2) - mean2[:, None, None])).double().sum((0, 2, 3)))
         else:
@@ -170,7 +179,13 @@ class Reference:
             return p * d + q * self._nchw(v) + r
 
         d = self._masked(grad, out)
-        if y2 is not None and dy2 is not None and a2 is not None and b2 is not None and c2 is not None:
+        if (
+            y2 is not None
+            and dy2 is not None
+            and a2 is not None
+            and b2 is not None
+            and c2 is not None
+        ):
             self._put(line(d, y2, a2, b2, c2), dy2)
         self._put(line(d, y, a, b, c), dy)
 
@@ -186,12 +201,21 @@ class Reference:
         """Compute ``out = x + y``."""
         self._put(self._nchw(x) + self._nchw(y), out)
 
-    def max_pool(self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)) -> None:
+    def max_pool(
+        self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)
+    ) -> None:
         """Compute the maximum over windows."""
         self._put(F.max_pool2d(self._nchw(x), window, stride, padding), y)
 
     def max_pool_grad(
-        self, x: Buffer, y: Buffer, dy: Buffer, dx: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)
+        self,
+        x: Buffer,
+        y: Buffer,
+        dy: Buffer,
+        dx: Buffer,
+        window: Pair,
+        stride: Pair,
+        padding: Pair = (0, 0),
     ) -> None:
         """Give each maximum's gradient to the first pixel that equals it."""
         with torch.enable_grad():
@@ -201,18 +225,32 @@ class Reference:
         self._put(leaf.grad, dx)
 
     def avg_pool(
-        self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0), count_padding: bool = True
+        self,
+        x: Buffer,
+        y: Buffer,
+        window: Pair,
+        stride: Pair,
+        padding: Pair = (0, 0),
+        count_padding: bool = True,
     ) -> None:
         """Compute averages over windows."""
         self._put(F.avg_pool2d(self._nchw(x), window, stride, padding, False, count_padding), y)
 
     def avg_pool_grad(
-        self, dy: Buffer, dx: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0), count_padding: bool = True
+        self,
+        dy: Buffer,
+        dx: Buffer,
+        window: Pair,
+        stride: Pair,
+        padding: Pair = (0, 0),
+        count_padding: bool = True,
     ) -> None:
         """Spread each average's gradient over its window."""
         with torch.enable_grad():
             leaf = self._nchw(dx).requires_grad_()
-            F.avg_pool2d(leaf, window, stride, padding, False, count_padding).backward(self._nchw(dy))
+            F.avg_pool2d(leaf, window, stride, padding, False, count_padding).backward(
+                self._nchw(dy)
+            )
         assert leaf.grad is not None
         self._put(leaf.grad, dx)
 
@@ -232,5 +270,15 @@ class Reference:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         g = plan.geometry
         return torch.ops.aten.convolution_backward(
-            self._nchw(dy), x, plan.weight, None, list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], g.groups, list(wanted)
+            self._nchw(dy),
+            x,
+            plan.weight,
+            None,
+            list(g.stride),
+            list(g.padding),
+            list(g.dilation),
+            False,
+            [0, 0],
+            g.groups,
+            list(wanted),
         )
