@@ -7,6 +7,7 @@ threads its results are bitwise the same every time.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ from acdc.engine.layout import Buffer, Shape
 from acdc.errors import AcdcError, InputError
 
 try:
-    from acdc import _kernels
+    _kernels: Any = importlib.import_module("acdc._kernels")
 except ImportError:  # installed without a compiler
-    _kernels = None  # type: ignore[assignment,unused-ignore]
+    _kernels = None
 
 DTYPES = (torch.float32, torch.float64)
 

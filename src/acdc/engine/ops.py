@@ -67,7 +67,7 @@ class SparseLayer:
         """Return the shapes of the buffers of the input and of the output, for this input."""
         lanes, g = self.backend.lanes, self.geometry
         if x.dim() == 2:
-            shape = Shape.of_tokens(*x.shape, lanes, x.dtype)
+            shape = Shape.of_tokens(x.shape[0], x.shape[1], lanes, x.dtype)
             return shape, shape.with_channels(g.out_channels)
         samples, _, height, width = x.shape
         out = g.out_size(height, width)

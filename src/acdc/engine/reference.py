@@ -269,16 +269,19 @@ class Reference:
         self, plan: Plan, dy: Buffer, x: torch.Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         g = plan.geometry
-        return torch.ops.aten.convolution_backward(
-            self._nchw(dy),
-            x,
-            plan.weight,
-            None,
-            list(g.stride),
-            list(g.padding),
-            list(g.dilation),
-            False,
-            [0, 0],
-            g.groups,
-            list(wanted),
+        grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = (
+            torch.ops.aten.convolution_backward(
+                self._nchw(dy),
+                x,
+                plan.weight,
+                None,
+                list(g.stride),
+                list(g.padding),
+                list(g.dilation),
+                False,
+                [0, 0],
+                g.groups,
+                list(wanted),
+            )
         )
+        return grads
