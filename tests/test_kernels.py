@@ -1,4 +1,6 @@
-"""Every kernel of every instruction set of this machine, and the reference, against dense PyTorch."""
+"""Every kernel of every instruction set of this machine, and the reference, against dense
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -221,7 +223,8 @@ def test_batchnorm_with_relu_and_residual_equals_autograd(name, dtype, samples):
     k.norm(b_y, t(scale), t(offset), out, relu=True, residual=b_residual, y2=b_y2, scale2=t(scale2))
     close(k.from_layout(out), want.detach(), dtype)
 
-    # The gate comes from the exact output: a sign that float rounding flips is not a kernel's error.
+    # The gate comes from the exact output: a sign that float rounding flips is not a kernel's
+    # error.
     gate = put(want.detach().to(dtype))
     sums = k.norm_reduce(b_grad, b_y, t(mean), out=gate, y2=b_y2, mean2=t(mean2), dz=dz)
     close(k.from_layout(dz), leaves[2].grad, dtype)

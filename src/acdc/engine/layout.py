@@ -1,7 +1,7 @@
 """The layout of the engine: ``[block][channel][row][column][lane]``, with a halo of zeros.
 
-A *block* is as many samples as a SIMD register has lanes. For linear layers the samples are tokens, and
-a block is 8 columns of ``lanes`` tokens. ``docs/engine.md`` says why.
+A *block* is as many samples as a SIMD register has lanes. For linear layers the samples are tokens,
+and a block is 8 columns of ``lanes`` tokens. ``docs/engine.md`` says why.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class Shape:
     def channel(self) -> int:
         """Elements from a channel to the next.
 
-        For images an odd number of cache lines: with a power of two, the same pixel of many channels
-        would compete for one set of the first-level cache. A block of tokens is read whole and is dense.
+        For images an odd number of cache lines: with a power of two, the same pixel of many
+        channels would compete for one set of the first-level cache. A block of tokens is read whole
+        and is dense.
         """
         count = self.row * (self.height + 2 * self.halo)
         if self.tokens:
@@ -129,7 +130,9 @@ class Buffer:
 
 
 class Pool:
-    """Buffers that are free, by shape: taking one back keeps its halo, so it need not be cleared."""
+    """Buffers that are free, by shape: taking one back keeps its halo, so it need not be
+    cleared.
+    """
 
     def __init__(self) -> None:
         self._free: dict[Shape, list[Buffer]] = defaultdict(list)

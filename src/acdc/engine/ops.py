@@ -1,7 +1,9 @@
-"""Sparse layers one at a time, with plain tensors in and out: the fallback for a layer that stands alone.
+"""Sparse layers one at a time, with plain tensors in and out: the fallback for a layer that stands
+alone.
 
-Two ``torch.library`` operators, ``acdc::sparse_conv2d`` and its backward, with autograd and fake tensors.
-Their conversions cost about as much as one pass of the layer; a run of layers stays in the layout instead.
+Two ``torch.library`` operators, ``acdc::sparse_conv2d`` and its backward, with autograd and fake
+tensors. Their conversions cost about as much as one pass of the layer; a run of layers stays in the
+layout instead.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ _said: set[str] = set()
 
 
 def kernels() -> Kernels:
-    """Return the native kernels, or the reference where they were not compiled (and say so, once)."""
+    """Return the native kernels, or the reference where they were not compiled (and say so,
+    once).
+    """
     if native.available():
         return Native()
     if "reference" not in _said:
@@ -42,7 +46,8 @@ def kernels() -> Kernels:
 
 
 class SparseLayer:
-    """One layer and its support; builds a plan for each input size it meets. Hand it to the functions below.
+    """One layer and its support; builds a plan for each input size it meets. Hand it to the
+    functions below.
 
     Args:
         geometry: the layer's sizes.
@@ -100,7 +105,9 @@ class SparseLayer:
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: list[bool]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the gradients of input, weight (zero outside of the support) and bias; empty if unwanted."""
+        """Return the gradients of input, weight (zero outside of the support) and bias; empty if
+        unwanted.
+        """
         x_shape, y_shape = self.shapes(x)
         plan = self.plan(x_shape, y_shape)
         dy: Buffer = self.backend.to_layout(grad, self._pool.take(y_shape))
@@ -208,7 +215,8 @@ def sparse_conv2d(
 
     Args:
         x: ``[N, C, H, W]``, float32 or float64, any strides.
-        weight: the dense weight; what lies outside of the support is not read, and has gradient zero.
+        weight: the dense weight; what lies outside of the support is not read, and has gradient
+            zero.
         layer: the geometry and the support.
         bias: ``[out_channels]`` or None.
 
@@ -220,6 +228,8 @@ def sparse_conv2d(
 def sparse_linear(
     x: torch.Tensor, weight: torch.Tensor, layer: SparseLayer, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute a linear layer with its kept weights; ``x`` is ``[..., in_features]``, ``weight`` two-dimensional."""
+    """Compute a linear layer with its kept weights; ``x`` is ``[..., in_features]``, ``weight``
+    two-dimensional.
+    """
     out: torch.Tensor = _conv(x.reshape(-1, x.shape[-1]), weight, bias, layer.handle)
     return out.reshape(*x.shape[:-1], out.shape[-1])
