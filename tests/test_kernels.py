@@ -24,13 +24,13 @@ BACKENDS = [*native.instruction_sets(), "reference"]
 CALLED: set[tuple[str, str, bool]] = set()
 
 backends = pytest.mark.parametrize("name", BACKENDS)
-# 25 derandomized examples: the same every time, and the whole file well under a minute on one thread.
+# Derandomized: the same every time. 25 examples keep the file under a minute on one thread.
 many = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def recorder():
-    """Note every kernel that runs, where a Native object hands its arguments to the compiled code."""
+    """Note every kernel that runs, where a Native object calls the compiled code."""
     run = Native._run
 
     def noting(self, name, args, buffer):
