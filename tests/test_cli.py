@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -17,11 +18,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import acdc
 from acdc import Pair, recipes
 from acdc.cli import RECORD, main, parser
+from acdc.console import Watcher
 from acdc.errors import InputError
 from acdc.lab import report, train
 from acdc.lab.data import FashionMNIST
@@ -266,6 +269,25 @@ def test_a_run_ends_with_a_table_and_a_page(tmp_path: Path, capsys: Capture) -> 
     assert lines[0].endswith(f"7 epochs, {STEPS} steps")
     assert [line.split()[0] for line in lines[1:]] == ["epoch"] * 9
     assert [line for line in lines if "dense twin" in line] == lines[-2:]
+
+
+def test_a_terminal_shows_where_the_run_is() -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    phases = [{"kind": "dense", "stop": 8}, {"kind": "sparse", "stop": 16}]
+    start = {"event": "start", "total_steps": 16, "steps_per_epoch": [4] * 4, "phases": phases}
+    step = {"event": "step", "step": 9, "epoch": 2, "phase": "sparse", "loss": 0.5, "seconds": 0.05}
+    with Watcher("it", True, terminal) as watcher:
+        for event in (start, step, {"event": "eval", "accuracy": 91.25}, step):
+            watcher(event)
+        (bar,) = watcher._progress.tasks
+        assert (bar.completed, bar.total) == (9, 16 + 8)  # the twin is trained on over 8 steps
+        assert "sparse" in bar.description
+        assert "epoch 3/4" in bar.description
+        assert bar.fields["numbers"] == "loss 0.500  test 91.25 %  20 steps/s"
+        watcher({**step, "phase": "dense", "twin": "dense", "step": 10})
+        assert bar.completed == 16 + 2
+        assert "dense twin" in bar.description
+    assert terminal.file.getvalue().count("it: 4 epochs, 16 steps") == 1  # type: ignore[attr-defined]
 
 
 def test_json_is_the_only_line_on_standard_output(

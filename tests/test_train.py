@@ -60,6 +60,7 @@ DEATHS: list[dict[str, Any]] = [
     {"at": "event", "like": {"event": "step", "step": STEPS, "twin": "dense"}},
     {"at": "paired", "count": 1},  # the final pair is there, the record is not
     {"at": "record"},
+    {"at": "recorded"},  # events that were said before it have to be on the disk
 ]
 
 
@@ -175,6 +176,11 @@ def test_the_twin_is_the_network_of_the_last_dense_step_trained_on(
     assert tuned.facts["dense_step"] == STEPS
     assert all(torch.equal(left.sparse[name], tuned.sparse[name]) for name in left.sparse)
     assert not torch.equal(left.dense["fc.weight"], tuned.dense["fc.weight"])
+    # It goes on with the batch after the last that the twin had seen.
+    x, y = tiny().data.load().train_batch(BRANCH // 4, 0, 32, seed=0)
+    first = nn.functional.cross_entropy(left.dense_model(tiny().model.build())(x), y)
+    tail = [e["loss"] for e in events(whole, "step") if "twin" in e]
+    assert tail[0] == pytest.approx(float(first), rel=1e-4)
     at_branch = next(e["accuracy"] for e in events(whole, "eval") if e["step"] == BRANCH)
     assert record(tmp_path / "run")["dense"]["accuracy"] == at_branch
     assert not [e for e in events(tmp_path / "run") if "twin" in e]
@@ -217,6 +223,24 @@ class Plain(Model):
         return nn.Sequential(
             nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10), nn.Flatten()
         )
+
+
+@dataclass(frozen=True)
+class Dropping(Plain):
+    """A network whose steps draw random numbers."""
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.Dropout(0.5), super().build())
+
+
+def test_dropout_draws_the_same_after_a_stop(tmp_path: Path) -> None:
+    recipe = replace(tiny(), model=Dropping())
+    train.run(recipe, tmp_path / "whole", device="cpu")
+    with pytest.raises(train.Interrupted):
+        train.run(recipe, tmp_path / "run", device="cpu", watch=stop_at(5, signal.SIGTERM))
+    torch.rand(7)  # the generator of the process is elsewhere by then
+    train.run(recipe, tmp_path / "run", device="cpu", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_batch_in_parts_is_the_same_step(tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ from acdc.sparsifier import DenseTwin, Sparsifier
 try:
     from lightning.fabric import Fabric
     from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-    from lightning.fabric.utilities import rank_zero_only
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 except ImportError as missing:
     raise need("lightning", "lab") from missing
@@ -92,8 +91,7 @@ def run(
     fabric = _fabric(recipe, device, folder)
     if resume and place.record.exists():
         return place.read(place.record)
-    if getattr(rank_zero_only, "rank", 0) == 0:  # before the launch Fabric calls every rank 0
-        _check_free(place, recipe, resume)
+    _check_free(place, recipe, resume)
     fabric.launch()
     threads = torch.get_num_threads()
     try:
