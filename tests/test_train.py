@@ -180,7 +180,7 @@ def test_the_twin_is_the_network_of_the_last_dense_step_trained_on(
     x, y = tiny().data.load().train_batch(BRANCH // 4, 0, 32, seed=0)
     first = nn.functional.cross_entropy(left.dense_model(tiny().model.build())(x), y)
     tail = [e["loss"] for e in events(whole, "step") if "twin" in e]
-    assert tail[0] == pytest.approx(float(first), rel=1e-4)
+    assert tail[0] == pytest.approx(first.item(), rel=1e-4)
     at_branch = next(e["accuracy"] for e in events(whole, "eval") if e["step"] == BRANCH)
     assert record(tmp_path / "run")["dense"]["accuracy"] == at_branch
     assert not [e for e in events(tmp_path / "run") if "twin" in e]
