@@ -23,7 +23,7 @@ from acdc.layers import Layers
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
 from acdc.pattern import NM, Block, Pattern, Unstructured
-from acdc.schedule import Alternate, Constant, Plan, Schedule
+from acdc.schedule import Constant
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,3 @@ def label(name: str, settings: Mapping[str, str]) -> str:
         return name
     text = json.dumps(dict(sorted(settings.items())))
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-__all__ = ["COMPONENTS", "Alternate", "Plan", "Recipe", "Schedule", "change", "encode", "label"]

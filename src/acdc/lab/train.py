@@ -34,9 +34,8 @@ from acdc.lab.batchnorm import reestimate
 from acdc.lab.data import Data
 from acdc.lab.recipe import Recipe, encode
 from acdc.lab.record import Event, Folder, Metrics, machine, versions
-from acdc.layers import prunable
 from acdc.pair import Pair, Staging, sizes
-from acdc.sparsifier import DenseTwin, Sparsifier
+from acdc.sparsifier import Sparsifier
 
 try:
     from lightning.fabric import Fabric
@@ -690,6 +689,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-__all__ = ["DenseTwin", "Interrupted", "prunable", "run"]
