@@ -128,6 +128,45 @@ typedef struct acdc_norm_grad_args {
     int32_t threads;
 } acdc_norm_grad_args;
 
+/* sums[0][c] = sum of x - shift, sums[1][c] = sum of its square, over samples and pixels: the statistics
+ * of a batch where no convolution can gather them on its way. */
+typedef struct acdc_statistics_args {
+    acdc_image x;
+    const void* shift; /* [channels] or null */
+    double* sums;
+    void* workspace;   /* threads * channels * 2 * lanes elements, 64-B aligned */
+    int32_t threads;
+} acdc_statistics_args;
+
+/* What acdc_norm_args needs of a BatchNorm, one number a channel: from the sums of the batch (which also
+ * move the running statistics), or, without sums, from the running statistics.
+ *   scale = weight / sqrt(variance + eps),  offset = bias - mean * scale [+ other_offset] */
+typedef struct acdc_norm_fold_args {
+    int32_t channels;
+    double count, eps;               /* numbers that went into a sum */
+    double momentum;                 /* of the running statistics; negative: the average of all batches */
+    const double* sums;              /* [2][channels], of y - shift; null: evaluation */
+    const void* shift;               /* [channels] or null; may be running_mean */
+    const void *weight, *bias;       /* [channels] or null: 1 and 0 */
+    void *running_mean, *running_var; /* [channels] or null */
+    int64_t* batches;                /* batches seen; null without running statistics */
+    const void* other_offset;        /* [channels] or null */
+    void *mean, *inverse, *scale, *offset; /* [channels] results; inverse = 1 / sqrt(variance + eps) */
+    int32_t threads;
+} acdc_norm_fold_args;
+
+/* The coefficients of acdc_norm_grad_args and the gradients of weight and bias, from the sums of
+ * acdc_norm_reduce_args. */
+typedef struct acdc_norm_unfold_args {
+    int32_t channels, training;
+    double count;
+    const double *sums, *sums_y;     /* [channels]: of dz, and of dz * (y - mean) */
+    const void *weight, *mean, *inverse;
+    void *a, *b, *c;                 /* [channels] results */
+    void *weight_grad, *bias_grad;   /* [channels] or null */
+    int32_t threads;
+} acdc_norm_unfold_args;
+
 /* out = op(a, b): see the kernel table for which. */
 typedef struct acdc_pointwise_args {
     acdc_image a, b, out;
@@ -153,6 +192,9 @@ typedef struct acdc_pool_args {
     row(norm, acdc_norm_args)                    \
     row(norm_reduce, acdc_norm_reduce_args)      \
     row(norm_grad, acdc_norm_grad_args)          \
+    row(statistics, acdc_statistics_args)        \
+    row(norm_fold, acdc_norm_fold_args)          \
+    row(norm_unfold, acdc_norm_unfold_args)      \
     row(relu, acdc_pointwise_args)               \
     row(relu_grad, acdc_pointwise_args)          \
     row(add, acdc_pointwise_args)                \

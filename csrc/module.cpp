@@ -33,11 +33,16 @@ template <class T> void set_field(nb::class_<T>& cls, const char* name, const vo
         name, [field](const T& self) { return Address(self.*field); },
         [field](T& self, Address value) { self.*field = pointer(value); });
 }
-template <class T> void set_field(nb::class_<T>& cls, const char* name, double* T::*field) {
+template <class T, class V> void set_pointer(nb::class_<T>& cls, const char* name, V* T::*field) {
     cls.def_prop_rw(
         name, [field](const T& self) { return Address(self.*field); },
-        [field](T& self, Address value) { self.*field = pointer<double>(value); });
+        [field](T& self, Address value) { self.*field = pointer<V>(value); });
 }
+template <class T> void set_field(nb::class_<T>& cls, const char* name, double* T::*field) { set_pointer(cls, name, field); }
+template <class T> void set_field(nb::class_<T>& cls, const char* name, const double* T::*field) {
+    set_pointer(cls, name, field);
+}
+template <class T> void set_field(nb::class_<T>& cls, const char* name, int64_t* T::*field) { set_pointer(cls, name, field); }
 template <class T, class V> void set_field(nb::class_<T>& cls, const char* name, V T::*field) { cls.def_rw(name, field); }
 
 struct Plan {
@@ -130,6 +135,27 @@ NB_MODULE(_kernels, m) {
         cls.def(nb::init<>());
         FIELD(grad); FIELD(y); FIELD(out); FIELD(y2); FIELD(dy); FIELD(dy2); FIELD(a); FIELD(b); FIELD(c); FIELD(a2);
         FIELD(b2); FIELD(c2); FIELD(relu); FIELD(threads);
+    }
+    {
+        using Struct = acdc_statistics_args;
+        nb::class_<Struct> cls(m, "statistics_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(shift); FIELD(sums); FIELD(workspace); FIELD(threads);
+    }
+    {
+        using Struct = acdc_norm_fold_args;
+        nb::class_<Struct> cls(m, "norm_fold_args");
+        cls.def(nb::init<>());
+        FIELD(channels); FIELD(count); FIELD(eps); FIELD(momentum); FIELD(sums); FIELD(shift); FIELD(weight);
+        FIELD(bias); FIELD(running_mean); FIELD(running_var); FIELD(batches); FIELD(other_offset); FIELD(mean);
+        FIELD(inverse); FIELD(scale); FIELD(offset); FIELD(threads);
+    }
+    {
+        using Struct = acdc_norm_unfold_args;
+        nb::class_<Struct> cls(m, "norm_unfold_args");
+        cls.def(nb::init<>());
+        FIELD(channels); FIELD(training); FIELD(count); FIELD(sums); FIELD(sums_y); FIELD(weight); FIELD(mean);
+        FIELD(inverse); FIELD(a); FIELD(b); FIELD(c); FIELD(weight_grad); FIELD(bias_grad); FIELD(threads);
     }
     {
         using Struct = acdc_pointwise_args;

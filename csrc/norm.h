@@ -2,6 +2,8 @@
 // convolutions, in as few passes over memory as the arithmetic allows: one forward (the statistics come
 // out of the convolution), two backward (its sums must be complete before anything can be computed).
 #pragma once
+#include <cmath>
+
 #include "simd.h"
 
 namespace ACDC_ISA {
@@ -101,6 +103,72 @@ template <class real> void norm_grad(const acdc_norm_grad_args* a) {
             }
         }
     });
+}
+
+template <class real> void statistics(const acdc_statistics_args* a) {
+    real* workspace = static_cast<real*>(a->workspace);
+    const int64_t channels = a->x.channels;
+    clear(workspace, a->threads * channels * 2 * lanes);
+    each_plane(a->x, a->threads, [&](int thread, int64_t block, int channel) {
+        const mask<real> live = first_lanes<real>(live_lanes(a->x, block, 0));
+        const vec<real> shift = at<real>(a->shift, channel);
+        real* partial = workspace + thread * channels * 2 * lanes + channel * lanes;
+        vec<real> sum{}, squares{};
+        for (int row = 0; row < a->x.height; ++row) {
+            const real* x = row_of<real>(a->x, block, channel, row);
+            for (int i = 0; i < a->x.width * lanes; i += lanes) {
+                const vec<real> d = keep<real>(live, load(x + i) - shift);
+                sum += d;
+                squares += d * d;
+            }
+        }
+        store(partial, load(partial) + sum);
+        store(partial + channels * lanes, load(partial + channels * lanes) + squares);
+    });
+    add_partial(workspace, a->threads, channels * 2, a->sums);
+}
+
+template <class real> inline double number(const void* per_channel, int channel, double absent) {
+    return per_channel ? double(static_cast<const real*>(per_channel)[channel]) : absent;
+}
+template <class real> inline void put(void* per_channel, int channel, double value) {
+    if (per_channel) static_cast<real*>(per_channel)[channel] = real(value);
+}
+
+template <class real> void norm_fold(const acdc_norm_fold_args* a) {
+    if (a->sums && a->batches) ++*a->batches;
+    const double rate = a->momentum >= 0 || !a->batches ? a->momentum : 1.0 / double(*a->batches);
+    for (int c = 0; c < a->channels; ++c) {
+        double mean = number<real>(a->running_mean, c, 0), variance = number<real>(a->running_var, c, 1);
+        if (a->sums) {
+            const double shifted = a->sums[c] / a->count;
+            const double old_mean = mean, old_variance = variance;
+            mean = number<real>(a->shift, c, 0) + shifted;
+            variance = a->sums[a->channels + c] / a->count - shifted * shifted;
+            if (variance < 0) variance = 0;  // rounding; NaN stays
+            put<real>(a->running_mean, c, (1 - rate) * old_mean + rate * mean);
+            put<real>(a->running_var, c, (1 - rate) * old_variance + rate * variance * a->count / (a->count - 1));
+        }
+        const double inverse = 1 / std::sqrt(variance + a->eps);
+        const double scale = number<real>(a->weight, c, 1) * inverse;
+        put<real>(a->mean, c, mean);
+        put<real>(a->inverse, c, inverse);
+        put<real>(a->scale, c, scale);
+        put<real>(a->offset, c, number<real>(a->bias, c, 0) - mean * scale + number<real>(a->other_offset, c, 0));
+    }
+}
+
+template <class real> void norm_unfold(const acdc_norm_unfold_args* a) {
+    for (int c = 0; c < a->channels; ++c) {
+        const double inverse = number<real>(a->inverse, c, 1), scale = number<real>(a->weight, c, 1) * inverse;
+        const double on_weight = a->sums_y[c] * inverse;
+        const double on_y = a->training ? -scale * on_weight * inverse / a->count : 0;
+        put<real>(a->a, c, scale);
+        put<real>(a->b, c, on_y);
+        put<real>(a->c, c, a->training ? -scale * a->sums[c] / a->count - on_y * number<real>(a->mean, c, 0) : 0);
+        put<real>(a->weight_grad, c, on_weight);
+        put<real>(a->bias_grad, c, a->sums[c]);
+    }
 }
 
 // out = f(a, b) for every pixel; b may be absent.

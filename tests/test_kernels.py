@@ -4,6 +4,7 @@ PyTorch.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -30,15 +31,15 @@ many = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 @pytest.fixture(scope="session", autouse=True)
 def recorder():
-    """Note every kernel that runs, where a Native object calls the compiled code."""
-    run = Native._run
+    """Note every kernel that runs, where the compiled code is called."""
+    run = native.Call.__call__
 
-    def noting(self, name, args, buffer):
-        run(self, name, args, buffer)
-        CALLED.add((name, self.isa, buffer.shape.dtype == torch.float64))
+    def noting(call):
+        run(call)
+        CALLED.add((call.function.__name__, native._kernels.isa(call.index), call.is_double))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Native, "_run", noting)
+        patch.setattr(native.Call, "__call__", noting)
         yield
 
 
@@ -247,6 +248,70 @@ def test_batchnorm_with_relu_and_residual_equals_autograd(name, dtype, samples):
     for buffer in (out, dz, dy, dy2):
         dead_lanes_are_zero(buffer)
         halo_is_zero(buffer)
+
+
+@backends
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batchnorm_folds_into_scale_and_offset_and_back(name, dtype, momentum, affine):
+    k = backend(name)
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(5, momentum=momentum, affine=affine, dtype=dtype)
+    norm.running_mean.uniform_(-1, 1)
+    plain = copy.deepcopy(norm)
+    shape = Shape.of_images((11, 5, 3, 4), k.lanes, dtype=dtype)
+    y, out, grad, dy = (Buffer.zeros(shape) for _ in range(4))
+    fold = native.Fold(5, dtype)
+    sums2, sums3 = torch.zeros(2, 5).double(), torch.zeros(3, 5).double()
+    statistics = k.bind("statistics", y, shift=norm.running_mean, sums=sums2)
+    settings = {
+        "weight": norm.weight,
+        "bias": norm.bias,
+        "running_mean": norm.running_mean,
+        "running_var": norm.running_var,
+        "eps": norm.eps,
+    }
+    in_training = {
+        "sums": sums2,
+        "shift": norm.running_mean,
+        "batches": norm.num_batches_tracked,
+        "momentum": momentum,
+    }
+    training = k.bind("norm_fold", fold, y, **in_training, **settings)
+    for _ in range(2):  # bound once, run twice: on new numbers, with new running statistics
+        x = (torch.randn(11, 5, 3, 4, dtype=dtype) * 3 + 2).requires_grad_()
+        want = plain(x)
+        slope = torch.randn_like(want)
+        want.backward(slope)
+        k.to_layout(x, y)
+        statistics()
+        training()
+        k.norm(y, fold.scale, fold.offset, out)
+        close(k.from_layout(out), want.detach(), dtype)
+        close(norm.running_mean, plain.running_mean, dtype)
+        close(norm.running_var, plain.running_var, dtype)
+        assert norm.num_batches_tracked == plain.num_batches_tracked
+        k.to_layout(slope, grad)
+        k.norm_reduce(grad, y, fold.mean, sums=sums3)
+        k.norm_unfold(fold, y, sums3, weight=norm.weight)
+        k.norm_grad(grad, y, fold.a, fold.b, fold.c, dy)
+        close(k.from_layout(dy), x.grad, dtype)
+        if affine:
+            close(fold.weight_grad, plain.weight.grad, dtype)
+            close(fold.bias_grad, plain.bias.grad, dtype)
+            plain.zero_grad()
+
+    other = native.Fold(5, dtype)
+    other.offset.fill_(2.0)
+    k.norm_fold(fold, y, other=other, **settings)
+    k.norm(y, fold.scale, fold.offset, out)
+    want = plain.eval()(x.detach().requires_grad_())
+    close(k.from_layout(out), want.detach() + 2.0, dtype)
+    k.norm_reduce(grad, y, fold.mean, sums=sums3)
+    k.norm_unfold(fold, y, sums3, training=False, weight=norm.weight)
+    k.norm_grad(grad, y, fold.a, fold.b, fold.c, dy)
+    close(k.from_layout(dy), torch.autograd.grad(plain(x), x, slope)[0], dtype)
 
 
 @backends

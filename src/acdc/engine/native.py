@@ -9,6 +9,7 @@ number of threads its results are bitwise the same every time.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +174,30 @@ def check_plan(geometry: ConvGeometry, support: torch.Tensor, x: Shape, dy: Shap
         )
 
 
+@dataclass
+class Call:
+    """A kernel and its arguments. ``held`` are the tensors that its addresses point into."""
+
+    function: Any
+    index: int
+    is_double: bool
+    args: Any
+    held: tuple[Any, ...] = ()
+
+    def __call__(self) -> None:
+        """Run the kernel."""
+        self.function(self.index, self.is_double, self.args)
+
+
+class Fold:
+    """One number a channel each: a BatchNorm as ``scale * y + offset``, and its way back."""
+
+    def __init__(self, channels: int, dtype: torch.dtype) -> None:
+        self.mean, self.inverse, self.scale, self.offset = torch.zeros(4, channels, dtype=dtype)
+        self.a, self.b, self.c = torch.zeros(3, channels, dtype=dtype)
+        self.weight_grad, self.bias_grad = torch.zeros(2, channels, dtype=dtype)
+
+
 class Native:
     """The kernels of one instruction set: the widest this machine has, or the one asked for by
     name.
@@ -193,6 +218,21 @@ class Native:
         self._index = every.index(self.isa)
         self.lanes = int(_kernels.lanes(self._index))
         self._workspace: dict[torch.dtype, torch.Tensor] = {}
+        self._bound: list[Call] | None = None  # while binding: calls go here and do not run
+
+    def bind(self, name: str, *args: Any, **kwargs: Any) -> Call:
+        """Return the call of a method that takes buffers and returns nothing of its own, ready to
+        run again and again: its structs are filled once. Sums need their ``sums=`` tensor.
+        """
+        bound: list[Call] = []
+        self._bound = bound
+        try:
+            getattr(self, name)(*args, **kwargs)
+        finally:
+            self._bound = None
+        (call,) = bound
+        call.held = (args, kwargs, *self._workspace.values())
+        return call
 
     # ---- conversions ----
 
@@ -236,12 +276,13 @@ class Native:
         accumulate: bool = False,
         statistics: bool = False,
         shift: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Compute ``y = conv(x)``, or ``y += conv(x)``.
 
-        With ``statistics``, return float64 ``[2, channels]``: the sums of ``y - shift`` and of its
-        square over samples and pixels. A shift near the mean (the running mean) keeps the variance
-        exact.
+        With ``statistics``, return float64 ``[2, channels]`` (written into ``sums``, if given): the
+        sums of ``y - shift`` and of its square over samples and pixels. A shift near the mean (the
+        running mean) keeps the variance exact.
         """
         self._same(plan.x, x, "x")
         self._sized(y, plan.dy, "y")
@@ -249,7 +290,9 @@ class Native:
         a.set_plan(plan._plan, False)
         a.in_row_step, a.in_column_step = plan.geometry.stride
         a.out_row_step = a.out_column_step = 1
-        return self._conv(a, plan.tile, x, y, bias, accumulate, statistics, shift)
+        if statistics:
+            sums = self._sums(sums, 2, y)
+        return self._conv(a, plan.tile, x, y, bias, accumulate, sums if statistics else None, shift)
 
     def conv_input_grad(
         self, plan: Plan, dy: Buffer, dx: Buffer, *, accumulate: bool = False
@@ -261,7 +304,7 @@ class Native:
         a.set_plan(plan._plan, True)
         a.in_row_step = a.in_column_step = 1
         a.out_row_step, a.out_column_step = plan.geometry.stride
-        self._conv(a, plan.grad_tile, dy, dx, None, accumulate, False, None)
+        self._conv(a, plan.grad_tile, dy, dx, None, accumulate, None, None)
 
     def conv_weight_grad(
         self, plan: Plan, x: Buffer, dy: Buffer, grad: torch.Tensor, *, accumulate: bool = False
@@ -271,33 +314,47 @@ class Native:
 
         All other elements of ``grad`` are left as they are.
         """
+        self.weight_grad_call(plan, x, dy, accumulate=accumulate)(grad)
+
+    def weight_grad_call(
+        self, plan: Plan, x: Buffer, dy: Buffer, *, accumulate: bool = False
+    ) -> Callable[[torch.Tensor], None]:
+        """Return ``conv_weight_grad`` as a function of ``grad`` alone."""
         self._same(plan.x, x, "x")
         self._sized(dy, plan.dy, "dy")
-        if (
-            grad.numel() != numel(plan.geometry)
-            or grad.dtype != x.shape.dtype
-            or not grad.is_contiguous()
-        ):
-            raise InputError(
-                f"The gradient is a contiguous {x.shape.dtype} tensor as large as the weight."
-            )
         self._together(x, dy)
         a = _kernels.weight_grad_args()
         a.set_plan(plan._plan)
         a.x, a.dy = self._image(x), self._image(dy)
         a.in_row_step, a.in_column_step = plan.geometry.stride
         a.tile_rows, a.tile_columns = plan.tile.rows, plan.tile.columns
-        a.accumulate, a.target = accumulate, grad.data_ptr()
+        a.accumulate, a.threads = accumulate, torch.get_num_threads()
         pitch = (plan.nnz + 31) // 16 * 16
-        a.workspace = self._scratch(torch.get_num_threads() * pitch, x.shape.dtype)
-        self._run("weight_grad", a, x)
+        a.workspace = self._scratch(a.threads * pitch, x.shape.dtype)
+        is_double = x.shape.dtype == torch.float64
+        held = (plan, x, dy, self._workspace[x.shape.dtype])
+        call = Call(_kernels.weight_grad, self._index, is_double, a, held)
 
-    def channel_sums(self, x: Buffer) -> torch.Tensor:
+        def run(grad: torch.Tensor) -> None:
+            if (
+                grad.numel() != numel(plan.geometry)
+                or grad.dtype != x.shape.dtype
+                or not grad.is_contiguous()
+            ):
+                raise InputError(
+                    f"The gradient is a contiguous {x.shape.dtype} tensor as large as the weight."
+                )
+            a.target = grad.data_ptr()
+            call()
+
+        return run
+
+    def channel_sums(self, x: Buffer, *, sums: torch.Tensor | None = None) -> torch.Tensor:
         """Return the float64 sums of a buffer over samples and pixels, by channel: a bias
         gradient.
         """
         a = _kernels.channel_sums_args()
-        sums = torch.empty(x.shape.channels, dtype=torch.float64)
+        sums = self._sums(sums, 1, x)
         a.x, a.sums = self._image(x), sums.data_ptr()
         a.workspace = self._scratch(
             torch.get_num_threads() * x.shape.channels * self.lanes, x.shape.dtype
@@ -337,6 +394,7 @@ class Native:
         y2: Buffer | None = None,
         mean2: torch.Tensor | None = None,
         dz: Buffer | None = None,
+        sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return float64 ``[3, channels]``: the sums of dz, of dz*(y - mean) and of dz*(y2 -
         mean2).
@@ -347,7 +405,7 @@ class Native:
         a = _kernels.norm_reduce_args()
         self._images(a, grad=grad, y=y, out=out, y2=y2, dz=dz)
         held = self._vectors(a, y, mean=mean, mean2=mean2)
-        sums = torch.empty(3, y.shape.channels, dtype=torch.float64)
+        sums = self._sums(sums, 3, y)
         a.relu, a.sums = out is not None, sums.data_ptr()
         a.workspace = self._scratch(
             torch.get_num_threads() * y.shape.channels * 3 * self.lanes, y.shape.dtype
@@ -380,6 +438,112 @@ class Native:
         held = self._vectors(args, y, a=a, b=b, c=c, a2=a2, b2=b2, c2=c2)
         args.relu = out is not None
         self._run("norm_grad", args, y)
+        del held
+
+    def statistics(
+        self, x: Buffer, *, shift: torch.Tensor | None = None, sums: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return float64 ``[2, channels]``: the sums of ``x - shift`` and of its square."""
+        a = _kernels.statistics_args()
+        sums = self._sums(sums, 2, x)
+        a.x, a.sums = self._image(x), sums.data_ptr()
+        held = self._vectors(a, x, shift=shift)
+        a.workspace = self._scratch(
+            torch.get_num_threads() * x.shape.channels * 2 * self.lanes, x.shape.dtype
+        )
+        self._run("statistics", a, x)
+        del held
+        return sums
+
+    def norm_fold(
+        self,
+        fold: Fold,
+        y: Buffer,
+        *,
+        sums: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        running_mean: torch.Tensor | None = None,
+        running_var: torch.Tensor | None = None,
+        batches: torch.Tensor | None = None,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        other: Fold | None = None,
+    ) -> None:
+        """Fill ``fold`` for a BatchNorm over ``y``: from the sums of a batch, moving the running
+        statistics and the int64 ``batches``; or, without sums, from the running statistics.
+
+        Args:
+            fold: what is filled; ``norm`` takes its scale and offset.
+            y: what is normalized; its shape says how many numbers went into a sum.
+            sums, shift: of ``conv`` or ``statistics``.
+            weight, bias, running_mean, running_var, batches, momentum, eps: as in
+                ``torch.nn.BatchNorm2d``.
+            other: a fold whose offset is added to this one's, for ``norm`` with two inputs.
+
+        """
+        a = _kernels.norm_fold_args()
+        a.channels, a.count, a.eps = y.shape.channels, _count(y), eps
+        a.momentum = -1.0 if momentum is None else momentum
+        if sums is not None:
+            a.sums = sums.data_ptr()
+        held = self._vectors(
+            a,
+            y,
+            shift=shift,
+            weight=weight,
+            bias=bias,
+            running_mean=running_mean,
+            running_var=running_var,
+            other_offset=None if other is None else other.offset,
+            mean=fold.mean,
+            inverse=fold.inverse,
+            scale=fold.scale,
+            offset=fold.offset,
+        )
+        if batches is not None:
+            a.batches = batches.data_ptr()
+        self._run("norm_fold", a, y)
+        del held
+
+    def norm_unfold(
+        self,
+        fold: Fold,
+        y: Buffer,
+        sums: torch.Tensor,
+        *,
+        second: bool = False,
+        training: bool = True,
+        weight: torch.Tensor | None = None,
+    ) -> None:
+        """Fill the gradients of a fold, and the ``a, b, c`` that ``norm_grad`` takes.
+
+        Args:
+            fold: as ``norm_fold`` left it.
+            y: what was normalized.
+            sums: of ``norm_reduce``.
+            second: this is the normalization of ``y2`` there.
+            training: whether the statistics were those of the batch.
+            weight: as in ``norm_fold``.
+
+        """
+        a = _kernels.norm_unfold_args()
+        a.channels, a.training, a.count = y.shape.channels, training, _count(y)
+        a.sums, a.sums_y = sums[0].data_ptr(), sums[2 if second else 1].data_ptr()
+        held = self._vectors(
+            a,
+            y,
+            weight=weight,
+            mean=fold.mean,
+            inverse=fold.inverse,
+            a=fold.a,
+            b=fold.b,
+            c=fold.c,
+            weight_grad=fold.weight_grad,
+            bias_grad=fold.bias_grad,
+        )
+        self._run("norm_unfold", a, y)
         del held
 
     def relu(self, x: Buffer, out: Buffer) -> None:
@@ -445,7 +609,12 @@ class Native:
 
     def _run(self, name: str, args: Any, buffer: Buffer) -> None:
         args.threads = torch.get_num_threads()
-        getattr(_kernels, name)(self._index, buffer.shape.dtype == torch.float64, args)
+        is_double = buffer.shape.dtype == torch.float64
+        call = Call(getattr(_kernels, name), self._index, is_double, args)
+        if self._bound is None:
+            call()
+        else:
+            self._bound.append(call)
 
     def _conv(
         self,
@@ -455,22 +624,20 @@ class Native:
         y: Buffer,
         bias: torch.Tensor | None,
         accumulate: bool,
-        statistics: bool,
+        sums: torch.Tensor | None,
         shift: torch.Tensor | None,
     ) -> torch.Tensor | None:
         if accumulate and bias is not None:
             raise InputError(
                 "A bias starts a sum; it cannot be added to one: leave out bias or accumulate."
             )
-        if statistics and y.shape.tokens:
+        if sums is not None and y.shape.tokens:
             raise InputError("Statistics are for images.")
         self._together(x, y)
         a.x, a.y = self._image(x), self._image(y)
         a.tile_rows, a.tile_columns, a.accumulate = tile.rows, tile.columns, accumulate
         held = self._vectors(a, y, bias=bias, shift=shift)
-        sums = None
-        if statistics:
-            sums = torch.empty(2, y.shape.channels, dtype=torch.float64)
+        if sums is not None:
             a.sums = sums.data_ptr()
             a.workspace = self._scratch(
                 torch.get_num_threads() * y.shape.channels * 2 * self.lanes, y.shape.dtype
@@ -554,6 +721,11 @@ class Native:
                     f"{tuple(vector.shape)}."
                 )
             held.append(vector.detach().to(like.shape.dtype).contiguous())
+            if self._bound is not None and held[-1].data_ptr() != vector.data_ptr():
+                raise InputError(
+                    f"A bound call reads {name} where it lies: it is a contiguous vector of "
+                    f"{like.shape.dtype}, got {vector.dtype}."
+                )
             setattr(args, name, held[-1].data_ptr())
         return held
 
@@ -576,6 +748,14 @@ class Native:
         if s.tokens or not _dense_planes(plain):
             p.channel = 1
         return p
+
+    def _sums(self, sums: torch.Tensor | None, rows: int, buffer: Buffer) -> torch.Tensor:
+        shape = (buffer.shape.channels,) if rows == 1 else (rows, buffer.shape.channels)
+        if sums is None:
+            return torch.empty(shape, dtype=torch.float64)
+        if sums.shape != shape or sums.dtype != torch.float64 or not sums.is_contiguous():
+            raise InputError(f"Sums are contiguous float64 {shape}, got {tuple(sums.shape)}.")
+        return sums
 
     def _scratch(self, count: int, dtype: torch.dtype) -> int:
         have = self._workspace.get(dtype)
@@ -600,6 +780,12 @@ class Native:
     def _together(self, *buffers: Buffer) -> None:
         if len({(b.shape.samples, b.shape.tokens, b.shape.dtype) for b in buffers}) != 1:
             raise InputError("Buffers of one operation hold the same samples in the same dtype.")
+
+
+def _count(buffer: Buffer) -> int:
+    """Return the numbers of one channel."""
+    s = buffer.shape
+    return s.samples * (1 if s.tokens else s.height * s.width)
 
 
 def _dense_planes(plain: torch.Tensor) -> bool:

@@ -4,12 +4,16 @@ measure of what the native kernels must give. Slow, and written to be read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from acdc.engine.geometry import ConvGeometry, Pair
 from acdc.engine.layout import Buffer, Shape
-from acdc.engine.native import check_plan
+from acdc.engine.native import Fold, check_plan
 from acdc.errors import InputError
 
 
@@ -37,6 +41,16 @@ class Reference:
 
     def __init__(self, lanes: int = 8) -> None:
         self.lanes = lanes
+
+    def bind(self, name: str, *args: Any, **kwargs: Any) -> Callable[[], object]:
+        """Return the call of a method, to run again and again."""
+        return partial(getattr(self, name), *args, **kwargs)
+
+    def weight_grad_call(
+        self, plan: Plan, x: Buffer, dy: Buffer, *, accumulate: bool = False
+    ) -> Callable[[torch.Tensor], None]:
+        """Return ``conv_weight_grad`` as a function of ``grad`` alone."""
+        return partial(self.conv_weight_grad, plan, x, dy, accumulate=accumulate)
 
     def to_layout(self, plain: torch.Tensor, out: Buffer) -> Buffer:
         """Copy a plain tensor into a buffer."""
@@ -74,6 +88,7 @@ class Reference:
         accumulate: bool = False,
         statistics: bool = False,
         shift: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Compute ``y = conv(x)``, or ``y += conv(x)``; with ``statistics`` return its sums."""
         if accumulate and bias is not None:
@@ -83,12 +98,7 @@ class Reference:
         g = plan.geometry
         out = F.conv2d(self._nchw(x), plan.weight, bias, g.stride, g.padding, g.dilation, g.groups)
         self._put(out + self._nchw(y) if accumulate else out, y)
-        if not statistics:
-            return None
-        d = self._nchw(y).double()
-        if shift is not None:
-            d = d - shift.double()[:, None, None]
-        return torch.stack([d.sum((0, 2, 3)), d.square().sum((0, 2, 3))])
+        return self.statistics(y, shift=shift, sums=sums) if statistics else None
 
     def conv_input_grad(
         self, plan: Plan, dy: Buffer, dx: Buffer, *, accumulate: bool = False
@@ -107,9 +117,83 @@ class Reference:
         flat = grad.view(-1)
         flat[plan.support] = flat[plan.support] + values if accumulate else values
 
-    def channel_sums(self, x: Buffer) -> torch.Tensor:
+    def channel_sums(self, x: Buffer, *, sums: torch.Tensor | None = None) -> torch.Tensor:
         """Return the sums of a buffer by channel."""
-        return self._nchw(x).double().sum((0, 2, 3))
+        return _into(sums, self._nchw(x).double().sum((0, 2, 3)))
+
+    def statistics(
+        self, x: Buffer, *, shift: torch.Tensor | None = None, sums: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the sums of ``x - shift`` and of its square."""
+        d = self._nchw(x).double()
+        if shift is not None:
+            d = d - shift.detach().double()[:, None, None]
+        return _into(sums, torch.stack([d.sum((0, 2, 3)), d.square().sum((0, 2, 3))]))
+
+    def norm_fold(
+        self,
+        fold: Fold,
+        y: Buffer,
+        *,
+        sums: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        running_mean: torch.Tensor | None = None,
+        running_var: torch.Tensor | None = None,
+        batches: torch.Tensor | None = None,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        other: Fold | None = None,
+    ) -> None:
+        """Fill ``fold`` for a BatchNorm over ``y``; see ``native.Native.norm_fold``."""
+        if sums is None:
+            assert running_mean is not None
+            assert running_var is not None
+            mean, variance = running_mean.double(), running_var.double()
+        else:
+            count = self._nchw(y)[:, 0].numel()
+            shifted = sums[0] / count
+            mean = shifted if shift is None else shifted + shift.detach().double()
+            variance = (sums[1] / count - shifted.square()).clamp(min=0)
+            if batches is not None:
+                batches += 1
+            if running_mean is not None and running_var is not None:
+                assert momentum is not None or batches is not None
+                rate = 1 / float(batches) if momentum is None else momentum  # type: ignore[arg-type]
+                running_mean.lerp_(mean.to(y.shape.dtype), rate)
+                running_var.lerp_((variance * count / (count - 1)).to(y.shape.dtype), rate)
+        fold.mean.copy_(mean)
+        fold.inverse.copy_((variance + eps).rsqrt())
+        fold.scale.copy_(fold.inverse if weight is None else weight.detach() * fold.inverse)
+        fold.offset.copy_(-fold.mean * fold.scale)
+        for more in (
+            None if bias is None else bias.detach(),
+            None if other is None else other.offset,
+        ):
+            if more is not None:
+                fold.offset += more
+
+    def norm_unfold(
+        self,
+        fold: Fold,
+        y: Buffer,
+        sums: torch.Tensor,
+        *,
+        second: bool = False,
+        training: bool = True,
+        weight: torch.Tensor | None = None,
+    ) -> None:
+        """Fill the gradients of a fold, and the ``a, b, c`` of ``norm_grad``."""
+        count = self._nchw(y)[:, 0].numel()
+        fold.bias_grad.copy_(sums[0])
+        fold.weight_grad.copy_(sums[2 if second else 1] * fold.inverse)
+        fold.a.copy_(fold.inverse if weight is None else weight.detach() * fold.inverse)
+        fold.b.zero_()
+        fold.c.zero_()
+        if training:
+            fold.b.copy_(-fold.a * fold.weight_grad * fold.inverse / count)
+            fold.c.copy_(-fold.a * fold.bias_grad / count - fold.b * fold.mean)
 
     def norm(
         self,
@@ -141,20 +225,21 @@ class Reference:
         y2: Buffer | None = None,
         mean2: torch.Tensor | None = None,
         dz: Buffer | None = None,
+        sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the sums of dz, of dz*(y - mean) and of dz*(y2 - mean2)."""
         d = self._masked(grad, out)
-        sums = [
+        rows = [
             d.double().sum((0, 2, 3)),
             (d * (self._nchw(y) - mean[:, None, None])).double().sum((0, 2, 3)),
         ]
         if y2 is not None and mean2 is not None:
-            sums.append((d * (self._nchw(y2) - mean2[:, None, None])).double().sum((0, 2, 3)))
+            rows.append((d * (self._nchw(y2) - mean2[:, None, None])).double().sum((0, 2, 3)))
         else:
-            sums.append(torch.zeros_like(sums[0]))
+            rows.append(torch.zeros_like(rows[0]))
         if dz is not None:
             self._put(d, dz)
-        return torch.stack(sums)
+        return _into(sums, torch.stack(rows))
 
     def norm_grad(
         self,
@@ -285,3 +370,8 @@ class Reference:
             )
         )
         return grads
+
+
+def _into(sums: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    """Return the values, written into ``sums`` if there is one."""
+    return values if sums is None else sums.copy_(values)
