@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+ASAN   := build/sanitize
 DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/cost.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit format clean
+.PHONY: help install demo test lint types unit sanitize format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -37,6 +38,23 @@ types: install  ## mypy, strict
 
 unit: install  ## tests and doctests
 	$(BIN)/pytest --doctest-modules $(DOCTEST) tests
+
+# The sanitized module lies in a place of its own. `-S` keeps the editable install's import hook out, which
+# would put the plain module first; what else .venv holds comes by PYTHONPATH. The sanitizers' library must
+# be the first one loaded, and libstdc++ must be there when it starts, or C++ exceptions in torch end it.
+# No leaks: Python and torch never free everything. A report reaches the terminal only if pytest leaves
+# file descriptor 2 alone: --capture=sys.
+sanitize: $(ASAN)/.built  ## the kernels' tests under AddressSanitizer and UBSan (needs GCC)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=halt_on_error=1:detect_leaks=0:allocator_may_return_null=1 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH="$(CURDIR)/$(ASAN)/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	$(BIN)/python -S -m pytest --capture=sys tests/sanitized.py tests/test_kernels.py
+
+$(ASAN)/.built: $(STAMP) $(shell find src/acdc -name '*.py')
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(ASAN)/site \
+		-C build-dir=$(ASAN)/cmake -C cmake.build-type=RelWithDebInfo -C cmake.define.ACDC_SANITIZE=ON .
+	@touch $@
 
 format: install  ## put the code into its format
 	$(BIN)/ruff format .

@@ -200,4 +200,9 @@ NB_MODULE(_kernels, m) {
     });
     ACDC_KERNELS(ROW)
     m.attr("KERNELS") = nb::tuple(names);
+#ifdef __SANITIZE_ADDRESS__
+    m.attr("sanitized") = true;
+#else
+    m.attr("sanitized") = false;
+#endif
 }

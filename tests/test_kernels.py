@@ -43,6 +43,28 @@ def recorder():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def exact_memory():
+    """In the sanitized build, buffers and workspaces end where they must: no spare numbers behind
+    them, where a kernel could read unseen. It is torch that aligns them there.
+    """
+
+    def zeros(shape):
+        buffer = Buffer(shape, torch.zeros(shape.numel, dtype=shape.dtype))
+        assert buffer.data.data_ptr() % 64 == 0
+        return buffer
+
+    def scratch(self, count, dtype):
+        self._workspace[dtype] = torch.empty(count, dtype=dtype)
+        return self._workspace[dtype].data_ptr()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if native.available() and native._kernels.sanitized:
+            patch.setattr(Buffer, "zeros", staticmethod(zeros))
+            patch.setattr(Native, "_scratch", scratch)
+        yield
+
+
 def backend(name: str):
     return Reference() if name == "reference" else Native(name)
 
