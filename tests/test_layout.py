@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.pair": {"safetensors", "numpy"},
     "acdc.export": {"safetensors", "onnx", "onnxscript", "onnxruntime", "numpy"},
     "acdc.lab": {"lightning", "sklearn", "numpy", "tensorboard", "torchvision", "PIL"},
+    "acdc.lab.bench.peers": {"sparseprop", "sparselab"},
     "acdc.lab.recipe": {"jsonargparse"},
     "acdc.lab.train": {"safetensors"},
     "acdc.lab.report": {"matplotlib", "jinja2"},

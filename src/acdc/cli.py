@@ -1,4 +1,4 @@
-"""The command line: list, show, run, report, cost, export.
+"""The command line: list, show, run, report, cost, export, bench.
 
 What a person reads and what a program reads are kept apart: with ``--json`` the last line on
 standard output is one JSON object, and all else is on standard error. Exit codes: 0; 2 for what the
@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -27,6 +27,7 @@ from acdc.errors import AcdcError, InputError
 
 if TYPE_CHECKING:
     from acdc.cost import Network
+    from acdc.lab.bench.table import Table
     from acdc.lab.models import Model
     from acdc.lab.recipe import Recipe
     from acdc.schedule import Schedule
@@ -147,7 +148,50 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="the file to write (default: TWIN.FORMAT in the folder of the run)",
     )
+
+    about = "measure on this machine what sparse phases gain, beside dense PyTorch and other peers"
+    benches = command("bench", None, about).add_subparsers(metavar="WHAT", required=True)
+    sub = benches.add_parser(
+        "layers",
+        help="single layers, forward and backward",
+        description="Times single layers, forward and backward, side by side: dense PyTorch in "
+        "its better memory format, the engine, torch.sparse in CSR, and SparseProp and SparseLab "
+        "where they are installed. Everybody takes a turn in every round, with emptied caches; "
+        "times are medians. Convolutions are in the engine's layout, and 'convert' is what it "
+        "costs to bring them there and back; a linear layer's time includes that.",
+        allow_abbrev=False,
+    )
+    sub.set_defaults(command=_bench_layers)
+    _add_bench(sub, "layers", "conv3x3 or linear_3072x768_t512; any layer spelled like these", 9)
     return top
+
+
+def _add_bench(sub: argparse.ArgumentParser, what: str, such_as: str, repeats: int) -> None:
+    sub.add_argument(
+        "--case",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help=f"only {what} with this in their name, such as {such_as}; may be repeated",
+    )
+    sub.add_argument(
+        "--sparsity",
+        metavar="S",
+        type=float,
+        action="append",
+        help="a fraction of zeros; may be repeated (default: 0.8, 0.9 and 0.95)",
+    )
+    sub.add_argument(
+        "--repeats",
+        metavar="N",
+        type=int,
+        default=repeats,
+        help=f"rounds of timing (default: {repeats})",
+    )
+    sub.add_argument(
+        "--threads", metavar="N", type=int, help="threads of everybody (default: as torch has)"
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
 
 
 def _add_recipe(sub: argparse.ArgumentParser) -> None:
@@ -568,6 +612,50 @@ def _model(values: Mapping[str, Any]) -> Model:
             f"The run's model {values.get('type')!r} is not known to this version of acdc "
             f"({error}). Build it in Python, and use acdc.export.to_onnx."
         ) from error
+
+
+# --- bench --------------------------------------------------------------------------------------
+
+
+def _bench_layers(args: argparse.Namespace) -> int:
+    from acdc.lab.bench import layers
+    from acdc.lab.bench.table import Table
+
+    chosen = layers.choose(args.case)
+    peers = {"convert_ms": "convert", "torch_csr_ms": "torch CSR"}
+    peers |= {"sparseprop_ms": "SparseProp", "sparselab_ms": "SparseLab"}
+    table = Table(max(len(layer.name) for layer in chosen), peers)
+    return _bench(args, table, lambda *how: layers.measure(chosen, *how))
+
+
+def _bench(
+    args: argparse.Namespace,
+    table: Table,
+    measure: Callable[[list[float], int], Iterator[dict[str, Any]]],
+) -> int:
+    """Print rows as they come, and write the file anew with every one."""
+    from acdc.lab.bench import race
+    from acdc.lab.bench.table import notes, save
+    from acdc.support import check_sparsity
+
+    sparsities = list(dict.fromkeys(args.sparsity or (0.8, 0.9, 0.95)))
+    for sparsity in sparsities:
+        check_sparsity(sparsity)
+    if args.repeats < 1:
+        raise InputError(f"--repeats is {args.repeats}. It is a whole number from 1 up.")
+    rows: list[dict[str, Any]] = []
+    with race.threads(args.threads):
+        print(table.header(), flush=True)
+        for row in measure(sparsities, args.repeats):
+            rows.append(row)
+            print(table.line(row), flush=True)
+            if args.json:
+                save(args.json, args.command_line, rows)
+    for note in notes(rows):
+        print(note)
+    if args.json:
+        print(args.json)
+    return 0
 
 
 # --- what commands share ------------------------------------------------------------------------
