@@ -111,3 +111,14 @@ def _matches(parameter: str, glob: str) -> bool:
 def matches(parameter: str, globs: tuple[str, ...]) -> bool:
     """Whether one of the globs names the layer of this parameter."""
     return any(_matches(parameter, glob) for glob in globs)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's own module inside data-parallel wrappers and ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from acdc.errors import InputError
+from acdc.layers import unwrapped
 from acdc.methods.base import Method
 from acdc.pair import Pair
 from acdc.schedule import Kind, Phase, Schedule
@@ -74,7 +75,7 @@ class DenseTwin:
 
         The learning rate is that of ``step``: set the scheduler to it. Remove the sparsifier first.
         """
-        plain(model).load_state_dict(self.model)
+        unwrapped(model).load_state_dict(self.model)
         if optimizer is not None:
             optimizer.load_state_dict(deepcopy(self.optimizer))
 
@@ -113,7 +114,7 @@ class Sparsifier:
                 "cannot be reset. Use SGD, Adam, AdamW or another optimizer with state per weight."
             )
         self.method = method
-        self.model = plain(model)
+        self.model = unwrapped(model)
         self.optimizer = optimizer
         self.schedule: Schedule = method.resolved
         self.params, self.refused = method.select(self.model)
@@ -316,7 +317,7 @@ class Sparsifier:
         """
         if isinstance(model, torch.optim.swa_utils.AveragedModel):
             model = model.module
-        params = dict(plain(model).named_parameters())
+        params = dict(unwrapped(model).named_parameters())
         if strangers := [name for name in self._dropped if name not in params]:
             raise InputError(
                 f"The model to project has no parameter {strangers[0]!r}. Give a copy of the model "
@@ -424,17 +425,6 @@ _STATE_ON_FIRST_STEP: frozenset[type[torch.optim.Optimizer]] = frozenset(
     )
     if hasattr(torch.optim, name)
 )  # fmt: skip
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """Return the user's own module inside data-parallel wrappers and ``torch.compile``."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _settings(method: Method) -> str:

@@ -1,0 +1,433 @@
+"""What a network computes, as a graph: traced with ``torch.fx``, each node named by what the engine
+can do with it, or with the reason why it stays with PyTorch.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.nn.utils.parametrize import is_parametrized
+
+from acdc.engine.geometry import ConvGeometry, Pair
+from acdc.errors import InputError
+
+Kind = Literal[
+    "images", "tokens"
+]  # how a tensor lies in the layout: [N, C, H, W] or [..., features]
+
+
+class Untraceable(Exception):
+    """The forward of a module cannot be written as one graph. The message says why."""
+
+
+# --- tracing --------------------------------------------------------------------------------------
+
+
+def hooks_of(module: nn.Module) -> tuple[Mapping[Any, Any], ...]:
+    """Return the dictionaries of hooks that calling the module would run."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Return whether the module must be called as it is: it has hooks, parametrizations or a
+    forward of its own.
+    """
+    return any(hooks_of(module)) or is_parametrized(module) or "forward" in vars(module)
+
+
+class _Tracer(fx.Tracer):
+    """Goes into every module that is not PyTorch's own and is not opaque."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_opaque(m) or bool(super().is_leaf_module(m, module_qualified_name))
+
+
+def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
+    """Return the graph of ``root.forward`` in its present mode, with these arguments fixed.
+
+    Raises:
+        Untraceable: it depends on the values of tensors, or does something while it runs that a
+            graph would do only once: random numbers of its own, new tensors, counters.
+
+    """
+    before = _side(root)
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(root, concrete_args=dict(defaults) or None)
+    except Exception as error:  # fx raises whatever the user's code raises on a proxy
+        first = str(error).strip().split("\n")[0]
+        raise Untraceable(f"{type(root).__name__}.forward is no fixed graph ({first})") from error
+    finally:
+        after = _side(root)
+        _restore(root, before, after)
+    if before != after:
+        raise Untraceable(
+            f"{type(root).__name__}.forward draws random numbers or counts in Python as it runs"
+        )
+    if any(
+        node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes
+    ):
+        raise Untraceable(f"{type(root).__name__}.forward makes tensors of its own")
+    return fx.GraphModule(tracer.root, graph, type(root).__name__)
+
+
+def _side(root: nn.Module) -> tuple[Any, ...]:
+    """Return what a forward might change behind a graph's back."""
+    plain = bool | int | float | str
+    return (
+        random.getstate(),
+        torch.random.get_rng_state().numpy().tobytes(),
+        [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in root.modules()],
+    )
+
+
+def _restore(root: nn.Module, before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+    if before == after:
+        return
+    random.setstate(before[0])
+    torch.random.set_rng_state(torch.frombuffer(bytearray(before[1]), dtype=torch.uint8))
+    for module, values in zip(root.modules(), before[2], strict=True):
+        vars(module).update(values)
+
+
+def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
+    """Note the shape and dtype of every tensor in the graph's nodes, without computing anything."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+    with mode:
+        ShapeProp(graph, fake_mode=mode).propagate(*fake)
+
+
+# --- what a node is -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """A convolution, or a linear layer over tokens."""
+
+    module: nn.Conv2d | nn.Linear
+    name: str  # of the module
+    geometry: ConvGeometry
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A BatchNorm over images."""
+
+    module: nn.BatchNorm2d
+
+
+@dataclass(frozen=True)
+class ReluSpec:
+    """A ReLU."""
+
+
+@dataclass(frozen=True)
+class AddSpec:
+    """A sum of two tensors of one shape."""
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """Max or average pooling. ``window`` None is the whole image."""
+
+    kind: Literal["max", "avg"]
+    window: Pair | None
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    count_padding: bool = True
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """A function of single numbers that leaves zero at zero: it may run over a whole buffer.
+
+    Args:
+        forward: of the input.
+        backward: of the output's gradient and the input.
+
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SameSpec:
+    """Nothing: an identity, or a dropout that drops nothing."""
+
+
+Spec = ConvSpec | NormSpec | ReluSpec | AddSpec | PoolSpec | MapSpec | SameSpec
+
+
+@dataclass(frozen=True)
+class Known:
+    """A node that the engine can run: what it is and how its result lies."""
+
+    spec: Spec
+    kind: Kind
+
+
+def inputs_of(node: fx.Node, spec: Spec) -> tuple[fx.Node, ...]:
+    """Return the tensors that a known node reads."""
+    return node.args[: 2 if isinstance(spec, AddSpec) else 1]  # type: ignore[return-value]
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Return the shape of a node's tensor, or None if it is none."""
+    meta = meta_of(node)
+    return None if meta is None else tuple(meta.shape)
+
+
+def meta_of(node: fx.Node) -> TensorMetadata | None:
+    """Return what is known of a node's tensor, or None if it is none."""
+    meta = node.meta.get("tensor_meta")
+    return meta if isinstance(meta, TensorMetadata) else None
+
+
+def recognise(graph: fx.GraphModule) -> dict[fx.Node, Known | str]:
+    """Return what each computing node is, or why it stays with PyTorch."""
+    found: dict[fx.Node, Known | str] = {}
+    for node in graph.graph.nodes:
+        if node.op in ("call_module", "call_function", "call_method"):
+            found[node] = _recognise(graph, node, found)
+    for node, known in list(found.items()):
+        _check_in_place(node, known, found)
+    return found
+
+
+def _check_in_place(node: fx.Node, known: Known | str, found: dict[fx.Node, Known | str]) -> None:
+    """An operation in place changes a tensor under all that read it: leave that to PyTorch."""
+    if not _in_place(node):
+        return
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if len(source.users) > 1:
+        reason = "a tensor that others read is changed in place"
+        found[node] = reason
+        if source in found:
+            found[source] = reason
+
+
+def _in_place(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        root = node.graph.owning_module
+        assert root is not None
+        module = root.get_submodule(str(node.target))
+        return bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return node.target in (operator.iadd, F.relu_) or bool(node.kwargs.get("inplace", False))
+
+
+def _recognise(
+    graph: fx.GraphModule, node: fx.Node, found: Mapping[fx.Node, Known | str]
+) -> Known | str:
+    meta = meta_of(node)
+    if meta is None:
+        return "its result is not one tensor"
+    if meta.dtype not in (torch.float32, torch.float64):
+        return f"its result is {meta.dtype}"
+    try:
+        spec = _spec(graph, node)
+    except InputError as error:
+        return str(error)
+    inputs = inputs_of(node, spec)
+    if not inputs or any(
+        not isinstance(source, fx.Node) or shape_of(source) is None for source in inputs
+    ):
+        return "an input is not a tensor"
+    if any(source.meta["tensor_meta"].dtype != meta.dtype for source in inputs):
+        return "its inputs have several dtypes"
+    kind = _kind(spec, [_known_kind(source, found) for source in inputs], len(meta.shape))
+    if kind is None:
+        return "its input lies otherwise in the layout: images and tokens do not mix"
+    if kind == "images" and any(len(shape_of(source) or ()) != 4 for source in inputs):
+        return "images have four dimensions"
+    return Known(spec, kind)
+
+
+def _known_kind(node: fx.Node, found: Mapping[fx.Node, Known | str]) -> Kind | None:
+    known = found.get(node)
+    return known.kind if isinstance(known, Known) else None
+
+
+def _kind(spec: Spec, inputs: list[Kind | None], dimensions: int) -> Kind | None:
+    """Return how the result lies: by what the node is, or as what it reads."""
+    given = {kind for kind in inputs if kind is not None}
+    if isinstance(spec, ConvSpec):
+        want: Kind = "tokens" if isinstance(spec.module, nn.Linear) else "images"
+    elif isinstance(spec, NormSpec | PoolSpec):
+        want = "images"
+    elif len(given) == 1:
+        return given.pop()
+    else:
+        want = "images" if dimensions == 4 else "tokens"
+    return want if given <= {want} else None
+
+
+# --- from modules and functions to specs ----------------------------------------------------------
+
+
+def _spec(graph: fx.GraphModule, node: fx.Node) -> Spec:
+    if node.op == "call_module":
+        return _module_spec(graph.get_submodule(str(node.target)), str(node.target))
+    function = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
+    if function in _RELUS:
+        return ReluSpec()
+    if function in _SUMS:
+        return _sum(node)
+    if function in _POOLS:
+        return _pool(_POOLS[function](*node.args[1:], **node.kwargs))
+    if function in (F.gelu, F.silu):
+        return _activation(function, node)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+    raise InputError(f"{name} is not one of the engine's operations")
+
+
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_SUMS = (operator.add, operator.iadd, torch.add)
+_METHODS: dict[str, Any] = {
+    "relu": torch.relu,
+    "relu_": torch.relu_,
+    "add": torch.add,
+    "add_": torch.add,
+    "__add__": operator.add,
+    "__iadd__": operator.iadd,
+}
+_POOLS: dict[Any, Callable[..., nn.Module]] = {
+    F.max_pool2d: nn.MaxPool2d,
+    F.avg_pool2d: nn.AvgPool2d,
+    F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
+}
+
+
+def _module_spec(module: nn.Module, name: str) -> Spec:
+    if is_opaque(module):
+        raise InputError("it has hooks, a parametrization or a forward of its own")
+    kind = type(module)
+    if kind in (nn.Conv2d, nn.Linear):
+        return ConvSpec(module, name, geometry_of(module))  # type: ignore[arg-type]
+    if isinstance(module, nn.BatchNorm2d) and kind is nn.BatchNorm2d:
+        if (module.weight is None) != (module.bias is None):
+            raise InputError("a BatchNorm has both weight and bias, or neither")
+        return NormSpec(module)
+    if kind is nn.ReLU:
+        return ReluSpec()
+    if kind in _POOLS.values():
+        return _pool(module)
+    if isinstance(module, nn.GELU):
+        return _gelu(module.approximate)
+    if kind is nn.SiLU:
+        return _SILU
+    if kind is nn.Identity or (
+        isinstance(module, nn.Dropout | nn.Dropout2d) and (module.p == 0 or not module.training)
+    ):
+        return SameSpec()
+    raise InputError(f"{kind.__name__} is not one of the engine's operations")
+
+
+def geometry_of(module: nn.Module) -> ConvGeometry:
+    """Return the sizes of a layer.
+
+    Raises:
+        InputError: the kernels do not compute it.
+
+    """
+    if isinstance(module, nn.Linear):
+        return ConvGeometry.linear(module.in_features, module.out_features)
+    assert isinstance(module, nn.Conv2d)
+    if module.padding_mode != "zeros":
+        raise InputError(f"its padding is {module.padding_mode!r}, and the kernels pad with zeros")
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if module.padding == "same":
+        if any(r % 2 for r in reach):
+            raise InputError("its padding differs between two sides")
+        padding = (reach[0] // 2, reach[1] // 2)
+    elif module.padding == "valid":
+        padding = (0, 0)
+    else:
+        padding = _pair(module.padding)
+    return ConvGeometry(
+        module.in_channels,
+        module.out_channels,
+        _pair(module.kernel_size),
+        _pair(module.stride),
+        padding,
+        _pair(module.dilation),
+        module.groups,
+    )
+
+
+def _pool(module: nn.Module) -> PoolSpec:
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        if module.output_size not in (1, (1, 1)):
+            raise InputError("adaptive pooling is to one pixel")
+        return PoolSpec("avg", None)
+    assert isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
+    if module.ceil_mode:
+        raise InputError("pooling with ceil_mode")
+    window, padding = _pair(module.kernel_size), _pair(module.padding)
+    stride = window if module.stride is None else _pair(module.stride)
+    if isinstance(module, nn.AvgPool2d):
+        if module.divisor_override is not None:
+            raise InputError("pooling with divisor_override")
+        return PoolSpec("avg", window, stride, padding, bool(module.count_include_pad))
+    if _pair(module.dilation) != (1, 1) or module.return_indices:
+        raise InputError("max pooling with dilation or indices")
+    return PoolSpec("max", window, stride, padding)
+
+
+def _sum(node: fx.Node) -> Spec:
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
+        raise InputError("a sum with a factor")
+    shapes = [shape_of(a) if isinstance(a, fx.Node) else None for a in node.args]
+    if shapes[0] is None or shapes[0] != shapes[1]:
+        raise InputError("a sum of tensors of different shapes")
+    return AddSpec()
+
+
+def _activation(function: Any, node: fx.Node) -> Spec:
+    if function is F.silu:
+        return _SILU
+    approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
+    return _gelu(str(approximate))
+
+
+def _gelu(approximate: str) -> MapSpec:
+    # The kind of approximation is a keyword, which partial application would hide from ==.
+    tanh = approximate == "tanh"
+    return MapSpec(_gelu_tanh, _gelu_tanh_grad) if tanh else MapSpec(F.gelu, _gelu_grad)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_grad(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, x)  # type: ignore[no-any-return]
+
+
+def _gelu_tanh_grad(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")  # type: ignore[no-any-return]
+
+
+_SILU = MapSpec(F.silu, torch.ops.aten.silu_backward)
+
+
+def _pair(value: Any) -> Pair:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -1,0 +1,346 @@
+"""A part of the network that could be traced, and what its ``forward`` is in a sparse phase: the
+traced graph, in which runs of layers are segments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner, Partition
+from torch.fx.passes.operator_support import OperatorSupportBase
+
+from acdc.engine.choice import Choice, Site, conversion_ms, measure, run_pays
+from acdc.engine.geometry import ConvGeometry
+from acdc.engine.graph import (
+    ConvSpec,
+    Known,
+    Untraceable,
+    hooks_of,
+    inputs_of,
+    propagate,
+    recognise,
+    shape_of,
+    trace,
+)
+from acdc.engine.layout import Shape
+from acdc.engine.program import Program, value_of
+from acdc.engine.segment import Segment
+
+log = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """What a host asks of the engine."""
+
+    backend: Any
+    choices: dict[str, Choice]
+    refused: dict[str, str]
+    choose: bool
+
+    def plan(self, name: str, weight: Tensor, geometry: ConvGeometry, x: Shape, dy: Shape) -> Any:
+        """Return the index lists of a layer."""
+
+    def density(self, name: str) -> float:
+        """Return the share of kept weights of a layer."""
+
+
+class Host:
+    """A module whose forward is replaced while the network is sparse.
+
+    Args:
+        owner: The engine.
+        name: Of the module in the network.
+        module: The module.
+        args, kwargs: What it is called with.
+
+    Raises:
+        Untraceable: its forward is no fixed graph.
+
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.owner, self.module = owner, module
+        self.prefix = f"{name}." if name else ""
+        if "forward" in vars(module):
+            raise Untraceable("its forward was replaced by somebody else")
+        self._root = module
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            self._root, self.prefix = _Single(module), name.removesuffix("layer")
+        self._arguments = _all_arguments(self._root, args, kwargs)
+        self._graphs: dict[Any, fx.GraphModule | None] = {}
+        self._modules = list(module.modules())
+        self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
+        for node, known in recognise(self._trace()).items():
+            if isinstance(known, str) and node.op == "call_module":
+                self._note_refused(str(node.target), known)
+
+    @property
+    def active(self) -> bool:
+        """Whether some layer runs sparse now."""
+        return any(isinstance(m, Segment) for g in self._graphs.values() if g for m in g.children())
+
+    def start(self) -> None:
+        """Replace the forward, if some layer gains by it."""
+        self._graph()
+        if self.active:
+            self.module.forward = _Forward(self)
+
+    def stop(self) -> None:
+        """Give the module its own forward back."""
+        self._graphs.clear()
+        vars(self.module).pop("forward", None)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the module."""
+        graph = self._graph()
+        if graph is None or not self._as_traced(args, kwargs):
+            return self.original(*args, **kwargs)
+        return graph.forward(*args, **kwargs)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The module's own forward."""
+        return MethodType(type(self.module).forward, self.module)
+
+    # --- graphs -----------------------------------------------------------------------------------
+
+    def _graph(self) -> fx.GraphModule | None:
+        """Return the graph for the present modes and hooks, or None where there is none."""
+        hooked = tuple(i for i, hooks in enumerate(self._hooks) if hooks)
+        key = (tuple(m.training for m in self._modules), hooked)
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._build()
+            except Untraceable as error:
+                log.warning("%s runs on plain PyTorch: %s.", self._title, error)
+                self._graphs[key] = None
+        return self._graphs[key]
+
+    @property
+    def _title(self) -> str:
+        return self.prefix.rstrip(".") or type(self.module).__name__
+
+    def _as_traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether all arguments that the graph holds fixed have their values."""
+        if not self._arguments.fixed:
+            return True
+        given = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        fixed = self._arguments.fixed
+        return all(given.get(name, value) is value for name, value in fixed.items())
+
+    def _trace(self) -> fx.GraphModule:
+        with _own_forward(self.module):
+            graph = trace(self._root, self._arguments.fixed)
+        propagate(graph, self._arguments.values)
+        return graph
+
+    def _build(self) -> fx.GraphModule:
+        graph = self._trace()
+        known = {node: k for node, k in recognise(graph).items() if isinstance(k, Known)}
+        self._choose(graph, known)
+        runs = [run for run in self._runs(graph, known) if _layers(run, known)]
+        for node, what in known.items():
+            node.meta["engine"] = what
+        partitioner = _partitioner(graph, known)
+        partitioner.fuse_partitions(runs, prefix="run_")
+        for name, plain in list(graph.named_children()):
+            if name.startswith("run_"):
+                assert isinstance(plain, fx.GraphModule)
+                setattr(graph, name, self._segment(plain))
+        graph.recompile()
+        return graph
+
+    def _segment(self, plain: fx.GraphModule) -> Segment:
+        program = Program(plain.graph)
+        lanes = self.owner.backend.lanes
+        plans = {
+            conv: self.owner.plan(
+                self.prefix + conv.spec.name,
+                conv.spec.module.weight,
+                conv.spec.geometry,
+                conv.x.shape(1, lanes, conv.x.halo),
+                conv.out.shape(1, lanes, conv.out.grad_halo),
+            )
+            for conv in program.convs
+        }
+        return Segment(plain, program, self.owner.backend, plans)
+
+    # --- choices ----------------------------------------------------------------------------------
+
+    def _choose(self, graph: fx.GraphModule, known: Mapping[fx.Node, Known]) -> None:
+        """Measure the layers that were not measured before, and weigh the runs they make."""
+        choices = self.owner.choices
+        fresh = False
+        for node, what in known.items():
+            if isinstance(what.spec, ConvSpec) and (name := self._name(what)) not in choices:
+                fresh = True
+                choices[name] = self._measure(name, what.spec, node)
+        if not fresh or not self.owner.choose:
+            return
+        for run in self._runs(graph, known):
+            layers = [self._name(known[node]) for node in _layers(run, known)]
+            if not run_pays([choices[name] for name in layers], self._conversions(run, known)):
+                for name in layers:
+                    choices[name] = _dense(choices[name])
+
+    def _measure(self, name: str, spec: ConvSpec, node: fx.Node) -> Choice:
+        owner = self.owner
+        density = owner.density(name)
+        if not owner.choose:
+            return Choice(True, density)
+        site = self._site(name, spec, node)
+        lanes = owner.backend.lanes
+        plan = owner.plan(
+            name,
+            spec.module.weight,
+            spec.geometry,
+            site.x.shape(1, lanes, site.x.halo),
+            site.out.shape(1, lanes, site.out.grad_halo),
+        )
+        return measure(site, plan, owner.backend, density)
+
+    def _site(self, name: str, spec: ConvSpec, node: fx.Node) -> Site:
+        (source,) = inputs_of(node, spec)
+        tokens = isinstance(spec.module, nn.Linear)
+        x, out = value_of(source, tokens), value_of(node, tokens)
+        if not tokens:
+            x.halo = spec.geometry.halo
+            out.grad_halo = spec.geometry.grad_halo(x.height, x.width)
+        return Site(name, spec.module, spec.geometry, x, out, _samples(source, tokens))
+
+    def _conversions(self, run: Partition, known: Mapping[fx.Node, Known]) -> float:
+        """Return the time of the conversions at the ends of a run."""
+        inside = set(run.nodes)
+        total = 0.0
+        for node in inside:
+            tokens = known[node].kind == "tokens"
+            ends = [n for n in inputs_of(node, known[node].spec) if n not in inside]
+            if any(user not in inside for user in node.users):
+                ends.append(node)
+            for end in ends:
+                samples = _samples(end, tokens)
+                total += conversion_ms(value_of(end, tokens), samples, self.owner.backend)
+        return total
+
+    def _runs(self, graph: fx.GraphModule, known: Mapping[fx.Node, Known]) -> list[Partition]:
+        chosen = {
+            node
+            for node, what in known.items()
+            if not isinstance(what.spec, ConvSpec) or self.owner.choices[self._name(what)].sparse
+        }
+        return list(_partitioner(graph, chosen).propose_partitions())
+
+    def _name(self, known: Known) -> str:
+        assert isinstance(known.spec, ConvSpec)
+        return self.prefix + known.spec.name
+
+    def _note_refused(self, target: str, reason: str) -> None:
+        if isinstance(self._root.get_submodule(target), nn.Conv2d | nn.Linear):
+            self.owner.refused[self.prefix + target] = reason
+
+
+class _Forward:
+    """The forward of a module in a sparse phase.
+
+    Copies and pickles of the module get its own forward: an engine belongs to one model.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._run = torch.compiler.disable(host.run)
+        self._original = host.original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting() or torch._C._is_tracing():
+            return self._original(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MethodType, (self._original.__func__, self._original.__self__)  # type: ignore[attr-defined]
+
+
+class _Single(nn.Module):
+    """A layer that stands alone, as a graph of one node."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        """Call the layer."""
+        return self.layer(x)
+
+
+class _Arguments:
+    """What a forward is called with: all values in order, and those that a graph holds fixed."""
+
+    def __init__(self, values: tuple[Any, ...], fixed: dict[str, Any]) -> None:
+        self.values, self.fixed = values, fixed
+
+
+def _all_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> _Arguments:
+    signature = inspect.signature(module.forward)
+    kinds = {p.kind for p in signature.parameters.values()}
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        raise Untraceable("its forward takes any number of arguments")
+    bound = signature.bind(*args, **kwargs)
+    fixed = {
+        name: p.default for name, p in signature.parameters.items() if name not in bound.arguments
+    }
+    fixed |= {k: v for k, v in bound.arguments.items() if not isinstance(v, Tensor)}
+    bound.apply_defaults()
+    return _Arguments(tuple(bound.arguments.values()), fixed)
+
+
+@contextmanager
+def _own_forward(module: nn.Module) -> Iterator[None]:
+    """Give a module its own forward back for a while."""
+    replaced = vars(module).pop("forward", None)
+    try:
+        yield
+    finally:
+        if replaced is not None:
+            module.forward = replaced
+
+
+class _Support(OperatorSupportBase):
+    """Which nodes may be part of a run."""
+
+    def __init__(self, nodes: Any) -> None:
+        self.nodes = nodes
+
+    def is_node_supported(self, submodules: Mapping[str, nn.Module], node: fx.Node) -> bool:
+        return node in self.nodes
+
+
+def _partitioner(graph: fx.GraphModule, nodes: Any) -> CapabilityBasedPartitioner:
+    return CapabilityBasedPartitioner(graph, _Support(nodes), allows_single_node_partition=True)
+
+
+def _layers(run: Partition, known: Mapping[fx.Node, Known]) -> list[fx.Node]:
+    return [node for node in run.nodes if isinstance(known[node].spec, ConvSpec)]
+
+
+def _dense(choice: Choice) -> Choice:
+    return Choice(False, choice.density, choice.dense_ms, choice.sparse_ms, choice.convert_ms)
+
+
+def _samples(node: fx.Node, tokens: bool) -> int:
+    shape = shape_of(node)
+    assert shape is not None
+    return int(torch.Size(shape[:-1]).numel()) if tokens else shape[0]

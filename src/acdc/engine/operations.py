@@ -1,0 +1,465 @@
+"""The operations of a program: each writes its way forward and its way back onto a tape."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acdc.engine.graph import ConvSpec, MapSpec, PoolSpec
+from acdc.engine.layout import Buffer
+from acdc.engine.native import Fold
+from acdc.engine.tape import Binder, Call, Slot, Tape, Value
+
+
+class Op(ABC):
+    """What it reads, what it makes, and both ways."""
+
+    out: Value
+
+    @property
+    @abstractmethod
+    def reads(self) -> tuple[Value, ...]:
+        """What goes in."""
+
+    def params(self) -> tuple[Tensor, ...]:
+        """Return the parameters that may take a gradient."""
+        return ()
+
+    @abstractmethod
+    def forward(self, tape: Tape) -> None:
+        """Append the instructions that make ``out``."""
+
+    @abstractmethod
+    def backward(self, tape: Tape) -> None:
+        """Append the instructions from the gradient of ``out`` to the gradients of what it read."""
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Conv(Op):
+    """A sparse convolution, or a linear layer.
+
+    Args:
+        spec: The layer.
+        x, out: What it reads and makes.
+        norm: The BatchNorm of ``out``, whose sums are gathered on the way.
+
+    """
+
+    spec: ConvSpec
+    x: Value
+    out: Value
+    norm: Norm | None = None
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    def params(self) -> tuple[Tensor, ...]:
+        module = self.spec.module
+        return (module.weight,) if module.bias is None else (module.weight, module.bias)
+
+    def forward(self, tape: Tape) -> None:
+        x, y, module = tape.value(self.x), tape.value(self.out), self.spec.module
+
+        def refresh(f: Binder) -> Call:
+            plan = f.plan(self)
+
+            def run() -> None:
+                plan.refresh(module.weight)
+                if tape.keeps:  # now: the weights may have moved when the gradient comes
+                    plan.refresh(module.weight, True)
+
+            return run
+
+        def conv(f: Binder) -> Any:
+            more: dict[str, Any] = {"bias": module.bias}
+            if self.norm is not None and self.norm.of_batch:
+                shift = self.norm.module.running_mean
+                more |= {"statistics": True, "shift": shift, "sums": self.norm.sums(f)}
+            return f.backend.bind("conv", f.plan(self), f.buffer(x), f.buffer(y), **more)
+
+        tape.do(refresh)
+        tape.do(conv, x, y)
+
+    def backward(self, tape: Tape) -> None:
+        x, dy, module = tape.value(self.x), tape.grad(self.out), self.spec.module
+        if tape.takes(module.weight):
+            tape.do(lambda f: self._weight_grad(f, f.buffer(x), f.buffer(dy)), x, dy)
+        if tape.takes(module.bias):
+            tape.do(lambda f: self._bias_grad(f, f.buffer(dy)), dy)
+        if tape.needs(self.x):
+            accumulate, dx = tape.has_grad(self.x), tape.grad(self.x)
+            tape.do(
+                lambda f: f.backend.bind(
+                    "conv_input_grad",
+                    f.plan(self),
+                    f.buffer(dy),
+                    f.buffer(dx),
+                    accumulate=accumulate,
+                ),
+                dy,
+                dx,
+            )
+
+    def _weight_grad(self, f: Binder, x: Buffer, dy: Buffer) -> Call:
+        weight = self.spec.module.weight
+        # The result starts at zero, and a layer that is used twice adds to it twice.
+        call = f.backend.weight_grad_call(f.plan(self), x, dy, accumulate=True)
+        return lambda: call(f.results[id(weight)])
+
+    def _bias_grad(self, f: Binder, dy: Buffer) -> Call:
+        bias = self.spec.module.bias
+        sums = torch.zeros(dy.shape.channels, dtype=torch.float64)
+        call = f.backend.bind("channel_sums", dy, sums=sums)
+
+        def run() -> None:
+            call()
+            f.results[id(bias)] += sums
+
+        return run
+
+
+@dataclass(eq=False)
+class Norm:
+    """A BatchNorm over ``y``: a part of ``Normalise``."""
+
+    module: nn.BatchNorm2d
+    y: Value
+    gathered: bool = False  # the convolution before it gathers the sums
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether the statistics are those of the batch."""
+        return self.module.training or self.module.running_mean is None
+
+    def fold(self, f: Binder) -> Fold:
+        """Return its scale, offset and gradients in this frame."""
+        made = f.numbers(self, lambda: Fold(self.y.channels, self.y.dtype))
+        assert isinstance(made, Fold)
+        return made
+
+    def sums(self, f: Binder) -> Tensor:
+        """Return float64 ``[2, channels]``, the sums of its batch, in this frame."""
+        zeros = torch.zeros(2, self.y.channels, dtype=torch.float64)
+        made = f.numbers((self, "sums"), lambda: zeros)
+        assert isinstance(made, Tensor)
+        return made
+
+    def write_fold(self, tape: Tape, other: Norm | None) -> None:
+        """Append what makes its scale and its offset, to which that of ``other`` is added."""
+        y, module = tape.value(self.y), self.module
+        settings: dict[str, Any] = {
+            "weight": module.weight,
+            "bias": module.bias,
+            "running_mean": module.running_mean,
+            "running_var": module.running_var,
+            "eps": module.eps,
+        }
+        if self.of_batch:
+            settings |= {"shift": module.running_mean, "momentum": module.momentum}
+            settings["batches"] = module.num_batches_tracked
+        if self.of_batch and not self.gathered:
+            tape.do(
+                lambda f: f.backend.bind(
+                    "statistics", f.buffer(y), shift=module.running_mean, sums=self.sums(f)
+                ),
+                y,
+            )
+
+        def fold(f: Binder) -> Any:
+            more = {"sums": self.sums(f)} if self.of_batch else {}
+            before = None if other is None else other.fold(f)
+            return f.backend.bind(
+                "norm_fold", self.fold(f), f.buffer(y), other=before, **more, **settings
+            )
+
+        tape.do(fold, y)
+
+    def unfold(self, f: Binder, y: Buffer, sums: Tensor, second: bool) -> Call:
+        """Return what makes its coefficients on the way back, and its gradients."""
+        module, fold = self.module, self.fold(f)
+        call = f.backend.bind(
+            "norm_unfold",
+            fold,
+            y,
+            sums,
+            second=second,
+            training=self.of_batch,
+            weight=module.weight,
+        )
+
+        def run() -> None:
+            call()
+            for param, grad in ((module.weight, fold.weight_grad), (module.bias, fold.bias_grad)):
+                if param is not None and id(param) in f.results:
+                    f.results[id(param)] += grad
+
+        return run
+
+
+@dataclass(eq=False)
+class Normalise(Op):
+    """``out = f(norm(y) [+ second(y2)] [+ residual])``, where f is ReLU or nothing."""
+
+    norm: Norm
+    out: Value
+    second: Norm | None = None
+    residual: Value | None = None
+    relu: bool = False
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """One or two."""
+        return (self.norm,) if self.second is None else (self.norm, self.second)
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        rest = () if self.residual is None else (self.residual,)
+        return (*(norm.y for norm in self.norms), *rest)
+
+    def params(self) -> tuple[Tensor, ...]:
+        return tuple(
+            p for n in self.norms for p in (n.module.weight, n.module.bias) if p is not None
+        )
+
+    def forward(self, tape: Tape) -> None:
+        self.norm.write_fold(tape, None)
+        if self.second is not None:
+            self.second.write_fold(tape, self.norm)
+        slots = {"y": tape.value(self.norm.y), "out": tape.value(self.out)}
+        if self.second is not None:
+            slots["y2"] = tape.value(self.second.y)
+        if self.residual is not None:
+            slots["residual"] = tape.value(self.residual)
+
+        def bind(f: Binder) -> Any:
+            buffers = {name: f.buffer(slot) for name, slot in slots.items()}
+            y, out = buffers.pop("y"), buffers.pop("out")
+            first, last = self.norm.fold(f), self.norms[-1].fold(f)
+            more: dict[str, Any] = dict(buffers)
+            if self.second is not None:
+                more["scale2"] = last.scale
+            return f.backend.bind("norm", y, first.scale, last.offset, out, relu=self.relu, **more)
+
+        tape.do(bind, *slots.values())
+
+    def backward(self, tape: Tape) -> None:
+        grad, out = tape.grad(self.out), tape.value(self.out)
+        y = tape.value(self.norm.y)
+        y2 = None if self.second is None else tape.value(self.second.y)
+        # The residual's gradient is that of the sum: stored over the gradient of `out`, once.
+        store = self.residual is not None and tape.needs(self.residual) and self.relu
+        masked = not self.relu or store  # afterwards, `grad` is the gradient of the sum
+        mask = out if self.relu else None
+        used = [s for s in (grad, mask, y, y2) if s is not None]
+
+        def sums_in(f: Binder) -> Tensor:
+            zeros = torch.zeros(3, self.out.channels, dtype=torch.float64)
+            made = f.numbers(self, lambda: zeros)
+            assert isinstance(made, Tensor)
+            return made
+
+        def reduce(f: Binder) -> Any:
+            return f.backend.bind(
+                "norm_reduce",
+                f.buffer(grad),
+                f.buffer(y),
+                self.norm.fold(f).mean,
+                out=_optional(f, mask),
+                y2=_optional(f, y2),
+                mean2=None if self.second is None else self.second.fold(f).mean,
+                dz=f.buffer(grad) if store else None,
+                sums=sums_in(f),
+            )
+
+        tape.do(reduce, *used)
+        tape.do(lambda f: self.norm.unfold(f, f.buffer(y), sums_in(f), False), y)
+        if self.second is not None and y2 is not None:
+            second = self.second
+            tape.do(lambda f: second.unfold(f, f.buffer(y2), sums_in(f), True), y2)
+
+        dy, give_y = _target(tape, self.norm.y)
+        dy2, give_y2 = (None, None) if self.second is None else _target(tape, self.second.y)
+
+        def apply(f: Binder) -> Any:
+            fold = self.norm.fold(f)
+            more: dict[str, Any] = {}
+            if self.second is not None and y2 is not None and dy2 is not None:
+                other = self.second.fold(f)
+                more = {"y2": f.buffer(y2), "dy2": f.buffer(dy2)}
+                more |= {"a2": other.a, "b2": other.b, "c2": other.c}
+            return f.backend.bind(
+                "norm_grad",
+                f.buffer(grad),
+                f.buffer(y),
+                fold.a,
+                fold.b,
+                fold.c,
+                f.buffer(dy),
+                out=None if masked else _optional(f, mask),
+                **more,
+            )
+
+        tape.do(apply, *used, dy, *(() if dy2 is None else (dy2,)))
+        give_y()
+        if give_y2 is not None:
+            give_y2()
+        if self.residual is not None and tape.needs(self.residual):
+            tape.give(tape.release(self.out), self.residual)
+
+
+def _optional(f: Binder, slot: Slot | None) -> Buffer | None:
+    return None if slot is None else f.buffer(slot)
+
+
+def _target(tape: Tape, value: Value) -> tuple[Slot, Callable[[], None]]:
+    """Return a slot to write a share of a value's gradient into, and what then adds it.
+
+    The first share is written in place.
+    """
+    if not tape.has_grad(value):
+        return tape.grad(value), lambda: None
+    share = tape.new(value, value.grad_halo)
+    return share, lambda: tape.give(share, value)
+
+
+# --- between layers -------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Relu(Op):
+    """A ReLU that stands alone."""
+
+    x: Value
+    out: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    def forward(self, tape: Tape) -> None:
+        x, out = tape.value(self.x), tape.value(self.out)
+        tape.do(lambda f: f.backend.bind("relu", f.buffer(x), f.buffer(out)), x, out)
+
+    def backward(self, tape: Tape) -> None:
+        grad, out = tape.grad(self.out), tape.value(self.out)
+        dx, give = _target(tape, self.x)
+        tape.do(
+            lambda f: f.backend.bind("relu_grad", f.buffer(grad), f.buffer(out), f.buffer(dx)),
+            grad,
+            out,
+            dx,
+        )
+        give()
+
+
+@dataclass(eq=False)
+class Add(Op):
+    """A sum."""
+
+    x: Value
+    y: Value
+    out: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x, self.y)
+
+    def forward(self, tape: Tape) -> None:
+        x, y, out = (tape.value(v) for v in (self.x, self.y, self.out))
+        tape.do(lambda f: f.backend.bind("add", f.buffer(x), f.buffer(y), f.buffer(out)), x, y, out)
+
+    def backward(self, tape: Tape) -> None:
+        grad = tape.release(self.out)
+        wanted = [value for value in (self.x, self.y) if tape.needs(value)]
+        # Copies first: the last one may take over the memory, and then adds to it.
+        for value in wanted[:-1]:
+            if not tape.has_grad(value):
+                tape.copy(grad, tape.grad(value))
+            else:
+                tape.give(grad, value)
+        tape.give(grad, wanted[-1])
+
+
+@dataclass(eq=False)
+class Pool(Op):
+    """Max or average pooling."""
+
+    spec: PoolSpec
+    x: Value
+    out: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    def _settings(self) -> dict[str, Any]:
+        spec = self.spec
+        settings: dict[str, Any] = {
+            "window": spec.window or (self.x.height, self.x.width),
+            "stride": spec.stride,
+            "padding": spec.padding,
+        }
+        return settings if spec.kind == "max" else settings | {"count_padding": spec.count_padding}
+
+    def forward(self, tape: Tape) -> None:
+        x, out = tape.value(self.x), tape.value(self.out)
+        name, settings = f"{self.spec.kind}_pool", self._settings()
+        tape.do(lambda f: f.backend.bind(name, f.buffer(x), f.buffer(out), **settings), x, out)
+
+    def backward(self, tape: Tape) -> None:
+        grad = tape.grad(self.out)
+        x, out = tape.value(self.x), tape.value(self.out)
+        dx, give = _target(tape, self.x)
+        slots = (x, out, grad, dx) if self.spec.kind == "max" else (grad, dx)
+        name, settings = f"{self.spec.kind}_pool_grad", self._settings()
+        tape.do(lambda f: f.backend.bind(name, *map(f.buffer, slots), **settings), *slots)
+        give()
+
+
+@dataclass(eq=False)
+class Map(Op):
+    """A function of single numbers, by PyTorch's own kernels on the whole memory of a buffer."""
+
+    spec: MapSpec
+    x: Value
+    out: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    def forward(self, tape: Tape) -> None:
+        x, out = tape.value(self.x), tape.value(self.out)
+
+        def bind(f: Binder) -> Call:
+            source, target = _alike(f.buffer(x), f.buffer(out))
+            return lambda: target.copy_(self.spec.forward(source))
+
+        tape.do(bind, x, out)
+
+    def backward(self, tape: Tape) -> None:
+        grad, x = tape.grad(self.out), tape.value(self.x)
+        dx, give = _target(tape, self.x)
+
+        def bind(f: Binder) -> Call:
+            slope, source, target = _alike(f.buffer(grad), f.buffer(x), f.buffer(dx))
+            return lambda: target.copy_(self.spec.backward(slope, source))
+
+        tape.do(bind, grad, x, dx)
+        give()
+
+
+def _alike(*buffers: Buffer) -> list[Tensor]:
+    """Return the whole memory of buffers of one shape, and else their interiors."""
+    if len({buffer.shape for buffer in buffers}) == 1:
+        return [buffer.data for buffer in buffers]
+    return [buffer.pixels() for buffer in buffers]

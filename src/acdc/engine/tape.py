@@ -1,0 +1,202 @@
+"""A program written out as instructions, forward and backward, on buffers that share memory.
+
+A *slot* is a buffer that a tape asks for, alive from its first to its last instruction; a frame
+(``acdc.engine.segment``) gives the slots memory and binds the instructions to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from acdc.engine.layout import Buffer, Shape
+
+if TYPE_CHECKING:
+    from acdc.engine.operations import Conv
+    from acdc.engine.program import Program
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor between two operations, without its batch size."""
+
+    channels: int
+    height: int
+    width: int
+    tokens: bool
+    dtype: torch.dtype
+    halo: int = 0  # what those who read it need
+    grad_halo: int = 0  # what the one who made it needs of its gradient
+
+    def shape(self, samples: int, lanes: int, halo: int) -> Shape:
+        """Return the shape of a buffer for it."""
+        return Shape(
+            samples, self.channels, self.height, self.width, lanes, halo, self.tokens, self.dtype
+        )
+
+
+@dataclass(eq=False)
+class Slot:
+    """A buffer that a tape asks for. ``first`` and ``last`` count instructions."""
+
+    value: Value
+    halo: int
+    first: int = -1
+    last: int = -1
+
+
+class Binder(Protocol):
+    """What an instruction is bound to: memory for every slot, and a place for small numbers."""
+
+    backend: Any
+    results: dict[int, Tensor]  # the gradients of parameters, by id
+
+    def buffer(self, slot: Slot) -> Buffer:
+        """Return the memory of a slot."""
+
+    def plan(self, conv: Conv) -> Any:
+        """Return the index lists of a convolution."""
+
+    def numbers(self, owner: object, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` made for ``owner`` the first time."""
+
+
+Call = Callable[[], object]
+Bind = Callable[[Binder], Call]
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What the way back has to give: the ids of parameters, and which of the inputs."""
+
+    params: frozenset[int]
+    inputs: tuple[bool, ...]
+
+
+class Tape:
+    """The instructions of a program, and the slots that they use.
+
+    Args:
+        program: What to write out.
+        wants: What the way back gives; None if there is none, and nothing is kept for it.
+
+    """
+
+    def __init__(self, program: Program, wants: Wants | None) -> None:
+        self.program, self.wants = program, wants
+        self.forward: list[Bind] = []
+        self.backward: list[Bind] = []
+        self.slots: list[Slot] = []
+        self._now = self.forward
+        self._values: dict[Value, Slot] = {}
+        self._grads: dict[Value, Slot] = {}
+        self._needed: set[Value] = set()
+
+        self.inputs = [self.value(value) for value in program.inputs]
+        self._touch(*self.inputs)
+        for op in program.ops:
+            op.forward(self)
+        self.outputs = [self.value(value) for value in program.outputs]
+        self._touch(*self.outputs)
+        self.output_grads: list[Slot] = []
+        self.input_grads: list[Slot | None] = []
+        if wants is not None:
+            self._write_backward(wants)
+
+    def _write_backward(self, wants: Wants) -> None:
+        program = self.program
+        self._now = self.backward
+        self._needed = {v for v, want in zip(program.inputs, wants.inputs, strict=True) if want}
+        for op in program.ops:
+            if self._needed.intersection(op.reads) or any(map(self.takes, op.params())):
+                self._needed.add(op.out)
+        self.output_grads = [self.grad(value) for value in program.outputs]
+        self._touch(*self.output_grads)
+        for op in reversed(program.ops):
+            if op.out in self._grads and op.out in self._needed:
+                op.backward(self)
+        self.input_grads = [
+            self._grads.get(value) if want else None
+            for value, want in zip(program.inputs, wants.inputs, strict=True)
+        ]
+        self._touch(*(slot for slot in self.input_grads if slot is not None))
+
+    # --- for operations ---------------------------------------------------------------------------
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a way back."""
+        return self.wants is not None
+
+    def do(self, bind: Bind, *slots: Slot) -> None:
+        """Append an instruction that uses these slots."""
+        self._now.append(bind)
+        self._touch(*slots)
+
+    def value(self, value: Value) -> Slot:
+        """Return the slot of a value."""
+        if value not in self._values:
+            self._values[value] = self.new(value, value.halo)
+        return self._values[value]
+
+    def grad(self, value: Value) -> Slot:
+        """Return the slot of a value's gradient."""
+        if value not in self._grads:
+            self._grads[value] = self.new(value, value.grad_halo)
+        return self._grads[value]
+
+    def new(self, value: Value, halo: int) -> Slot:
+        """Return a new slot that can hold a value."""
+        self.slots.append(Slot(value, halo))
+        return self.slots[-1]
+
+    def needs(self, value: Value) -> bool:
+        """Return whether the gradient of a value is wanted."""
+        return value in self._needed
+
+    def takes(self, param: Tensor | None) -> bool:
+        """Return whether a parameter takes a gradient."""
+        return param is not None and self.wants is not None and id(param) in self.wants.params
+
+    def has_grad(self, value: Value) -> bool:
+        """Return whether something is in a value's gradient already."""
+        return value in self._grads
+
+    def give(self, slot: Slot, value: Value) -> None:
+        """Add what a slot holds to the gradient of a value; the slot is not written any more."""
+        if self.has_grad(value):
+            total = self.grad(value)
+            self.do(
+                lambda f: f.backend.bind("add", f.buffer(total), f.buffer(slot), f.buffer(total)),
+                total,
+                slot,
+            )
+        elif slot.halo == value.grad_halo and slot not in self._grads.values():
+            self._grads[value] = slot
+        else:
+            self.copy(slot, self.grad(value))
+
+    def release(self, value: Value) -> Slot:
+        """Return the slot of a gradient that is complete and that nobody else reads: its memory may
+        go to the gradient of another value.
+        """
+        return self._grads.pop(value)
+
+    def copy(self, source: Slot, target: Slot) -> None:
+        """Append a copy from slot to slot."""
+
+        def bind(f: Binder) -> Call:
+            pixels, into = f.buffer(source).pixels(), f.buffer(target).pixels()
+            return lambda: into.copy_(pixels)
+
+        self.do(bind, source, target)
+
+    def _touch(self, *slots: Slot) -> None:
+        now = len(self.forward) + len(self.backward)
+        for slot in slots:
+            slot.first = now if slot.first < 0 else slot.first
+            slot.last = now
