@@ -27,7 +27,18 @@ typedef struct acdc_image {
     int32_t samples;              /* live samples (tokens); the lanes after the last one hold zeros */
     int32_t per_block;            /* samples in a block */
     int32_t per_column;           /* how much the sample number grows from column to column: 0 or lanes */
+    int32_t per_thread;           /* there is one block for each thread, whatever `blocks` says */
 } acdc_image;
+
+/* Which share of its work a kernel does. Null: all of it, on its threads. Otherwise a caller that goes
+ * through several kernels block by block asks first for BEGIN, then, on every thread, for WORK on its
+ * blocks, and, when all are done, for END. See acdc_run. */
+typedef struct acdc_share {
+    int32_t stage;
+    int32_t thread;
+    int64_t first_block, last_block;
+} acdc_share;
+enum { ACDC_BEGIN, ACDC_WORK, ACDC_END };
 
 /* A plain tensor seen as [block][lane][channel][row][column], through strides of any order. Either a
  * plane is dense (column == 1, row == width) or channels are (channel == 1). */
@@ -113,6 +124,7 @@ typedef struct acdc_norm_args {
  * dz is stored if dz.origin is not null (it may be grad itself: the residual's gradient). */
 typedef struct acdc_norm_reduce_args {
     acdc_image grad, y, out, y2, dz; /* out is read only if relu */
+    const void *scale, *offset;      /* if relu without out: it passed where scale*y + offset > 0 */
     const void *mean, *mean2;
     int32_t relu;
     double* sums;
@@ -123,6 +135,7 @@ typedef struct acdc_norm_reduce_args {
 /* Second pass: dy = a*dz + b*y + c, and dy2 = a2*dz + b2*y2 + c2. dz is grad, masked by out if relu. */
 typedef struct acdc_norm_grad_args {
     acdc_image grad, y, out, y2, dy, dy2;
+    const void *scale, *offset; /* as in acdc_norm_reduce_args */
     const void *a, *b, *c, *a2, *b2, *c2;
     int32_t relu;
     int32_t threads;
@@ -208,9 +221,9 @@ typedef struct acdc_table {
     const char* isa;
     int32_t lanes;
     int32_t (*supported)(void);
-#define ACDC_FIELD(name, args)         \
-    void (*name##_f32)(const args*);   \
-    void (*name##_f64)(const args*);
+#define ACDC_FIELD(name, args)                            \
+    void (*name##_f32)(const args*, const acdc_share*);   \
+    void (*name##_f64)(const args*, const acdc_share*);
     ACDC_KERNELS(ACDC_FIELD)
 #undef ACDC_FIELD
 } acdc_table;
@@ -226,6 +239,21 @@ enum { ACDC_CONV_TILE = 14, ACDC_GRAD_TILE = 12, ACDC_PAD = 16 };
 
 /* Pitch of one thread's weight gradients: whole cache lines, and room for one register too many. */
 static inline int64_t acdc_grad_pitch(int64_t nnz) { return (nnz + 2 * ACDC_PAD - 1) / ACDC_PAD * ACDC_PAD; }
+
+/* ---- sequences of kernels ---- */
+
+/* A kernel and its arguments, whatever their type: `call` casts `kernel` and `args` back. */
+typedef struct acdc_call {
+    void (*call)(void (*kernel)(void), const void* args, const acdc_share* share);
+    void (*kernel)(void);
+    const void* args;
+    int32_t alone; /* needs what all blocks left behind: a BatchNorm's statistics */
+} acdc_call;
+
+/* Runs calls in order. All calls between two that stand alone go block by block: a thread takes a block
+ * through all of them before it takes the next, so that what one kernel writes is still in the cache
+ * when the next reads it. Their images have `blocks` blocks, and workspaces of their own. */
+void acdc_run(const acdc_call* calls, int64_t count, int64_t blocks, int32_t threads);
 
 /* ---- plans: the index structures of one layer, for one support and one pair of buffer shapes ---- */
 

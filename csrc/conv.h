@@ -166,7 +166,7 @@ struct Grid {
 inline int phase_size(int size, int first, int step) { return (size - first + step - 1) / step; }
 
 template <class real> struct Conv {
-    const acdc_conv_args& a;
+    acdc_conv_args a;
     Grid grid;
     const real *all_live, *last_live;
 
@@ -238,7 +238,40 @@ template <class real> struct Conv {
     }
 };
 
-template <class real> void conv(const acdc_conv_args* a) {
+template <class real> struct ConvKernel {
+    const acdc_conv_args& a;
+    const Grid& grid;
+    const real *all_live, *last_live;
+
+    int64_t partial() const { return int64_t(a.y.channels) * 2; }
+
+    void begin() const {
+        if (a.sums) clear(static_cast<real*>(a.workspace), a.threads * partial() * lanes);
+    }
+
+    void work(int thread, int64_t first, int64_t last) const {
+        Conv<real> mine{a, grid, all_live, last_live};
+        mine.a.x = of_thread<real>(a.x, thread);
+        mine.a.y = of_thread<real>(a.y, thread);
+        mine.run(thread, first, last);
+    }
+
+    // The workspace is [thread][channel][sum, squares]; the result [sum, squares][channel].
+    void end() const {
+        if (!a.sums) return;
+        const real* workspace = static_cast<const real*>(a.workspace);
+        for (int c = 0; c < a.y.channels; ++c)
+            for (int which = 0; which < 2; ++which) {
+                double sum = 0;
+                for (int thread = 0; thread < a.threads; ++thread)
+                    for (int lane = 0; lane < lanes; ++lane)
+                        sum += workspace[(thread * partial() + c * 2 + which) * lanes + lane];
+                a.sums[int64_t(which) * a.y.channels + c] = sum;
+            }
+    }
+};
+
+template <class real> void conv(const acdc_conv_args* a, const acdc_share* share) {
     // What is alive: everything, but for the last block, which may be short of samples.
     constexpr int widest = 64;
     alignas(64) real all_live[widest * lanes], last_live[widest * lanes];
@@ -252,22 +285,8 @@ template <class real> void conv(const acdc_conv_args* a) {
                        (a->in_column_step == 2 && a->out_column_step == 1);
     const Grid grid(tile_within(a->tile_rows, a->tile_columns, conv_tile_limit<real>, known),
                     phase_size(a->y.height, 0, a->out_row_step), phase_size(a->y.width, 0, a->out_column_step));
-    const int64_t partial = int64_t(a->y.channels) * 2;
-    if (a->sums) clear(static_cast<real*>(a->workspace), a->threads * partial * lanes);
-    const Conv<real> work{*a, grid, all_live, last_live};
-    split(grid.tiles(a->y.blocks), a->threads,
-          [&](int thread, int64_t first, int64_t last) { work.run(thread, first, last); });
-    if (!a->sums) return;
-    // The workspace is [channel][sum, squares]; the result [sum, squares][channel].
-    const real* workspace = static_cast<const real*>(a->workspace);
-    for (int c = 0; c < a->y.channels; ++c)
-        for (int which = 0; which < 2; ++which) {
-            double sum = 0;
-            for (int thread = 0; thread < a->threads; ++thread)
-                for (int lane = 0; lane < lanes; ++lane)
-                    sum += workspace[(thread * partial + c * 2 + which) * lanes + lane];
-            a->sums[int64_t(which) * a->y.channels + c] = sum;
-        }
+    ConvKernel<real> kernel{*a, grid, all_live, last_live};
+    run(kernel, a->y.blocks, grid.tiles(1), a->threads, share);
 }
 
 }  // namespace

@@ -103,35 +103,36 @@ void each_pixel(const acdc_convert_args& a, int64_t block, int first, Body body)
 }
 
 // Splits the work by (block, channel) or by (block, line of channels).
-template <class Body> void each_group(const acdc_convert_args& a, int group, Body body) {
+template <class Body> void each_group(const acdc_convert_args& a, int group, const acdc_share* share, Body body) {
     const int64_t groups = (a.image.channels + group - 1) / group;
-    split(a.image.blocks * groups, a.threads, [&](int, int64_t first, int64_t last) {
+    auto work = [&](int, int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) body(i / groups, int(i % groups) * group);
-    });
+    };
+    each(a.image.blocks, groups, a.threads, share, work);
 }
 
 inline bool plane_is_dense(const acdc_convert_args& a) {
     return a.plain.column == 1 && a.plain.row == a.image.width && a.image.per_column == 0;
 }
 
-template <class real> void to_layout(const acdc_convert_args* a) {
+template <class real> void to_layout(const acdc_convert_args* a, const acdc_share* share) {
     if (plane_is_dense(*a)) {
-        each_group(*a, 1, [&](int64_t block, int channel) { plane_to_layout<real>(*a, block, channel); });
+        each_group(*a, 1, share, [&](int64_t block, int channel) { plane_to_layout<real>(*a, block, channel); });
         return;
     }
-    each_group(*a, line, [&](int64_t block, int first) {
+    each_group(*a, line, share, [&](int64_t block, int first) {
         each_pixel<real>(*a, block, first, [&](real* plain, real* layout, int live, int channels) {
             pixel_to_layout<real>(*a, plain, layout, live, channels);
         });
     });
 }
 
-template <class real> void from_layout(const acdc_convert_args* a) {
+template <class real> void from_layout(const acdc_convert_args* a, const acdc_share* share) {
     if (plane_is_dense(*a)) {
-        each_group(*a, 1, [&](int64_t block, int channel) { plane_from_layout<real>(*a, block, channel); });
+        each_group(*a, 1, share, [&](int64_t block, int channel) { plane_from_layout<real>(*a, block, channel); });
         return;
     }
-    each_group(*a, line, [&](int64_t block, int first) {
+    each_group(*a, line, share, [&](int64_t block, int first) {
         each_pixel<real>(*a, block, first, [&](real* plain, real* layout, int live, int channels) {
             pixel_from_layout<real>(*a, plain, layout, live, channels);
         });

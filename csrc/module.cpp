@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "acdc_kernels.h"
 
@@ -60,22 +61,43 @@ struct Plan {
     }
 };
 
-template <class Args> void call(void (*f32)(const Args*), void (*f64)(const Args*), bool is_double, const Args& args) {
+template <class Args> using Kernel = void (*)(const Args*, const acdc_share*);
+
+template <class Args> void call(Kernel<Args> kernel, const Args& args) {
     nb::gil_scoped_release release;
-    (is_double ? f64 : f32)(&args);
+    kernel(&args, nullptr);
 }
+
+// A list of calls for acdc_run. The structs of arguments belong to Python, which keeps them alive.
+struct Sequence {
+    std::vector<acdc_call> calls;
+
+    template <class Args> void add(Kernel<Args> kernel, const Args& args, bool alone) {
+        calls.push_back({&erased<Args>, reinterpret_cast<void (*)()>(kernel), &args, alone});
+    }
+    template <class Args> static void erased(void (*kernel)(), const void* args, const acdc_share* share) {
+        reinterpret_cast<Kernel<Args>>(kernel)(static_cast<const Args*>(args), share);
+    }
+    void run(int64_t blocks, int threads) const {
+        nb::gil_scoped_release release;
+        acdc_run(calls.data(), int64_t(calls.size()), blocks, threads);
+    }
+};
 
 }  // namespace
 
 #define FIELD(field) set_field(cls, #field, &Struct::field)
 
 NB_MODULE(_kernels, m) {
+    // A process may end while frames still hold their structs: that is no leak worth a report.
+    nb::set_leak_warnings(false);
     {
         using Struct = acdc_image;
         nb::class_<Struct> cls(m, "Image");
         cls.def(nb::init<>());
         FIELD(origin); FIELD(row); FIELD(channel); FIELD(block); FIELD(blocks); FIELD(channels); FIELD(height);
         FIELD(width); FIELD(samples); FIELD(per_block); FIELD(per_column);
+        FIELD(per_thread);
     }
     {
         using Struct = acdc_plain;
@@ -126,15 +148,15 @@ NB_MODULE(_kernels, m) {
         using Struct = acdc_norm_reduce_args;
         nb::class_<Struct> cls(m, "norm_reduce_args");
         cls.def(nb::init<>());
-        FIELD(grad); FIELD(y); FIELD(out); FIELD(y2); FIELD(dz); FIELD(mean); FIELD(mean2); FIELD(relu); FIELD(sums);
-        FIELD(workspace); FIELD(threads);
+        FIELD(grad); FIELD(y); FIELD(out); FIELD(y2); FIELD(dz); FIELD(scale); FIELD(offset); FIELD(mean); FIELD(mean2);
+        FIELD(relu); FIELD(sums); FIELD(workspace); FIELD(threads);
     }
     {
         using Struct = acdc_norm_grad_args;
         nb::class_<Struct> cls(m, "norm_grad_args");
         cls.def(nb::init<>());
-        FIELD(grad); FIELD(y); FIELD(out); FIELD(y2); FIELD(dy); FIELD(dy2); FIELD(a); FIELD(b); FIELD(c); FIELD(a2);
-        FIELD(b2); FIELD(c2); FIELD(relu); FIELD(threads);
+        FIELD(grad); FIELD(y); FIELD(out); FIELD(y2); FIELD(dy); FIELD(dy2); FIELD(scale); FIELD(offset);
+        FIELD(a); FIELD(b); FIELD(c); FIELD(a2); FIELD(b2); FIELD(c2); FIELD(relu); FIELD(threads);
     }
     {
         using Struct = acdc_statistics_args;
@@ -192,11 +214,17 @@ NB_MODULE(_kernels, m) {
     m.def("lanes", [](int index) { return acdc_table_at(index)->lanes; });
     m.def("supported", [](int index) { return acdc_table_at(index)->supported() != 0; });
 
+    nb::class_<Sequence> sequence(m, "Sequence");
+    sequence.def(nb::init<>()).def("run", &Sequence::run);
+
     nb::list names;
-#define ROW(name, args)                                                                \
-    names.append(#name);                                                               \
-    m.def(#name, [](int index, bool is_double, const args& a) {                        \
-        call<args>(table(index).name##_f32, table(index).name##_f64, is_double, a);    \
+#define ROW(name, args)                                                                              \
+    names.append(#name);                                                                             \
+    m.def(#name, [](int index, bool is_double, const args& a) {                                      \
+        call<args>(is_double ? table(index).name##_f64 : table(index).name##_f32, a);                \
+    });                                                                                              \
+    sequence.def("add_" #name, [](Sequence& s, int index, bool is_double, const args& a, bool alone) { \
+        s.add<args>(is_double ? table(index).name##_f64 : table(index).name##_f32, a, alone);        \
     });
     ACDC_KERNELS(ROW)
     m.attr("KERNELS") = nb::tuple(names);

@@ -20,12 +20,24 @@ template <class real> inline real* pixel(const acdc_image& image, const Pixel& p
     return plane<real>(image, p.block, p.channel) + p.row * image.row + p.column * lanes;
 }
 
-// Calls body(place in y, window) for every output pixel. Windows may overlap: a plane belongs to one thread.
-template <class Body> void each_window(const acdc_pool_args& a, const acdc_image& y, Body body) {
-    each_plane(y, a.threads, [&](int, int64_t block, int channel) {
+// Clears the pixels of a plane, not its halo.
+template <class real> inline void clear_plane(const acdc_image& image, int64_t block, int channel) {
+    for (int row = 0; row < image.height; ++row)
+        clear(row_of<real>(image, block, channel, row), int64_t(image.width) * lanes);
+}
+
+// Calls body(arguments, place in y, window) for every output pixel, forward or backward. Windows may
+// overlap: a plane belongs to one thread, which clears the gradient before it adds to it.
+template <class real, bool backward, class Body>
+void each_window(const acdc_pool_args& args, const acdc_share* share, Body body) {
+    each_plane(backward ? args.dy : args.y, args.threads, share, [&](int thread, int64_t block, int channel) {
+        acdc_pool_args a = args;
+        for (acdc_image* image : {&a.x, &a.y, &a.dx, &a.dy}) *image = of_thread<real>(*image, thread);
+        if (backward) clear_plane<real>(a.dx, block, channel);
+        const acdc_image& y = backward ? a.dy : a.y;
         for (int row = 0; row < y.height; ++row)
             for (int column = 0; column < y.width; ++column)
-                body(Pixel{block, channel, row, column}, window_at(a, row, column));
+                body(a, Pixel{block, channel, row, column}, window_at(a, row, column));
     });
 }
 
@@ -35,38 +47,30 @@ template <class Body> void each_tap(const Pixel& p, Window w, Body body) {
         for (int column = w.left; column < w.right; ++column) body(Pixel{p.block, p.channel, row, column});
 }
 
-template <class real> void clear_interior(const acdc_image& image, int threads) {
-    each_plane(image, threads, [&](int, int64_t block, int channel) {
-        for (int row = 0; row < image.height; ++row)
-            clear(row_of<real>(image, block, channel, row), int64_t(image.width) * lanes);
-    });
-}
-
 template <class real> inline vec<real> select(mask<real> m, vec<real> yes, vec<real> no) {
     return (vec<real>)((m & (mask<real>)yes) | (~m & (mask<real>)no));
 }
 
-template <class real> void max_pool(const acdc_pool_args* a) {
-    each_window(*a, a->y, [&](Pixel p, Window w) {
-        vec<real> best = load(pixel<real>(a->x, {p.block, p.channel, w.top, w.left}));
+template <class real> void max_pool(const acdc_pool_args* args, const acdc_share* share) {
+    each_window<real, false>(*args, share, [](const acdc_pool_args& a, Pixel p, Window w) {
+        vec<real> best = load(pixel<real>(a.x, {p.block, p.channel, w.top, w.left}));
         each_tap(p, w, [&](Pixel tap) {
-            const vec<real> x = load(pixel<real>(a->x, tap));
+            const vec<real> x = load(pixel<real>(a.x, tap));
             best = select<real>((x > best) | (x != x), x, best);
         });
-        store(pixel<real>(a->y, p), best);
+        store(pixel<real>(a.y, p), best);
     });
 }
 
 // The gradient goes to the first pixel that equals the maximum, as in PyTorch.
-template <class real> void max_pool_grad(const acdc_pool_args* a) {
-    clear_interior<real>(a->dx, a->threads);
-    each_window(*a, a->dy, [&](Pixel p, Window w) {
-        const vec<real> best = load(pixel<real>(a->y, p)), grad = load(pixel<real>(a->dy, p));
+template <class real> void max_pool_grad(const acdc_pool_args* args, const acdc_share* share) {
+    each_window<real, true>(*args, share, [](const acdc_pool_args& a, Pixel p, Window w) {
+        const vec<real> best = load(pixel<real>(a.y, p)), grad = load(pixel<real>(a.dy, p));
         mask<real> open = ~mask<real>{};
         each_tap(p, w, [&](Pixel tap) {
-            const vec<real> x = load(pixel<real>(a->x, tap));
+            const vec<real> x = load(pixel<real>(a.x, tap));
             const mask<real> here = open & ((x == best) | (x != x));
-            real* dx = pixel<real>(a->dx, tap);
+            real* dx = pixel<real>(a.dx, tap);
             store(dx, load(dx) + keep<real>(here, grad));
             open &= ~here;
         });
@@ -74,7 +78,7 @@ template <class real> void max_pool_grad(const acdc_pool_args* a) {
 }
 
 // One over the size of the window, clipped to the image or, with count_padding, to the padded image.
-template <class real> inline real share(const acdc_pool_args& a, const Pixel& p, Window w) {
+template <class real> inline real weight_of(const acdc_pool_args& a, const Pixel& p, Window w) {
     if (!a.count_padding) return real(1) / real((w.bottom - w.top) * (w.right - w.left));
     const int top = p.row * a.row_step - a.row_padding, left = p.column * a.column_step - a.column_padding;
     const int rows = least(top + a.window_rows, a.x.height + a.row_padding) - top;
@@ -82,20 +86,19 @@ template <class real> inline real share(const acdc_pool_args& a, const Pixel& p,
     return real(1) / real(rows * columns);
 }
 
-template <class real> void avg_pool(const acdc_pool_args* a) {
-    each_window(*a, a->y, [&](Pixel p, Window w) {
+template <class real> void avg_pool(const acdc_pool_args* args, const acdc_share* share) {
+    each_window<real, false>(*args, share, [](const acdc_pool_args& a, Pixel p, Window w) {
         vec<real> sum{};
-        each_tap(p, w, [&](Pixel tap) { sum += load(pixel<real>(a->x, tap)); });
-        store(pixel<real>(a->y, p), sum * share<real>(*a, p, w));
+        each_tap(p, w, [&](Pixel tap) { sum += load(pixel<real>(a.x, tap)); });
+        store(pixel<real>(a.y, p), sum * weight_of<real>(a, p, w));
     });
 }
 
-template <class real> void avg_pool_grad(const acdc_pool_args* a) {
-    clear_interior<real>(a->dx, a->threads);
-    each_window(*a, a->dy, [&](Pixel p, Window w) {
-        const vec<real> grad = load(pixel<real>(a->dy, p)) * share<real>(*a, p, w);
+template <class real> void avg_pool_grad(const acdc_pool_args* args, const acdc_share* share) {
+    each_window<real, true>(*args, share, [](const acdc_pool_args& a, Pixel p, Window w) {
+        const vec<real> grad = load(pixel<real>(a.dy, p)) * weight_of<real>(a, p, w);
         each_tap(p, w, [&](Pixel tap) {
-            real* dx = pixel<real>(a->dx, tap);
+            real* dx = pixel<real>(a.dx, tap);
             store(dx, load(dx) + grad);
         });
     });

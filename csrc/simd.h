@@ -123,7 +123,47 @@ template <class Body> inline void split(int64_t total, int threads, Body body) {
     body(0, int64_t(0), total);
 }
 
+// A kernel is `begin`, `work` on numbered items, `end`; every block of its images has `items` of them.
+// Either all at once, or the share that a caller asks for who goes block by block.
+template <class Kernel>
+inline void run(Kernel& kernel, int64_t blocks, int64_t items, int threads, const acdc_share* share) {
+    if (!share) {
+        kernel.begin();
+        split(blocks * items, threads, [&](int thread, int64_t first, int64_t last) {
+            kernel.work(thread, first, last);
+        });
+        kernel.end();
+    } else if (share->stage == ACDC_BEGIN) {
+        kernel.begin();
+    } else if (share->stage == ACDC_WORK) {
+        kernel.work(share->thread, share->first_block * items, share->last_block * items);
+    } else {
+        kernel.end();
+    }
+}
+
+// A kernel that is all work.
+template <class Work>
+inline void each(int64_t blocks, int64_t items, int threads, const acdc_share* share, Work body) {
+    struct {
+        Work& body;
+        void begin() const {}
+        void work(int thread, int64_t first, int64_t last) const { body(thread, first, last); }
+        void end() const {}
+    } kernel{body};
+    run(kernel, blocks, items, threads, share);
+}
+
 // ---- buffers ----
+// The image as one thread sees it.
+template <class real> inline acdc_image of_thread(acdc_image image, int thread) {
+    if (image.per_thread && image.origin) {
+        image.origin = static_cast<real*>(image.origin) + thread * image.block;
+        image.block = 0;
+    }
+    return image;
+}
+
 template <class real> inline real* plane(const acdc_image& image, int64_t block, int64_t channel) {
     return static_cast<real*>(image.origin) + block * image.block + channel * image.channel;
 }

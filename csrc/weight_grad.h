@@ -90,7 +90,7 @@ template <class real> GradTileKernel<real> grad_tile_for(int in, int rows, int c
 }
 
 template <class real> struct WeightGrad {
-    const acdc_weight_grad_args& a;
+    acdc_weight_grad_args a;
     Grid grid;
 
     NextTile next_tile(const Place& p) const {
@@ -146,45 +146,71 @@ template <class real> struct WeightGrad {
     }
 };
 
-template <class real> void weight_grad(const acdc_weight_grad_args* a) {
+template <class real> struct WeightGradKernel {
+    const acdc_weight_grad_args& a;
+    const Grid& grid;
+
+    int64_t pitch() const { return acdc_grad_pitch(a.list->nnz); }
+    real* grads(int thread) const { return static_cast<real*>(a.workspace) + thread * pitch(); }
+
+    void begin() const { clear(grads(0), a.threads * pitch()); }
+
+    void work(int thread, int64_t first, int64_t last) const {
+        WeightGrad<real> mine{a, grid};
+        mine.a.x = of_thread<real>(a.x, thread);
+        mine.a.dy = of_thread<real>(a.dy, thread);
+        mine.run(grads(thread), first, last);
+    }
+
+    void end() const {
+        real* target = static_cast<real*>(a.target);
+        const int32_t* source = a.list->source;
+        split(a.list->nnz, a.threads, [&](int, int64_t first, int64_t last) {
+            for (int64_t k = first; k < last; ++k) {
+                real sum = grads(0)[k];
+                for (int thread = 1; thread < a.threads; ++thread) sum += grads(thread)[k];
+                target[source[k]] = a.accumulate ? target[source[k]] + sum : sum;
+            }
+        });
+    }
+};
+
+template <class real> void weight_grad(const acdc_weight_grad_args* a, const acdc_share* share) {
     const bool known = a->in_column_step <= 2;
-    const Grid grid(tile_within(a->tile_rows, a->tile_columns, grad_tile_limit<real>, known), a->dy.height, a->dy.width);
-    const WeightGrad<real> work{*a, grid};
-    const int64_t nnz = a->list->nnz, pitch = acdc_grad_pitch(nnz);
-    real *workspace = static_cast<real*>(a->workspace), *target = static_cast<real*>(a->target);
-    const int32_t* source = a->list->source;
-    const int64_t tiles = grid.tiles(a->dy.blocks);
-    split(a->threads, a->threads, [&](int, int64_t begin, int64_t end) {
-        for (int64_t thread = begin; thread < end; ++thread) {
-            real* grads = workspace + thread * pitch;
-            clear(grads, pitch);
-            work.run(grads, tiles * thread / a->threads, tiles * (thread + 1) / a->threads);
-        }
-    });
-    split(nnz, a->threads, [&](int, int64_t begin, int64_t end) {
-        for (int64_t k = begin; k < end; ++k) {
-            real sum = workspace[k];
-            for (int thread = 1; thread < a->threads; ++thread) sum += workspace[thread * pitch + k];
-            target[source[k]] = a->accumulate ? target[source[k]] + sum : sum;
-        }
-    });
+    const TileShape tile = tile_within(a->tile_rows, a->tile_columns, grad_tile_limit<real>, known);
+    const Grid grid(tile, a->dy.height, a->dy.width);
+    WeightGradKernel<real> kernel{*a, grid};
+    run(kernel, a->dy.blocks, grid.tiles(1), a->threads, share);
 }
 
-template <class real> void channel_sums(const acdc_channel_sums_args* a) {
-    real* workspace = static_cast<real*>(a->workspace);
-    const int64_t channels = a->x.channels;
-    clear(workspace, a->threads * channels * lanes);
-    split(a->x.blocks * channels, a->threads, [&](int thread, int64_t first, int64_t last) {
+template <class real> struct ChannelSums {
+    const acdc_channel_sums_args& a;
+
+    real* partial(int thread) const {
+        return static_cast<real*>(a.workspace) + int64_t(thread) * a.x.channels * lanes;
+    }
+
+    void begin() const { clear(partial(0), int64_t(a.threads) * a.x.channels * lanes); }
+
+    void work(int thread, int64_t first, int64_t last) const {
+        const acdc_image image = of_thread<real>(a.x, thread);
         for (int64_t i = first; i < last; ++i) {
-            const real* x = plane<real>(a->x, i / channels, i % channels);
-            real* partial = workspace + (thread * channels + i % channels) * lanes;
+            const int64_t channel = i % image.channels;
+            const real* x = plane<real>(image, i / image.channels, channel);
             vec<real> sum{};
-            for (int row = 0; row < a->x.height; ++row, x += a->x.row)
-                for (int column = 0; column < a->x.width; ++column) sum += load(x + column * lanes);
-            store(partial, load(partial) + sum);
+            for (int row = 0; row < image.height; ++row, x += image.row)
+                for (int column = 0; column < image.width; ++column) sum += load(x + column * lanes);
+            real* p = partial(thread) + channel * lanes;
+            store(p, load(p) + sum);
         }
-    });
-    add_partial(workspace, a->threads, channels, a->sums);
+    }
+
+    void end() const { add_partial(partial(0), a.threads, a.x.channels, a.sums); }
+};
+
+template <class real> void channel_sums(const acdc_channel_sums_args* a, const acdc_share* share) {
+    ChannelSums<real> kernel{*a};
+    run(kernel, a->x.blocks, a->x.channels, a->threads, share);
 }
 
 }  // namespace

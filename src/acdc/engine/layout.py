@@ -106,10 +106,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A block of memory in the layout. The halo is zero, and stays so: kernels write interiors."""
+    """A block of memory in the layout. The halo is zero, and stays so: kernels write interiors.
+
+    Args:
+        shape: What it holds.
+        data: The memory.
+        per_thread: It has one block for each thread, whatever the shape says: for what is read as
+            soon as it is written, when kernels go block by block.
+
+    """
 
     shape: Shape
     data: torch.Tensor
+    per_thread: bool = False
 
     @staticmethod
     def zeros(shape: Shape) -> Buffer:

@@ -9,7 +9,7 @@ number of threads its results are bitwise the same every time.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +189,21 @@ class Call:
         self.function(self.index, self.is_double, self.args)
 
 
+@dataclass
+class WeightGradCall(Call):
+    """The weight gradient of a layer, for any tensor to put it into."""
+
+    plan: Plan | None = None
+
+    def into(self, grad: torch.Tensor) -> None:
+        """Put the gradients of the kept weights into ``grad`` from now on."""
+        assert self.plan is not None
+        geometry, dtype = self.plan.geometry, self.plan.x.dtype
+        if grad.numel() != numel(geometry) or grad.dtype != dtype or not grad.is_contiguous():
+            raise InputError(f"The gradient is a contiguous {dtype} tensor as large as the weight.")
+        self.args.target = grad.data_ptr()
+
+
 class Fold:
     """One number a channel each: a BatchNorm as ``scale * y + offset``, and its way back."""
 
@@ -219,6 +234,7 @@ class Native:
         self.lanes = int(_kernels.lanes(self._index))
         self._workspace: dict[torch.dtype, torch.Tensor] = {}
         self._bound: list[Call] | None = None  # while binding: calls go here and do not run
+        self._own: tuple[torch.Tensor, ...] = ()  # the workspace of the call that is being bound
 
     def bind(self, name: str, *args: Any, **kwargs: Any) -> Call:
         """Return the call of a method that takes buffers and returns nothing of its own, ready to
@@ -231,8 +247,26 @@ class Native:
         finally:
             self._bound = None
         (call,) = bound
-        call.held = (args, kwargs, *self._workspace.values())
+        call.held = (args, kwargs, *call.held)
         return call
+
+    def sequence(self, calls: Sequence[Call], alone: Sequence[bool]) -> Callable[[int, int], None]:
+        """Return bound calls as one, a function of the number of blocks and of threads.
+
+        Between two calls that stand alone, all run block by block: each thread takes a block
+        through all of them. Those that need the sums of all blocks stand alone.
+        """
+        sequence = _kernels.Sequence()
+        for call, is_alone in zip(calls, alone, strict=True):
+            add = getattr(sequence, f"add_{call.function.__name__}")
+            add(call.index, call.is_double, call.args, is_alone)
+        held = tuple(calls)
+
+        def run(blocks: int, threads: int) -> None:
+            assert held  # the structs must live
+            sequence.run(blocks, threads)
+
+        return run
 
     # ---- conversions ----
 
@@ -314,12 +348,14 @@ class Native:
 
         All other elements of ``grad`` are left as they are.
         """
-        self.weight_grad_call(plan, x, dy, accumulate=accumulate)(grad)
+        call = self.weight_grad_call(plan, x, dy, accumulate=accumulate)
+        call.into(grad)
+        call()
 
     def weight_grad_call(
         self, plan: Plan, x: Buffer, dy: Buffer, *, accumulate: bool = False
-    ) -> Callable[[torch.Tensor], None]:
-        """Return ``conv_weight_grad`` as a function of ``grad`` alone."""
+    ) -> WeightGradCall:
+        """Return the call of ``conv_weight_grad``, which wants to be told ``into`` which tensor."""
         self._same(plan.x, x, "x")
         self._sized(dy, plan.dy, "dy")
         self._together(x, dy)
@@ -330,24 +366,12 @@ class Native:
         a.tile_rows, a.tile_columns = plan.tile.rows, plan.tile.columns
         a.accumulate, a.threads = accumulate, torch.get_num_threads()
         pitch = (plan.nnz + 31) // 16 * 16
-        a.workspace = self._scratch(a.threads * pitch, x.shape.dtype)
+        workspace = torch.empty(a.threads * pitch + 16, dtype=x.shape.dtype)
+        a.workspace = workspace.data_ptr() + -workspace.data_ptr() % 64
         is_double = x.shape.dtype == torch.float64
-        held = (plan, x, dy, self._workspace[x.shape.dtype])
-        call = Call(_kernels.weight_grad, self._index, is_double, a, held)
-
-        def run(grad: torch.Tensor) -> None:
-            if (
-                grad.numel() != numel(plan.geometry)
-                or grad.dtype != x.shape.dtype
-                or not grad.is_contiguous()
-            ):
-                raise InputError(
-                    f"The gradient is a contiguous {x.shape.dtype} tensor as large as the weight."
-                )
-            a.target = grad.data_ptr()
-            call()
-
-        return run
+        return WeightGradCall(
+            _kernels.weight_grad, self._index, is_double, a, (plan, x, dy, workspace), plan
+        )
 
     def channel_sums(self, x: Buffer, *, sums: torch.Tensor | None = None) -> torch.Tensor:
         """Return the float64 sums of a buffer over samples and pixels, by channel: a bias
@@ -391,6 +415,8 @@ class Native:
         mean: torch.Tensor,
         *,
         out: Buffer | None = None,
+        scale: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
         y2: Buffer | None = None,
         mean2: torch.Tensor | None = None,
         dz: Buffer | None = None,
@@ -399,14 +425,15 @@ class Native:
         """Return float64 ``[3, channels]``: the sums of dz, of dz*(y - mean) and of dz*(y2 -
         mean2).
 
-        ``dz`` is ``grad``, zero where the ReLU's ``out`` (if given) is not positive. It is stored
+        ``dz`` is ``grad``, zero where the ReLU stopped: where its ``out`` is not positive, or, if
+        it had no residual, ``scale*y + offset``. Without either there was no ReLU. It is stored
         into the buffer ``dz``, if given (which may be ``grad``).
         """
         a = _kernels.norm_reduce_args()
         self._images(a, grad=grad, y=y, out=out, y2=y2, dz=dz)
-        held = self._vectors(a, y, mean=mean, mean2=mean2)
+        held = self._vectors(a, y, mean=mean, mean2=mean2, scale=scale, offset=offset)
         sums = self._sums(sums, 3, y)
-        a.relu, a.sums = out is not None, sums.data_ptr()
+        a.relu, a.sums = out is not None or scale is not None, sums.data_ptr()
         a.workspace = self._scratch(
             torch.get_num_threads() * y.shape.channels * 3 * self.lanes, y.shape.dtype
         )
@@ -424,6 +451,8 @@ class Native:
         dy: Buffer,
         *,
         out: Buffer | None = None,
+        scale: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
         y2: Buffer | None = None,
         a2: torch.Tensor | None = None,
         b2: torch.Tensor | None = None,
@@ -435,8 +464,10 @@ class Native:
         """
         args = _kernels.norm_grad_args()
         self._images(args, grad=grad, y=y, out=out, y2=y2, dy=dy, dy2=dy2)
-        held = self._vectors(args, y, a=a, b=b, c=c, a2=a2, b2=b2, c2=c2)
-        args.relu = out is not None
+        held = self._vectors(
+            args, y, scale=scale, offset=offset, a=a, b=b, c=c, a2=a2, b2=b2, c2=c2
+        )
+        args.relu = out is not None or scale is not None
         self._run("norm_grad", args, y)
         del held
 
@@ -610,7 +641,8 @@ class Native:
     def _run(self, name: str, args: Any, buffer: Buffer) -> None:
         args.threads = torch.get_num_threads()
         is_double = buffer.shape.dtype == torch.float64
-        call = Call(getattr(_kernels, name), self._index, is_double, args)
+        call = Call(getattr(_kernels, name), self._index, is_double, args, self._own)
+        self._own = ()
         if self._bound is None:
             call()
         else:
@@ -696,6 +728,7 @@ class Native:
         )
         image.samples, image.per_block = s.samples, s.per_block
         image.per_column = s.lanes if s.tokens else 0
+        image.per_thread = buffer.per_thread
         return image
 
     def _images(self, args: Any, **buffers: Buffer | None) -> None:
@@ -758,6 +791,13 @@ class Native:
         return sums
 
     def _scratch(self, count: int, dtype: torch.dtype) -> int:
+        """Return the address of a workspace: one for all calls, or, while binding, one for this
+        call, as bound calls may run at the same time.
+        """
+        if self._bound is not None:
+            own = torch.empty(count + 16, dtype=dtype)
+            self._own = (own,)
+            return own.data_ptr() + -own.data_ptr() % 64
         have = self._workspace.get(dtype)
         if have is None or have.numel() < count:
             have = self._workspace[dtype] = torch.empty(count + 16, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,24 +70,17 @@ class Conv(Op):
     def forward(self, tape: Tape) -> None:
         x, y, module = tape.value(self.x), tape.value(self.out), self.spec.module
 
-        def refresh(f: Binder) -> Call:
-            plan = f.plan(self)
-
-            def run() -> None:
-                plan.refresh(module.weight)
-                if tape.keeps:  # now: the weights may have moved when the gradient comes
-                    plan.refresh(module.weight, True)
-
-            return run
-
         def conv(f: Binder) -> Any:
+            plan = f.plan(self)
+            f.before.append(lambda: plan.refresh(module.weight))
+            if tape.keeps:  # now: the weights may have moved when the gradient comes
+                f.before.append(lambda: plan.refresh(module.weight, True))
             more: dict[str, Any] = {"bias": module.bias}
             if self.norm is not None and self.norm.of_batch:
                 shift = self.norm.module.running_mean
                 more |= {"statistics": True, "shift": shift, "sums": self.norm.sums(f)}
-            return f.backend.bind("conv", f.plan(self), f.buffer(x), f.buffer(y), **more)
+            return f.backend.bind("conv", plan, f.buffer(x), f.buffer(y), **more)
 
-        tape.do(refresh)
         tape.do(conv, x, y)
 
     def backward(self, tape: Tape) -> None:
@@ -112,19 +106,16 @@ class Conv(Op):
     def _weight_grad(self, f: Binder, x: Buffer, dy: Buffer) -> Call:
         weight = self.spec.module.weight
         # The result starts at zero, and a layer that is used twice adds to it twice.
-        call = f.backend.weight_grad_call(f.plan(self), x, dy, accumulate=True)
-        return lambda: call(f.results[id(weight)])
+        call: Call = f.backend.weight_grad_call(f.plan(self), x, dy, accumulate=True)
+        f.targets.append((call, weight))
+        return call
 
     def _bias_grad(self, f: Binder, dy: Buffer) -> Call:
         bias = self.spec.module.bias
         sums = torch.zeros(dy.shape.channels, dtype=torch.float64)
-        call = f.backend.bind("channel_sums", dy, sums=sums)
-
-        def run() -> None:
-            call()
-            f.results[id(bias)] += sums
-
-        return run
+        f.after.append(lambda: f.results[id(bias)].add_(sums))
+        call: Call = f.backend.bind("channel_sums", dy, sums=sums)
+        return call
 
 
 @dataclass(eq=False)
@@ -181,12 +172,15 @@ class Norm:
                 "norm_fold", self.fold(f), f.buffer(y), other=before, **more, **settings
             )
 
-        tape.do(fold, y)
+        tape.do(fold, y, alone=True)
 
     def unfold(self, f: Binder, y: Buffer, sums: Tensor, second: bool) -> Call:
         """Return what makes its coefficients on the way back, and its gradients."""
         module, fold = self.module, self.fold(f)
-        call = f.backend.bind(
+        for param, grad in ((module.weight, fold.weight_grad), (module.bias, fold.bias_grad)):
+            if param is not None:
+                f.after.append(partial(_add_result, f, param, grad))
+        call: Call = f.backend.bind(
             "norm_unfold",
             fold,
             y,
@@ -195,14 +189,12 @@ class Norm:
             training=self.of_batch,
             weight=module.weight,
         )
+        return call
 
-        def run() -> None:
-            call()
-            for param, grad in ((module.weight, fold.weight_grad), (module.bias, fold.bias_grad)):
-                if param is not None and id(param) in f.results:
-                    f.results[id(param)] += grad
 
-        return run
+def _add_result(f: Binder, param: Tensor, grad: Tensor) -> None:
+    if id(param) in f.results:
+        f.results[id(param)] += grad
 
 
 @dataclass(eq=False)
@@ -252,14 +244,20 @@ class Normalise(Op):
         tape.do(bind, *slots.values())
 
     def backward(self, tape: Tape) -> None:
-        grad, out = tape.grad(self.out), tape.value(self.out)
-        y = tape.value(self.norm.y)
+        grad, y = tape.grad(self.out), tape.value(self.norm.y)
         y2 = None if self.second is None else tape.value(self.second.y)
         # The residual's gradient is that of the sum: stored over the gradient of `out`, once.
         store = self.residual is not None and tape.needs(self.residual) and self.relu
-        masked = not self.relu or store  # afterwards, `grad` is the gradient of the sum
-        mask = out if self.relu else None
-        used = [s for s in (grad, mask, y, y2) if s is not None]
+        # Where the ReLU passed: what went into it says so, if that was only `y`, and saves reading.
+        simple = self.second is None and self.residual is None
+        out = tape.value(self.out) if self.relu and not simple else None
+        used = [s for s in (grad, out, y, y2) if s is not None]
+
+        def mask(f: Binder) -> dict[str, Any]:
+            fold = self.norm.fold(f)
+            if self.relu and simple:
+                return {"scale": fold.scale, "offset": fold.offset}
+            return {"out": _optional(f, out)}
 
         def sums_in(f: Binder) -> Tensor:
             zeros = torch.zeros(3, self.out.channels, dtype=torch.float64)
@@ -273,18 +271,18 @@ class Normalise(Op):
                 f.buffer(grad),
                 f.buffer(y),
                 self.norm.fold(f).mean,
-                out=_optional(f, mask),
                 y2=_optional(f, y2),
                 mean2=None if self.second is None else self.second.fold(f).mean,
                 dz=f.buffer(grad) if store else None,
                 sums=sums_in(f),
+                **mask(f),
             )
 
         tape.do(reduce, *used)
-        tape.do(lambda f: self.norm.unfold(f, f.buffer(y), sums_in(f), False), y)
+        tape.do(lambda f: self.norm.unfold(f, f.buffer(y), sums_in(f), False), y, alone=True)
         if self.second is not None and y2 is not None:
             second = self.second
-            tape.do(lambda f: second.unfold(f, f.buffer(y2), sums_in(f), True), y2)
+            tape.do(lambda f: second.unfold(f, f.buffer(y2), sums_in(f), True), y2, alone=True)
 
         dy, give_y = _target(tape, self.norm.y)
         dy2, give_y2 = (None, None) if self.second is None else _target(tape, self.second.y)
@@ -304,7 +302,7 @@ class Normalise(Op):
                 fold.b,
                 fold.c,
                 f.buffer(dy),
-                out=None if masked else _optional(f, mask),
+                **({} if store else mask(f)),
                 **more,
             )
 
@@ -444,7 +442,7 @@ class Map(Op):
             source, target = _alike(f.buffer(x), f.buffer(out))
             return lambda: target.copy_(self.spec.forward(source))
 
-        tape.do(bind, x, out)
+        tape.do(bind, x, out, alone=True)
 
     def backward(self, tape: Tape) -> None:
         grad, x = tape.grad(self.out), tape.value(self.x)
@@ -454,7 +452,7 @@ class Map(Op):
             slope, source, target = _alike(f.buffer(grad), f.buffer(x), f.buffer(dx))
             return lambda: target.copy_(self.spec.backward(slope, source))
 
-        tape.do(bind, grad, x, dx)
+        tape.do(bind, grad, x, dx, alone=True)
         give()
 
 

@@ -33,6 +33,20 @@ class Plan:
         self.weight.view(-1)[self.support] = flat[self.support]
 
 
+class _WeightGradCall:
+    """The weight gradient of a layer, for any tensor to put it into."""
+
+    def __init__(self, call: Callable[[torch.Tensor], None]) -> None:
+        self.call = call
+
+    def into(self, grad: torch.Tensor) -> None:
+        """Put the gradients of the kept weights into ``grad`` from now on."""
+        self.grad = grad
+
+    def __call__(self) -> None:
+        self.call(self.grad)
+
+
 class Reference:
     """The functions of ``native.Native``, in the same words."""
 
@@ -48,9 +62,9 @@ class Reference:
 
     def weight_grad_call(
         self, plan: Plan, x: Buffer, dy: Buffer, *, accumulate: bool = False
-    ) -> Callable[[torch.Tensor], None]:
-        """Return ``conv_weight_grad`` as a function of ``grad`` alone."""
-        return partial(self.conv_weight_grad, plan, x, dy, accumulate=accumulate)
+    ) -> _WeightGradCall:
+        """Return the call of ``conv_weight_grad``, which wants to be told ``into`` which tensor."""
+        return _WeightGradCall(partial(self.conv_weight_grad, plan, x, dy, accumulate=accumulate))
 
     def to_layout(self, plain: torch.Tensor, out: Buffer) -> Buffer:
         """Copy a plain tensor into a buffer."""
@@ -222,13 +236,15 @@ class Reference:
         mean: torch.Tensor,
         *,
         out: Buffer | None = None,
+        scale: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
         y2: Buffer | None = None,
         mean2: torch.Tensor | None = None,
         dz: Buffer | None = None,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the sums of dz, of dz*(y - mean) and of dz*(y2 - mean2)."""
-        d = self._masked(grad, out)
+        d = self._passed(grad, y, out, scale, offset)
         rows = [
             d.double().sum((0, 2, 3)),
             (d * (self._nchw(y) - mean[:, None, None])).double().sum((0, 2, 3)),
@@ -251,6 +267,8 @@ class Reference:
         dy: Buffer,
         *,
         out: Buffer | None = None,
+        scale: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
         y2: Buffer | None = None,
         a2: torch.Tensor | None = None,
         b2: torch.Tensor | None = None,
@@ -263,7 +281,7 @@ class Reference:
             p, q, r = (t[:, None, None] for t in abc)
             return p * d + q * self._nchw(v) + r
 
-        d = self._masked(grad, out)
+        d = self._passed(grad, y, out, scale, offset)
         if (
             y2 is not None
             and dy2 is not None
@@ -345,6 +363,19 @@ class Reference:
 
     def _put(self, plain: torch.Tensor, buffer: Buffer) -> None:
         self.to_layout(plain[:, :, 0, 0] if buffer.shape.tokens else plain, buffer)
+
+    def _passed(
+        self,
+        grad: Buffer,
+        y: Buffer,
+        out: Buffer | None,
+        scale: torch.Tensor | None,
+        offset: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if scale is None or offset is None:
+            return self._masked(grad, out)
+        before = scale[:, None, None] * self._nchw(y) + offset[:, None, None]
+        return self._nchw(grad) * (before > 0)
 
     def _masked(self, grad: Buffer, out: Buffer | None) -> torch.Tensor:
         d = self._nchw(grad)

@@ -10,6 +10,9 @@ import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,9 +20,11 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from acdc.engine.layout import Buffer, Shape
+from acdc.engine.native import Call as NativeCall
+from acdc.engine.native import Native
 from acdc.engine.operations import Conv
 from acdc.engine.program import Program
-from acdc.engine.tape import Slot, Tape, Value, Wants
+from acdc.engine.tape import Call, Instruction, Slot, Tape, Value, Wants
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +41,15 @@ class Frame:
         self, tape: Tape, memory: Memory, samples: int, backend: Any, plans: Mapping[Conv, Any]
     ) -> None:
         self.backend = backend
-        self.samples = samples
         self.results: dict[int, Tensor] = {}
+        self.before: list[Call] = []
+        self.after: list[Call] = []
+        self.targets: list[tuple[Any, Tensor]] = []
         self._plans = plans
         self._numbers: dict[object, Any] = {}
-        self._buffers = {slot: memory.buffer(slot, samples, backend.lanes) for slot in tape.slots}
-        self.forward = [bind(self) for bind in tape.forward]
-        self.backward = [bind(self) for bind in tape.backward]
+        self._buffers = {slot: memory.buffer(slot, samples) for slot in tape.slots}
+        self.forward = self._bound(tape.forward, memory.by_block)
+        self.backward = self._bound(tape.backward, memory.by_block)
 
     def buffer(self, slot: Slot) -> Buffer:
         """Return the memory of a slot."""
@@ -58,36 +65,71 @@ class Frame:
             self._numbers[owner] = make()
         return self._numbers[owner]
 
+    def _bound(self, instructions: list[Instruction], by_block: bool) -> list[Call]:
+        """Return the calls of instructions; kernels one after another become one call."""
+        calls = [(i.bind(self), i.alone or not by_block) for i in instructions]
+        blocks = next(iter(self._buffers.values())).shape.blocks
+        bound: list[Call] = []
+        for native, group in groupby(calls, lambda call: isinstance(call[0], NativeCall)):
+            members, alone = zip(*group, strict=True)
+            if native:
+                run = self.backend.sequence(members, alone)
+                bound.append(partial(run, blocks, torch.get_num_threads()))
+            else:
+                bound.extend(members)
+        return bound
+
 
 class Memory:
     """The buffers of a tape: slots that never live together share one, if they have one shape.
 
     Sized for the largest batch so far; a smaller batch uses the first blocks.
+
+    Attributes:
+        by_block: Whether the kernels of a group go block by block: there are enough blocks to keep
+            all threads busy.
+
     """
 
-    def __init__(self, tape: Tape, samples: int, lanes: int) -> None:
-        self.samples = samples
+    def __init__(self, tape: Tape, samples: int, backend: Any) -> None:
+        self.samples, self.lanes, self.threads = samples, backend.lanes, torch.get_num_threads()
+        self.by_block = isinstance(backend, Native) and self._enough_blocks(tape)
         self._of: dict[Slot, Buffer] = {}
-        free: dict[Shape, list[tuple[int, Buffer]]] = defaultdict(list)
+        free: dict[tuple[Shape, bool], list[tuple[int, Buffer]]] = defaultdict(list)
         for slot in sorted(tape.slots, key=lambda s: s.first):
-            shape = slot.value.shape(samples, lanes, slot.halo)
-            usable = [entry for entry in free[shape] if entry[0] < slot.first]
+            shape = self._shape(slot, samples)
+            passing = self.by_block and slot.is_passing
+            if passing:
+                shape = replace(shape, samples=self.threads * shape.per_block)
+            pool = free[shape, passing]
+            usable = [entry for entry in pool if entry[0] < slot.first]
             if usable:
-                free[shape].remove(usable[0])
+                pool.remove(usable[0])
                 buffer = usable[0][1]
             else:
                 buffer = Buffer.zeros(shape)
-            free[shape].append((slot.last, buffer))
-            self._of[slot] = buffer
+            pool.append((slot.last, buffer))
+            self._of[slot] = replace(buffer, per_thread=passing)
 
-    def buffer(self, slot: Slot, samples: int, lanes: int) -> Buffer:
+    def _shape(self, slot: Slot, samples: int) -> Shape:
+        return slot.value.shape(samples, self.lanes, slot.halo)
+
+    def _enough_blocks(self, tape: Tape) -> bool:
+        """Return whether whole blocks keep every thread at least 85 % busy."""
+        counts = {self._shape(slot, self.samples).blocks for slot in tape.slots}
+        if len(counts) != 1:  # images and tokens
+            return False
+        (blocks,) = counts
+        return blocks / (-(-blocks // self.threads) * self.threads) >= 0.85
+
+    def buffer(self, slot: Slot, samples: int) -> Buffer:
         """Return the memory of a slot for a batch of this size."""
-        shape = slot.value.shape(samples, lanes, slot.halo)
-        return Buffer(shape, self._of[slot].data[: shape.numel])
+        whole, shape = self._of[slot], self._shape(slot, samples)
+        return Buffer(shape, whole.data[: shape.numel], whole.per_thread)
 
     def tensors(self) -> list[Tensor]:
         """Return all memory, each piece once."""
-        return list({id(b): b.data for b in self._of.values()}.values())
+        return list({b.data.data_ptr(): b.data for b in self._of.values()}.values())
 
     @property
     def bytes(self) -> int:
@@ -100,7 +142,7 @@ class Arena:
 
     def __init__(self, tape: Tape, samples: int, backend: Any, plans: Mapping[Conv, Any]) -> None:
         self.tape, self.backend, self.plans = tape, backend, plans
-        self.memory = Memory(tape, samples, backend.lanes)
+        self.memory = Memory(tape, samples, backend)
         self._frames: dict[int, Frame] = {}
 
     def frame(self, samples: int) -> Frame:
@@ -278,9 +320,11 @@ class _Run(torch.autograd.Function):
         kept = [memory.clone() for memory in lease.memory.tensors()] if keep else []
         frame = lease.frame
         frame.results.update({id(p): torch.zeros(p.shape, dtype=p.dtype) for p in ctx.takes})
+        for call, weight in frame.targets:
+            call.into(frame.results[id(weight)])
         for grad, slot in zip(grads, tape.output_grads, strict=True):
             frame.backend.to_layout(_flat(grad, slot.value), frame.buffer(slot))
-        for call in frame.backward:
+        for call in frame.backward + frame.after:
             call()
         inputs = [
             None if slot is None else _plain(frame, slot, *like)
@@ -299,7 +343,7 @@ def compute(frame: Frame, tape: Tape, inputs: tuple[Tensor, ...]) -> tuple[Tenso
     """Run a frame forward, from plain tensors to plain tensors."""
     for x, slot in zip(inputs, tape.inputs, strict=True):
         frame.backend.to_layout(_flat(x.detach(), slot.value), frame.buffer(slot))
-    for call in frame.forward:
+    for call in frame.before + frame.forward:
         call()
     first = inputs[0]
     return tuple(

@@ -7,7 +7,7 @@ A *slot* is a buffer that a tape asks for, alive from its first to its last inst
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -41,12 +41,26 @@ class Value:
 
 @dataclass(eq=False)
 class Slot:
-    """A buffer that a tape asks for. ``first`` and ``last`` count instructions."""
+    """A buffer that a tape asks for.
+
+    Args:
+        value: What it holds.
+        halo: Its halo.
+        first, last: The instructions of its life, counted through the tape.
+        groups: Those that use it; None stands for both ends of the tape.
+
+    """
 
     value: Value
     halo: int
     first: int = -1
     last: int = -1
+    groups: set[int | None] = field(default_factory=set)
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether only one group knows it: block by block, one block for each thread will do."""
+        return len(self.groups) == 1 and None not in self.groups
 
 
 class Binder(Protocol):
@@ -54,6 +68,9 @@ class Binder(Protocol):
 
     backend: Any
     results: dict[int, Tensor]  # the gradients of parameters, by id
+    before: list[Call]  # what runs before the way forward
+    after: list[Call]  # what runs after the way back
+    targets: list[tuple[Any, Tensor]]  # calls of weight gradients, and whose they are
 
     def buffer(self, slot: Slot) -> Buffer:
         """Return the memory of a slot."""
@@ -67,6 +84,14 @@ class Binder(Protocol):
 
 Call = Callable[[], object]
 Bind = Callable[[Binder], Call]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What binds a call, and whether that needs what all blocks left behind."""
+
+    bind: Bind
+    alone: bool
 
 
 @dataclass(frozen=True)
@@ -88,20 +113,21 @@ class Tape:
 
     def __init__(self, program: Program, wants: Wants | None) -> None:
         self.program, self.wants = program, wants
-        self.forward: list[Bind] = []
-        self.backward: list[Bind] = []
+        self.forward: list[Instruction] = []
+        self.backward: list[Instruction] = []
         self.slots: list[Slot] = []
         self._now = self.forward
         self._values: dict[Value, Slot] = {}
         self._grads: dict[Value, Slot] = {}
         self._needed: set[Value] = set()
+        self._group = 0  # of instructions between two that stand alone
 
         self.inputs = [self.value(value) for value in program.inputs]
-        self._touch(*self.inputs)
+        self._touch(None, *self.inputs)
         for op in program.ops:
             op.forward(self)
         self.outputs = [self.value(value) for value in program.outputs]
-        self._touch(*self.outputs)
+        self._touch(None, *self.outputs)
         self.output_grads: list[Slot] = []
         self.input_grads: list[Slot | None] = []
         if wants is not None:
@@ -110,12 +136,13 @@ class Tape:
     def _write_backward(self, wants: Wants) -> None:
         program = self.program
         self._now = self.backward
+        self._group += 1
         self._needed = {v for v, want in zip(program.inputs, wants.inputs, strict=True) if want}
         for op in program.ops:
             if self._needed.intersection(op.reads) or any(map(self.takes, op.params())):
                 self._needed.add(op.out)
         self.output_grads = [self.grad(value) for value in program.outputs]
-        self._touch(*self.output_grads)
+        self._touch(None, *self.output_grads)
         for op in reversed(program.ops):
             if op.out in self._grads and op.out in self._needed:
                 op.backward(self)
@@ -123,7 +150,7 @@ class Tape:
             self._grads.get(value) if want else None
             for value, want in zip(program.inputs, wants.inputs, strict=True)
         ]
-        self._touch(*(slot for slot in self.input_grads if slot is not None))
+        self._touch(None, *(slot for slot in self.input_grads if slot is not None))
 
     # --- for operations ---------------------------------------------------------------------------
 
@@ -132,10 +159,15 @@ class Tape:
         """Whether there is a way back."""
         return self.wants is not None
 
-    def do(self, bind: Bind, *slots: Slot) -> None:
-        """Append an instruction that uses these slots."""
-        self._now.append(bind)
-        self._touch(*slots)
+    def do(self, bind: Bind, *slots: Slot, alone: bool = False) -> None:
+        """Append an instruction that uses these slots.
+
+        The others go block by block; one that stands alone comes when all blocks are done.
+        """
+        self._group += alone
+        self._now.append(Instruction(bind, alone))
+        self._touch(self._group, *slots)
+        self._group += alone
 
     def value(self, value: Value) -> Slot:
         """Return the slot of a value."""
@@ -193,10 +225,11 @@ class Tape:
             pixels, into = f.buffer(source).pixels(), f.buffer(target).pixels()
             return lambda: into.copy_(pixels)
 
-        self.do(bind, source, target)
+        self.do(bind, source, target, alone=True)
 
-    def _touch(self, *slots: Slot) -> None:
+    def _touch(self, group: int | None, *slots: Slot) -> None:
         now = len(self.forward) + len(self.backward)
         for slot in slots:
+            slot.groups.add(group)
             slot.first = now if slot.first < 0 else slot.first
             slot.last = now
