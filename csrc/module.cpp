@@ -8,6 +8,11 @@
 #include <string>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "acdc_kernels.h"
 
 namespace nb = nanobind;
@@ -60,6 +65,17 @@ struct Plan {
         acdc_plan_refresh(plan, pointer(weight), input_grad, threads);
     }
 };
+
+// Whole pages inside of [address, address + bytes).
+void advise_huge_pages(Address address, Address bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const Address page = Address(sysconf(_SC_PAGESIZE));
+    const Address first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+    if (first < last) madvise(pointer(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)address, (void)bytes;
+#endif
+}
 
 template <class Args> using Kernel = void (*)(const Args*, const acdc_share*);
 
@@ -210,6 +226,7 @@ NB_MODULE(_kernels, m) {
         .def("refresh", &Plan::refresh);
 
     m.def("table_count", &acdc_table_count);
+    m.def("advise_huge_pages", &advise_huge_pages);
     m.def("isa", [](int index) { return std::string(acdc_table_at(index)->isa); });
     m.def("lanes", [](int index) { return acdc_table_at(index)->lanes; });
     m.def("supported", [](int index) { return acdc_table_at(index)->supported() != 0; });

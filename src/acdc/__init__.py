@@ -3,6 +3,8 @@
 AC/DC, Alternating Compressed/DeCompressed training (Peste et al., NeurIPS 2021).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from acdc.errors import AcdcError, InputError, MissingDependency
 from acdc.layers import Layers
 from acdc.methods.acdc import ACDC
@@ -12,6 +14,9 @@ from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.schedule import Phase, Plan, Schedule, alternate, constant, phases
 from acdc.sparsifier import Change, DenseTwin, Sparsifier
 from acdc.support import Support, kept
+
+if TYPE_CHECKING:
+    from acdc.engine.engine import Engine
 
 __version__ = "0.1.0"
 
@@ -23,6 +28,7 @@ __all__ = [
     "Change",
     "Dense",
     "DenseTwin",
+    "Engine",
     "InputError",
     "Layers",
     "MissingDependency",
@@ -39,3 +45,11 @@ __all__ = [
     "kept",
     "phases",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Engine":  # loads torch's tracing tools, which only its users need
+        from acdc.engine.engine import Engine
+
+        return Engine
+    raise AttributeError(f"module 'acdc' has no attribute {name!r}")

@@ -10,6 +10,8 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
 
 In a dense phase the second hook is absent and the first one only counts: training is bitwise what
 it would be without.
+
+An engine, if there is one, is told each change of the support, and runs the model accordingly.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,9 @@ from acdc.methods.base import Method
 from acdc.pair import Pair
 from acdc.schedule import Kind, Phase, Schedule
 from acdc.support import Support
+
+if TYPE_CHECKING:  # an engine is brought by who wants one: it takes a second to load
+    from acdc.engine.engine import Engine
 
 FORMAT = 1  # of the state dict
 
@@ -89,6 +94,7 @@ class Sparsifier:
         method: What to do, with its schedule resolved in steps.
         model: The network; wrappers for data parallelism and ``torch.compile`` are seen through.
         optimizer: Any optimizer that steps the pruned weights and keeps state per parameter.
+        engine: An ``acdc.Engine`` of this model, which then computes sparse phases sparsely.
 
     Attributes:
         step: Executed optimizer steps.
@@ -102,7 +108,14 @@ class Sparsifier:
             the weights that are pruned.
     """
 
-    def __init__(self, method: Method, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        engine: Engine | None = None,
+    ) -> None:
         if not isinstance(method, Method):
             raise InputError(
                 f"Sparsifier(method, model, optimizer) takes a method first, such as "
@@ -116,6 +129,12 @@ class Sparsifier:
         self.method = method
         self.model = unwrapped(model)
         self.optimizer = optimizer
+        self.engine = engine
+        if engine is not None and engine.model is not self.model:
+            raise InputError(
+                "The engine was made for another model. Build it from this very one: "
+                "acdc.Engine(model, example)."
+            )
         self.schedule: Schedule = method.resolved
         self.params, self.refused = method.select(self.model)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -231,6 +250,11 @@ class Sparsifier:
             if param.grad is not None:  # accumulated before the change, used after it
                 param.grad.masked_fill_(dropped, 0.0)
         self._project()
+        if self.engine is not None:
+            if support.is_full:
+                self.engine.decompress()
+            else:
+                self.engine.compress(support)
 
     # --- optimizer state ------------------------------------------------------------------------
 
@@ -327,13 +351,17 @@ class Sparsifier:
             params[name].masked_fill_(dropped.to(params[name].device), 0.0)
 
     def remove(self) -> None:
-        """Take the hooks off. The model stays as it is, with exact zeros where it is pruned."""
+        """Take the hooks off, and the engine. The model stays as it is, with exact zeros where it
+        is pruned.
+        """
         if self._step_hook is not None:
             self._step_hook.remove()
             self._step_hook = None
         for hook in self._gradient_hooks:
             hook.remove()
         self._gradient_hooks.clear()
+        if self.engine is not None:
+            self.engine.decompress()
 
     # --- stop and resume ------------------------------------------------------------------------
 
@@ -352,6 +380,7 @@ class Sparsifier:
             "dense_twin": None
             if twin is None
             else {"step": twin.step, "model": twin.model, "optimizer": twin.optimizer},
+            "engine": None if self.engine is None else self.engine.state_dict(),
         }
 
     @torch.no_grad()
@@ -394,6 +423,8 @@ class Sparsifier:
         dense_twin = None if twin is None else DenseTwin(**twin)
         self.step, self.changes = state["step"], changes
         self._last_sparse, self.dense_twin = last_sparse, dense_twin
+        if self.engine is not None and state.get("engine") is not None:
+            self.engine.load_state_dict(state["engine"])
         self._apply(support)
 
     def _check_same_run(self, method: str, schedule: Schedule) -> None:

@@ -7,6 +7,7 @@ and a block is 8 columns of ``lanes`` tokens. ``docs/engine.md`` says why.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,10 +124,7 @@ class Buffer:
     @staticmethod
     def zeros(shape: Shape) -> Buffer:
         """Allocate a buffer, all zeros, aligned to a cache line."""
-        spare = LINE // shape.dtype.itemsize
-        data = torch.zeros(shape.numel + spare, dtype=shape.dtype)
-        skip = (-data.data_ptr() % LINE) // shape.dtype.itemsize
-        return Buffer(shape, data[skip : skip + shape.numel])
+        return allocate([shape])[0]
 
     def pixels(self) -> torch.Tensor:
         """Return the interior as a view ``[block, channel, row, column, lane]``."""
@@ -136,6 +134,32 @@ class Buffer:
             (s.block, s.channel, s.row, s.lanes, 1),
             self.data.storage_offset() + s.origin,
         )
+
+
+def allocate(
+    shapes: Sequence[Shape], prepare: Callable[[torch.Tensor], None] | None = None
+) -> list[Buffer]:
+    """Return buffers of these shapes, all of one dtype, in one piece of memory.
+
+    Args:
+        shapes: What they hold.
+        prepare: Called with the memory before it is touched.
+
+    """
+    if not shapes:
+        return []
+    dtype = shapes[0].dtype
+    spare = LINE // dtype.itemsize
+    data = torch.empty(sum(shape.numel for shape in shapes) + spare, dtype=dtype)
+    if prepare is not None:
+        prepare(data)
+    data.zero_()
+    start = (-data.data_ptr() % LINE) // dtype.itemsize
+    buffers = []
+    for shape in shapes:
+        buffers.append(Buffer(shape, data[start : start + shape.numel]))
+        start += shape.numel
+    return buffers
 
 
 class Pool:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
-from acdc.engine.layout import Buffer, Shape
+from acdc.engine.layout import Buffer, Shape, allocate
 from acdc.engine.native import Call as NativeCall
-from acdc.engine.native import Native
+from acdc.engine.native import Native, advise_huge_pages
 from acdc.engine.operations import Conv
 from acdc.engine.program import Program
 from acdc.engine.tape import Call, Instruction, Slot, Tape, Value, Wants
@@ -94,22 +94,25 @@ class Memory:
     def __init__(self, tape: Tape, samples: int, backend: Any) -> None:
         self.samples, self.lanes, self.threads = samples, backend.lanes, torch.get_num_threads()
         self.by_block = isinstance(backend, Native) and self._enough_blocks(tape)
-        self._of: dict[Slot, Buffer] = {}
-        free: dict[tuple[Shape, bool], list[tuple[int, Buffer]]] = defaultdict(list)
+        self._of: dict[Slot, tuple[int, bool]] = {}  # its piece, and whether it is passing
+        pieces: list[Shape] = []
+        free: dict[tuple[Shape, bool], list[tuple[int, int]]] = defaultdict(list)
         for slot in sorted(tape.slots, key=lambda s: s.first):
-            shape = self._shape(slot, samples)
             passing = self.by_block and slot.is_passing
+            shape = self._shape(slot, samples)
             if passing:
                 shape = replace(shape, samples=self.threads * shape.per_block)
             pool = free[shape, passing]
             usable = [entry for entry in pool if entry[0] < slot.first]
             if usable:
                 pool.remove(usable[0])
-                buffer = usable[0][1]
+                piece = usable[0][1]
             else:
-                buffer = Buffer.zeros(shape)
-            pool.append((slot.last, buffer))
-            self._of[slot] = replace(buffer, per_thread=passing)
+                piece = len(pieces)
+                pieces.append(shape)
+            pool.append((slot.last, piece))
+            self._of[slot] = (piece, passing)
+        self._pieces = allocate(pieces, advise_huge_pages)
 
     def _shape(self, slot: Slot, samples: int) -> Shape:
         return slot.value.shape(samples, self.lanes, slot.halo)
@@ -124,12 +127,13 @@ class Memory:
 
     def buffer(self, slot: Slot, samples: int) -> Buffer:
         """Return the memory of a slot for a batch of this size."""
-        whole, shape = self._of[slot], self._shape(slot, samples)
-        return Buffer(shape, whole.data[: shape.numel], whole.per_thread)
+        piece, passing = self._of[slot]
+        shape = self._shape(slot, samples)
+        return Buffer(shape, self._pieces[piece].data[: shape.numel], passing)
 
     def tensors(self) -> list[Tensor]:
         """Return all memory, each piece once."""
-        return list({b.data.data_ptr(): b.data for b in self._of.values()}.values())
+        return [buffer.data for buffer in self._pieces]
 
     @property
     def bytes(self) -> int:
