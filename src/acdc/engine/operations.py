@@ -31,9 +31,18 @@ class Op(ABC):
         """Return the parameters that may take a gradient."""
         return ()
 
+    @property
+    def is_made_again(self) -> bool:
+        """Whether ``out`` is not kept for the way back, but computed a second time."""
+        return False
+
     @abstractmethod
     def forward(self, tape: Tape) -> None:
         """Append the instructions that make ``out``."""
+
+    def again(self, tape: Tape, out: Slot) -> None:
+        """Append what makes ``out`` a second time, from what was kept."""
+        raise NotImplementedError
 
     @abstractmethod
     def backward(self, tape: Tape) -> None:
@@ -84,8 +93,9 @@ class Conv(Op):
         tape.do(conv, x, y)
 
     def backward(self, tape: Tape) -> None:
-        x, dy, module = tape.value(self.x), tape.grad(self.out), self.spec.module
+        dy, module = tape.grad(self.out), self.spec.module
         if tape.takes(module.weight):
+            x = tape.value_again(self.x)
             tape.do(lambda f: self._weight_grad(f, f.buffer(x), f.buffer(dy)), x, dy)
         if tape.takes(module.bias):
             tape.do(lambda f: self._bias_grad(f, f.buffer(dy)), dy)
@@ -222,11 +232,20 @@ class Normalise(Op):
             p for n in self.norms for p in (n.module.weight, n.module.bias) if p is not None
         )
 
+    @property
+    def is_made_again(self) -> bool:
+        # One multiply-add and a ReLU on what the way back reads anyway: cheaper than to write the
+        # result to memory and to read it back, and half of what would be kept.
+        return self.second is None and self.residual is None
+
     def forward(self, tape: Tape) -> None:
         self.norm.write_fold(tape, None)
         if self.second is not None:
             self.second.write_fold(tape, self.norm)
-        slots = {"y": tape.value(self.norm.y), "out": tape.value(self.out)}
+        self.again(tape, tape.value(self.out))
+
+    def again(self, tape: Tape, out: Slot) -> None:
+        slots = {"y": tape.value(self.norm.y), "out": out}
         if self.second is not None:
             slots["y2"] = tape.value(self.second.y)
         if self.residual is not None:

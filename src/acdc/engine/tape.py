@@ -121,6 +121,8 @@ class Tape:
         self._grads: dict[Value, Slot] = {}
         self._needed: set[Value] = set()
         self._group = 0  # of instructions between two that stand alone
+        self._makers = {op.out: op for op in program.ops}
+        self._again: dict[tuple[Value, int], Slot] = {}
 
         self.inputs = [self.value(value) for value in program.inputs]
         self._touch(None, *self.inputs)
@@ -174,6 +176,17 @@ class Tape:
         if value not in self._values:
             self._values[value] = self.new(value, value.halo)
         return self._values[value]
+
+    def value_again(self, value: Value) -> Slot:
+        """Return the slot of a value on the way back: as it was kept, or made again just now."""
+        maker = self._makers.get(value)
+        if maker is None or not maker.is_made_again or value in self.program.outputs:
+            return self.value(value)
+        key = (value, self._group)
+        if key not in self._again:
+            self._again[key] = slot = self.new(value, value.halo)
+            maker.again(self, slot)
+        return self._again[key]
 
     def grad(self, value: Value) -> Slot:
         """Return the slot of a value's gradient."""
