@@ -7,13 +7,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from acdc.cli import main
 from acdc.errors import InputError
-from acdc.lab.bench import layers, peers, race, table
+from acdc.lab.bench import layers, networks, peers, race, run, step, table
 from acdc.lab.bench.layers import CASES, Layer
 from acdc.lab.bench.peers import Dense, Engine, Entrant, Problem, TorchCsr
 from acdc.lab.bench.race import Turn
@@ -273,6 +275,225 @@ def test_installed_libraries_take_part() -> None:
     assert linear["notes"] == {}
     assert all(row["sparseprop_ms"] > 0 for row in (conv, strided, linear))
     assert linear["sparselab_ms"] > 0
+
+
+# --- a training step ----------------------------------------------------------------------------
+
+STEP = "resnet8_w4_n8"
+
+
+def test_networks_are_chosen_by_a_part_of_their_name_or_spelled() -> None:
+    chosen = networks.choose(["w64", "gpt_d64_l1_t256", STEP], step.CASES)
+    assert [network.name for network in chosen] == ["resnet14_w64_n64", "gpt_d64_l1_t256", STEP]
+    resnet, gpt, small = (sum(p.numel() for p in n.build().parameters()) for n in chosen)
+    assert (resnet, small) == (2_777_674, 5_214)
+    assert gpt == 64 * (256 + 128) + 12 * 64 * 64 + 13 * 64 + 2 * 64 + 256 * 64
+    x, y = chosen[1].data()
+    assert (tuple(x.shape), tuple(y.shape)) == ((2, 128), (256,))
+    assert tuple(chosen[1].build()(x).shape) == (256, 256)
+    with pytest.raises(InputError, match=r"--case vgg is in the name of no network"):
+        networks.choose(["vgg"], step.CASES)
+
+
+def test_the_engine_and_dense_pytorch_train_the_same_masked_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (network,) = networks.choose([STEP], step.CASES)
+    engine, masked = step.OnEngine(network, 0.8, "uniform"), step.Training(network)
+    support = engine.sparsifier.support
+    assert support.counts()["layer1.0.conv1.weight"] == kept(4 * 4 * 9, 0.8)
+    params = dict(masked.net.named_parameters())
+    compress = Mock(wraps=engine.engine.compress)
+    monkeypatch.setattr(engine.engine, "compress", compress)
+    for turn in range(4):
+        with torch.no_grad():
+            for name, mask in support.items():
+                params[name].masked_fill_(~mask, 0.0)
+        loss = masked.step()
+        if turn == 2:
+            assert engine.again() > 0  # compresses anew, and takes a step
+            compress.assert_called_once_with(support)
+        else:
+            assert (engine.step() if turn else engine.loss) == pytest.approx(loss, rel=1e-5)
+
+
+def test_bench_step_writes_a_row_for_every_sparsity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def peak(*how: object) -> float:
+        asked.append(how)
+        return 100.0 + len(asked)
+
+    monkeypatch.setattr(step, "peak_mb", peak)
+    file = tmp_path / "step.json"
+    words = ["bench", "step", "--case", STEP, "--sparsity", "0.5", "--sparsity", "0.9"]
+    assert main([*words, "--repeats", "2", "--scope", "erk", "--json", str(file)]) == 0
+    half, tenth = json.loads(file.read_text())["rows"]
+    more = {"flops_share", "compression_steps", "recompression_steps", "layers"}
+    more |= {"dense_peak_mb", "engine_peak_mb"}
+    assert set(half) == set(tenth) == COLUMNS | more
+    assert set(half["dense_settings_ms"]) == {"nchw", "channels_last"}
+    assert half["ratio"] == half["dense_ms"] / half["engine_ms"]
+    assert 1 > half["flops_share"] > tenth["flops_share"] > 0
+    assert half["compression_steps"] > half["recompression_steps"]  # which times no layer
+    assert set(half["notes"]) == set(step.PEERS)
+    assert "layer1.0.conv1" in half["layers"]
+    formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+    assert asked == [
+        (STEP, formats[half["dense_setting"]]),
+        (STEP, 0.5, "erk"),
+        (STEP, 0.9, "erk"),
+    ]
+    assert [row["dense_peak_mb"] for row in (half, tenth)] == [101, 101]
+    assert [row["engine_peak_mb"] for row in (half, tenth)] == [102, 103]
+    out, _ = capsys.readouterr()
+    assert "SparseLab: single layers only" in out
+
+
+@pytest.mark.skipif(not step.FORGET.exists(), reason="only Linux tells the peak of a process")
+def test_the_peak_of_a_step_is_that_of_its_activations_and_weights() -> None:
+    # The first stage of resnet8 has 3 convolutions; each keeps its output for the backward pass,
+    # and so does BatchNorm: 6 tensors at least.
+    least = 6 * 128 * 16 * 32 * 32 * 4 / 1e6
+    peak = step.peak_mb("resnet8_w16_n128", torch.channels_last)
+    assert peak is not None
+    assert least < peak < 6 * least
+
+
+@pytest.mark.skipif(not step.FORGET.exists(), reason="only Linux tells the peak of a process")
+def test_a_peak_is_seen_after_it_has_passed_and_forgotten_before_the_next() -> None:
+    now, large = step.peak_during(lambda: None), 200
+    assert step.peak_during(lambda: torch.ones(large * 250_000)) == pytest.approx(
+        now + large, abs=9
+    )
+    assert step.peak_during(lambda: None) == pytest.approx(now, abs=9)
+
+
+def test_without_proc_there_is_no_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(step, "FORGET", tmp_path / "missing")
+    assert step.peak_mb(STEP, torch.channels_last) is None
+
+
+FAKE_MODULES = """
+import torch
+
+def swapped(layer):
+    return layer
+
+class SparseConv2d:
+    @staticmethod
+    def from_dense(layer):
+        return swapped(layer)
+
+class SparseLinear(SparseConv2d):
+    pass
+
+def sparsify_conv2d_auto(layer, shape):
+    assert shape[1] == layer.in_channels and shape[0] == 8
+    return swapped(layer)
+"""
+FAKE_UTILS = """
+def swap_module(net, name, module):
+    net.set_submodule(name, module)
+"""
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.usefixtures("installed")
+def test_sparseprop_trains_the_network_if_its_loss_is_right(
+    right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "peak_mb", lambda *how: None)
+    ones = "return torch.nn.init.ones_(layer.weight) is None or layer"
+    fake = FAKE_MODULES if right else FAKE_MODULES.replace("return layer", ones)
+    (tmp_path / "sparseprop/modules.py").write_text(fake)
+    (tmp_path / "sparseprop/utils.py").write_text(FAKE_UTILS)
+    (row,) = step.measure(networks.choose([STEP], step.CASES), [0.9], 1, "uniform")
+    assert row["dense_peak_mb"] is row["engine_peak_mb"] is None
+    if right:
+        assert row["sparseprop_ms"] > 0
+        assert "sparseprop" not in row["notes"]
+    else:
+        assert row["sparseprop_ms"] is None
+        assert row["notes"]["sparseprop"].startswith("its loss is ")
+
+
+# --- a whole run --------------------------------------------------------------------------------
+
+
+def test_a_run_is_half_sparse_and_its_epochs_lie_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    epochs: list[tuple[float | None, int]] = []
+    phases: list[list[tuple[str, int]]] = []
+
+    class Watched(run.Run):
+        def __init__(self, *how: Any) -> None:
+            super().__init__(*how)
+            self.sparsity = how[3]
+            if self.sparsity is not None:
+                schedule = self.sparsifier.schedule
+                phases.append([(phase.kind, len(phase)) for phase in schedule.phases])
+
+        def epoch(self, number: int) -> None:
+            epochs.append((self.sparsity, number))
+            super().epoch(number)
+
+    monkeypatch.setattr(run, "Run", Watched)
+    (network,) = networks.choose(["resnet8_w2_n8"], run.CASES)
+    first, second = run.measure([network], [0.5, 0.9], 2, epochs=2, samples=32, scope="uniform")
+    warm, once = [(None, 0), (0.5, 0), (0.9, 0)], [(0.5, 1), (0.9, 1), (None, 1)]
+    assert epochs == warm + 2 * (warm + once)
+    assert phases[2:] == 4 * [[("dense", 2), ("sparse", 2), ("dense", 2), ("sparse", 2)]]
+    assert (first["samples"], first["test_samples"], first["epochs"]) == (32, 6, 2)
+    for row in (first, second):
+        for name in ("dense", "engine"):
+            totals = [sum(taken) for taken in row[f"{name}_epochs_ms"]]
+            assert len(totals) == 2
+            assert row[f"{name}_ms"] == pytest.approx(sum(totals) / 2, abs=1)
+        assert row["share_of_dense"] == pytest.approx(row["engine_ms"] / row["dense_ms"])
+    assert first["dense_epochs_ms"] == second["dense_epochs_ms"]
+    assert first["engine_epochs_ms"] != second["engine_epochs_ms"]
+
+
+def test_an_epoch_sees_every_image_and_evaluates(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, int]] = []
+    data = run.images(20)
+    (network,) = networks.choose(["resnet8_w2_n8"], run.CASES)
+    trained = run.Run(network, data, 1, None, "uniform")
+    before = {name: p.clone() for name, p in trained.net.named_parameters()}
+    trained.net.register_forward_hook(
+        lambda net, args, _: seen.append((net.training, len(args[0])))
+    )
+    trained.epoch(0)
+    assert seen == [(True, 8), (True, 8), (True, 4), (False, 4)]
+    assert all(not torch.equal(p, before[name]) for name, p in trained.net.named_parameters())
+
+
+def test_bench_run_prints_the_share_of_dense(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "run.json"
+    words = ["--case", "resnet8_w2_n8", "--samples", "32", "--epochs", "1", "--sparsity", "0.9"]
+    assert main(["bench", "run", *words, "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    more = {"share_of_dense", "epochs", "phases", "samples", "test_samples", "layers"}
+    assert set(row) == COLUMNS | more | {"dense_epochs_ms", "engine_epochs_ms"}
+    out, _ = capsys.readouterr()
+    assert out.splitlines()[1].split()[-1] == table.number(row["share_of_dense"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--samples", "4"], "--samples is 4"),
+        (["--case", "gpt_d64_l1_t128"], "a whole run is one of a ResNet"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(words: list[str], sentence: str, capsys: Capture) -> None:
+    assert main(["bench", "run", *words]) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 # --- the command --------------------------------------------------------------------------------

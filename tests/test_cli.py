@@ -66,6 +66,7 @@ RECIPE = ("RECIPE", "required")
 SET = ("--set PATH=VALUE", "any number")
 RUN = ("RUN", "required")
 JSON = ("--json", "flag")
+SCOPE = ("--scope uniform|erk|global", "default uniform")
 
 
 def bench(repeats: str) -> list[tuple[str, str]]:
@@ -103,6 +104,13 @@ SURFACE = {
     ],
     "bench": [("WHAT", "required")],
     "bench layers": bench("default 9"),
+    "bench step": [*bench("default 9"), SCOPE],
+    "bench run": [
+        *bench("default 1"),
+        SCOPE,
+        ("--epochs N", "default 4"),
+        ("--samples N", "default 12800"),
+    ],
 }
 
 

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -150,48 +150,99 @@ def parser() -> argparse.ArgumentParser:
     )
 
     about = "measure on this machine what sparse phases gain, beside dense PyTorch and other peers"
-    benches = command("bench", None, about).add_subparsers(metavar="WHAT", required=True)
-    sub = benches.add_parser(
-        "layers",
-        help="single layers, forward and backward",
-        description="Times single layers, forward and backward, side by side: dense PyTorch in "
-        "its better memory format, the engine, torch.sparse in CSR, and SparseProp and SparseLab "
-        "where they are installed. Everybody takes a turn in every round, with emptied caches; "
-        "times are medians. Convolutions are in the engine's layout, and 'convert' is what it "
-        "costs to bring them there and back; a linear layer's time includes that.",
-        allow_abbrev=False,
-    )
-    sub.set_defaults(command=_bench_layers)
-    _add_bench(sub, "layers", "conv3x3 or linear_3072x768_t512; any layer spelled like these", 9)
+    _add_benches(command("bench", None, about))
     return top
 
 
-def _add_bench(sub: argparse.ArgumentParser, what: str, such_as: str, repeats: int) -> None:
-    sub.add_argument(
-        "--case",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help=f"only {what} with this in their name, such as {such_as}; may be repeated",
+def _add_benches(bench: argparse.ArgumentParser) -> None:
+    benches = bench.add_subparsers(metavar="WHAT", required=True)
+
+    def add(
+        what: str, run: Any, of: str, cases: str, rounds: tuple[int, str], zeros: str, about: str
+    ) -> argparse.ArgumentParser:
+        sub = benches.add_parser(what, help=of, description=about, allow_abbrev=False)
+        sub.set_defaults(command=run)
+        sub.add_argument(
+            "--case",
+            metavar="TEXT",
+            action="append",
+            default=[],
+            help=f"only those with this in their name, or any other one that is spelled like them: "
+            f"{cases}; may be repeated",
+        )
+        sub.add_argument(
+            "--sparsity",
+            metavar="S",
+            type=float,
+            action="append",
+            help=f"a fraction of zeros; may be repeated (default: {zeros})",
+        )
+        sub.add_argument(
+            "--repeats",
+            metavar="N",
+            type=int,
+            default=rounds[0],
+            help=f"{rounds[1]} (default: {rounds[0]})",
+        )
+        sub.add_argument(
+            "--threads", metavar="N", type=int, help="threads of everybody (default: as torch has)"
+        )
+        sub.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
+        return sub
+
+    add(
+        "layers",
+        _bench_layers,
+        "single layers, forward and backward",
+        "conv3x3_128x64_s2_h32_n64, linear_3072x768_t512",
+        (9, "rounds of timing"),
+        "0.8, 0.9 and 0.95",
+        "Times single layers, forward and backward, side by side: dense PyTorch in its better "
+        "memory format, the engine, torch.sparse in CSR, and SparseProp and SparseLab where they "
+        "are installed. Everybody takes a turn in every round, with emptied caches; times are "
+        "medians. Convolutions are in the engine's layout, and 'convert' is what it costs to "
+        "bring them there and back; a linear layer's time includes that.",
     )
-    sub.add_argument(
-        "--sparsity",
-        metavar="S",
-        type=float,
-        action="append",
-        help="a fraction of zeros; may be repeated (default: 0.8, 0.9 and 0.95)",
+    step = add(
+        "step",
+        _bench_step,
+        "a whole training step of a network, and its memory",
+        "resnet20_w16_n128, gpt_d768_l4_t512",
+        (9, "steps of everybody"),
+        "0.8, 0.9 and 0.95",
+        "Times whole training steps (forward, loss, backward, SGD with momentum) of small "
+        "networks in a sparse phase, side by side: dense PyTorch in its better memory format, the "
+        "engine, and SparseProp where it is installed. Then measures the peak memory of a step, in "
+        "fresh processes. 'compression' is what the first one takes, in which layers are timed and "
+        "index lists built, and 'and again' a later one, counted in steps of the engine.",
     )
-    sub.add_argument(
-        "--repeats",
+    run = add(
+        "run",
+        _bench_run,
+        "a whole run, half of it sparse",
+        "resnet20_w16_n128",
+        (1, "whole runs of everybody"),
+        "0.9 and 0.95",
+        "Times a whole AC/DC run with half of its epochs sparse, data loading and evaluation "
+        "included, on random images of CIFAR-10's shape, beside a dense run of the same epochs. "
+        "The runs take turns, an epoch at a time.",
+    )
+    run.add_argument("--epochs", metavar="N", type=int, default=4, help="of a run (default: 4)")
+    run.add_argument(
+        "--samples",
         metavar="N",
         type=int,
-        default=repeats,
-        help=f"rounds of timing (default: {repeats})",
+        default=12_800,
+        help="training images; a fifth as many for testing (default: 12800)",
     )
-    sub.add_argument(
-        "--threads", metavar="N", type=int, help="threads of everybody (default: as torch has)"
-    )
-    sub.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
+    for sub in (step, run):
+        sub.add_argument(
+            "--scope",
+            choices=("uniform", "erk", "global"),
+            default="uniform",
+            help="how kept weights are spread over the layers (default: uniform, as these networks "
+            "are not trained)",
+        )
 
 
 def _add_recipe(sub: argparse.ArgumentParser) -> None:
@@ -622,31 +673,56 @@ def _bench_layers(args: argparse.Namespace) -> int:
     from acdc.lab.bench.table import Table
 
     chosen = layers.choose(args.case)
-    peers = {"convert_ms": "convert", "torch_csr_ms": "torch CSR"}
-    peers |= {"sparseprop_ms": "SparseProp", "sparselab_ms": "SparseLab"}
-    table = Table(max(len(layer.name) for layer in chosen), peers)
-    return _bench(args, table, lambda *how: layers.measure(chosen, *how))
+    columns = {"convert_ms": "convert", "torch_csr_ms": "torch CSR"}
+    columns |= {"sparseprop_ms": "SparseProp", "sparselab_ms": "SparseLab"}
+    table = Table([layer.name for layer in chosen], columns)
+    sparsities = _sparsities(args, 0.8, 0.9, 0.95)
+    return _bench(args, table, layers.measure(chosen, sparsities, args.repeats))
 
 
-def _bench(
-    args: argparse.Namespace,
-    table: Table,
-    measure: Callable[[list[float], int], Iterator[dict[str, Any]]],
-) -> int:
-    """Print rows as they come, and write the file anew with every one."""
-    from acdc.lab.bench import race
-    from acdc.lab.bench.table import notes, save
+def _bench_step(args: argparse.Namespace) -> int:
+    from acdc.lab.bench import networks, step
+    from acdc.lab.bench.table import Table
+
+    chosen = networks.choose(args.case, step.CASES)
+    columns = {"sparseprop_ms": "SparseProp", "compression_steps": "compression"}
+    columns |= {"recompression_steps": "and again", "dense_peak_mb": "dense MB"}
+    columns |= {"engine_peak_mb": "engine MB"}
+    table = Table([network.name for network in chosen], columns)
+    sparsities = _sparsities(args, 0.8, 0.9, 0.95)
+    return _bench(args, table, step.measure(chosen, sparsities, args.repeats, args.scope))
+
+
+def _bench_run(args: argparse.Namespace) -> int:
+    from acdc.lab.bench import networks, run
+    from acdc.lab.bench.table import Table
+
+    chosen = networks.choose(args.case, run.CASES)
+    table = Table([network.name for network in chosen], {"share_of_dense": "share of dense"})
+    sparsities, size = _sparsities(args, 0.9, 0.95), (args.epochs, args.samples)
+    return _bench(args, table, run.measure(chosen, sparsities, args.repeats, *size, args.scope))
+
+
+def _sparsities(args: argparse.Namespace, *default: float) -> list[float]:
     from acdc.support import check_sparsity
 
-    sparsities = list(dict.fromkeys(args.sparsity or (0.8, 0.9, 0.95)))
+    sparsities = list(dict.fromkeys(args.sparsity or default))
     for sparsity in sparsities:
         check_sparsity(sparsity)
+    return sparsities
+
+
+def _bench(args: argparse.Namespace, table: Table, measured: Iterator[dict[str, Any]]) -> int:
+    """Print rows as they come, and write the file anew with every one."""
+    from acdc.lab.bench.race import threads
+    from acdc.lab.bench.table import notes, save
+
     if args.repeats < 1:
         raise InputError(f"--repeats is {args.repeats}. It is a whole number from 1 up.")
     rows: list[dict[str, Any]] = []
-    with race.threads(args.threads):
+    with threads(args.threads):
         print(table.header(), flush=True)
-        for row in measure(sparsities, args.repeats):
+        for row in measured:
             rows.append(row)
             print(table.line(row), flush=True)
             if args.json:

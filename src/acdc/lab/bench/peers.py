@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from acdc.engine.geometry import ConvGeometry
@@ -284,6 +284,27 @@ class SparseProp(Autograd):
         return out
 
 
+def use_sparseprop(net: nn.Module, name: str, shape: torch.Size) -> None:
+    """Put SparseProp's module in the place of a masked layer of a network.
+
+    Args:
+        net: The network.
+        name: Of a convolution or a linear layer.
+        shape: Of the layer's input.
+    """
+    from sparseprop.modules import SparseConv2d, SparseLinear, sparsify_conv2d_auto
+    from sparseprop.utils import swap_module
+
+    layer = net.get_submodule(name)
+    if isinstance(layer, nn.Linear):
+        module = SparseLinear.from_dense(layer)
+    elif layer.stride == (1, 1):
+        module = sparsify_conv2d_auto(layer, shape)  # the faster one of its two modes
+    else:
+        module = SparseConv2d.from_dense(layer)  # the mode whose gradients are right
+    swap_module(net, name, module)
+
+
 class SparseLab(Autograd):
     """SparseLab's product of a padded CSR matrix, as its linear layer calls it."""
 
@@ -361,13 +382,14 @@ def enter(
             check(answer(contender), expected)
             able.append(contender)
         except Exception as error:  # whatever another library raises is its own affair
-            reasons.append(_reason(error))
+            reasons.append(reason(error))
     if not able:
         raise Unable("; ".join(reasons))
     return able[0] if len(able) == 1 else min(able, key=clock)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return in one line why a contender could not take part."""
     if isinstance(error, Unable):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

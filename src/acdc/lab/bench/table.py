@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ class Table:
     """Lines of one benchmark, each printed as soon as its row is there.
 
     Args:
-        case: Width of the first column.
-        columns: Keys of further times, in milliseconds, and what stands above them.
+        cases: What the first column will hold.
+        columns: Keys of further figures, and what stands above them.
     """
 
-    def __init__(self, case: int, columns: dict[str, str]) -> None:
-        self.case, self.columns = case, columns
+    def __init__(self, cases: Iterable[str], columns: Mapping[str, str]) -> None:
+        self.case, self.columns = max(map(len, cases)), columns
 
     def header(self) -> str:
         """Return the line above all others."""
@@ -57,7 +57,7 @@ def _width(title: str) -> int:
 
 
 def number(value: float | None) -> str:
-    """Write milliseconds with three digits that count; a dash for what could not be measured."""
+    """Write a figure with three digits that count; a dash for what could not be measured."""
     if value is None:
         return "–"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
