@@ -291,6 +291,9 @@ def test_networks_are_chosen_by_a_part_of_their_name_or_spelled() -> None:
     x, y = chosen[1].data()
     assert (tuple(x.shape), tuple(y.shape)) == ((2, 128), (256,))
     assert tuple(chosen[1].build()(x).shape) == (256, 256)
+    pruned = step.OnEngine(chosen[1], 0.75, "uniform").sparsifier.support.counts()
+    assert set(pruned) == {f"blocks.0.{name}.weight" for name in ("qkv", "proj", "up", "down")}
+    assert pruned["blocks.0.qkv.weight"] == 64 * 64 * 3 / 4
     with pytest.raises(InputError, match=r"--case vgg is in the name of no network"):
         networks.choose(["vgg"], step.CASES)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from acdc.errors import InputError
 from acdc.lab.models import CifarResNet
+from acdc.layers import Layers
 
 SPELLING = (
     "resnet14_w64_n64 (layers, channels of the first stage, batch) or gpt_d768_l4_t512 (features, "
@@ -32,12 +33,14 @@ class Network:
         build: Makes it, with fresh weights.
         batch: Images, or tokens.
         images: Whether it takes 32x32 images; else it takes sequences of tokens.
+        layers: What is pruned; ``None``: what the pattern prunes where nobody names layers.
     """
 
     name: str
     build: Callable[[], nn.Module]
     batch: int
     images: bool
+    layers: Layers | None = None
 
     def data(self) -> tuple[Tensor, Tensor]:
         """Return one batch of random inputs and targets."""
@@ -58,7 +61,8 @@ def parse(name: str) -> Network | None:
         return Network(name, CifarResNet(depth=depth, width=width).build, batch, images=True)
     if found := _BYTES.fullmatch(name):
         features, layers, tokens = map(int, found.groups())
-        return Network(name, lambda: _GPT(features, layers), tokens, images=False)
+        pruned = Layers(exclude=("head",))
+        return Network(name, lambda: _GPT(features, layers), tokens, images=False, layers=pruned)
     return None
 
 

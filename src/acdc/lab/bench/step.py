@@ -1,8 +1,9 @@
 """A whole training step: forward, loss, backward, and a step of SGD with momentum.
 
 Dense PyTorch in each memory format, beside the engine with its sparsifier at each sparsity, in a
-sparse phase from the first step on. Every layer has the same sparsity unless another scope is asked
-for: on weights that were never trained a global cut would fall on the wide layers alone.
+sparse phase from the first step on. Every pruned layer has the same sparsity unless another scope
+is asked for: on weights that were never trained a global cut would fall on the wide layers alone.
+Of a ResNet the first and the last layer stay dense, as the uniform scope has it; of a GPT the head.
 
 The memory of a step is that of a fresh process which trains this one network: its peak during a
 step, after two others, above what it held before the network was built.
@@ -89,7 +90,7 @@ class OnEngine(Training):
         super().__init__(network)
         self.engine = acdc.Engine(self.net, self.x)
         plan = acdc.constant("sparse", epochs=1).resolve(1_000_000)
-        method = acdc.ACDC(acdc.Unstructured(sparsity, scope=scope), plan)
+        method = acdc.ACDC(acdc.Unstructured(sparsity, scope=scope), plan, layers=network.layers)
         began = time.perf_counter()
         self.sparsifier = acdc.Sparsifier(method, self.net, self.optimizer, engine=self.engine)
         self.loss = self.step()
