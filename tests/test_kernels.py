@@ -83,8 +83,12 @@ def exact_memory():
         return buffer
 
     def scratch(self, count, dtype):
-        self._workspace[dtype] = torch.empty(count, dtype=dtype)
-        return self._workspace[dtype].data_ptr()
+        exact = torch.empty(count, dtype=dtype)
+        if self._bound is None:
+            self._workspace[dtype] = exact
+        else:
+            self._own = (exact,)  # the bound call keeps it
+        return exact.data_ptr()
 
     with pytest.MonkeyPatch.context() as patch:
         if native.available() and native._kernels.sanitized:
