@@ -289,6 +289,9 @@ def test_a_run_ends_with_a_table_and_a_page(tmp_path: Path, capsys: Capture) -> 
     }.items():
         numbers = re.findall(r"([\d.]+) %", rows[label])
         assert numbers == [f"{value:.2f}" for value in values]
+    spent = kept["details"]["time"]
+    times = re.findall(r"([\d.]+) ms", rows["time of a training step"])
+    assert times == [f"{spent[f'{kind}_step_ms']:.1f}" for kind in ("sparse", "dense")]
     assert f"{kept['sparse']['bytes']:,}" in rows["bytes on disk"]
     assert f"{kept['dense']['bytes']:,}" in rows["bytes on disk"]
     assert f"Took {kept['seconds']:.1f} s." in out
@@ -317,6 +320,35 @@ def test_a_terminal_shows_where_the_run_is() -> None:
         assert bar.completed == 16 + 2
         assert "dense twin" in bar.description
     assert terminal.file.getvalue().count("it: 4 epochs, 16 steps") == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("start", "event", "line"),
+    [
+        (
+            {"kind": "off", "reason": "the run is on mps, and the kernels are for CPUs"},
+            {},
+            "engine: off (the run is on mps, and the kernels are for CPUs)",
+        ),
+        (
+            {"kind": "avx2", "reason": None},
+            {"choices": [{"sparse": True}, {"sparse": False}], "refused": {"head": "why"}},
+            "engine: 1 of 3 layers run sparse (avx2)",
+        ),
+        ({"kind": "avx2", "reason": None}, {}, ""),  # a later compression: nothing new
+        ({"kind": "off", "reason": None}, {}, ""),  # as it was asked for
+    ],
+)
+def test_what_the_engine_does_is_one_line(
+    start: dict[str, Any], event: dict[str, Any], line: str
+) -> None:
+    plain = Console(file=io.StringIO(), width=40)
+    first = {"event": "start", "total_steps": 8, "steps_per_epoch": [4] * 2, "phases": []}
+    with Watcher("it", False, plain) as watcher:
+        watcher({**first, "engine": start})
+        watcher({"event": "engine", **start, **event})
+    said = plain.file.getvalue().splitlines()[1:]  # type: ignore[attr-defined]
+    assert said == ([line] if line else [])
 
 
 def test_json_is_the_only_line_on_standard_output(
@@ -438,6 +470,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "misfit": (["run", "digits", "--set", "method.schedule.epochs=39"], "Set epochs to"),
     "cost": (["cost", "digits", "--set", "method.schedule.epochs=39"], "Set epochs to"),
+    "engine": (["run", "digits", "--set", "engine=on"], "type auto, off or reference"),
     "device": (["run", "digits", "--device", "toaster"], "toaster"),
     "precision": (["run", "digits", "--set", "precision=3-bit"], "precision"),
     "no data": (["run", "cifar10_resnet20"], "set ACDC_DATA"),

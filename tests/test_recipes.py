@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -107,6 +109,7 @@ def test_an_unknown_recipe_names_its_neighbours() -> None:
         ({"method.pattern": "block"}, lambda r: r.method.pattern.sparsity, 0.9),
         ({"optimizer": "adamw", "optimizer.lr": "0.01"}, lambda r: r.optimizer.lr, 0.01),
         ({"clip": "1.5"}, lambda r: r.clip, 1.5),
+        ({"engine": "off"}, lambda r: r.engine, "off"),  # a word, and not YAML's "false"
     ],
 )
 def test_a_value_is_changed_by_its_path(settings: dict, read: object, value: object) -> None:
@@ -128,11 +131,17 @@ def test_a_value_is_changed_by_its_path(settings: dict, read: object, value: obj
         ("batch_size.x", "1", "has no fields of its own"),
         ("model", "5", "has fields of its own"),
         ("optimizer.lr", ".nan", "NaN is no value"),
+        ("engine", "on", "'on' is not of the type auto, off or reference"),
     ],
 )
 def test_a_wrong_setting_is_a_sentence(path: str, text: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         change(recipes.get("digits"), {path: text})
+
+
+def test_an_engine_that_is_none_is_a_sentence() -> None:
+    with pytest.raises(InputError, match=r"engine is 'gpu'\. It is one of: auto, off, reference"):
+        replace(recipes.get("digits"), engine="gpu")  # type: ignore[arg-type]
 
 
 def test_a_run_is_named_by_what_differs() -> None:
@@ -149,3 +158,4 @@ def test_an_encoded_recipe_holds_every_value() -> None:
     assert data["model"] == {"type": "SmallResNet"} | vars(SmallResNet(width=16))
     assert data["method"]["pattern"]["sparsity"] == 0.9
     assert data["method"]["schedule"]["type"] == "Alternate"
+    assert data["engine"] == "auto"

@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,16 @@ import torch
 from torch import nn
 
 from acdc import ACDC, Pair, Unstructured, phases
+from acdc.engine import host
+from acdc.engine.choice import Choice
+from acdc.engine.engine import Engine
+from acdc.engine.ops import kernels
 from acdc.errors import InputError
 from acdc.lab import train
+from acdc.lab.engine import RunEngine, why_off
 from acdc.lab.models import Model
 from acdc.lab.record import Metrics
+from helpers import same
 from runs import BRANCH, STEPS, TINY, assert_same_run, events, files, record, tiny, words
 
 TESTS = Path(__file__).parent
@@ -305,6 +313,236 @@ def test_the_generator_and_the_threads_of_the_process_are_left_as_they_were(
     train.run(recipe, tmp_path / "run", device="cpu")
     assert torch.equal(torch.rand(3), expected)
     assert torch.get_num_threads() == threads
+
+
+# --- the engine ---------------------------------------------------------------------------------
+
+
+def sparse_by(choose: Callable[[str], bool]) -> Callable[..., Choice]:
+    """Return a measurement that takes no time and whose outcome is known."""
+    return lambda site, *_: Choice(choose(site.name), 0.5, 2.0, 1.0, 0.25)
+
+
+def pinned(monkeypatch: pytest.MonkeyPatch, choose: Callable[[str], bool]) -> None:
+    """Let the engine choose by name and not by the clock."""
+    monkeypatch.setattr(host, "measure", sparse_by(choose))
+    monkeypatch.setattr(host, "run_pays", lambda *_: True)
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """Return the last checkpoint."""
+    state: dict[str, Any] = torch.load(folder / "checkpoint" / "last.ckpt", weights_only=True)
+    return state
+
+
+class Death(Exception):
+    """Ends a run as a crash does: no checkpoint is written for it."""
+
+
+def die_at(step: int) -> train.Watch:
+    """Raise when a step has been taken."""
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == step:
+            raise Death
+
+    return watch
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_the_engine_trains_what_pytorch_trains(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    pinned(monkeypatch, lambda _: True)
+    firsts = []
+    for mode in ("off", engine):
+        recipe = tiny(engine=mode)
+        with pytest.raises(train.Interrupted):
+            train.run(recipe, tmp_path / mode, device="cpu", watch=stop_at(4, signal.SIGTERM))
+        firsts.append(checkpoint(tmp_path / mode))
+    # Up to the first compression nothing is computed by it, and nothing else is touched either.
+    for name in ("model", "optimizer", "batches"):
+        assert same(firsts[0][name], firsts[1][name])
+    assert same(firsts[0]["sparsifier"]["support"], firsts[1]["sparsifier"]["support"])
+    train.run(tiny(engine=engine), tmp_path / engine, device="cpu", resume=True)
+    mine, dense = events(tmp_path / engine, "step"), events(whole, "step")
+    assert [e["step"] for e in mine] == [e["step"] for e in dense]
+    assert [e["loss"] for e in mine[:8]] == pytest.approx([e["loss"] for e in dense[:8]], rel=1e-4)
+    assert [e["loss"] for e in mine] == pytest.approx([e["loss"] for e in dense], rel=0.02)
+    assert files(tmp_path / engine) != files(whole)  # it was not PyTorch that computed
+
+
+def test_stopped_in_a_sparse_phase_it_goes_on_with_what_was_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(engine="auto")
+    pinned(monkeypatch, lambda name: "layer2" not in name)
+    train.run(recipe, tmp_path / "whole", device="cpu")
+    with pytest.raises(train.Interrupted):
+        train.run(recipe, tmp_path / "run", device="cpu", watch=stop_at(6, signal.SIGTERM))
+    monkeypatch.setattr(host, "measure", lambda *_: pytest.fail("it chose again"))
+    train.run(recipe, tmp_path / "run", device="cpu", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    chosen = {
+        c["name"]: c["sparse"] for c in record(tmp_path / "run")["details"]["engine"]["choices"]
+    }
+    assert len(chosen) == 10
+    assert chosen == {name: "layer2" not in name for name in chosen}
+
+
+def test_what_was_chosen_is_on_the_disk_before_a_step_is_computed_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny(engine="auto", checkpoint_steps="100")
+    pinned(monkeypatch, lambda name: name == "conv1")
+    with pytest.raises(Death):
+        train.run(recipe, tmp_path / "run", device="cpu", watch=die_at(5))
+    state = checkpoint(tmp_path / "run")
+    assert state["step"] == 4
+    choices = state["sparsifier"]["engine"]["choices"]
+    assert [name for name, choice in choices.items() if choice["sparse"]] == ["conv1"]
+
+
+def test_killed_while_the_engine_computes_it_ends_bitwise_the_same(tmp_path: Path) -> None:
+    settings = {"engine": "reference"}  # which chooses nothing, so that two fresh runs are the same
+    deaths: list[dict[str, Any]] = [
+        {"at": "event", "like": {"event": "engine", "step": 4}},
+        {"at": "event", "like": {"event": "step", "step": 7}},
+        {"at": "event", "like": {"event": "engine", "step": 12}},
+        {"at": "event", "like": {"event": "eval", "step": 16}},
+        {"at": "event", "like": {"event": "step", "step": 22, "twin": "dense"}},
+    ]
+    train.run(tiny(**settings), tmp_path / "whole", device="cpu")
+    ends = killed(tmp_path / "killed", settings, deaths)
+    assert ends == [-signal.SIGKILL] * len(deaths) + [0]
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_the_choices_are_told_once_and_kept_in_the_record(tmp_path: Path) -> None:
+    train.run(tiny(engine="auto"), tmp_path / "run", device="cpu")
+    first, *later = events(tmp_path / "run", "engine")
+    assert [first["step"], *(e["step"] for e in later)] == [4, 12, 20]
+    assert all("choices" not in event for event in later)
+    kept = record(tmp_path / "run")["details"]["engine"]
+    assert kept == {key: first[key] for key in ("kind", "reason", "choices", "refused")}
+    assert kept["kind"] == kernels().isa
+    assert len(kept["choices"]) + len(kept["refused"]) == 10
+    assert all(choice["dense_ms"] > 0 for choice in kept["choices"])
+    assert {e["event"]: e for e in events(tmp_path / "run")}["start"]["engine"]["kind"] != "off"
+
+
+def test_a_schedule_that_begins_sparse_says_its_first_support(tmp_path: Path) -> None:
+    spans = phases(4, [("sparse", "1ep"), ("dense", "1ep"), ("sparse", "2ep")])
+    recipe = replace(tiny(engine="reference"), method=ACDC(Unstructured(0.9), spans))
+    with pytest.raises(Death):
+        train.run(recipe, tmp_path / "run", device="cpu", watch=die_at(1))
+    train.run(recipe, tmp_path / "run", device="cpu", resume=True)
+    said = [e["event"] for e in events(tmp_path / "run")]
+    assert said[:4] == ["start", "change", "engine", "step"]
+    assert [e["step"] for e in events(tmp_path / "run", "change")] == [0, 4, 8]
+    assert len(events(tmp_path / "run", "start")) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "reason"),
+    [
+        ("cpu", "32-true", None),
+        ("cuda:1", "32-true", "the run is on cuda:1, and the kernels are for CPUs"),
+        ("mps", "32-true", "the run is on mps, and the kernels are for CPUs"),
+        ("cpu", "bf16-mixed", "the run computes in bf16-mixed, and the kernels in 32-true"),
+    ],
+)
+def test_why_a_run_has_no_engine(device: str, precision: str, reason: str | None) -> None:
+    assert why_off(torch.device(device), precision) == reason
+
+
+def test_an_engine_that_stays_off_says_so(tmp_path: Path) -> None:
+    recipe = tiny(engine="auto", precision="bf16-mixed")
+    with pytest.raises(train.Interrupted):
+        train.run(recipe, tmp_path / "run", device="cpu", watch=stop_at(5, signal.SIGTERM))
+    (start,) = events(tmp_path / "run", "start")
+    assert start["engine"]["kind"] == "off"
+    assert "bf16-mixed" in start["engine"]["reason"]
+    assert not events(tmp_path / "run", "engine")
+
+
+@pytest.mark.parametrize("settings", [{"engine": "off"}, {"engine": "auto", "method": "dense"}])
+def test_who_needs_no_engine_has_none(
+    whole: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    more = {} if "method" not in settings else {"method__schedule__epochs": "1"}
+    train.run(tiny(**settings, **more), tmp_path / "run", device="cpu")
+    assert record(tmp_path / "run")["details"]["engine"] == {"kind": "off", "reason": None}
+
+
+def test_a_run_that_began_before_there_was_an_engine_goes_on_without(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(train.Interrupted):
+        train.run(tiny(), folder, device="cpu", watch=stop_at(6, signal.SIGTERM))
+    values = json.loads((folder / "recipe.json").read_text())
+    del values["values"]["engine"]
+    (folder / "recipe.json").write_text(json.dumps(values))
+    state = checkpoint(folder)
+    del state["recipe"]["engine"], state["sparsifier"]["engine"]
+    torch.save(state, folder / "checkpoint" / "last.ckpt")
+    train.run(tiny(engine="auto"), folder, device="cpu", resume=True)
+    assert files(folder) == files(whole)
+    assert record(folder)["details"]["engine"]["kind"] == "off"
+
+
+def test_all_processes_compute_as_the_first_one_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned(monkeypatch, lambda _: True)
+    net = tiny().model.build()
+    engine = RunEngine(net, torch.zeros(4, *tiny().model.input_shape), "auto")
+
+    def first_process(said: list[dict[str, Any]], src: int) -> None:
+        assert src == 0
+        for name, choice in said[0]["choices"].items():
+            said[0]["choices"][name] = choice | {"sparse": name == "conv1"}
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", first_process)
+    engine.compress({"conv1.weight": torch.ones_like(net.conv1.weight, dtype=torch.bool)})
+    assert [name for name, choice in engine.choices.items() if choice.sparse] == ["conv1"]
+    assert "1 layers run sparse" in repr(engine)
+
+
+def test_the_time_of_a_step_is_training_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress, evaluate = Engine.compress, train._Run._evaluate
+
+    def slow_compress(self: Engine, support: Any) -> None:
+        time.sleep(0.5)
+        compress(self, support)
+
+    def slow_evaluate(self: Any) -> tuple[float, float]:
+        time.sleep(0.5)
+        return evaluate(self)
+
+    monkeypatch.setattr(Engine, "compress", slow_compress)
+    monkeypatch.setattr(train._Run, "_evaluate", slow_evaluate)
+    made = train.run(tiny(engine="auto"), tmp_path / "run", device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    steps = [e for e in lines if e["event"] == "step"]
+    assert max(e["seconds"] for e in steps) < 0.5
+    assert all(e["seconds"] > 0.5 for e in lines if e["event"] in ("engine", "eval"))
+    spent = json.loads((tmp_path / "run/record.json").read_text())["details"]["time"]
+    assert spent == made["details"]["time"]
+    for phase, count in (("dense", 12), ("sparse", 16)):
+        mine = [e["seconds"] for e in steps if e["phase"] == phase and "twin" not in e]
+        assert len(mine) == count
+        assert spent[phase] == pytest.approx(sum(mine), abs=1e-3)
+        assert spent[f"{phase}_step_ms"] == pytest.approx(1e3 * sum(mine) / count, abs=1e-2)
+    tail = [e["seconds"] for e in steps if "twin" in e]
+    assert spent["finetune"] == pytest.approx(sum(tail), abs=1e-3)
+    for part, kind, count in (("engine", "engine", 3), ("evaluation", "eval", 9)):
+        mine = [e["seconds"] for e in lines if e["event"] == kind]
+        assert len(mine) == count
+        assert spent[part] == pytest.approx(sum(mine), abs=1e-3)
+    assert made["details"]["peak_memory"] > 1e8
 
 
 # --- what can go wrong --------------------------------------------------------------------------

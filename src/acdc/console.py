@@ -73,18 +73,21 @@ class Watcher:
             self._step(event)
         elif kind == "eval":
             self._evaluated(event)
+        elif kind == "engine" and "choices" in event:
+            self._say(engine(event))
 
     def _start(self, event: Mapping[str, Any]) -> None:
         self._total, self._epochs = event["total_steps"], len(event["steps_per_epoch"])
         ends = [phase["stop"] for phase in event["phases"] if phase["kind"] == "dense"]
         self._branch = ends[-1] if ends and self.finetune else self._total
-        self.console.print(
-            f"{self.what}: {self._epochs} epochs, {self._total:,} steps",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._say(f"{self.what}: {self._epochs} epochs, {self._total:,} steps")
+        if event.get("engine", {}).get("reason"):
+            self._say(engine(event["engine"]))
         both = self._total + (self._total - self._branch)
         self._progress.update(self._task, total=both)
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _step(self, event: Mapping[str, Any]) -> None:
         self._pace.tick(event["seconds"])
@@ -112,12 +115,10 @@ class Watcher:
         if not self._live:
             phase = "dense twin" if "twin" in event else event["phase"]
             width = len(str(self._epochs))
-            self.console.print(
+            self._say(
                 f"epoch {event['epoch']:>{width}}/{self._epochs}  {phase:<10}  "
                 f"loss {self._mean.take():.4f}  test accuracy {event['accuracy']:6.2f} %  "
-                f"{self._pace} steps/s",
-                highlight=False,
-                soft_wrap=True,
+                f"{self._pace} steps/s"
             )
 
 
@@ -155,6 +156,15 @@ class Mean:
         return mean
 
 
+def engine(state: Mapping[str, Any]) -> str:
+    """Return what the engine does, or why it stays off, as a line."""
+    if "choices" not in state:
+        return f"engine: {state['kind']} ({state['reason']})"
+    sparse = sum(choice["sparse"] for choice in state["choices"])
+    layers = len(state["choices"]) + len(state["refused"])
+    return f"engine: {sparse} of {layers} layers run sparse ({state['kind']})"
+
+
 def outcome(record: Mapping[str, Any]) -> Table:
     """Return the table at the end of a run: its twins side by side, or its dense network."""
     sparse, dense, details = record["sparse"], record["dense"], record["details"]
@@ -172,6 +182,7 @@ def outcome(record: Mapping[str, Any]) -> Table:
             table.add_row(*row)
         return table
     tuned = details["finetune_flops"] / details["train_flops_dense"]
+    spent = details.get("time") or {}
     table.add_column("sparse twin", justify="right", style=COLOURS["sparse"])
     table.add_column("dense twin", justify="right", style=COLOURS["dense"])
     for label, left, right in (
@@ -189,6 +200,11 @@ def outcome(record: Mapping[str, Any]) -> Table:
             percent(100 * record["train_flops_ratio"]),
             f"+{percent(100 * tuned)} fine-tuning" if tuned else "the same run",
         ),
+        (
+            "time of a training step",
+            milliseconds(spent.get("sparse_step_ms")),
+            milliseconds(spent.get("dense_step_ms")),
+        ),
         ("bytes on disk", f"{sparse['bytes']:,}", f"{dense['bytes']:,}"),
     ):
         table.add_row(label, left, right)
@@ -198,3 +214,8 @@ def outcome(record: Mapping[str, Any]) -> Table:
 def percent(value: float) -> str:
     """Write a number of percent."""
     return f"{value:.2f} %"
+
+
+def milliseconds(value: float | None) -> str:
+    """Write a time; a dash where none was taken."""
+    return "–" if value is None else f"{value:.1f} ms"

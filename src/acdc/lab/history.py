@@ -92,6 +92,7 @@ class Run:
     evals: tuple[Json, ...]
     branch_evals: tuple[Json, ...]
     changes: tuple[Json, ...]
+    engines: tuple[Json, ...] = ()  # what the engine did at each compression
     damaged: int = 0  # lines of metrics.jsonl that are not JSON
 
     @property
@@ -121,6 +122,14 @@ class Run:
     def refused(self) -> dict[str, str]:
         """Layers that were to be pruned and could not be, and why: they stayed dense."""
         return dict((self.start or {}).get("refused") or self.details.get("refused") or {})
+
+    @property
+    def engine(self) -> Json:
+        """What computed the sparse phases: its kind, its choices, why others stayed dense."""
+        known = dict((self.start or {}).get("engine") or {})
+        for event in self.engines:
+            known |= {key: event[key] for key in ("choices", "refused") if key in event}
+        return known
 
     @property
     def finished(self) -> bool:
@@ -228,6 +237,7 @@ def read(run: Path) -> Run:
         evals=tuple(pick("eval", None)),
         branch_evals=tuple(pick("eval", "dense")),
         changes=tuple(pick("change", None)),
+        engines=tuple(pick("engine", None)),
         damaged=damaged,
     )
 

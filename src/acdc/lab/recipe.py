@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from acdc.errors import InputError, need
 from acdc.lab.data import Source
@@ -24,6 +24,8 @@ from acdc.methods.base import Method
 from acdc.methods.dense import Dense
 from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.schedule import Constant
+
+Computed = Literal["auto", "off", "reference"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Recipe:
         devices: Processes, one a device. They share every batch, and BatchNorm sees the share.
         threads: Threads of PyTorch in each process; ``None``: as PyTorch chooses. Results are
             bitwise the same only for the same number of threads.
+        engine: How sparse phases are computed on a CPU. ``"auto"``: each layer as is faster here,
+            on the kernels or in PyTorch, as timed at the first compression. ``"off"``: in PyTorch.
+            ``"reference"``: by the engine, but in plain PyTorch and slowly, to check the kernels.
+            Two runs with ``"auto"`` may choose differently, and then differ in the last bits; a
+            resumed run goes on with what it had chosen, and stays bitwise the same.
         seed: Of weights, data order, augmentation and dropout.
     """
 
@@ -76,6 +83,7 @@ class Recipe:
     channels_last: bool = True
     devices: int = 1
     threads: int | None = None
+    engine: Computed = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -97,6 +105,8 @@ class Recipe:
             raise InputError(f"clip is {self.clip!r}. It is a positive number, or none.")
         if self.bn_batches < 0:
             raise InputError(f"bn_batches is {self.bn_batches}. It is a number from 0 up.")
+        if self.engine not in (modes := get_args(Computed)):
+            raise InputError(f"engine is {self.engine!r}. It is one of: {', '.join(modes)}.")
 
     @property
     def epochs(self) -> int:
@@ -231,6 +241,9 @@ def _spell(hint: Any) -> str:
         return f"list of {_spell(get_args(hint)[0])}s (a,b,c)"
     if hint in (int, float, str, bool):
         return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]
+    if get_origin(hint) is Literal:
+        *others, last = map(str, get_args(hint))
+        return f"{', '.join(others)} or {last}"
     return str(hint).replace("typing.", "").replace("NoneType", "none")
 
 

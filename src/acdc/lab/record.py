@@ -2,7 +2,7 @@
 
 =====================  ==================================================================
 ``recipe.json``        every value of the recipe, and which ones were changed
-``metrics.jsonl``      one event a line: start, step, change, eval
+``metrics.jsonl``      one event a line: start, step, change, engine, eval
 ``checkpoint/``        ``last.ckpt``, replaced as a whole
 ``pair/``              the two twins and ``pair.json`` (``dense.safetensors`` for a dense run)
 ``record.json``        what came out, written last
@@ -126,6 +126,39 @@ def events(path: Path) -> Iterator[Event]:
             if not line.endswith("\n"):
                 return
             yield json.loads(line)
+
+
+def times(path: Path) -> dict[str, float | None]:
+    """Return where the seconds of a run went, from its metrics, and what a step took on average.
+
+    A step is forward, loss, backward and the optimizer. What is not in it: loading of data,
+    evaluation, building of the engine, checkpoints.
+    """
+    seconds = dict.fromkeys(("dense", "sparse", "finetune", "evaluation", "engine"), 0.0)
+    steps = {"dense": 0, "sparse": 0}
+    parts = {"eval": "evaluation", "engine": "engine"}
+    for event in events(path):
+        if event["event"] == "step":
+            part = "finetune" if "twin" in event else event["phase"]
+            seconds[part] += event["seconds"]
+            if part in steps:
+                steps[part] += 1
+        elif event["event"] in parts:
+            seconds[parts[event["event"]]] += event["seconds"]
+    means = {
+        f"{k}_step_ms": round(1e3 * seconds[k] / n, 3) if n else None for k, n in steps.items()
+    }
+    return {name: round(value, 3) for name, value in seconds.items()} | means
+
+
+def peak_memory() -> int | None:
+    """Return the most memory this process has held so far, in bytes, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def machine() -> dict[str, Any]:

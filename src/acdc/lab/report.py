@@ -613,6 +613,8 @@ def page(run: Run) -> str:
         twins=tables.twins(run),
         training=tables.training(run),
         ledger=tables.one_power(tables.ledger(run), 1),
+        engine=tables.engine(run),
+        engine_says=_engine(run),
         phases=tables.one_power(tables.phases(run), 4),
         compressions=tables.compressions(run),
         layers=tables.one_power(tables.layers(run), 4, 5),
@@ -715,6 +717,41 @@ def _notices(run: Run) -> list[str]:
     for layer, reason in run.refused.items():
         notices.append(f"The layer {short(layer)} stayed dense: {reason}")
     return notices
+
+
+def _engine(run: Run) -> str:
+    """What computed the sparse phases, and what it gained, in a few sentences."""
+    engine = run.engine
+    if engine.get("kind", "off") == "off":
+        reason = engine.get("reason")
+        return f"The engine stayed off: {reason}." if reason else ""
+    said = []
+    if choices := engine.get("choices"):
+        sparse = sum(choice["sparse"] for choice in choices)
+        said.append(
+            f"In sparse phases {sparse} of {plural(len(choices) + len(engine['refused']), 'layer')}"
+            f" ran on the engine ({engine['kind']})."
+        )
+    if engine.get("reason"):
+        said.append(f"Its kernels were those of PyTorch: {engine['reason']}.")
+    means = [_step_ms(run, kind) for kind in ("sparse", "dense")]
+    if None not in means:
+        said.append(
+            "A step took {:,.1f}\u202fms in them and {:,.1f}\u202fms in dense ones.".format(*means)
+        )
+    for name, reason in engine.get("refused", {}).items():
+        said.append(f"The layer {name} was left to PyTorch: {reason}.")
+    return " ".join(said)
+
+
+def _step_ms(run: Run, kind: str) -> float | None:
+    """The mean time of a step in the phases of a kind."""
+    assert run.schedule is not None
+    spans = [(p.start, p.stop) for p in run.schedule.phases if p.kind == kind]
+    times = [run.steps.seconds[run.steps.within(*span)] for span in spans]
+    measured = np.concatenate([np.empty(0), *times])
+    measured = measured[~np.isnan(measured)]
+    return 1000 * float(measured.mean()) if len(measured) else None
 
 
 def _origin(run: Run) -> list[tuple[str, str]]:

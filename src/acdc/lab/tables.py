@@ -211,10 +211,34 @@ def ledger(run: Run) -> list[Row]:
     tests = [e["seconds"] for e in (*run.evals, *run.branch_evals) if e.get("seconds") is not None]
     if tests:
         rows.append(Row("Evaluation", (NONE, NONE, NONE, _seconds(sum(tests)), NONE)))
+    built = [e["seconds"] for e in run.engines if e.get("seconds") is not None]
+    if built:
+        rows.append(Row("Building of the engine", (NONE, NONE, NONE, _seconds(sum(built)), NONE)))
     if run.record is not None and run.record.get("seconds") is not None:
         whole = _seconds(run.record["seconds"])
         rows.append(Row("Whole run, by the clock", (NONE, NONE, NONE, whole, NONE), "total"))
     return rows
+
+
+def engine(run: Run) -> list[Row]:
+    """What the engine measured of each layer, in milliseconds, and what it chose."""
+
+    def time(value: Any) -> Cell:
+        return NONE if value is None else Cell(f"{value:.2f}", round(float(value), 6))
+
+    return [
+        Row(
+            choice["name"],
+            (
+                _share(choice["density"]),
+                time(choice["dense_ms"]),
+                time(choice["sparse_ms"]),
+                time(choice["convert_ms"]),
+                Cell("sparse" if choice["sparse"] else "dense"),
+            ),
+        )
+        for choice in run.engine.get("choices", ())
+    ]
 
 
 def phases(run: Run) -> list[Row]:

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from acdc.errors import AcdcError, InputError, need
 from acdc.lab.batchnorm import reestimate
 from acdc.lab.data import Data
 from acdc.lab.recipe import Recipe, encode
-from acdc.lab.record import Event, Folder, Metrics, machine, versions
+from acdc.lab.record import Event, Folder, Metrics, machine, peak_memory, times, versions
 from acdc.pair import Pair, Staging, sizes
 from acdc.sparsifier import Sparsifier
 
@@ -44,7 +44,11 @@ try:
 except ImportError as missing:
     raise need("lightning", "lab") from missing
 
+if TYPE_CHECKING:
+    from acdc.lab.engine import RunEngine
+
 FORMAT = 1  # of checkpoints
+WITHOUT_ENGINE = {"engine": "off"}  # what a recipe meant before it could say
 Leg = Literal["main", "finetune"]
 Watch = Callable[[Event], None]
 
@@ -90,6 +94,8 @@ def run(
     fabric = _fabric(recipe, device, folder)
     if resume and place.record.exists():
         return place.read(place.record)
+    if resume:
+        recipe = _as_begun(recipe, place)
     _check_free(place, recipe, resume)
     fabric.launch()
     threads = torch.get_num_threads()
@@ -145,7 +151,8 @@ class _Run:
         self.model, self.stepper = fabric.setup(self.net, self.optimizer)
         # Before the sparsifier's own hook, so that a phase is measured before the next one begins.
         self.optimizer.register_step_post_hook(self._after_step)
-        self.sparsifier = Sparsifier(self.method, self.net, self.optimizer)
+        self.engine, self.engine_start = self._engine()
+        self.sparsifier = Sparsifier(self.method, self.net, self.optimizer, engine=self.engine)
         self.network = cost.measure(
             self.net, torch.zeros(1, *recipe.model.input_shape, device=fabric.device)
         )
@@ -158,6 +165,20 @@ class _Run:
         self.epoch_ends = set(accumulate(self.schedule.steps_per_epoch))
         self.metrics: Metrics | None = None
         self.measured: Event | None = None  # the evaluation that is due with this step
+
+    def _engine(self) -> tuple[RunEngine | None, Event]:
+        """Return the engine, if the run has one, and what is said of it at the start."""
+        recipe = self.recipe
+        if recipe.engine == "off" or self.schedule.last("sparse") is None:
+            return None, {"kind": "off", "reason": None}
+        # Here, because it takes a while to load and a run without it need not wait.
+        from acdc.lab.engine import RunEngine, why_off
+
+        if reason := why_off(self.fabric.device, recipe.precision):
+            return None, {"kind": "off", "reason": reason}
+        shape = (self.local_batch // recipe.accumulate, *recipe.model.input_shape)
+        engine = RunEngine(self.net, self._placed(torch.zeros(shape)), recipe.engine)
+        return engine, engine.start()
 
     def _after_step(self, *_: Any) -> None:
         """Count the executed step; at the end of an epoch, measure the network as it left it."""
@@ -173,15 +194,18 @@ class _Run:
 
     def go(self, command: str, resume: bool) -> dict[str, Any]:
         """Train both legs and return the record."""
-        size = self._load() if resume and self.place.checkpoint.exists() else 0
+        resumed = resume and self.place.checkpoint.exists()
+        size = self._load() if resumed else 0
         if self.fabric.is_global_zero:
             self.metrics = Metrics(self.place.metrics, size)
         self.started = time.perf_counter() - self.seconds
-        if self.step == 0:
-            self._emit(self._start_event())
-        else:
-            self.watch(self._start_event())
         try:
+            if resumed:
+                self.watch(self._start_event())
+            else:
+                self._emit(self._start_event())
+                if self._emit_changes(0, self._built):  # some schedules begin sparse
+                    self._checkpoint()
             if self.leg == "main":
                 self._train()
                 self._end_main()
@@ -242,6 +266,7 @@ class _Run:
     def _train_step(self, x: Tensor, y: Tensor) -> None:
         """Take one optimizer step and everything that is due after it."""
         began, before, changes = time.perf_counter(), self.step, len(self.sparsifier.changes)
+        built = self._built
         phase = "dense" if self.leg == "finetune" else self.schedule.phase_at(before).kind
         lr = self.recipe.optimizer.lr * self.recipe.lr.factor(before, self.schedule)
         for group in self.optimizer.param_groups:
@@ -259,7 +284,9 @@ class _Run:
         self.batches += 1
         if self.step == before:
             return  # the GradScaler found an overflow and skipped the step
-        seconds = time.perf_counter() - began
+        built = self._built - built
+        tested = self.measured["seconds"] if self.measured is not None else 0.0
+        seconds = time.perf_counter() - began - built - tested  # both took place in stepper.step()
         event = {"event": "step", "step": self.step, "epoch": math.floor(
             self.schedule.epoch_at(before)), "phase": phase, "loss": loss, "lr": lr,
             "seconds": round(seconds, 6)}  # fmt: skip
@@ -269,14 +296,13 @@ class _Run:
             if not math.isfinite(self.measured["loss"]):
                 raise InputError(self._diverged(self.measured["loss"]))
             self.measured = None
-        for change in self.sparsifier.changes[changes:]:
-            self._emit({"event": "change"} | vars(change))
+        chosen = self._emit_changes(changes, built)
         twin = self.sparsifier.dense_twin
         if twin is not None and twin.step == self.step and self.leg == "main":
             self.batches_at_twin = self.batches
         if self.fabric.world_size == 1 and self.stop:
             stop = self.stop[0]
-        if stop or self.step % self.recipe.checkpoint_steps == 0:
+        if stop or chosen or self.step % self.recipe.checkpoint_steps == 0:
             self._checkpoint()
         if stop:
             raise Interrupted(
@@ -284,6 +310,32 @@ class _Run:
                 f"({signal.Signals(stop).name}). Nothing is lost: go on with --resume.",
                 stop,
             )
+
+    @property
+    def _built(self) -> float:
+        """Seconds that the engine has spent on compressions."""
+        return 0.0 if self.engine is None else self.engine.seconds
+
+    def _emit_changes(self, first: int, seconds: float) -> bool:
+        """Say how the support changed, and the engine with it.
+
+        Args:
+            first: The changes before it have been said.
+            seconds: What the engine spent on them.
+
+        Returns:
+            Whether the engine made a choice. It has to be on the disk before a step is computed by
+            it: chosen anew after a stop, it could be another one.
+        """
+        changes = self.sparsifier.changes[first:]
+        for change in changes:
+            self._emit({"event": "change"} | vars(change))
+        if self.engine is None or not any(change.to == "sparse" for change in changes):
+            return False
+        news = self.engine.news()
+        event = {"event": "engine", "step": self.step, **self.engine.start(), **news}
+        self._emit(event | {"seconds": round(seconds, 6)})
+        return bool(news)
 
     def _agreed(self, loss: float) -> tuple[float, int]:
         """Return the mean loss of all processes, and the signal that one of them has been sent.
@@ -379,6 +431,7 @@ class _Run:
                 for layer in self.network.layers
             ],
             "refused": self.sparsifier.refused,
+            "engine": self.engine_start,
         }
 
     def _emit(self, event: Event) -> None:
@@ -437,10 +490,10 @@ class _Run:
                 f"The checkpoint {path} has format {state.get('format')!r}, and this version of "
                 f"acdc reads format {FORMAT}."
             )
-        if state["recipe"] != encode(self.recipe):
+        if (old := WITHOUT_ENGINE | state["recipe"]) != encode(self.recipe):
             raise InputError(
                 f"The checkpoint {path} is of another recipe: "
-                f"{_first_difference(state['recipe'], encode(self.recipe))}. Resume with the same "
+                f"{_first_difference(old, encode(self.recipe))}. Resume with the same "
                 f"--set values and the same version of acdc."
             )
         if state["data"] != self.data.digest():
@@ -475,6 +528,7 @@ class _Run:
         if self.fabric.is_global_zero:
             assert self.metrics is not None
             self.metrics.sync()
+            record["details"]["time"] = times(self.place.metrics)
             self.place.write(self.place.record, record)
         self.fabric.barrier()
         return record
@@ -596,6 +650,8 @@ class _Run:
                 for layer in network.layers
             ],
             "refused": self.sparsifier.refused,
+            "engine": self.engine_start | (self.engine.chosen() if self.engine else {}),
+            "peak_memory": peak_memory(),
             "dense_finetuned": self.leg == "finetune",
             "bn_reestimated": bool(self.recipe.bn_batches),
         }
@@ -629,6 +685,13 @@ def _identity(recipe: Recipe, changed: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def _as_begun(recipe: Recipe, place: Folder) -> Recipe:
+    """Return the recipe without the engine, if its run began when there was none."""
+    if place.recipe.exists() and "engine" not in place.read(place.recipe)["values"]:
+        return replace(recipe, engine="off")
+    return recipe
+
+
 def _check_free(place: Folder, recipe: Recipe, resume: bool) -> None:
     """See that the folder holds no run, or the very one that is to be resumed."""
     if not resume:
@@ -642,7 +705,7 @@ def _check_free(place: Folder, recipe: Recipe, resume: bool) -> None:
         raise InputError(
             f"There is no run to resume in {place.path}. Leave --resume out to start it."
         )
-    old, new = place.read(place.recipe)["values"], encode(recipe)
+    old, new = WITHOUT_ENGINE | place.read(place.recipe)["values"], encode(recipe)
     if old != new:
         raise InputError(
             f"The run in {place.path} has another recipe: {_first_difference(old, new)}. Resume "
