@@ -52,8 +52,9 @@ typedef struct acdc_entry_f64 { int32_t offset; double value; } acdc_entry_f64;
 
 /* The kept weights in the order in which one pass reads them: by tile of input channels (the panel of a
  * tile fits into the first-level cache), by output channel, by position. A *row* is one output channel
- * inside one tile. Rows that have nothing to add are left out, except in the first tile (which starts
- * the sums) and in the last (which ends them). */
+ * inside one tile; the rows of a tile go by their number of entries, longest first. Rows that have
+ * nothing to add are left out, except in the first tile (which starts the sums) and in the last (which
+ * ends them). */
 typedef struct acdc_list {
     int32_t tiles;
     int32_t in_channels;
@@ -61,7 +62,7 @@ typedef struct acdc_list {
     const int32_t* channel;   /* [rows] the output channel of a row */
     const int32_t* begin;     /* [rows + 1] its first entry */
     const void* entries;      /* [nnz + 16] acdc_entry_f32 or _f64 */
-    const int32_t* source;    /* [nnz] flat index into the dense weight */
+    const int32_t* source;    /* [nnz] place in the dense weight's memory */
     int64_t nnz;
     int32_t out_row, out_column;       /* first output pixel this list computes (its phase) */
     int32_t top, bottom, left, right;  /* input pixels reached, relative to a tile; for prefetching */
@@ -91,8 +92,9 @@ typedef struct acdc_weight_grad_args {
     int32_t in_row_step, in_column_step;
     int32_t tile_rows, tile_columns;
     int32_t accumulate;
+    int32_t wide;          /* one register of partial sums for each entry, see docs/engine.md */
     void* target;          /* as large as the dense weight; only the support is written */
-    void* workspace;       /* threads * acdc_grad_pitch(nnz) elements, 64-B aligned */
+    void* workspace;       /* threads * acdc_grad_pitch(nnz) elements (wide: times lanes), 64-B aligned */
     int32_t threads;
 } acdc_weight_grad_args;
 
@@ -263,7 +265,8 @@ typedef struct acdc_plan_args {
     int32_t out_channels, in_channels, kernel_rows, kernel_columns, groups; /* in_channels: all groups */
     int32_t row_step, column_step, row_padding, column_padding, row_dilation, column_dilation;
     int64_t nnz;
-    const int64_t* support;          /* [nnz] sorted flat indices of the kept weights */
+    const int64_t* support;          /* [nnz] flat indices of the kept weights, ascending */
+    int64_t out_stride, in_stride, row_stride, column_stride; /* of the weight, as it lies in memory */
     int32_t lanes, is_double;
     int64_t x_row, x_channel;        /* pitches of the input */
     int64_t dy_row, dy_channel;      /* pitches of the output's gradient */

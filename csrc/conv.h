@@ -13,32 +13,40 @@ template <class real> struct entry_of { using type = acdc_entry_f32; };
 template <> struct entry_of<double> { using type = acdc_entry_f64; };
 template <class real> using Entry = typename entry_of<real>::type;
 
-// Fetches, a little with every output channel, the lines that the next tile will read and write.
-struct NextTile {
-    const char* x = nullptr;  // first pixel reached, in the columns this tile has not read already
-    const char* y = nullptr;
-    int64_t x_channel, x_row, y_channel, y_row;  // in bytes
-    int x_rows, x_bytes, y_rows, y_bytes;
-    int rows, channels, credit, channels_left;  // every row of the index list pays for channels / rows
+// Calls body(address) once for each cache line of a run of `bytes`, but for the line before the first
+// boundary: the tile to the left has touched it.
+template <int bytes, class Body> inline void each_line(const char* p, Body body) {
+    ACDC_UNROLL
+    for (int byte = 0; byte < bytes; byte += 64) body(p + least(byte + 60, bytes - 4));
+}
 
-    void start(const acdc_list& list) {
-        rows = list.tile_rows[list.tiles];
-        channels = channels_left = list.in_channels;
-        credit = 0;
+// Fetches, a little with every row of the index list, what the next tile will read and write. Few
+// instructions and hardly a branch: a row is short, and foreseeing its end is worth more.
+struct NextTile {
+    int64_t y = 0;                // bytes from what this tile writes to what the next one does
+    const char* x = nullptr;      // first pixel reached, in the columns this tile has not read already
+    int64_t x_row, x_channel;     // in bytes; x_channel from the last row of a channel to the next channel
+    int rows, row = 0;            // of the panel, in each channel
+    int per_row = 0;              // rows of the panel to fetch with each row of the list
+    int64_t left = 0;             // how many are left
+
+    // What lies at `here` in this tile, TH rows of `bytes`.
+    template <int TH, int bytes, class real, class Body> void fetch_y(const real* here, int64_t pitch, Body body) const {
+        if (!y) return;
+        const char* p = (const char*)here + y;
+        ACDC_UNROLL
+        for (int i = 0; i < TH; ++i, p += pitch * int64_t(sizeof(real))) each_line<bytes>(p, body);
     }
 
-    void fetch(int channel) {
-        if (y) {
-            const char* line = y + channel * y_channel;
-            for (int row = 0; row < y_rows; ++row, line += y_row)
-                for (int byte = 0; byte < y_bytes; byte += 64) prefetch_write(line + byte);
-        }
-        if (!x) return;
-        for (credit += channels; credit >= rows; credit -= rows, x += x_channel) {
-            const char* line = x;
-            for (int row = 0; row < x_rows; ++row, line += x_row)
-                for (int byte = 0; byte < x_bytes; byte += 64) prefetch_read(line + byte);
-            if (--channels_left == 0) { x = nullptr; return; }
+    // `bytes` of every row of the panel.
+    template <int bytes> void fetch_x() {
+        if (left <= 0) return;
+        left -= per_row;
+        for (int n = per_row; n > 0; --n) {
+            each_line<bytes>(x, [](const char* p) { prefetch_read(p); });
+            const bool last = ++row == rows;
+            x += last ? x_channel : x_row;
+            row = last ? 0 : row;
         }
     }
 };
@@ -60,18 +68,44 @@ template <class real> struct ConvTile {
     NextTile* next;
 };
 
+// Calls body(pixel number, its address) for the pixels of a tile.
+template <int TH, int TW, class pointer, class Body>
+inline void each_pixel_of(pointer p, int64_t row, int64_t column, Body body) {
+    ACDC_UNROLL
+    for (int i = 0; i < TH * TW; ++i) {
+        body(i, p + i % TW * column);
+        if (i % TW == TW - 1) p += row;
+    }
+}
+
+// The sums of y - shift and of its square, in two chains each, which hides some of their latency.
+template <class real, int COUNT> inline void add_statistics(const vec<real>* y, vec<real> shift, real* partial) {
+    vec<real> s[2] = {}, q[2] = {};
+    ACDC_UNROLL
+    for (int i = 0; i < COUNT; ++i) {
+        const vec<real> d = y[i] - shift;
+        s[i % 2] += d;
+        q[i % 2] += d * d;
+    }
+    store(partial, load(partial) + (s[0] + s[1]));
+    store(partial + lanes, load(partial + lanes) + (q[0] + q[1]));
+}
+
 template <class real, int TH, int TW, int IN, int OUT> void conv_tile(const ConvTile<real>& t) {
     const int64_t in = IN ? IN * lanes : t.x_column, out = OUT ? OUT * lanes : t.y_column;
-    const int64_t x_row = t.x_row;
+    constexpr int pixel = lanes * sizeof(real);
+    const int64_t x_row = t.x_row, y_row = t.y_row;
     for (int row = 0; row < t.rows; ++row) {
         const int channel = t.channel[row];
         real* y = t.y + channel * t.y_channel;
-        if (t.next) t.next->fetch(channel);
+        if (IN && t.next) {
+            t.next->template fetch_y<TH, TW * OUT * pixel>(y, y_row, [](const char* p) { prefetch_write(p); });
+            t.next->template fetch_x<TW * IN * pixel>();
+        }
 
         vec<real> sum[TH * TW];
         if (t.accumulate) {
-            ACDC_UNROLL
-            for (int i = 0; i < TH * TW; ++i) sum[i] = load(y + i / TW * t.y_row + i % TW * out);
+            each_pixel_of<TH, TW>(y, y_row, out, [&](int i, real* p) { sum[i] = load(p); });
         } else if (t.bias) {
             ACDC_UNROLL
             for (int i = 0; i < TH * TW; ++i) sum[i] = t.bias[channel] * load(t.live + i % TW * t.live_column);
@@ -83,29 +117,12 @@ template <class real, int TH, int TW, int IN, int OUT> void conv_tile(const Conv
         const Entry<real>*k = t.entries + t.begin[row], *end = t.entries + t.begin[row + 1];
         for (; k < end; ++k) {
             const vec<real> weight = splat(k->value);
-            const real* x = t.x + k->offset;
-            ACDC_UNROLL
-            for (int i = 0; i < TH * TW; ++i) {
-                sum[i] += weight * load(x + i % TW * in);
-                if (i % TW == TW - 1) x += x_row;
-            }
+            each_pixel_of<TH, TW>(t.x + k->offset, x_row, in, [&](int i, const real* p) { sum[i] += weight * load(p); });
         }
-
-        ACDC_UNROLL
-        for (int i = 0; i < TH * TW; ++i) store(y + i / TW * t.y_row + i % TW * out, sum[i]);
-
+        each_pixel_of<TH, TW>(y, y_row, out, [&](int i, real* p) { store(p, sum[i]); });
         if (t.sums) {
-            real* partial = t.sums + channel * 2 * lanes;
             const vec<real> shift = t.shift ? t.shift[channel] * load(t.live) : vec<real>{};
-            vec<real> s{}, q{};
-            ACDC_UNROLL
-            for (int i = 0; i < TH * TW; ++i) {
-                const vec<real> d = sum[i] - shift;
-                s += d;
-                q += d * d;
-            }
-            store(partial, load(partial) + s);
-            store(partial + lanes, load(partial + lanes) + q);
+            add_statistics<real, TH * TW>(sum, shift, t.sums + channel * 2 * lanes);
         }
     }
 }
@@ -170,24 +187,21 @@ template <class real> struct Conv {
     Grid grid;
     const real *all_live, *last_live;
 
-    NextTile next_tile(const Place& p) const {
+    // What to fetch while one tile is computed: the next one.
+    NextTile next_tile(const Place& here, const Place& p) const {
         const acdc_list& list = a.lists[0];
-        const int new_columns = grid.tile.columns * a.in_column_step;
-        const int rows = (grid.tile.rows - 1) * a.in_row_step + list.bottom - list.top + 1;
         NextTile next;
+        next.y = (plane<real>(a.y, p.block, 0) - plane<real>(a.y, here.block, 0) +
+                  int64_t(p.row - here.row) * a.out_row_step * a.y.row +
+                  int64_t(p.column - here.column) * a.out_column_step * lanes) * int64_t(sizeof(real));
         next.x = (const char*)(plane<real>(a.x, p.block, 0) + (p.row * a.in_row_step + list.top) * a.x.row +
                                (int64_t(p.column - 1) * a.in_column_step + list.right + 1) * lanes);
-        next.y = (const char*)(plane<real>(a.y, p.block, 0) + int64_t(p.row) * a.out_row_step * a.y.row +
-                               int64_t(p.column) * a.out_column_step * lanes);
-        next.x_channel = a.x.channel * sizeof(real);
-        next.x_row = a.x.row * sizeof(real);
-        next.y_channel = a.y.channel * sizeof(real);
-        next.y_row = a.y.row * sizeof(real);
-        next.x_rows = rows;
-        next.x_bytes = new_columns * lanes * int(sizeof(real));
-        next.y_rows = grid.tile.rows * a.out_row_step;
-        next.y_bytes = grid.tile.columns * a.out_column_step * lanes * int(sizeof(real));
-        next.start(list);
+        next.rows = (grid.tile.rows - 1) * a.in_row_step + list.bottom - list.top + 1;
+        next.x_row = a.x.row * int64_t(sizeof(real));
+        next.x_channel = (a.x.channel - (next.rows - 1) * a.x.row) * int64_t(sizeof(real));
+        next.left = int64_t(next.rows) * list.in_channels;
+        const int list_rows = list.tile_rows[list.tiles];
+        next.per_row = int((next.left + list_rows - 1) / list_rows);
         return next;
     }
 
@@ -222,7 +236,7 @@ template <class real> struct Conv {
             t.accumulate = a.accumulate || tile > 0;
             t.sums = tile == list.tiles - 1 ? sums : nullptr;
             kernel(t);
-            if (next) next->y = nullptr;  // fetched with the first tile of channels, once
+            if (next) next->y = 0;  // fetched with the first tile of channels, once
         }
     }
 
@@ -230,8 +244,7 @@ template <class real> struct Conv {
         real* sums = a.sums ? static_cast<real*>(a.workspace) + int64_t(thread) * a.y.channels * 2 * lanes : nullptr;
         for (int64_t i = first; i < last; ++i) {
             const Place here = grid.at(i);
-            NextTile next;
-            if (i + 1 < last) next = next_tile(grid.at(i + 1));
+            NextTile next = next_tile(here, grid.at(i + 1));
             for (int phase = 0; phase < a.phases; ++phase)
                 run_list(a.lists[phase], here, sums, phase == 0 && i + 1 < last ? &next : nullptr);
         }

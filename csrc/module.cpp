@@ -138,7 +138,7 @@ NB_MODULE(_kernels, m) {
         nb::class_<Struct> cls(m, "weight_grad_args");
         cls.def(nb::init<>());
         FIELD(x); FIELD(dy); FIELD(in_row_step); FIELD(in_column_step); FIELD(tile_rows); FIELD(tile_columns);
-        FIELD(accumulate); FIELD(target); FIELD(workspace); FIELD(threads);
+        FIELD(accumulate); FIELD(wide); FIELD(target); FIELD(workspace); FIELD(threads);
         cls.def("set_plan", [](Struct& self, const Plan& plan) { self.list = acdc_plan_forward(plan.plan); });
     }
     {
@@ -215,7 +215,8 @@ NB_MODULE(_kernels, m) {
         FIELD(out_channels); FIELD(in_channels); FIELD(kernel_rows); FIELD(kernel_columns); FIELD(groups);
         FIELD(row_step); FIELD(column_step); FIELD(row_padding); FIELD(column_padding); FIELD(row_dilation);
         FIELD(column_dilation); FIELD(nnz); FIELD(lanes); FIELD(is_double); FIELD(x_row); FIELD(x_channel);
-        FIELD(dy_row); FIELD(dy_channel); FIELD(in_tile); FIELD(out_tile);
+        FIELD(dy_row); FIELD(dy_channel); FIELD(in_tile); FIELD(out_tile); FIELD(out_stride); FIELD(in_stride);
+        FIELD(row_stride); FIELD(column_stride);
         cls.def_prop_rw(
             "support", [](const Struct& self) { return Address(self.support); },
             [](Struct& self, Address value) { self.support = pointer<const int64_t>(value); });

@@ -40,7 +40,11 @@ template <class real> inline vec<real> load_loose(const real* p) {
 template <class real> inline void store_loose(real* p, vec<real> v) {
     *reinterpret_cast<typename loose_of<real>::type*>(p) = v;
 }
-template <class real> inline vec<real> splat(real value) { return vec<real>{} + value; }
+// Written out, so that it is one broadcast from memory: zero plus a value would also be an addition.
+template <class real, std::size_t... i> inline vec<real> splat(real value, std::index_sequence<i...>) {
+    return vec<real>{((void)i, value)...};
+}
+template <class real> inline vec<real> splat(real value) { return splat(value, std::make_index_sequence<lanes>()); }
 template <class real> inline vec<real> keep(mask<real> m, vec<real> v) { return (vec<real>)(m & (mask<real>)v); }
 
 template <class number> inline number least(number a, number b) { return a < b ? a : b; }

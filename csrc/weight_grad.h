@@ -19,6 +19,17 @@ template <class real> struct GradTile {
     NextTile* next;
 };
 
+// Loads the tile of one output channel, and fetches a little for the next tile.
+template <class real, int TH, int TW, int IN> inline void load_dy(const GradTile<real>& t, int channel, vec<real>* dy) {
+    constexpr int pixel = lanes * sizeof(real);
+    const real* first = t.dy + channel * t.dy_channel;
+    if (IN && t.next) {
+        t.next->template fetch_y<TH, TW * pixel>(first, t.dy_row, [](const char* p) { prefetch_read(p); });
+        t.next->template fetch_x<TW * IN * pixel>();
+    }
+    each_pixel_of<TH, TW>(first, t.dy_row, lanes, [&](int i, const real* p) { dy[i] = load(p); });
+}
+
 // Two entries at once, each in two chains of multiply-adds: four chains hide their latency.
 template <class real, int TH, int TW>
 inline void dot_pair(const vec<real>* dy, const real* p, const real* q, int64_t row, int64_t column, vec<real>* out) {
@@ -39,11 +50,8 @@ template <class real, int TH, int TW, int IN> void grad_tile(const GradTile<real
     vec<real> products[lanes] = {};
     for (int row = 0; row < t.rows; ++row) {
         const int channel = t.channel[row];
-        if (t.next) t.next->fetch(channel);
         vec<real> dy[TH * TW];
-        ACDC_UNROLL
-        for (int i = 0; i < TH * TW; ++i)
-            dy[i] = load(t.dy + channel * t.dy_channel + i / TW * t.dy_row + i % TW * lanes);
+        load_dy<real, TH, TW, IN>(t, channel, dy);
 
         const int end = t.begin[row + 1];
         for (int k = t.begin[row]; k < end; k += lanes) {
@@ -62,52 +70,88 @@ template <class real, int TH, int TW, int IN> void grad_tile(const GradTile<real
     }
 }
 
+// One entry or two, added to a vector of partial sums for each, in memory.
+template <class real, int TH, int TW, int COUNT>
+inline void add_dots(const vec<real>* dy, const real* x, const Entry<real>* entry, int64_t row, int64_t column, real* sums) {
+    vec<real> even[COUNT], odd[COUNT] = {};
+    const real* p[COUNT];
+    ACDC_UNROLL
+    for (int j = 0; j < COUNT; ++j) {
+        p[j] = x + entry[j].offset;
+        even[j] = load(sums + j * lanes);
+    }
+    ACDC_UNROLL
+    for (int i = 0; i < TH * TW; ++i) {
+        ACDC_UNROLL
+        for (int j = 0; j < COUNT; ++j) {
+            vec<real>& sum = i % 2 ? odd[j] : even[j];
+            sum += dy[i] * load(p[j] + i % TW * column);
+            if (i % TW == TW - 1) p[j] += row;
+        }
+    }
+    ACDC_UNROLL
+    for (int j = 0; j < COUNT; ++j) store(sums + j * lanes, TH * TW > 1 ? even[j] + odd[j] : even[j]);
+}
+
+template <class real, int TH, int TW, int IN> void wide_grad_tile(const GradTile<real>& t) {
+    const int64_t column = IN ? IN * lanes : t.x_column;
+    for (int row = 0; row < t.rows; ++row) {
+        const int channel = t.channel[row];
+        vec<real> dy[TH * TW];
+        load_dy<real, TH, TW, IN>(t, channel, dy);
+        const int end = t.begin[row + 1];
+        int k = t.begin[row];
+        for (; k + 2 <= end; k += 2)
+            add_dots<real, TH, TW, 2>(dy, t.x, t.entries + k, t.x_row, column, t.grads + int64_t(k) * lanes);
+        if (k < end) add_dots<real, TH, TW, 1>(dy, t.x, t.entries + k, t.x_row, column, t.grads + int64_t(k) * lanes);
+    }
+}
+
 template <class real> using GradTileKernel = void (*)(const GradTile<real>&);
 template <class real> constexpr int grad_tile_limit = sizeof(real) == 4 ? ACDC_GRAD_TILE : 4;
 
-template <class real, int TH, int TW, int IN> constexpr GradTileKernel<real> grad_tile_or_null() {
-    if constexpr (TH * TW <= grad_tile_limit<real> && (IN != 0 || TH == 1)) return grad_tile<real, TH, TW, IN>;
+template <class real, int TH, int TW, int IN, bool WIDE> constexpr GradTileKernel<real> grad_tile_or_null() {
+    if constexpr (TH * TW <= grad_tile_limit<real> && (IN != 0 || TH == 1))
+        return WIDE ? wide_grad_tile<real, TH, TW, IN> : grad_tile<real, TH, TW, IN>;
     else return nullptr;
 }
 
-template <class real, int IN> GradTileKernel<real> grad_tile_of(int rows, int columns) {
+template <class real, int IN, bool WIDE> GradTileKernel<real> grad_tile_of(int rows, int columns) {
 #define ACDC_TILES(TH)                                                               \
     {                                                                                \
-        grad_tile_or_null<real, TH, 1, IN>(), grad_tile_or_null<real, TH, 2, IN>(),   \
-        grad_tile_or_null<real, TH, 3, IN>(), grad_tile_or_null<real, TH, 4, IN>(),   \
-        grad_tile_or_null<real, TH, 5, IN>(), grad_tile_or_null<real, TH, 6, IN>(),   \
-        grad_tile_or_null<real, TH, 7, IN>(), grad_tile_or_null<real, TH, 8, IN>()    \
+        grad_tile_or_null<real, TH, 1, IN, WIDE>(), grad_tile_or_null<real, TH, 2, IN, WIDE>(),   \
+        grad_tile_or_null<real, TH, 3, IN, WIDE>(), grad_tile_or_null<real, TH, 4, IN, WIDE>(),   \
+        grad_tile_or_null<real, TH, 5, IN, WIDE>(), grad_tile_or_null<real, TH, 6, IN, WIDE>(),   \
+        grad_tile_or_null<real, TH, 7, IN, WIDE>(), grad_tile_or_null<real, TH, 8, IN, WIDE>()    \
     }
     static constexpr GradTileKernel<real> table[3][8] = {ACDC_TILES(1), ACDC_TILES(2), ACDC_TILES(3)};
 #undef ACDC_TILES
     return table[rows - 1][columns - 1];
 }
 
-template <class real> GradTileKernel<real> grad_tile_for(int in, int rows, int columns) {
-    if (in == 1) return grad_tile_of<real, 1>(rows, columns);
-    if (in == 2) return grad_tile_of<real, 2>(rows, columns);
-    return grad_tile_of<real, 0>(rows, columns);
+template <class real, bool WIDE> GradTileKernel<real> grad_tile_for(int in, int rows, int columns) {
+    if (in == 1) return grad_tile_of<real, 1, WIDE>(rows, columns);
+    if (in == 2) return grad_tile_of<real, 2, WIDE>(rows, columns);
+    return grad_tile_of<real, 0, WIDE>(rows, columns);
 }
 
 template <class real> struct WeightGrad {
     acdc_weight_grad_args a;
     Grid grid;
 
-    NextTile next_tile(const Place& p) const {
+    NextTile next_tile(const Place& here, const Place& p) const {
         const acdc_list& list = *a.list;
         NextTile next;
+        next.y = (plane<real>(a.dy, p.block, 0) - plane<real>(a.dy, here.block, 0) + (p.row - here.row) * a.dy.row +
+                  int64_t(p.column - here.column) * lanes) * int64_t(sizeof(real));
         next.x = (const char*)(plane<real>(a.x, p.block, 0) + (p.row * a.in_row_step + list.top) * a.x.row +
                                (int64_t(p.column - 1) * a.in_column_step + list.right + 1) * lanes);
-        next.y = (const char*)(plane<real>(a.dy, p.block, 0) + p.row * a.dy.row + int64_t(p.column) * lanes);
-        next.x_channel = a.x.channel * sizeof(real);
-        next.x_row = a.x.row * sizeof(real);
-        next.y_channel = a.dy.channel * sizeof(real);
-        next.y_row = a.dy.row * sizeof(real);
-        next.x_rows = (grid.tile.rows - 1) * a.in_row_step + list.bottom - list.top + 1;
-        next.x_bytes = grid.tile.columns * a.in_column_step * lanes * int(sizeof(real));
-        next.y_rows = grid.tile.rows;
-        next.y_bytes = grid.tile.columns * lanes * int(sizeof(real));
-        next.start(list);
+        next.rows = (grid.tile.rows - 1) * a.in_row_step + list.bottom - list.top + 1;
+        next.x_row = a.x.row * int64_t(sizeof(real));
+        next.x_channel = (a.x.channel - (next.rows - 1) * a.x.row) * int64_t(sizeof(real));
+        next.left = int64_t(next.rows) * list.in_channels;
+        const int list_rows = list.tile_rows[list.tiles];
+        next.per_row = int((next.left + list_rows - 1) / list_rows);
         return next;
     }
 
@@ -115,7 +159,8 @@ template <class real> struct WeightGrad {
         const acdc_list& list = *a.list;
         const int rows = least(grid.tile.rows, a.dy.height - p.row);
         const int columns = least(grid.tile.columns, a.dy.width - p.column);
-        const GradTileKernel<real> kernel = grad_tile_for<real>(a.in_column_step, rows, columns);
+        const GradTileKernel<real> kernel = a.wide ? grad_tile_for<real, true>(a.in_column_step, rows, columns)
+                                                  : grad_tile_for<real, false>(a.in_column_step, rows, columns);
         GradTile<real> t;
         t.x = plane<real>(a.x, p.block, 0) + int64_t(p.row) * a.in_row_step * a.x.row +
               int64_t(p.column) * a.in_column_step * lanes;
@@ -133,14 +178,13 @@ template <class real> struct WeightGrad {
             t.begin = list.begin + first;
             t.rows = list.tile_rows[tile + 1] - first;
             kernel(t);
-            if (next) next->y = nullptr;
+            if (next) next->y = 0;
         }
     }
 
     void run(real* grads, int64_t first, int64_t last) const {
         for (int64_t i = first; i < last; ++i) {
-            NextTile next;
-            if (i + 1 < last) next = next_tile(grid.at(i + 1));
+            NextTile next = next_tile(grid.at(i), grid.at(i + 1));
             run_tile(grid.at(i), grads, i + 1 < last ? &next : nullptr);
         }
     }
@@ -150,7 +194,8 @@ template <class real> struct WeightGradKernel {
     const acdc_weight_grad_args& a;
     const Grid& grid;
 
-    int64_t pitch() const { return acdc_grad_pitch(a.list->nnz); }
+    int64_t per_entry() const { return a.wide ? lanes : 1; }
+    int64_t pitch() const { return acdc_grad_pitch(a.list->nnz) * per_entry(); }
     real* grads(int thread) const { return static_cast<real*>(a.workspace) + thread * pitch(); }
 
     void begin() const { clear(grads(0), a.threads * pitch()); }
@@ -167,8 +212,9 @@ template <class real> struct WeightGradKernel {
         const int32_t* source = a.list->source;
         split(a.list->nnz, a.threads, [&](int, int64_t first, int64_t last) {
             for (int64_t k = first; k < last; ++k) {
-                real sum = grads(0)[k];
-                for (int thread = 1; thread < a.threads; ++thread) sum += grads(thread)[k];
+                real sum = 0;
+                for (int thread = 0; thread < a.threads; ++thread)
+                    for (int64_t i = k * per_entry(); i < (k + 1) * per_entry(); ++i) sum += grads(thread)[i];
                 target[source[k]] = a.accumulate ? target[source[k]] + sum : sum;
             }
         });

@@ -222,23 +222,63 @@ def test_a_sparse_convolution_equals_the_masked_dense_one(
     k.conv_input_grad(plan, dy, dx, accumulate=True)
     close(k.from_layout(dx), 2 * wide.grad, dtype)
 
-    found = torch.full_like(weight, 7)
-    k.conv_weight_grad(plan, x_buffer, dy, found)
-    assert (found[~support] == 7).all(), "only the support is written"
-    close(found * support, masked.grad * support, dtype)
+    for wide_sums in (True, False):  # the two ways to sum; the reference has one
+        plan.wide = wide_sums
+        found = torch.full_like(weight, 7)
+        k.conv_weight_grad(plan, x_buffer, dy, found)
+        assert (found[~support] == 7).all(), "only the support is written"
+        close(found * support, masked.grad * support, dtype)
     close(k.channel_sums(dy), grad.double().sum((0, 2, 3)), dtype, terms=grad[:, 0])
     for buffer in (y, dx):
         dead_lanes_are_zero(buffer)
         halo_is_zero(buffer)
 
 
-def agree(got, want, support, leaves, wants, dtype):
-    """Compare a layer's output and the gradients of its input, weight and bias."""
+@backends
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("kernel", [(3, 2), (1, 1)])
+def test_a_plan_reads_and_writes_weights_by_their_strides(name, dtype, kernel):
+    torch.manual_seed(0)
+    g, k = ConvGeometry(6, 8, kernel, padding=(1, 0), groups=2), backend(name)
+    x, weight = torch.randn(5, 6, 7, 7, dtype=dtype), torch.randn(g.weight_shape, dtype=dtype)
+    support = torch.rand(g.weight_shape) < 0.4
+    masked = (weight * support).requires_grad_()
+    want = F.conv2d(x, masked, None, 1, (1, 0), 1, 2)
+    grad = torch.randn_like(want)
+    want.backward(grad)
+    x_shape = Shape.of_images(x.shape, k.lanes, g.halo, dtype)
+    y_shape = Shape.of_images(want.shape, k.lanes, g.grad_halo(7, 7), dtype)
+    last = weight.to(memory_format=torch.channels_last)
+    kept = support.reshape(-1).nonzero()[:, 0]
+    plan = k.plan(g, kept, x_shape, y_shape, strides=last.stride())
+    x_buffer, y = k.to_layout(x, Buffer.zeros(x_shape)), Buffer.zeros(y_shape)
+    for values in (last, weight):  # the second has other strides, and is copied
+        plan.refresh(values)
+        k.conv(plan, x_buffer, y)
+        close(k.from_layout(y), want.detach(), dtype)
+    found = torch.full_like(last, 7)
+    k.conv_weight_grad(plan, x_buffer, k.to_layout(grad, Buffer.zeros(y_shape)), found)
+    assert found.stride() == last.stride()
+    assert (found[~support] == 7).all(), "only the support is written"
+    close(found * support, masked.grad * support, dtype)
+    with pytest.raises(InputError, match="gaps or overlaps"):
+        k.plan(g, kept, x_shape, y_shape, strides=(100, 1, 1, 1))
+    if name != "reference" and kernel != (1, 1):
+        with pytest.raises(InputError, match="plan's strides"):
+            k.conv_weight_grad(plan, x_buffer, y, torch.zeros_like(weight))
+
+
+def agree(got, want, support, leaves, wants, dtype, terms):
+    """Compare a layer's output and the gradients of its input, weight and bias. The gradient of a
+    weight is a sum of ``terms``: of one channel of the input.
+    """
     close(got.detach(), want.detach(), dtype)
     got.sum().backward()  # its gradient is one number, expanded
     want.sum().backward()
-    for leaf, ideal, mask in zip(leaves, wants, (1, support, 1), strict=True):
-        close(leaf.grad, ideal.grad * mask, dtype)
+    for leaf, ideal, mask, sums in zip(
+        leaves, wants, (1, support, 1), (None, terms, None), strict=True
+    ):
+        close(leaf.grad, ideal.grad * mask, dtype, terms=sums)
 
 
 @backends
@@ -264,7 +304,7 @@ def test_the_operator_equals_the_masked_dense_one_for_one_batch_after_another(
         wants = [t.double().clone().requires_grad_() for t in (batch, weight * support, bias)]
         want = F.conv2d(*wants, g.stride, g.padding, g.dilation, g.groups)
         got = ops.sparse_conv2d(leaves[0], leaves[1], sparse, leaves[2])
-        agree(got, want, support, leaves, wants, dtype)
+        agree(got, want, support, leaves, wants, dtype, batch[:, 0])
 
 
 @backends
@@ -294,7 +334,7 @@ def test_a_sparse_linear_layer_equals_the_masked_dense_one(
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     wants = [t.double().clone().requires_grad_() for t in (x, weight * support, bias)]
     got = ops.sparse_linear(leaves[0], leaves[1], layer, leaves[2])
-    agree(got, F.linear(*wants), support, leaves, wants, dtype)
+    agree(got, F.linear(*wants), support, leaves, wants, dtype, x[..., 0])
     tokens = x.reshape(-1, features[0])
     shape, _ = layer.shapes(tokens)
     dead_lanes_are_zero(layer.backend.to_layout(tokens, Buffer.zeros(shape)))

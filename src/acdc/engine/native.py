@@ -25,6 +25,10 @@ except ImportError:  # installed without a compiler
     _kernels = None
 
 DTYPES = (torch.float32, torch.float64)
+Strides = tuple[int, int, int, int]
+# Up to this size, which the second-level cache holds, the weight gradient keeps a register of
+# partial sums for each kept weight; beyond it, it sums them up for every tile.
+WIDE_BYTES = 512 * 1024
 
 
 def available() -> bool:
@@ -84,6 +88,10 @@ class Plan:
         geometry: the layer's sizes.
         support: int64 flat indices of the kept weights, strictly ascending.
         x, dy: shapes of the input's buffer and of the output gradient's buffer.
+        tile, grad_tile, weight_tile: how the forward pass, the input gradient and the weight
+            gradient are cut. The weight gradient shares the panels of the forward pass.
+        strides: of the dense weight ``[out, in, row, column]`` and of its gradient, which fill
+            their memory without gaps; default contiguous.
 
     """
 
@@ -95,14 +103,18 @@ class Plan:
         dy: Shape,
         tile: Tile | None = None,
         grad_tile: Tile | None = None,
+        weight_tile: Tile | None = None,
+        strides: Strides | None = None,
     ) -> None:
         if _kernels is None:
             raise AcdcError(
                 "The compiled kernels are missing: reinstall acdc where there is a C++ compiler."
             )
-        check_plan(geometry, support, x, dy)
+        check_plan(geometry, support, x, dy, strides)
         self.geometry, self.x, self.dy = geometry, x, dy
+        self.strides = strides or contiguous_strides(geometry)
         self.nnz = support.numel()
+        self.wide = self.nnz * x.lanes * x.dtype.itemsize <= WIDE_BYTES
         self.tile = tile or Tile.default(dy.height, dy.width, geometry.in_channels, geometry)
         self.grad_tile = grad_tile or Tile.default(
             -(-x.height // geometry.stride[0]),
@@ -110,6 +122,7 @@ class Plan:
             geometry.out_channels,
             geometry,
         )
+        self.weight_tile = weight_tile or self.tile
         a = _kernels.plan_args()
         a.out_channels, a.in_channels = geometry.out_channels, geometry.in_channels
         a.kernel_rows, a.kernel_columns = geometry.kernel
@@ -119,6 +132,7 @@ class Plan:
         a.row_dilation, a.column_dilation = geometry.dilation
         support = support.contiguous()
         a.nnz, a.support = support.numel(), support.data_ptr()
+        a.out_stride, a.in_stride, a.row_stride, a.column_stride = self.strides
         a.lanes, a.is_double = x.lanes, x.dtype == torch.float64
         a.x_row, a.x_channel = x.row, x.channel
         a.dy_row, a.dy_channel = dy.row, dy.channel
@@ -133,13 +147,33 @@ class Plan:
         """Copy the values of the kept weights into the lists of the forward pass or the input
         gradient.
         """
-        weight = weight.detach().contiguous()
         if weight.dtype != self.x.dtype or weight.numel() != numel(self.geometry):
             raise InputError(
                 f"The plan wants {numel(self.geometry)} weights of {self.x.dtype}, got "
                 f"{weight.shape}."
             )
+        weight = weight.detach()
+        if not self.lies_as_planned(weight):
+            weight = torch.empty_strided(
+                self.geometry.weight_shape, self.strides, dtype=weight.dtype
+            ).copy_(weight.reshape(self.geometry.weight_shape))
         self._plan.refresh(weight.data_ptr(), input_grad, torch.get_num_threads())
+
+    def lies_as_planned(self, weight: torch.Tensor) -> bool:
+        """Return whether a dense weight (or its gradient) has the strides of this plan."""
+        shape = self.geometry.weight_shape
+        if weight.dim() == 2:
+            weight = weight[:, :, None, None]
+        return tuple(weight.shape) == shape and all(
+            size == 1 or have == want
+            for size, have, want in zip(shape, weight.stride(), self.strides, strict=True)
+        )
+
+
+def contiguous_strides(geometry: ConvGeometry) -> Strides:
+    """Return the strides of a contiguous dense weight."""
+    _, per_group, rows, columns = geometry.weight_shape
+    return (per_group * rows * columns, rows * columns, columns, 1)
 
 
 def numel(geometry: ConvGeometry) -> int:
@@ -148,8 +182,23 @@ def numel(geometry: ConvGeometry) -> int:
     return out * per_group * rows * columns
 
 
-def check_plan(geometry: ConvGeometry, support: torch.Tensor, x: Shape, dy: Shape) -> None:
-    """Raise unless the support and the two shapes belong to this layer."""
+def check_plan(
+    geometry: ConvGeometry,
+    support: torch.Tensor,
+    x: Shape,
+    dy: Shape,
+    strides: Strides | None = None,
+) -> None:
+    """Raise unless the support, the two shapes and the strides belong to this layer."""
+    if strides is not None:
+        covered = 1
+        for stride, size in sorted(zip(strides, geometry.weight_shape, strict=True)):
+            if size > 1 and stride != covered:
+                raise InputError(
+                    f"A weight of {geometry.weight_shape} with strides {strides} has gaps or "
+                    "overlaps: keep it contiguous or channels_last."
+                )
+            covered *= size
     if support.dtype != torch.int64 or support.dim() != 1:
         raise InputError(
             f"The support is a vector of int64 indices, got {support.dtype} {tuple(support.shape)}."
@@ -206,9 +255,12 @@ class WeightGradCall(Call):
     def into(self, grad: torch.Tensor) -> None:
         """Put the gradients of the kept weights into ``grad`` from now on."""
         assert self.plan is not None
-        geometry, dtype = self.plan.geometry, self.plan.x.dtype
-        if grad.numel() != numel(geometry) or grad.dtype != dtype or not grad.is_contiguous():
-            raise InputError(f"The gradient is a contiguous {dtype} tensor as large as the weight.")
+        if grad.dtype != self.plan.x.dtype or not self.plan.lies_as_planned(grad):
+            raise InputError(
+                f"The gradient is a {self.plan.x.dtype} tensor shaped as the weight, with the "
+                f"plan's strides {self.plan.strides}; got {grad.dtype}, {tuple(grad.shape)} with "
+                f"strides {grad.stride()}."
+            )
         self.args.target = grad.data_ptr()
 
 
@@ -352,7 +404,7 @@ class Native:
         self, plan: Plan, x: Buffer, dy: Buffer, grad: torch.Tensor, *, accumulate: bool = False
     ) -> None:
         """Write (or add) the gradients of the kept weights into ``grad``, shaped as the dense
-        weight.
+        weight and with the plan's strides.
 
         All other elements of ``grad`` are left as they are.
         """
@@ -371,9 +423,9 @@ class Native:
         a.set_plan(plan._plan)
         a.x, a.dy = self._image(x), self._image(dy)
         a.in_row_step, a.in_column_step = plan.geometry.stride
-        a.tile_rows, a.tile_columns = plan.tile.rows, plan.tile.columns
-        a.accumulate, a.threads = accumulate, torch.get_num_threads()
-        pitch = (plan.nnz + 31) // 16 * 16
+        a.tile_rows, a.tile_columns = plan.weight_tile.rows, plan.weight_tile.columns
+        a.accumulate, a.wide, a.threads = accumulate, plan.wide, torch.get_num_threads()
+        pitch = (plan.nnz + 31) // 16 * 16 * (self.lanes if plan.wide else 1)
         workspace = torch.empty(a.threads * pitch + 16, dtype=x.shape.dtype)
         a.workspace = workspace.data_ptr() + -workspace.data_ptr() % 64
         is_double = x.shape.dtype == torch.float64

@@ -13,15 +13,22 @@ import torch.nn.functional as F
 
 from acdc.engine.geometry import ConvGeometry, Pair
 from acdc.engine.layout import Buffer, Shape
-from acdc.engine.native import Fold, check_plan
+from acdc.engine.native import Fold, Strides, check_plan
 from acdc.errors import InputError
 
 
 class Plan:
     """One layer's support and, after ``refresh``, its masked dense weight."""
 
-    def __init__(self, geometry: ConvGeometry, support: torch.Tensor, x: Shape, dy: Shape) -> None:
-        check_plan(geometry, support, x, dy)
+    def __init__(
+        self,
+        geometry: ConvGeometry,
+        support: torch.Tensor,
+        x: Shape,
+        dy: Shape,
+        strides: Strides | None = None,
+    ) -> None:
+        check_plan(geometry, support, x, dy, strides)
         self.geometry, self.x, self.dy = geometry, x, dy
         self.support = support.clone()
         self.nnz = support.numel()
@@ -128,8 +135,10 @@ class Reference:
         values = self._backward(plan, dy, self._nchw(x), (False, True, False))[1].reshape(-1)[
             plan.support
         ]
-        flat = grad.view(-1)
+        flat = grad.reshape(-1)  # a copy, unless grad is contiguous
         flat[plan.support] = flat[plan.support] + values if accumulate else values
+        if flat.data_ptr() != grad.data_ptr():
+            grad.copy_(flat.view(grad.shape))
 
     def channel_sums(self, x: Buffer, *, sums: torch.Tensor | None = None) -> torch.Tensor:
         """Return the sums of a buffer by channel."""
