@@ -23,13 +23,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import acdc.methods
 from acdc.errors import InputError
-from acdc.layers import Layers
+from acdc.layers import Layers, unwrapped
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import RESETS, Method
 from acdc.methods.dense import Dense
 from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.schedule import Phase, Schedule, alternate, constant
-from acdc.sparsifier import Sparsifier, plain
+from acdc.sparsifier import Sparsifier
 from acdc.support import Support
 from helpers import (
     CUTS,
@@ -751,8 +751,8 @@ def test_wrappers_are_seen_through() -> None:
     train(reference, other)
     assert same(model.state_dict(), reference.state_dict())
     assert list(sparsifier.pair().sparse) == list(reference.state_dict())
-    assert plain(torch.compile(nn.DataParallel(model), backend="eager")) is model
-    assert plain(model) is model
+    assert unwrapped(torch.compile(nn.DataParallel(model), backend="eager")) is model
+    assert unwrapped(model) is model
 
 
 # --- 5: attached but dense is plain PyTorch; removed leaves a plain model ------------------------

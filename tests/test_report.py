@@ -343,6 +343,42 @@ def test_ledger_adds_up_to_the_record(run: tuple[Path, dict[str, Any], str]) -> 
     assert read.row("ledger", "Whole run, by the clock")[3] == "61.2"
 
 
+def with_engine(folder: Path, start: dict[str, Any], *events: dict[str, Any]) -> Reader:
+    """Write a run in which the engine said this, and return its page."""
+    write_run(folder)
+    path = folder / "metrics.jsonl"
+    first, *rest = path.read_text().splitlines()
+    lines = [json.dumps({**json.loads(first), "engine": start}), *map(json.dumps, events), *rest]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return Reader(report.render(folder).read_text())
+
+
+def test_the_engine_s_choices_and_what_they_gained(tmp_path: Path) -> None:
+    timed = {"name": "conv1", "density": 0.125, "sparse": True, "dense_ms": 2.5,
+             "sparse_ms": 0.625, "convert_ms": 0.25}  # fmt: skip
+    choices = [timed, {**timed, "name": "layer1.0.conv1", "sparse": False, "sparse_ms": None}]
+    start = {"kind": "avx512", "reason": None}
+    first = {"event": "engine", "step": 80, **start, "choices": choices, "seconds": 1.5}
+    later = {"event": "engine", "step": 240, **start, "seconds": 0.25}
+    page = with_engine(tmp_path / "run", start, {**first, "refused": {"fc": "too <odd>"}}, later)
+    assert page.row("engine", "conv1") == ["12.50%", "2.50", "0.62", "0.25", "sparse"]
+    assert page.row("engine", "layer1.0.conv1")[2:] == ["–", "0.25", "dense"]
+    assert page.row("ledger", "Building of the engine") == ["–", "–", "–", "1.8", "–"]
+    steps = [page.row("ledger", f"{kind} phases")[4] for kind in ("Sparse", "Dense")]
+    text = (tmp_path / "run/report.html").read_text()
+    assert "In sparse phases 1 of 3 layers ran on the engine (avx512)." in text
+    assert "A step took {}\u202fms in them and {}\u202fms in dense ones.".format(*steps) in text
+    assert "The layer fc was left to PyTorch: too &lt;odd&gt;." in text
+
+
+def test_an_engine_that_was_off_says_why(tmp_path: Path) -> None:
+    reason = "the run is on cuda:0, and the kernels are for CPUs"
+    with_engine(tmp_path / "off", {"kind": "off", "reason": reason})
+    assert f"The engine stayed off: {reason}." in (tmp_path / "off/report.html").read_text()
+    with_engine(tmp_path / "asked", {"kind": "off", "reason": None})
+    assert "The engine" not in (tmp_path / "asked/report.html").read_text()
+
+
 def test_schedule_and_compressions(run: tuple[Path, dict[str, Any], str]) -> None:
     read = Reader(run[2])
     phases = read.rows["schedule"][1:]

@@ -11,7 +11,8 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
 In a dense phase the second hook is absent and the first one only counts: training is bitwise what
 it would be without.
 
-An engine, if there is one, is told each change of the support, and runs the model accordingly.
+An engine, if there is one, is told each change of the support, and runs the model accordingly. Then
+also the steps of large weights touch only kept elements, with the same numbers (``KeptSteps``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from acdc.engine.kept import KeptSteps
 from acdc.errors import InputError
 from acdc.layers import unwrapped
 from acdc.methods.base import Method
@@ -151,6 +153,7 @@ class Sparsifier:
         self._dropped: dict[str, Tensor] = {}  # the complement of the support; empty when dense
         self._last_sparse: Support | None = None
         self._gradient_hooks: list[RemovableHandle] = []
+        self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
         self._advance()
         self._step_hook: RemovableHandle | None = optimizer.register_step_post_hook(
             lambda *_: self._after_step()
@@ -184,7 +187,9 @@ class Sparsifier:
     def _project(self) -> None:
         # Not a product with the mask: that leaves -0.0 for -1 and NaN for infinity.
         for name, dropped in self._dropped.items():
-            self.params[name].masked_fill_(dropped, 0.0)
+            param = self.params[name]
+            if self._kept_steps is None or not self._kept_steps.left_zeros(param):
+                param.masked_fill_(dropped, 0.0)
 
     @torch.no_grad()
     def _advance(self) -> None:
@@ -244,7 +249,7 @@ class Sparsifier:
             trained = param.requires_grad
             param.requires_grad_(True)  # a frozen weight takes no hook, and may thaw in this phase
             self._gradient_hooks.append(
-                param.register_post_accumulate_grad_hook(_clear_gradient(dropped))
+                param.register_post_accumulate_grad_hook(self._clear_gradient(name))
             )
             param.requires_grad_(trained)
             if param.grad is not None:  # accumulated before the change, used after it
@@ -255,6 +260,21 @@ class Sparsifier:
                 self.engine.decompress()
             else:
                 self.engine.compress(support)
+        if self._kept_steps is not None:
+            # Without a reset, moments of pruned weights may move them when they come back.
+            kept = {} if support.is_full or self.method.reset == "none" else support
+            self._kept_steps.start((self.params[name], mask) for name, mask in kept.items())
+
+    def _clear_gradient(self, name: str) -> Callable[[Tensor], None]:
+        dropped, kept, engine = self._dropped[name], int(self.support[name].sum()), self.engine
+
+        def clear(param: Tensor) -> None:
+            if engine is not None and engine.written.all_of(param, kept):
+                return  # zero there already
+            if param.grad is not None:
+                param.grad.masked_fill_(dropped, 0.0)
+
+        return clear
 
     # --- optimizer state ------------------------------------------------------------------------
 
@@ -360,6 +380,8 @@ class Sparsifier:
         for hook in self._gradient_hooks:
             hook.remove()
         self._gradient_hooks.clear()
+        if self._kept_steps is not None:
+            self._kept_steps.remove()
         if self.engine is not None:
             self.engine.decompress()
 
@@ -463,14 +485,6 @@ def _settings(method: Method) -> str:
     names: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
     given = (f"{n}={getattr(method, n)!r}" for n in names if n not in ("schedule", "layers"))
     return f"{method.name}({', '.join(given)})"
-
-
-def _clear_gradient(dropped: Tensor) -> Callable[[Tensor], None]:
-    def clear(param: Tensor) -> None:
-        if param.grad is not None:
-            param.grad.masked_fill_(dropped, 0.0)
-
-    return clear
 
 
 def _zero_state(

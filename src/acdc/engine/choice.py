@@ -165,7 +165,7 @@ def _sparse(
     plain_x, plain_y = _random(site.x, site.samples), _random(site.out, site.samples)
     backend.to_layout(plain_x, x)
     weight = site.module.weight.detach()
-    result = torch.zeros(weight.shape, dtype=weight.dtype)
+    result = torch.zeros_like(weight)
 
     def layer() -> None:
         plan.refresh(weight)

@@ -21,6 +21,7 @@ from acdc.engine.choice import Choice, table
 from acdc.engine.geometry import ConvGeometry
 from acdc.engine.graph import Untraceable
 from acdc.engine.host import Host
+from acdc.engine.kept import Written
 from acdc.engine.layout import Shape
 from acdc.engine.native import Native
 from acdc.engine.ops import kernels
@@ -52,6 +53,7 @@ class Engine:
         off: Why the engine does nothing at all, or None.
         refused: Name of a layer → why it stays with PyTorch.
         choices: Name of a layer → what was measured of it, after the first compression.
+        written: The weight gradients that the kernels wrote since the last compression.
 
     Raises:
         InputError: the example cannot be an argument of the model.
@@ -70,6 +72,7 @@ class Engine:
         self.choose = choose
         self.refused: dict[str, str] = {}
         self.choices: dict[str, Choice] = {}
+        self.written = Written()
         self._masks: dict[str, Tensor] = {}
         self._plans: dict[Any, Any] = {}
         self._hosts: list[Host] = []
@@ -112,6 +115,7 @@ class Engine:
         if self.off is not None:
             return
         self._masks = dict(support)
+        self.written = Written()  # a graph of before still knows its own
         known = dict(self.choices)
         for host in self._hosts:
             host.start()
@@ -140,16 +144,23 @@ class Engine:
     def plan(self, name: str, weight: Tensor, geometry: ConvGeometry, x: Shape, dy: Shape) -> Any:
         """Return the index lists of a layer, made once per support and image size."""
         if (key := (name, x, dy)) not in self._plans:
-            mask = self._masks.get(f"{name}.weight")
+            mask = self._mask(name)
             every = torch.arange(weight.numel())
             support = every if mask is None else mask.reshape(-1).nonzero()[:, 0]
-            self._plans[key] = self.backend.plan(geometry, support, x, dy)
+            # As its gradient will lie: in its own order, or contiguous if that has gaps.
+            out, per_group, *rest = torch.empty_like(weight, device="meta").stride()
+            rows, columns = rest or (1, 1)
+            strides = (out, per_group, rows, columns)
+            self._plans[key] = self.backend.plan(geometry, support, x, dy, strides=strides)
         return self._plans[key]
 
     def density(self, name: str) -> float:
         """Return the share of kept weights of a layer."""
-        mask = self._masks.get(f"{name}.weight")
+        mask = self._mask(name)
         return 1.0 if mask is None else mask.sum().item() / mask.numel()
+
+    def _mask(self, name: str) -> Tensor | None:
+        return self._masks.get(f"{name}.weight" if name else "weight")
 
     # --- finding what can be traced ---------------------------------------------------------------
 

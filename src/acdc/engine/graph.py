@@ -4,10 +4,13 @@ can do with it, or with the reason why it stays with PyTorch.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import random
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any, Literal
 
 import torch
@@ -49,8 +52,30 @@ def is_opaque(module: nn.Module) -> bool:
     return any(hooks_of(module)) or is_parametrized(module) or "forward" in vars(module)
 
 
+class _Proxy(fx.Proxy):
+    """Knows ``x += y`` from ``x = x + y``, which differ for all that read ``x`` elsewhere."""
+
+
+def _write_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+_IN_PLACE = {
+    f"__{name}__": getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior")
+}
+for _name, _function in _IN_PLACE.items():
+    setattr(_Proxy, _name, _write_in_place(_function))
+
+
 class _Tracer(fx.Tracer):
     """Goes into every module that is not PyTorch's own and is not opaque."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_opaque(m) or bool(super().is_leaf_module(m, module_qualified_name))
@@ -69,8 +94,9 @@ def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
     try:
         graph = tracer.trace(root, concrete_args=dict(defaults) or None)
     except Exception as error:  # fx raises whatever the user's code raises on a proxy
-        first = str(error).strip().split("\n")[0]
-        raise Untraceable(f"{type(root).__name__}.forward is no fixed graph ({first})") from error
+        raise Untraceable(
+            f"{type(root).__name__}.forward is no fixed graph ({_first_line(error)})"
+        ) from error
     finally:
         after = _side(root)
         _restore(root, before, after)
@@ -105,11 +131,26 @@ def _restore(root: nn.Module, before: tuple[Any, ...], after: tuple[Any, ...]) -
 
 
 def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
-    """Note the shape and dtype of every tensor in the graph's nodes, without computing anything."""
+    """Note the shape and dtype of every tensor in the graph's nodes, without computing anything.
+
+    Raises:
+        Untraceable: they depend on the values of tensors.
+
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
-    with mode:
-        ShapeProp(graph, fake_mode=mode).propagate(*fake)
+    try:
+        # ShapeProp prints what it raises.
+        with mode, redirect_stderr(StringIO()):
+            shapes = ShapeProp(graph, fake_mode=mode)
+            for module in shapes.fake_module.modules():  # a copy, without numbers
+                module.training = False  # a BatchNorm in training may look at numbers
+                for hooks in hooks_of(module):
+                    hooks.clear()  # type: ignore[attr-defined]
+            shapes.propagate(*fake)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise Untraceable(f"its shapes are not known beforehand ({_first_line(cause)})") from error
 
 
 # --- what a node is -------------------------------------------------------------------------------
@@ -200,27 +241,39 @@ def meta_of(node: fx.Node) -> TensorMetadata | None:
 
 
 def recognise(graph: fx.GraphModule) -> dict[fx.Node, Known | str]:
-    """Return what each computing node is, or why it stays with PyTorch."""
+    """Return what each computing node is, or why it stays with PyTorch.
+
+    Raises:
+        Untraceable: the order of operations matters more than a graph can say.
+
+    """
     found: dict[fx.Node, Known | str] = {}
     for node in graph.graph.nodes:
         if node.op in ("call_module", "call_function", "call_method"):
             found[node] = _recognise(graph, node, found)
-    for node, known in list(found.items()):
-        _check_in_place(node, known, found)
+    for node in found:
+        if _in_place(node):
+            _check_in_place(node, found)
+    _check_shared_norms(found)
     return found
 
 
-def _check_in_place(node: fx.Node, known: Known | str, found: dict[fx.Node, Known | str]) -> None:
-    """An operation in place changes a tensor under all that read it: leave that to PyTorch."""
-    if not _in_place(node):
-        return
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    if len(source.users) > 1:
-        reason = "a tensor that others read is changed in place"
-        found[node] = reason
-        if source in found:
-            found[source] = reason
+def _check_in_place(node: fx.Node, found: dict[fx.Node, Known | str]) -> None:
+    """See who else would notice that a tensor is changed in place.
+
+    The kernels change nothing in place. That is the same if they also made the tensor, and nobody
+    else reads it, not even under another name.
+    """
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    made_here = False
+    while isinstance(source, fx.Node) and not made_here:
+        if len(source.users) > 1:
+            raise Untraceable("a tensor that others read is changed in place")
+        known = found.get(source)
+        made_here = isinstance(known, Known) and not isinstance(known.spec, SameSpec)
+        if not made_here:
+            found[node] = "a tensor that PyTorch made is changed in place"
+        source = source.args[0] if source.args else None  # which it may be a view of
 
 
 def _in_place(node: fx.Node) -> bool:
@@ -229,9 +282,30 @@ def _in_place(node: fx.Node) -> bool:
         assert root is not None
         module = root.get_submodule(str(node.target))
         return bool(getattr(module, "inplace", False))
+    if "out" in node.kwargs:
+        raise Untraceable("an operation writes into a given tensor")
     if node.op == "call_method":
-        return str(node.target).endswith("_")
-    return node.target in (operator.iadd, F.relu_) or bool(node.kwargs.get("inplace", False))
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    assert callable(node.target)
+    name = getattr(node.target, "__name__", "")
+    if node.target in _IN_PLACE.values() or (name.endswith("_") and not name.endswith("__")):
+        return True
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):  # built in, without a signature
+        given = dict(node.kwargs)
+    return bool(given.get("inplace", False))
+
+
+def _check_shared_norms(found: dict[fx.Node, Known | str]) -> None:
+    """A BatchNorm that is used twice moves its statistics twice, and in order: by PyTorch."""
+    uses: dict[nn.Module, list[fx.Node]] = {}
+    for node, known in found.items():
+        if isinstance(known, Known) and isinstance(known.spec, NormSpec):
+            uses.setdefault(known.spec.module, []).append(node)
+    for nodes in uses.values():
+        if len(nodes) > 1:
+            found.update(dict.fromkeys(nodes, "a BatchNorm that is used more than once"))
 
 
 def _recognise(
@@ -431,3 +505,7 @@ _SILU = MapSpec(F.silu, torch.ops.aten.silu_backward)
 
 def _pair(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().split("\n")[0]

@@ -4,6 +4,7 @@ traced graph, in which runs of layers are segments.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,9 @@ from acdc.engine.graph import (
     shape_of,
     trace,
 )
+from acdc.engine.kept import Written
 from acdc.engine.layout import Shape
+from acdc.engine.operations import Conv
 from acdc.engine.program import Program, value_of
 from acdc.engine.segment import Segment
 
@@ -43,6 +46,7 @@ class Owner(Protocol):
     choices: dict[str, Choice]
     refused: dict[str, str]
     choose: bool
+    written: Written
 
     def plan(self, name: str, weight: Tensor, geometry: ConvGeometry, x: Shape, dy: Shape) -> Any:
         """Return the index lists of a layer."""
@@ -73,15 +77,15 @@ class Host:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> None:
-        self.owner, self.module = owner, module
-        self.prefix = f"{name}." if name else ""
+        self.owner, self.module, self.name = owner, module, name
         if "forward" in vars(module):
             raise Untraceable("its forward was replaced by somebody else")
         self._root = module
         if isinstance(module, nn.Conv2d | nn.Linear):
-            self._root, self.prefix = _Single(module), name.removesuffix("layer")
+            self._root = _Single(module)
         self._arguments = _all_arguments(self._root, args, kwargs)
         self._graphs: dict[Any, fx.GraphModule | None] = {}
+        self._sparse: set[str] = set()  # the layers that the graphs run sparse
         self._modules = list(module.modules())
         self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
         for node, known in recognise(self._trace()).items():
@@ -91,18 +95,45 @@ class Host:
     @property
     def active(self) -> bool:
         """Whether some layer runs sparse now."""
-        return any(isinstance(m, Segment) for g in self._graphs.values() if g for m in g.children())
+        return "forward" in vars(self.module)
 
     def start(self) -> None:
-        """Replace the forward, if some layer gains by it."""
+        """Replace the forward, if some layer gains by it.
+
+        Graphs stay from one compression to the next: only the index lists are new.
+        """
+        if not self._is_current():
+            self._graphs.clear()
+            self._modules = list(self.module.modules())
+            self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
+        for segment in self._segments():
+            segment.start(self._plans(segment.program), self.owner.written)
         self._graph()
-        if self.active:
+        self._sparse = self._sparse_now()
+        if self._segments():
             self.module.forward = _Forward(self)
 
     def stop(self) -> None:
-        """Give the module its own forward back."""
-        self._graphs.clear()
+        """Give the module its own forward back, and free all buffers."""
+        for segment in self._segments():
+            segment.stop()
         vars(self.module).pop("forward", None)
+
+    def _segments(self) -> list[Segment]:
+        return [
+            m for g in self._graphs.values() if g for m in g.children() if isinstance(m, Segment)
+        ]
+
+    def _sparse_now(self) -> set[str]:
+        return {name for name, choice in self.owner.choices.items() if choice.sparse}
+
+    def _is_current(self) -> bool:
+        """Return whether network and choices are those that the graphs were built for."""
+        return (
+            self._sparse_now() == self._sparse
+            and self._modules == list(self.module.modules())
+            and all(segment.is_current for segment in self._segments())
+        )
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module."""
@@ -132,7 +163,7 @@ class Host:
 
     @property
     def _title(self) -> str:
-        return self.prefix.rstrip(".") or type(self.module).__name__
+        return self.name or type(self.module).__name__
 
     def _as_traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Return whether all arguments that the graph holds fixed have their values."""
@@ -166,10 +197,15 @@ class Host:
 
     def _segment(self, plain: fx.GraphModule) -> Segment:
         program = Program(plain.graph)
+        segment = Segment(plain, program, self.owner.backend)
+        segment.start(self._plans(program), self.owner.written)
+        return segment
+
+    def _plans(self, program: Program) -> dict[Conv, Any]:
         lanes = self.owner.backend.lanes
-        plans = {
+        return {
             conv: self.owner.plan(
-                self.prefix + conv.spec.name,
+                self._full(conv.spec.name),
                 conv.spec.module.weight,
                 conv.spec.geometry,
                 conv.x.shape(1, lanes, conv.x.halo),
@@ -177,7 +213,6 @@ class Host:
             )
             for conv in program.convs
         }
-        return Segment(plain, program, self.owner.backend, plans)
 
     # --- choices ----------------------------------------------------------------------------------
 
@@ -246,11 +281,17 @@ class Host:
 
     def _name(self, known: Known) -> str:
         assert isinstance(known.spec, ConvSpec)
-        return self.prefix + known.spec.name
+        return self._full(known.spec.name)
+
+    def _full(self, target: str) -> str:
+        """Return the name in the network of a layer of this module."""
+        if self._root is not self.module:
+            return self.name
+        return f"{self.name}.{target}" if self.name else target
 
     def _note_refused(self, target: str, reason: str) -> None:
         if isinstance(self._root.get_submodule(target), nn.Conv2d | nn.Linear):
-            self.owner.refused[self.prefix + target] = reason
+            self.owner.refused[self._full(target)] = reason
 
 
 class _Forward:
@@ -277,7 +318,12 @@ class _Single(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        # A twin that holds the same parameters, whose forward is its own for good. The layer's
+        # hooks run where it is called; the twin has none.
+        self.layer = copy.copy(layer)
+        for name, hooks in vars(layer).items():
+            if name.endswith("_hooks") or "_hooks_" in name:
+                setattr(self.layer, name, type(hooks)())
 
     def forward(self, x: Tensor) -> Any:
         """Call the layer."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
+from acdc.engine.kept import Written
 from acdc.engine.layout import Buffer, Shape, allocate
 from acdc.engine.native import Call as NativeCall
 from acdc.engine.native import Native, advise_huge_pages
@@ -181,17 +182,17 @@ class Segment(nn.Module):
         plain: The run in PyTorch: what else would be called.
         program: The run as a program.
         backend: The kernels.
-        plans: The index lists of its layers.
 
     """
 
-    def __init__(
-        self, plain: fx.GraphModule, program: Program, backend: Any, plans: Mapping[Conv, Any]
-    ) -> None:
+    def __init__(self, plain: fx.GraphModule, program: Program, backend: Any) -> None:
         super().__init__()
         # Not submodules: the network has them already, and the segment shows nothing of its own.
         self._held = (plain, program)
-        self.backend, self.plans = backend, plans
+        self.backend = backend
+        self.plans: Mapping[Conv, Any] = {}
+        self.written = Written()
+        self.nnz: dict[int, int] = {}  # id of a weight → elements of its gradient that are written
         self._tapes: dict[Any, Tape] = {}
         self._free: dict[Any, list[Arena]] = {}
         self._pointers: tuple[int, ...] = ()
@@ -201,6 +202,30 @@ class Segment(nn.Module):
     def program(self) -> Program:
         """The run as a program."""
         return self._held[1]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the parameters are those that the program was built for."""
+        return all(now is p for now, p in zip(self._params_now(), self.program.params, strict=True))
+
+    def start(self, plans: Mapping[Conv, Any], written: Written) -> None:
+        """Run with these index lists from here on.
+
+        Args:
+            plans: The index lists of its layers.
+            written: Is told the weight gradients.
+
+        """
+        self.stop()
+        self.plans, self.written, self.nnz = plans, written, {}
+        for conv, plan in plans.items():  # of a weight that is used twice, the larger
+            key = id(conv.spec.module.weight)
+            self.nnz[key] = max(self.nnz.get(key, 0), plan.nnz)
+
+    def stop(self) -> None:
+        """Free the index lists and all buffers."""
+        self.plans = {}
+        self._free = {key: [] for key in self._free}
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run on the kernels, or on PyTorch where they cannot."""
@@ -227,9 +252,7 @@ class Segment(nn.Module):
             return "autocast is on"
         if len(samples) != 1 or samples == {0}:
             return f"its batch has {sorted(samples)} samples"
-        if any(
-            now is not p for now, p in zip(self._params_now(), self.program.params, strict=True)
-        ):
+        if not self.is_current:
             return "a parameter was replaced by another"
         if any(
             norm.of_batch and min(samples) * norm.y.height * norm.y.width == 1
@@ -310,6 +333,7 @@ class _Run(torch.autograd.Function):
         takes = [p for p, f in zip(segment.program.params, flags[count:], strict=True) if f]
         wants = Wants(frozenset(map(id, takes)), tuple(flags[:count]))
         ctx.lease, ctx.tape = segment.lease(inputs, wants), segment._tape_of(wants)
+        ctx.written, ctx.nnz = segment.written, segment.nnz
         ctx.params, ctx.takes = segment.program.params, takes
         ctx.like = [(x.shape, _format(x)) for x in inputs]
         return compute(ctx.lease.frame, ctx.tape, inputs)
@@ -323,13 +347,18 @@ class _Run(torch.autograd.Function):
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         kept = [memory.clone() for memory in lease.memory.tensors()] if keep else []
         frame = lease.frame
-        frame.results.update({id(p): torch.zeros(p.shape, dtype=p.dtype) for p in ctx.takes})
+        frame.results.update({id(p): torch.zeros_like(p) for p in ctx.takes})
         for call, weight in frame.targets:
             call.into(frame.results[id(weight)])
+        totals: dict[Slot, Tensor] = {}
         for grad, slot in zip(grads, tape.output_grads, strict=True):
+            totals[slot] = totals[slot] + grad if slot in totals else grad
+        for slot, grad in totals.items():
             frame.backend.to_layout(_flat(grad, slot.value), frame.buffer(slot))
         for call in frame.backward + frame.after:
             call()
+        for key in ctx.nnz.keys() & frame.results.keys():
+            ctx.written.note(key, frame.results[key], ctx.nnz[key])
         inputs = [
             None if slot is None else _plain(frame, slot, *like)
             for slot, like in zip(tape.input_grads, ctx.like, strict=True)

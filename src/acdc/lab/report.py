@@ -734,10 +734,11 @@ def _engine(run: Run) -> str:
         )
     if engine.get("reason"):
         said.append(f"Its kernels were those of PyTorch: {engine['reason']}.")
-    means = [_step_ms(run, kind) for kind in ("sparse", "dense")]
-    if None not in means:
+    sparse_ms, dense_ms = (_step_ms(run, kind) for kind in ("sparse", "dense"))
+    if sparse_ms is not None and dense_ms is not None:
         said.append(
-            "A step took {:,.1f}\u202fms in them and {:,.1f}\u202fms in dense ones.".format(*means)
+            f"A step took {sparse_ms:,.1f}\u202fms in them and {dense_ms:,.1f}\u202fms in "
+            f"dense ones."
         )
     for name, reason in engine.get("refused", {}).items():
         said.append(f"The layer {name} was left to PyTorch: {reason}.")
