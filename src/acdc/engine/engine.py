@@ -72,6 +72,7 @@ class Engine:
         self.choose = choose
         self.refused: dict[str, str] = {}
         self.choices: dict[str, Choice] = {}
+        self.dense_ms: dict[Any, float] = {}  # of layers, by what they compute
         self.written = Written()
         self._masks: dict[str, Tensor] = {}
         self._plans: dict[Any, Any] = {}

@@ -46,6 +46,7 @@ class Owner(Protocol):
     choices: dict[str, Choice]
     refused: dict[str, str]
     choose: bool
+    dense_ms: dict[Any, float]
     written: Written
 
     def plan(self, name: str, weight: Tensor, geometry: ConvGeometry, x: Shape, dy: Shape) -> Any:
@@ -246,7 +247,7 @@ class Host:
             site.x.shape(1, lanes, site.x.halo),
             site.out.shape(1, lanes, site.out.grad_halo),
         )
-        return measure(site, plan, owner.backend, density)
+        return measure(site, plan, owner.backend, density, owner.dense_ms)
 
     def _site(self, name: str, spec: ConvSpec, node: fx.Node) -> Site:
         (source,) = inputs_of(node, spec)
