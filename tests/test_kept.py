@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from acdc.engine.engine import Engine
-from acdc.engine.kept import ELEMENTWISE
+from acdc.engine.kept import ELEMENTWISE, LARGE, pays
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import Reset
 from acdc.pattern import Unstructured
 from acdc.sparsifier import Sparsifier
-from helpers import SCHEDULE, TOTAL, Net, backward, build, copied, dropped, is_plus_zero, same
+from helpers import (
+    CUTS,
+    SCHEDULE,
+    TOTAL,
+    Net,
+    backward,
+    batch,
+    build,
+    copied,
+    dropped,
+    is_plus_zero,
+    same,
+)
 
 O = torch.optim  # noqa: E741
 WD = {"weight_decay": 1e-2}
@@ -65,9 +79,9 @@ class Run:
     ) -> None:
         self.model = change(build(Net))
         self.optimizer = make(self.model)
-        engine = Engine(self.model, torch.zeros(8, 3, 4, 4), choose=False)
+        self.engine = Engine(self.model, torch.zeros(8, 3, 4, 4), choose=False)
         method = ACDC(Unstructured(0.8), SCHEDULE, reset=reset)
-        self.sparsifier = Sparsifier(method, self.model, self.optimizer, engine=engine)
+        self.sparsifier = Sparsifier(method, self.model, self.optimizer, engine=self.engine)
         steps = self.sparsifier._kept_steps
         assert steps is not None
         self.steps = steps
@@ -140,3 +154,209 @@ def test_a_run_has_the_numbers_of_masked_dense(which: str, set_to_none: bool) ->
 
 def test_every_kind_is_in_the_table() -> None:
     assert {kind for kind, _ in OPTIMIZERS.values()} == ELEMENTWISE
+
+
+@every_optimizer
+@pytest.mark.parametrize("stop", [CUTS[0] + 1, CUTS[1] + 2])
+def test_resuming_inside_a_sparse_phase_is_the_run_that_did_not_stop(which: str, stop: int) -> None:
+    whole, first, second = (Run(factory(which), True) for _ in range(3))
+    for index in range(stop):
+        first.step(index)
+    second.load(first.states())
+    for index in range(TOTAL):
+        whole.step(index)
+    for index in range(stop, TOTAL):
+        second.step(index)
+    assert same(whole.model.state_dict(), second.model.state_dict())
+    assert same(whole.optimizer.state_dict(), second.optimizer.state_dict())
+
+
+@every_optimizer
+def test_the_first_dense_step_is_that_of_a_fresh_optimizer(which: str) -> None:
+    run = Run(factory(which), True)
+    for index in range(4):
+        run.step(index)
+    model = copy.deepcopy(run.model)
+    fresh = factory(which)(model)
+    assert run.sparsifier.support.is_full
+    run.step(4)
+    backward(model, 4)
+    fresh.step()
+    assert same(run.model.state_dict(), model.state_dict())
+    assert same(run.optimizer.state_dict()["state"], fresh.state_dict()["state"])
+
+
+@pytest.mark.parametrize("which", ["nesterov", "adamw"])
+def test_with_reset_of_what_enters_all_later_steps_are_the_same(which: str) -> None:
+    kept, plain = both(which, reset="entered")
+    for index in range(6):
+        for run in (kept, plain):
+            run.step(index)
+        torch.testing.assert_close(kept.model.state_dict(), plain.model.state_dict(), **CLOSE)
+
+
+def test_without_a_reset_steps_stay_dense() -> None:
+    run = Run(factory("momentum"), True, reset="none")
+    for index in range(3):
+        run.step(index)
+    assert not run.steps._weights
+    # because the momentum of a pruned weight must be there when it comes back
+    other = Run(factory("momentum"), False, reset="none")
+    for index in range(3):
+        other.step(index)
+    assert same(run.optimizer.state_dict(), other.optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: O.Adagrad(model.parameters(), lr=0.1),
+        lambda model: O.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True),
+        lambda model: O.AdamW(model.parameters(), lr=0.01, differentiable=False, fused=True),
+        lambda model: type("Mine", (O.SGD,), {})(model.parameters(), lr=0.1),
+    ],
+    ids=["adagrad", "sgd-fused", "adamw-fused", "subclass"],
+)
+def test_what_is_not_plain_arithmetic_stays_dense(make: Factory) -> None:
+    run, other = Run(make, True), Run(make, False)
+    for index in range(TOTAL):
+        run.step(index)
+        other.step(index)
+        assert not run.is_kept
+    assert same(run.model.state_dict(), other.model.state_dict())
+
+
+def test_a_closure_runs_once_and_its_loss_comes_back() -> None:
+    run, plain = both("momentum")
+    calls = []
+    for index in range(TOTAL):
+
+        def closure(index: int = index) -> Tensor:
+            calls.append(torch.is_grad_enabled())
+            run.optimizer.zero_grad()
+            return backward(run.model, index)
+
+        loss = run.optimizer.step(closure) if index % 2 else run.optimizer.step(closure=closure)
+        assert isinstance(loss, Tensor)
+        plain.step(index)
+    assert calls == [True] * TOTAL
+    assert run.is_kept
+    compare(run, plain)
+
+
+def test_a_later_hook_before_the_step_still_finds_the_gradients() -> None:
+    run, plain = both("momentum")
+    for index in range(3):
+        run.step(index)
+        plain.step(index)
+    assert run.is_kept
+
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        norms.append(nn.utils.clip_grad_norm_(params, 1e-3))
+        seen.append(all(p.grad is not None for p in params))
+
+    norms: list[Tensor] = []
+    seen: list[bool] = []
+    for each in (run, plain):
+        each.optimizer.register_step_pre_hook(clip)
+    for index in range(3, TOTAL):
+        run.step(index)
+        plain.step(index)
+        torch.testing.assert_close(norms[-1], norms[-2], **CLOSE)
+    assert all(seen)
+    assert run.is_kept  # after one dense step it was the last again
+    compare(run, plain)
+
+
+def test_hooks_of_all_optimizers_count_one_step() -> None:
+    run, counted, grads = Run(factory("adam"), True), [], []
+    every = register_optimizer_step_post_hook(lambda *_: counted.append(1))
+    run.optimizer.register_step_post_hook(
+        lambda *_: grads.append(all(p.grad is not None for p in run.model.parameters()))
+    )
+    try:
+        for index in range(TOTAL):
+            run.step(index)
+    finally:
+        every.remove()
+    assert len(counted) == TOTAL
+    assert grads == [True] * TOTAL
+
+
+def test_what_a_user_writes_into_weights_state_and_gradients_counts() -> None:
+    kept, plain = both("momentum")
+    for index in range(TOTAL):
+        for run in (kept, plain):
+            run.optimizer.zero_grad()
+            backward(run.model, index)
+            for name, param in run.sparsifier.params.items():
+                mask = run.sparsifier.support[name]
+                with torch.no_grad():
+                    param.add_(0.1 * mask)
+                    param.grad.add_(0.1 * mask)  # type: ignore[union-attr]
+                for value in run.optimizer.state[param].values():
+                    value.mul_(0.5)
+            run.optimizer.step()
+    assert kept.is_kept
+    compare(kept, plain)
+
+
+def test_a_frozen_weight_and_a_new_rate_are_followed() -> None:
+    kept, plain = both("adamw")
+    for run in (kept, plain):
+        rates = O.lr_scheduler.StepLR(run.optimizer, 1, 0.5)
+        for index in range(TOTAL):
+            run.model.get_parameter("conv2.weight").requires_grad_(index % 2 == 0)
+            run.step(index)
+            rates.step()
+    compare(kept, plain)
+
+
+def test_channels_last_weights_are_kept_in_their_order() -> None:
+    kept, plain = both("adam", change=lambda model: model.to(memory_format=torch.channels_last))
+    for index in range(TOTAL):
+        kept.step(index)
+        plain.step(index)
+    assert kept.is_kept
+    compare(kept, plain)
+
+
+def test_gradients_of_the_kernels_need_no_mask_and_others_do() -> None:
+    run = Run(factory("sgd"), True)
+    for index in range(3):
+        run.step(index)
+    weight = run.sparsifier.params["conv2.weight"]
+    run.optimizer.zero_grad()
+    backward(run.model, 3)
+    assert weight.grad is not None
+    if run.engine.backend.isa != "reference":
+        assert weight.grad._version == 0  # no mask was laid over it
+    (weight * 1.0).sum().backward()  # outside the kernels
+    gone = ~run.sparsifier.support["conv2.weight"]
+    assert is_plus_zero(weight.grad[gone])
+    run.optimizer.zero_grad()
+    x, y = batch(3)
+    (nn.functional.cross_entropy(run.model(x), y) + weight.sum()).backward()  # in one pass
+    assert is_plus_zero(weight.grad[gone])
+    run.optimizer.zero_grad()
+    poison = weight.register_hook(lambda grad: grad.add_(1.0))
+    backward(run.model, 3)
+    assert is_plus_zero(weight.grad[gone])
+    poison.remove()
+
+
+def test_removing_leaves_the_optimizer_as_it_was() -> None:
+    run = Run(factory("momentum"), True)
+    before = len(run.optimizer._optimizer_step_pre_hooks)
+    run.sparsifier.remove()
+    assert before == 1
+    assert not run.optimizer._optimizer_step_pre_hooks
+    assert not run.optimizer._optimizer_step_post_hooks
+
+
+def test_small_and_dense_weights_are_not_worth_it() -> None:
+    large, small = torch.empty(LARGE), torch.empty(LARGE - 1)
+    assert pays(large, LARGE // 10)
+    assert not pays(large, LARGE // 2)
+    assert not pays(small, 1)
