@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from acdc.engine import segment
-from engine_nets import BACKENDS, NETWORKS, Pair
+from engine_nets import BACKENDS, NETWORKS, Pair, in_place_late, segments
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -23,7 +23,7 @@ def runs(monkeypatch, caplog):
     compute = segment.compute
     monkeypatch.setattr(segment, "compute", lambda *args: count.append(1) or compute(*args))
     yield count
-    assert [r.message for r in caplog.records] == []
+    assert [r.getMessage() for r in caplog.get_records("call")] == []
 
 
 def fresh(name: str, seed: int = 0) -> nn.Module:
@@ -60,3 +60,25 @@ def test_evaluation(name: str, backend: str, runs: list[int]) -> None:
         assert len(runs) == network.runs_eval
     pair.train(True)
     pair.step(6, seed=9, grad=False)  # statistics move without gradients, too
+
+
+def test_a_tensor_that_changes_in_place_after_it_was_read() -> None:
+    """The network is no graph then, and each layer runs alone. In training PyTorch refuses it."""
+    pair = Pair(in_place_late(), (8, 5, 5))
+    pair.step(4, grad=False)
+    assert [len(run.program.convs) for run in segments(pair.engine)] == [1, 1]
+
+
+def test_a_layer_that_is_the_whole_network(runs: list[int]) -> None:
+    pair = Pair(nn.Linear(12, 8), (12,))
+    assert pair.engine.choices[""].density == pytest.approx(0.3, abs=0.15)
+    pair.step(5)
+    assert len(runs) == 1
+
+
+def test_an_empty_batch_is_left_to_pytorch_and_said_once(caplog) -> None:
+    pair = Pair(nn.Linear(12, 8), (12,))
+    pair.step(0)
+    pair.step(0)
+    (said,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert "its batch has [0] samples" in said
