@@ -726,7 +726,9 @@ def _bench(args: argparse.Namespace, table: Table, measured: Iterator[dict[str, 
             rows.append(row)
             print(table.line(row), flush=True)
             if args.json:
-                save(args.json, args.command_line, rows)
+                # With the file's name alone: where it lies is this machine's business.
+                command = args.command_line.replace(str(args.json), args.json.name)
+                save(args.json, command, rows)
     for note in notes(rows):
         print(note)
     if args.json:

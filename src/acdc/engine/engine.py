@@ -146,8 +146,10 @@ class Engine:
         """Return the index lists of a layer, made once per support and image size."""
         if (key := (name, x, dy)) not in self._plans:
             mask = self._mask(name)
-            every = torch.arange(weight.numel())
-            support = every if mask is None else mask.reshape(-1).nonzero()[:, 0]
+            if mask is None:
+                support = torch.arange(weight.numel())
+            else:
+                support = mask.reshape(-1).nonzero()[:, 0]
             # As its gradient will lie: in its own order, or contiguous if that has gaps.
             out, per_group, *rest = torch.empty_like(weight, device="meta").stride()
             rows, columns = rest or (1, 1)

@@ -49,7 +49,13 @@ def is_opaque(module: nn.Module) -> bool:
     """Return whether the module must be called as it is: it has hooks, parametrizations or a
     forward of its own.
     """
-    return any(hooks_of(module)) or is_parametrized(module) or "forward" in vars(module)
+    return any(hooks_of(module)) or is_parametrized(module) or has_other_forward(module)
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Return whether somebody gave this very module another forward than that of its class."""
+    mine = vars(module).get("forward")
+    return mine is not None and getattr(mine, "__func__", None) is not type(module).forward
 
 
 class _Proxy(fx.Proxy):
@@ -95,7 +101,7 @@ def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
         graph = tracer.trace(root, concrete_args=dict(defaults) or None)
     except Exception as error:  # fx raises whatever the user's code raises on a proxy
         raise Untraceable(
-            f"{type(root).__name__}.forward is no fixed graph ({_first_line(error)})"
+            f"{type(root).__name__}.forward is no fixed graph ({first_line(error)})"
         ) from error
     finally:
         after = _side(root)
@@ -150,7 +156,7 @@ def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
             shapes.propagate(*fake)
     except Exception as error:
         cause = error.__cause__ or error
-        raise Untraceable(f"its shapes are not known beforehand ({_first_line(cause)})") from error
+        raise Untraceable(f"its shapes are not known beforehand ({first_line(cause)})") from error
 
 
 # --- what a node is -------------------------------------------------------------------------------
@@ -507,5 +513,6 @@ def _pair(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its name."""
     return (str(error) or type(error).__name__).strip().split("\n")[0]

@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from acdc.engine.graph import (
     ConvSpec,
     Known,
     Untraceable,
+    has_other_forward,
     hooks_of,
     inputs_of,
     propagate,
@@ -35,6 +37,7 @@ from acdc.engine.layout import Shape
 from acdc.engine.operations import Conv
 from acdc.engine.program import Program, value_of
 from acdc.engine.segment import Segment
+from acdc.engine.tape import Value
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class Host:
         kwargs: Mapping[str, Any],
     ) -> None:
         self.owner, self.module, self.name = owner, module, name
-        if "forward" in vars(module):
+        if has_other_forward(module):
             raise Untraceable("its forward was replaced by somebody else")
         self._root = module
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -96,7 +99,7 @@ class Host:
     @property
     def active(self) -> bool:
         """Whether some layer runs sparse now."""
-        return "forward" in vars(self.module)
+        return isinstance(vars(self.module).get("forward"), _Forward)
 
     def start(self) -> None:
         """Replace the forward, if some layer gains by it.
@@ -118,7 +121,8 @@ class Host:
         """Give the module its own forward back, and free all buffers."""
         for segment in self._segments():
             segment.stop()
-        vars(self.module).pop("forward", None)
+        if self.active:
+            del self.module.forward
 
     def _segments(self) -> list[Segment]:
         return [
@@ -203,17 +207,17 @@ class Host:
         return segment
 
     def _plans(self, program: Program) -> dict[Conv, Any]:
+        return {conv: self._plan(conv.spec, conv.x, conv.out) for conv in program.convs}
+
+    def _plan(self, spec: ConvSpec, x: Value, out: Value) -> Any:
         lanes = self.owner.backend.lanes
-        return {
-            conv: self.owner.plan(
-                self._full(conv.spec.name),
-                conv.spec.module.weight,
-                conv.spec.geometry,
-                conv.x.shape(1, lanes, conv.x.halo),
-                conv.out.shape(1, lanes, conv.out.grad_halo),
-            )
-            for conv in program.convs
-        }
+        return self.owner.plan(
+            self._full(spec.name),
+            spec.module.weight,
+            spec.geometry,
+            x.shape(1, lanes, x.halo),
+            out.shape(1, lanes, out.grad_halo),
+        )
 
     # --- choices ----------------------------------------------------------------------------------
 
@@ -231,46 +235,39 @@ class Host:
             layers = [self._name(known[node]) for node in _layers(run, known)]
             if not run_pays([choices[name] for name in layers], self._conversions(run, known)):
                 for name in layers:
-                    choices[name] = _dense(choices[name])
+                    choices[name] = replace(choices[name], sparse=False)
 
     def _measure(self, name: str, spec: ConvSpec, node: fx.Node) -> Choice:
         owner = self.owner
         density = owner.density(name)
         if not owner.choose:
             return Choice(True, density)
-        site = self._site(name, spec, node)
-        lanes = owner.backend.lanes
-        plan = owner.plan(
-            name,
-            spec.module.weight,
-            spec.geometry,
-            site.x.shape(1, lanes, site.x.halo),
-            site.out.shape(1, lanes, site.out.grad_halo),
-        )
+        site = self._site(spec, node)
+        plan = self._plan(spec, site.x, site.out)
         return measure(site, plan, owner.backend, density, owner.dense_ms)
 
-    def _site(self, name: str, spec: ConvSpec, node: fx.Node) -> Site:
+    def _site(self, spec: ConvSpec, node: fx.Node) -> Site:
         (source,) = inputs_of(node, spec)
         tokens = isinstance(spec.module, nn.Linear)
         x, out = value_of(source, tokens), value_of(node, tokens)
         if not tokens:
             x.halo = spec.geometry.halo
             out.grad_halo = spec.geometry.grad_halo(x.height, x.width)
-        return Site(name, spec.module, spec.geometry, x, out, _samples(source, tokens))
+        return Site(spec.module, spec.geometry, x, out, _samples(source, tokens))
 
     def _conversions(self, run: Partition, known: Mapping[fx.Node, Known]) -> float:
         """Return the time of the conversions at the ends of a run."""
-        inside = set(run.nodes)
-        total = 0.0
-        for node in inside:
+        ends: dict[fx.Node, bool] = {}  # what is converted, once however often it is read
+        for node in run.nodes:
             tokens = known[node].kind == "tokens"
-            ends = [n for n in inputs_of(node, known[node].spec) if n not in inside]
-            if any(user not in inside for user in node.users):
-                ends.append(node)
-            for end in ends:
-                samples = _samples(end, tokens)
-                total += conversion_ms(value_of(end, tokens), samples, self.owner.backend)
-        return total
+            outside = [n for n in inputs_of(node, known[node].spec) if n not in run.nodes]
+            if any(user not in run.nodes for user in node.users):
+                outside.append(node)
+            ends |= dict.fromkeys(outside, tokens)
+        return sum(
+            conversion_ms(value_of(end, tokens), _samples(end, tokens), self.owner.backend)
+            for end, tokens in ends.items()
+        )
 
     def _runs(self, graph: fx.GraphModule, known: Mapping[fx.Node, Known]) -> list[Partition]:
         chosen = {
@@ -331,11 +328,12 @@ class _Single(nn.Module):
         return self.layer(x)
 
 
+@dataclass(frozen=True)
 class _Arguments:
     """What a forward is called with: all values in order, and those that a graph holds fixed."""
 
-    def __init__(self, values: tuple[Any, ...], fixed: dict[str, Any]) -> None:
-        self.values, self.fixed = values, fixed
+    values: tuple[Any, ...]
+    fixed: dict[str, Any]
 
 
 def _all_arguments(
@@ -381,10 +379,6 @@ def _partitioner(graph: fx.GraphModule, nodes: Any) -> CapabilityBasedPartitione
 
 def _layers(run: Partition, known: Mapping[fx.Node, Known]) -> list[fx.Node]:
     return [node for node in run.nodes if isinstance(known[node].spec, ConvSpec)]
-
-
-def _dense(choice: Choice) -> Choice:
-    return Choice(False, choice.density, choice.dense_ms, choice.sparse_ms, choice.convert_ms)
 
 
 def _samples(node: fx.Node, tokens: bool) -> int:

@@ -31,18 +31,15 @@ class Op(ABC):
         """Return the parameters that may take a gradient."""
         return ()
 
-    @property
-    def is_made_again(self) -> bool:
-        """Whether ``out`` is not kept for the way back, but computed a second time."""
-        return False
-
     @abstractmethod
     def forward(self, tape: Tape) -> None:
         """Append the instructions that make ``out``."""
 
-    def again(self, tape: Tape, out: Slot) -> None:
-        """Append what makes ``out`` a second time, from what was kept."""
-        raise NotImplementedError
+    def again(self, tape: Tape) -> Slot:
+        """Return the slot of ``out`` on the way back: as it was kept, or, where that costs less,
+        one that is made a second time.
+        """
+        return tape.value(self.out)
 
     @abstractmethod
     def backward(self, tape: Tape) -> None:
@@ -149,10 +146,7 @@ class Norm:
 
     def sums(self, f: Binder) -> Tensor:
         """Return float64 ``[2, channels]``, the sums of its batch, in this frame."""
-        zeros = torch.zeros(2, self.y.channels, dtype=torch.float64)
-        made = f.numbers((self, "sums"), lambda: zeros)
-        assert isinstance(made, Tensor)
-        return made
+        return _sums(f, (self, "sums"), 2, self.y)
 
     def write_fold(self, tape: Tape, other: Norm | None) -> None:
         """Append what makes its scale and its offset, to which that of ``other`` is added."""
@@ -202,6 +196,13 @@ class Norm:
         return call
 
 
+def _sums(f: Binder, owner: object, rows: int, value: Value) -> Tensor:
+    """Return float64 ``[rows, channels]`` that belongs to ``owner`` in this frame."""
+    made = f.numbers(owner, lambda: torch.zeros(rows, value.channels, dtype=torch.float64))
+    assert isinstance(made, Tensor)
+    return made
+
+
 def _add_result(f: Binder, param: Tensor, grad: Tensor) -> None:
     if id(param) in f.results:
         f.results[id(param)] += grad
@@ -233,18 +234,26 @@ class Normalise(Op):
         )
 
     @property
-    def is_made_again(self) -> bool:
-        # One multiply-add and a ReLU on what the way back reads anyway: cheaper than to write the
-        # result to memory and to read it back, and half of what would be kept.
+    def _is_simple(self) -> bool:
+        """Whether ``out`` follows from ``y`` alone."""
         return self.second is None and self.residual is None
 
     def forward(self, tape: Tape) -> None:
         self.norm.write_fold(tape, None)
         if self.second is not None:
             self.second.write_fold(tape, self.norm)
-        self.again(tape, tape.value(self.out))
+        self._apply(tape, tape.value(self.out))
 
-    def again(self, tape: Tape, out: Slot) -> None:
+    def again(self, tape: Tape) -> Slot:
+        # One multiply-add and a ReLU on what the way back reads anyway: cheaper than to write the
+        # result to memory and to read it back, and half of what would be kept.
+        if not self._is_simple:
+            return super().again(tape)
+        out = tape.new(self.out, self.out.halo)
+        self._apply(tape, out)
+        return out
+
+    def _apply(self, tape: Tape, out: Slot) -> None:
         slots = {"y": tape.value(self.norm.y), "out": out}
         if self.second is not None:
             slots["y2"] = tape.value(self.second.y)
@@ -268,21 +277,17 @@ class Normalise(Op):
         # The residual's gradient is that of the sum: stored over the gradient of `out`, once.
         store = self.residual is not None and tape.needs(self.residual) and self.relu
         # Where the ReLU passed: what went into it says so, if that was only `y`, and saves reading.
-        simple = self.second is None and self.residual is None
-        out = tape.value(self.out) if self.relu and not simple else None
+        out = tape.value(self.out) if self.relu and not self._is_simple else None
         used = [s for s in (grad, out, y, y2) if s is not None]
 
         def mask(f: Binder) -> dict[str, Any]:
             fold = self.norm.fold(f)
-            if self.relu and simple:
+            if self.relu and self._is_simple:
                 return {"scale": fold.scale, "offset": fold.offset}
             return {"out": _optional(f, out)}
 
         def sums_in(f: Binder) -> Tensor:
-            zeros = torch.zeros(3, self.out.channels, dtype=torch.float64)
-            made = f.numbers(self, lambda: zeros)
-            assert isinstance(made, Tensor)
-            return made
+            return _sums(f, self, 3, self.out)
 
         def reduce(f: Binder) -> Any:
             return f.backend.bind(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
+from acdc.engine.graph import first_line
 from acdc.engine.kept import Written
 from acdc.engine.layout import Buffer, Shape, allocate
 from acdc.engine.native import Call as NativeCall
@@ -28,11 +29,6 @@ from acdc.engine.program import Program
 from acdc.engine.tape import Call, Instruction, Slot, Tape, Value, Wants
 
 log = logging.getLogger(__name__)
-
-AGAIN = (
-    "Trying to backward through a run of sparse layers a second time. Its buffers are free after "
-    "the first time: call the model again, or keep the graph with retain_graph=True."
-)
 
 
 class Frame:
@@ -136,11 +132,6 @@ class Memory:
         """Return all memory, each piece once."""
         return [buffer.data for buffer in self._pieces]
 
-    @property
-    def bytes(self) -> int:
-        """Its size."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
-
 
 class Arena:
     """One memory and its frames. It serves one forward pass at a time, until that is let go."""
@@ -161,14 +152,9 @@ class Lease:
     """The right to a frame; it ends with ``end``, or when nobody holds it any more."""
 
     def __init__(self, arena: Arena, frame: Frame, free: list[Arena]) -> None:
-        self.frame, self.memory = frame, arena.memory
+        self.frame, self.tape, self.memory = frame, arena.tape, arena.memory
         self._finalizer = weakref.finalize(self, free.append, arena)
         self._finalizer.atexit = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether the frame may already serve somebody else."""
-        return not self._finalizer.alive
 
     def end(self) -> None:
         """Give the frame back."""
@@ -195,6 +181,8 @@ class Segment(nn.Module):
         self.nnz: dict[int, int] = {}  # id of a weight → elements of its gradient that are written
         self._tapes: dict[Any, Tape] = {}
         self._free: dict[Any, list[Arena]] = {}
+        self.weights = [op.spec.module.weight for op in program.convs]  # read again going back
+        self.weights += [n.module.weight for n in program.norms if n.module.weight is not None]
         self._pointers: tuple[int, ...] = ()
         self._said: set[str] = set()
 
@@ -267,7 +255,7 @@ class Segment(nn.Module):
             outputs = _Run.apply(self, len(inputs), *inputs, *params)  # type: ignore[no-untyped-call]
         else:
             lease = self.lease(inputs, None)
-            outputs = compute(lease.frame, self._tape_of(None), inputs)
+            outputs = compute(lease, inputs)
             lease.end()
         return outputs[0] if self.program.returns_one else outputs
 
@@ -277,16 +265,12 @@ class Segment(nn.Module):
         modes = tuple((n.of_batch, n.module.momentum, n.module.eps) for n in self.program.norms)
         return wants, modes, torch.get_num_threads()
 
-    def _tape_of(self, wants: Wants | None) -> Tape:
+    def lease(self, inputs: tuple[Tensor, ...], wants: Wants | None) -> Lease:
+        """Return a frame for these inputs that nobody uses."""
         key = self._key(wants)
         if key not in self._tapes:
             self._tapes[key] = Tape(self.program, wants)
             self._free[key] = []
-        return self._tapes[key]
-
-    def lease(self, inputs: tuple[Tensor, ...], wants: Wants | None) -> Lease:
-        """Return a frame for these inputs that nobody uses."""
-        tape, key = self._tape_of(wants), self._key(wants)
         pointers = tuple(t.data_ptr() for t in self._tensors())
         if pointers != self._pointers:  # bound calls read parameters where they were
             self._pointers = pointers
@@ -299,9 +283,9 @@ class Segment(nn.Module):
             del arena  # its memory first
             try:
                 with torch.inference_mode(False), torch.no_grad():
-                    arena = Arena(tape, samples, self.backend, self.plans)
+                    arena = Arena(self._tapes[key], samples, self.backend, self.plans)
             except (RuntimeError, MemoryError) as error:
-                raise _NoMemory(f"no memory for its buffers ({_first_line(error)})") from error
+                raise _NoMemory(f"no memory for its buffers ({first_line(error)})") from error
         with torch.inference_mode(False), torch.no_grad():
             frame = arena.frame(samples)
         return Lease(arena, frame, free)
@@ -332,18 +316,20 @@ class _Run(torch.autograd.Function):
         inputs, flags = tensors[:count], ctx.needs_input_grad[2:]
         takes = [p for p, f in zip(segment.program.params, flags[count:], strict=True) if f]
         wants = Wants(frozenset(map(id, takes)), tuple(flags[:count]))
-        ctx.lease, ctx.tape = segment.lease(inputs, wants), segment._tape_of(wants)
+        ctx.lease = segment.lease(inputs, wants)
         ctx.written, ctx.nnz = segment.written, segment.nnz
         ctx.params, ctx.takes = segment.program.params, takes
         ctx.like = [(x.shape, _format(x)) for x in inputs]
-        return compute(ctx.lease.frame, ctx.tape, inputs)
+        # Not to be read, but for PyTorch to see that they were not changed in between, and that
+        # the way back is gone once only: the first time frees them, and the frame.
+        ctx.save_for_backward(*segment.weights)
+        return compute(ctx.lease, inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        lease, tape = ctx.lease, ctx.tape
-        if lease.ended:
-            raise RuntimeError(AGAIN)
+        _ = ctx.saved_tensors
+        lease, tape = ctx.lease, ctx.lease.tape
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         kept = [memory.clone() for memory in lease.memory.tensors()] if keep else []
         frame = lease.frame
@@ -372,8 +358,9 @@ class _Run(torch.autograd.Function):
         return (None, None, *inputs, *params)
 
 
-def compute(frame: Frame, tape: Tape, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def compute(lease: Lease, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Run a frame forward, from plain tensors to plain tensors."""
+    frame, tape = lease.frame, lease.tape
     for x, slot in zip(inputs, tape.inputs, strict=True):
         frame.backend.to_layout(_flat(x.detach(), slot.value), frame.buffer(slot))
     for call in frame.before + frame.forward:
@@ -420,7 +407,3 @@ def _plain(frame: Frame, slot: Slot, shape: tuple[int, ...], memory: torch.memor
         out = torch.empty(shape, dtype=slot.value.dtype, memory_format=memory)
         frame.backend.from_layout(frame.buffer(slot), _flat(out, slot.value))
     return out
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().split("\n")[0]

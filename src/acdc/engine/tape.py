@@ -180,12 +180,11 @@ class Tape:
     def value_again(self, value: Value) -> Slot:
         """Return the slot of a value on the way back: as it was kept, or made again just now."""
         maker = self._makers.get(value)
-        if maker is None or not maker.is_made_again or value in self.program.outputs:
+        if maker is None or value in self.program.outputs:
             return self.value(value)
         key = (value, self._group)
         if key not in self._again:
-            self._again[key] = slot = self.new(value, value.halo)
-            maker.again(self, slot)
+            self._again[key] = maker.again(self)
         return self._again[key]
 
     def grad(self, value: Value) -> Slot:
