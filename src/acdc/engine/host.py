@@ -150,7 +150,7 @@ class Host:
     @property
     def original(self) -> Callable[..., Any]:
         """The module's own forward."""
-        return MethodType(type(self.module).forward, self.module)
+        return own_forward(self.module)
 
     # --- graphs -----------------------------------------------------------------------------------
 
@@ -292,6 +292,11 @@ class Host:
             self.owner.refused[self._full(target)] = reason
 
 
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the forward of a module's class, bound to the module."""
+    return MethodType(type(module).forward, module)
+
+
 class _Forward:
     """The forward of a module in a sparse phase.
 
@@ -308,7 +313,7 @@ class _Forward:
         return self._run(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MethodType, (self._original.__func__, self._original.__self__)  # type: ignore[attr-defined]
+        return own_forward, (self._original.__self__,)  # type: ignore[attr-defined]
 
 
 class _Single(nn.Module):

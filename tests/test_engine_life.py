@@ -1,0 +1,417 @@
+"""What the engine promises around a step: copies, hooks, falling back, graphs kept and freed, the
+choice of layers, and whole cycles under a sparsifier.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import acdc
+from acdc.engine import choice as timing
+from acdc.engine import host, segment
+from acdc.engine.choice import Choice
+from acdc.errors import InputError
+from acdc.lab.models import SmallResNet
+from helpers import CUTS, SCHEDULE, TOTAL
+
+SHAPE = (1, 8, 8)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return SmallResNet(width=8, blocks=1, size=8).build().double()
+
+
+def batch(samples: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, *SHAPE, generator=g, dtype=torch.float64)
+    return x, torch.randint(0, 10, (samples,), generator=g)
+
+
+def sparse(model: nn.Module, density: float = 0.3, seed: int = 2) -> dict[str, Tensor]:
+    """Cut a model at random, and return its masks. The layers before the head are one run."""
+    g = torch.Generator().manual_seed(seed)
+    masks = {}
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and name != "conv1.weight":
+            masks[name] = torch.rand(p.shape, generator=g) < density
+            p.data[~masks[name]] = 0
+    return masks
+
+
+def on_engine(density: float = 0.3) -> tuple[nn.Module, nn.Module, acdc.Engine]:
+    """Return a network in a sparse phase, the same in plain PyTorch, and the engine."""
+    model = net()
+    masks = sparse(model, density)
+    plain = copy.deepcopy(model)
+    engine = acdc.Engine(model, batch()[0], choose=False)
+    engine.compress(masks)
+    assert engine.active
+    return model, plain, engine
+
+
+def loss_of(model: nn.Module, samples: int = 6) -> Tensor:
+    x, y = batch(samples)
+    return F.cross_entropy(model(x), y)
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The runs of layers that the kernels computed."""
+    count: list[int] = []
+    compute = segment.compute
+    monkeypatch.setattr(segment, "compute", lambda *a: count.append(1) or compute(*a))
+    return count
+
+
+# --- the model stays what it was ------------------------------------------------------------------
+
+
+def test_the_state_dict_has_the_keys_of_the_plain_model() -> None:
+    model, plain, _ = on_engine()
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_plain_and_may_have_an_engine_of_its_own(
+    copied: Callable[[nn.Module], nn.Module], ran: list[int]
+) -> None:
+    model, plain, _ = on_engine()
+    other = copied(model)
+    same(loss_of(other), loss_of(plain))
+    assert not ran
+    engine = acdc.Engine(other, batch()[0], choose=False)
+    engine.compress(sparse(other))
+    loss_of(other)
+    assert ran
+
+
+def test_decompressed_the_forward_is_the_class_own() -> None:
+    model, _, engine = on_engine()
+    engine.decompress()
+    assert "forward" not in vars(model)
+    assert not engine.active
+
+
+def test_a_hook_inside_is_called_and_numbers_stay(ran: list[int]) -> None:
+    model, plain, _ = on_engine()
+    seen: list[Tensor] = []
+    for m in (model, plain):
+        layer = m.get_submodule("layer2.0.conv1")
+        layer.register_forward_hook(lambda _m, _x, out: seen.append(out.detach()))
+        loss_of(m).backward()
+    assert len(seen) == 2
+    same(*seen)
+    assert ran  # the rest still runs on the kernels
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        mask = p.grad != 0
+        same(p.grad, q.grad * mask)
+
+
+def test_a_compiled_model_has_the_same_numbers_in_both_kinds_of_phase() -> None:
+    model, plain, engine = on_engine()
+    compiled = torch.compile(model, backend="eager")
+    same(loss_of(compiled), loss_of(plain))
+    engine.decompress()
+    same(loss_of(compiled), loss_of(plain))
+
+
+def test_weights_set_by_hand_are_seen() -> None:
+    model, plain, _ = on_engine()
+    for m in (model, plain):
+        loss_of(m).backward()
+        m.get_submodule("layer1.0.conv1").weight.data.mul_(2)
+    same(loss_of(model), loss_of(plain))
+
+
+# --- falling back ---------------------------------------------------------------------------------
+
+
+def test_a_parameter_that_was_replaced_is_left_to_pytorch_until_the_next_compression(
+    ran: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, plain, engine = on_engine()
+    for m in (model, plain):
+        layer = m.get_submodule("layer1.0.conv1")
+        layer.weight = nn.Parameter(layer.weight.detach() * 2)
+    same(loss_of(model), loss_of(plain))
+    assert len(ran) == 1  # the linear layer, which is a run of its own
+    assert "a parameter was replaced by another" in caplog.text
+    engine.compress(sparse(model))
+    sparse(plain)
+    ran.clear()
+    same(loss_of(model), loss_of(plain))
+    assert len(ran) == 2
+
+
+def test_another_image_size_is_computed_by_pytorch_and_said_once(
+    ran: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, plain, _ = on_engine()
+    x = torch.randn(3, 1, 12, 12, dtype=torch.float64)
+    for _ in range(2):
+        same(model(x), plain(x))
+    assert len(ran) == 2  # the linear layer, twice
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "its input has become" in said[0]
+
+
+def test_autocast_is_left_to_pytorch(ran: list[int]) -> None:
+    model, plain, _ = on_engine()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same(model(batch()[0]), plain(batch()[0]))
+    assert not ran
+
+
+def test_without_memory_pytorch_computes(
+    ran: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, plain, _ = on_engine()
+
+    def full(*_: object) -> None:
+        raise RuntimeError("not enough memory: you tried to allocate 1 byte.")
+
+    monkeypatch.setattr(segment, "allocate", full)
+    same(loss_of(model), loss_of(plain))
+    assert not ran
+    assert "no memory for its buffers" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_input_gives_a_bad_loss(bad: float, ran: list[int]) -> None:
+    model, plain, _ = on_engine()
+    x, y = batch()
+    x[0, 0, 3, 3] = bad
+    losses = [F.cross_entropy(m(x), y) for m in (model, plain)]
+    assert ran
+    assert [bool(loss.isnan()) for loss in losses] == [True, True]
+
+
+def test_a_model_elsewhere_leaves_the_engine_off() -> None:
+    model = net().to("meta")
+    engine = acdc.Engine(model, batch()[0])
+    assert engine.off is not None
+    assert "the kernels are for CPUs" in engine.off
+    engine.compress({})
+    assert not engine.active
+
+
+def test_an_example_that_does_not_fit_is_a_sentence() -> None:
+    with pytest.raises(InputError, match=r"does not fit SmallResNet|does not fit .*forward"):
+        acdc.Engine(net(), (batch()[0], 1, 2))
+
+
+# --- graphs ---------------------------------------------------------------------------------------
+
+
+def test_two_forwards_before_their_backwards() -> None:
+    model, plain, _ = on_engine()
+    for m in (model, plain):
+        first, second = loss_of(m, 6), loss_of(m, 9)
+        second.backward()
+        first.backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        same(p.grad, q.grad * (p.grad != 0))
+
+
+def test_a_graph_that_is_kept_goes_back_twice_and_one_that_is_not_refuses() -> None:
+    model, plain, _ = on_engine()
+    for m in (model, plain):
+        loss = loss_of(m)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        same(p.grad, q.grad * (p.grad != 0))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss_of(model).backward(), loss.backward()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    model, *_ = on_engine()
+    weight = model.get_submodule("layer1.0.conv1").weight
+    (grad,) = torch.autograd.grad(loss_of(model), weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_weights_that_move_before_the_way_back_raise() -> None:
+    model, *_ = on_engine()
+    loss = loss_of(model)
+    with torch.no_grad():
+        model.get_submodule("layer1.0.conv1").weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_loss_that_is_dropped_gives_its_buffers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    allocate = segment.allocate
+    monkeypatch.setattr(segment, "allocate", lambda *a: made.append(1) or allocate(*a))
+    model, *_ = on_engine()
+    for _ in range(5):
+        loss_of(model)
+    first = len(made)
+    for _ in range(5):
+        loss_of(model)
+        loss_of(model).backward()
+    assert len(made) == first
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def measured(dense_ms: float, sparse_ms: float) -> Callable[..., Choice]:
+    return lambda *_: Choice(True, 0.3, dense_ms, sparse_ms, 0.1)
+
+
+def test_where_no_layer_gains_nothing_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host, "measure", measured(1.0, 2.0))
+    caplog.set_level(logging.INFO, "acdc.engine")
+    model = net()
+    engine = acdc.Engine(model, batch()[0])
+    engine.compress(sparse(model))
+    assert not engine.active
+    assert "forward" not in vars(model)
+    assert not any(c.sparse for c in engine.choices.values())
+    assert "layer1.0.conv1" in caplog.text
+
+
+def test_choices_that_were_loaded_are_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "measure", measured(1e6, 1.0))
+    model = net()
+    engine = acdc.Engine(model, batch()[0])
+    engine.compress(sparse(model))
+    assert engine.active
+    state = engine.state_dict()
+
+    def never(*_: object) -> None:
+        raise AssertionError("it was measured again")
+
+    monkeypatch.setattr(host, "measure", never)
+    other = net()
+    resumed = acdc.Engine(other, batch()[0])
+    resumed.load_state_dict(state)
+    resumed.compress(sparse(other))
+    assert resumed.active
+    assert resumed.choices == engine.choices
+
+
+def test_a_layer_is_really_timed_both_ways() -> None:
+    model = net()
+    engine = acdc.Engine(model, batch()[0])
+    engine.compress(sparse(model))
+    assert engine.choices
+    for c in engine.choices.values():
+        assert min(c.dense_ms, c.sparse_ms, c.convert_ms) > 0
+    assert timing.table(engine.choices) == engine.table()
+
+
+# --- under a sparsifier ---------------------------------------------------------------------------
+
+
+def make(which: str, model: nn.Module) -> torch.optim.Optimizer:
+    if which == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.AdamW(model.parameters(), lr=0.003)
+
+
+class Run:
+    def __init__(self, which: str, engine: bool) -> None:
+        self.model = net()
+        self.optimizer = make(which, self.model)
+        method = acdc.ACDC(acdc.Unstructured(0.7), SCHEDULE)
+        self.engine = acdc.Engine(self.model, batch()[0], choose=False) if engine else None
+        self.sparsifier = acdc.Sparsifier(method, self.model, self.optimizer, engine=self.engine)
+        self.kept: list[acdc.Support] = []
+
+    def step(self, index: int) -> float:
+        x, y = batch(6, 10 + index)
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.kept.append(self.sparsifier.support)
+        return loss.item()
+
+    def states(self) -> list[dict]:
+        return copy.deepcopy(
+            [s.state_dict() for s in (self.model, self.optimizer, self.sparsifier)]
+        )
+
+    def load(self, states: list[dict]) -> None:
+        for part, state in zip((self.model, self.optimizer, self.sparsifier), states, strict=True):
+            part.load_state_dict(state)
+
+
+@pytest.mark.parametrize("which", ["sgd", "adamw"])
+def test_a_whole_cycle_agrees_with_masked_dense(which: str) -> None:
+    on, off = Run(which, True), Run(which, False)
+    for index in range(TOTAL):
+        dense = on.sparsifier.phase.kind == "dense"
+        assert on.engine is not None
+        assert on.engine.active is not dense
+        assert on.step(index) == pytest.approx(off.step(index), rel=1e-7)
+        if index == CUTS[0] - 1:  # the first compression: dense steps until here are plain PyTorch
+            for name, mask in on.kept[-1].items():
+                assert torch.equal(mask, off.kept[-1][name])
+            for p, q in zip(on.model.parameters(), off.model.parameters(), strict=True):
+                assert torch.equal(p, q)
+
+
+def test_resuming_inside_a_sparse_phase_is_bitwise_the_run_that_did_not_stop() -> None:
+    stop = CUTS[0] + 1
+    whole, first, second = (Run("sgd", True) for _ in range(3))
+    for index in range(stop):
+        first.step(index)
+    second.load(first.states())
+    for index in range(TOTAL):
+        whole.step(index)
+    for index in range(stop, TOTAL):
+        second.step(index)
+    for p, q in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_support_that_changes_often(ran: list[int]) -> None:
+    model, plain, engine = on_engine()
+    for seed in range(3, 8):
+        model.load_state_dict(net().state_dict())
+        plain.load_state_dict(net().state_dict())
+        masks = sparse(model, 0.3, seed)
+        sparse(plain, 0.3, seed)
+        engine.compress(masks)
+        model.zero_grad()
+        plain.zero_grad()
+        ran.clear()
+        for m in (model, plain):
+            loss_of(m).backward()
+        assert ran
+        for name, p in model.named_parameters():
+            grad = plain.get_parameter(name).grad
+            same(p.grad, grad * masks[name] if name in masks else grad)
+
+
+def test_an_engine_of_another_model_is_refused() -> None:
+    model = net()
+    method = acdc.ACDC(acdc.Unstructured(0.7), SCHEDULE)
+    with pytest.raises(InputError, match="made for another model"):
+        acdc.Sparsifier(
+            method, model, make("sgd", model), engine=acdc.Engine(net(), batch()[0], choose=False)
+        )
