@@ -264,10 +264,11 @@ def test_a_loss_that_is_dropped_gives_its_buffers_back(monkeypatch: pytest.Monke
     model, *_ = on_engine()
     for _ in range(5):
         loss_of(model)
-    first = len(made)
+    first, losses = len(made), []
     for _ in range(5):
         loss_of(model)
-        loss_of(model).backward()
+        losses.append(loss_of(model))  # held on to, as a loop does until its next step
+        losses[-1].backward()
     assert len(made) == first
 
 
