@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,7 +102,7 @@ def check(found: Answer, expected: Answer) -> None:
             raise Unable(f"its {name} is wrong: it differs from dense PyTorch's by {error:.0e}")
 
 
-class Autograd:
+class Autograd(ABC):
     """A layer that torch differentiates."""
 
     own_threads = False
@@ -113,9 +114,9 @@ class Autograd:
         self.y = x.new_empty(0)
         self.grads: tuple[Tensor, ...] = ()
 
+    @abstractmethod
     def call(self) -> Tensor:
         """Compute the output, with its graph."""
-        raise NotImplementedError
 
     def forward(self) -> None:
         """Compute the output."""
