@@ -51,12 +51,14 @@ class Site:
     """A layer where it stands: what a measurement needs.
 
     Args:
+        name: Of the module in the network.
         module, geometry: The layer.
         x, out: What it reads and makes.
         samples: The batch size.
 
     """
 
+    name: str
     module: nn.Conv2d | nn.Linear
     geometry: ConvGeometry
     x: Value

@@ -242,18 +242,18 @@ class Host:
         density = owner.density(name)
         if not owner.choose:
             return Choice(True, density)
-        site = self._site(spec, node)
+        site = self._site(name, spec, node)
         plan = self._plan(spec, site.x, site.out)
         return measure(site, plan, owner.backend, density, owner.dense_ms)
 
-    def _site(self, spec: ConvSpec, node: fx.Node) -> Site:
+    def _site(self, name: str, spec: ConvSpec, node: fx.Node) -> Site:
         (source,) = inputs_of(node, spec)
         tokens = isinstance(spec.module, nn.Linear)
         x, out = value_of(source, tokens), value_of(node, tokens)
         if not tokens:
             x.halo = spec.geometry.halo
             out.grad_halo = spec.geometry.grad_halo(x.height, x.width)
-        return Site(spec.module, spec.geometry, x, out, _samples(source, tokens))
+        return Site(name, spec.module, spec.geometry, x, out, _samples(source, tokens))
 
     def _conversions(self, run: Partition, known: Mapping[fx.Node, Known]) -> float:
         """Return the time of the conversions at the ends of a run."""
