@@ -213,6 +213,12 @@ typedef struct acdc_pool_args {
     row(relu, acdc_pointwise_args)               \
     row(relu_grad, acdc_pointwise_args)          \
     row(add, acdc_pointwise_args)                \
+    row(gelu, acdc_pointwise_args)               \
+    row(gelu_grad, acdc_pointwise_args)          \
+    row(gelu_tanh, acdc_pointwise_args)          \
+    row(gelu_tanh_grad, acdc_pointwise_args)     \
+    row(silu, acdc_pointwise_args)               \
+    row(silu_grad, acdc_pointwise_args)          \
     row(max_pool, acdc_pool_args)                \
     row(max_pool_grad, acdc_pool_args)           \
     row(avg_pool, acdc_pool_args)                \

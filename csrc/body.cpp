@@ -1,5 +1,6 @@
 // One instruction set's kernels. CMake compiles this file once for each, with ACDC_ISA (its name, and
 // the namespace) and ACDC_LANES (floats in a register) defined.
+#include "activation.h"
 #include "convert.h"
 #include "conv.h"
 #include "norm.h"

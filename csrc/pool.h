@@ -47,10 +47,6 @@ template <class Body> void each_tap(const Pixel& p, Window w, Body body) {
         for (int column = w.left; column < w.right; ++column) body(Pixel{p.block, p.channel, row, column});
 }
 
-template <class real> inline vec<real> select(mask<real> m, vec<real> yes, vec<real> no) {
-    return (vec<real>)((m & (mask<real>)yes) | (~m & (mask<real>)no));
-}
-
 template <class real> void max_pool(const acdc_pool_args* args, const acdc_share* share) {
     each_window<real, false>(*args, share, [](const acdc_pool_args& a, Pixel p, Window w) {
         vec<real> best = load(pixel<real>(a.x, {p.block, p.channel, w.top, w.left}));

@@ -46,6 +46,9 @@ template <class real, std::size_t... i> inline vec<real> splat(real value, std::
 }
 template <class real> inline vec<real> splat(real value) { return splat(value, std::make_index_sequence<lanes>()); }
 template <class real> inline vec<real> keep(mask<real> m, vec<real> v) { return (vec<real>)(m & (mask<real>)v); }
+template <class real> inline vec<real> select(mask<real> m, vec<real> yes, vec<real> no) {
+    return (vec<real>)((m & (mask<real>)yes) | (~m & (mask<real>)no));
+}
 
 template <class number> inline number least(number a, number b) { return a < b ? a : b; }
 template <class number> inline number most(number a, number b) { return a < b ? b : a; }

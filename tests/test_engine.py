@@ -62,6 +62,21 @@ def test_evaluation(name: str, backend: str, runs: list[int]) -> None:
     pair.step(6, seed=9, grad=False)  # statistics move without gradients, too
 
 
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()])
+def test_an_activation_goes_block_by_block_and_is_not_kept(activation: nn.Module) -> None:
+    """Of a run with an activation inside, its input is kept for the way back, and nothing else."""
+    pair = Pair(nn.Sequential(nn.Linear(12, 48), activation, nn.Linear(48, 12)), (12,))
+    pair.step(256)
+    (run,) = segments(pair.engine)
+    (tape,) = run._tapes.values()
+    first, act, _ = run.program.ops
+    assert not any(instruction.alone for instruction in tape.forward + tape.backward)
+    half = len(tape.forward)
+    kept = {slot for slot in tape.slots if slot.first < half < slot.last}
+    assert kept == {tape.value(first.x), tape.value(act.x)}
+    assert tape.value(act.out).is_passing
+
+
 def test_a_tensor_that_changes_in_place_after_it_was_read() -> None:
     """The network is no graph then, and each layer runs alone. In training PyTorch refuses it."""
     pair = Pair(in_place_late(), (8, 5, 5))

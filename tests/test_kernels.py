@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -491,6 +492,52 @@ def test_relu_and_add_equal_pytorch_and_keep_nan(name, dtype):
     assert torch.equal(k.from_layout(out), y * (x > 0))
     k.add(b_x, b_y, out)
     torch.testing.assert_close(k.from_layout(out), x + y, rtol=0, atol=0, equal_nan=True)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+
+
+@backends
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("function", ACTIVATIONS)
+def test_activations_equal_pytorch_number_by_number(name, dtype, function):
+    k, kernel = backend(name), ACTIVATIONS[function]
+    x = torch.cat([torch.linspace(-14, 14, 40_001), torch.tensor([0.0, -1e-30, 90.0, -90.0])])
+    x = x.to(dtype)[:, None]
+    leaf = x.double().requires_grad_()
+    want = kernel(leaf)
+    want.sum().backward()
+    shape = Shape.of_tokens(len(x), 1, k.lanes, dtype)
+    b_x, out, grad = k.to_layout(x, Buffer.zeros(shape)), Buffer.zeros(shape), Buffer.zeros(shape)
+    k.to_layout(torch.ones_like(x), grad)
+    getattr(k, function)(b_x, out)
+    getattr(k, f"{function}_grad")(grad, b_x, grad)  # in place
+    # Relative to the number itself, down to a tenth: below, its terms cancel. In float, so they do
+    # in PyTorch's sums of one and erf or tanh, which the reference has.
+    limit = 1e-12 if dtype == torch.float64 else 2e-5 if name == "reference" else 1e-6
+    for got, ideal in ((out, want), (grad, leaf.grad)):
+        error = (k.from_layout(got).double() - ideal.detach()).abs()
+        assert (error <= limit * ideal.detach().abs().clamp(min=0.1)).all(), error.max()
+        dead_lanes_are_zero(got)
+
+
+@backends
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("function", ACTIVATIONS)
+def test_activations_of_nan_and_infinity_are_those_of_pytorch(name, dtype, function):
+    k, kernel = backend(name), ACTIVATIONS[function]
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1.0])[:, None].to(dtype)
+    exact = dtype if name == "reference" else torch.float64
+    leaf = x.to(exact).requires_grad_()  # in float, PyTorch's GELU of infinity is NaN
+    want = kernel(leaf)
+    want.sum().backward()
+    shape = Shape.of_tokens(4, 1, k.lanes, dtype)
+    b_x, out, grad = k.to_layout(x, Buffer.zeros(shape)), Buffer.zeros(shape), Buffer.zeros(shape)
+    getattr(k, function)(b_x, out)
+    getattr(k, f"{function}_grad")(k.to_layout(torch.ones_like(x), grad), b_x, grad)
+    for got, ideal in ((out, want), (grad, leaf.grad)):
+        got = k.from_layout(got).to(exact)
+        torch.testing.assert_close(got, ideal.detach(), equal_nan=True, rtol=1e-6, atol=0)
 
 
 @backends

@@ -200,17 +200,10 @@ class PoolSpec:
 
 
 @dataclass(frozen=True)
-class MapSpec:
-    """A function of single numbers that leaves zero at zero: it may run over a whole buffer.
+class ActivationSpec:
+    """A GELU or SiLU, by the name of its kernel."""
 
-    Args:
-        forward: of the input.
-        backward: of the output's gradient and the input.
-
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor, Tensor], Tensor]
+    kernel: Literal["gelu", "gelu_tanh", "silu"]
 
 
 @dataclass(frozen=True)
@@ -218,7 +211,7 @@ class SameSpec:
     """Nothing: an identity, or a dropout that drops nothing."""
 
 
-Spec = ConvSpec | NormSpec | ReluSpec | AddSpec | PoolSpec | MapSpec | SameSpec
+Spec = ConvSpec | NormSpec | ReluSpec | AddSpec | PoolSpec | ActivationSpec | SameSpec
 
 
 @dataclass(frozen=True)
@@ -413,7 +406,7 @@ def _module_spec(module: nn.Module, name: str) -> Spec:
     if isinstance(module, nn.GELU):
         return _gelu(module.approximate)
     if kind is nn.SiLU:
-        return _SILU
+        return ActivationSpec("silu")
     if kind is nn.Identity or (
         isinstance(module, nn.Dropout | nn.Dropout2d) and (module.p == 0 or not module.training)
     ):
@@ -483,30 +476,13 @@ def _sum(node: fx.Node) -> Spec:
 
 def _activation(function: Any, node: fx.Node) -> Spec:
     if function is F.silu:
-        return _SILU
+        return ActivationSpec("silu")
     approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
     return _gelu(str(approximate))
 
 
-def _gelu(approximate: str) -> MapSpec:
-    # The kind of approximation is a keyword, which partial application would hide from ==.
-    tanh = approximate == "tanh"
-    return MapSpec(_gelu_tanh, _gelu_tanh_grad) if tanh else MapSpec(F.gelu, _gelu_grad)
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _gelu_grad(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, x)  # type: ignore[no-any-return]
-
-
-def _gelu_tanh_grad(grad: Tensor, x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")  # type: ignore[no-any-return]
-
-
-_SILU = MapSpec(F.silu, torch.ops.aten.silu_backward)
+def _gelu(approximate: str) -> ActivationSpec:
+    return ActivationSpec("gelu_tanh" if approximate == "tanh" else "gelu")
 
 
 def _pair(value: Any) -> Pair:

@@ -651,6 +651,30 @@ class Native:
         """Compute ``out = x + y``."""
         self._pointwise("add", x, y, out)
 
+    def gelu(self, x: Buffer, out: Buffer) -> None:
+        """Compute ``out = x * (1 + erf(x / sqrt(2))) / 2``."""
+        self._pointwise("gelu", x, None, out)
+
+    def gelu_grad(self, grad: Buffer, x: Buffer, out: Buffer) -> None:
+        """Compute ``out``, the gradient of what ``gelu`` read, from that of what it made."""
+        self._pointwise("gelu_grad", grad, x, out)
+
+    def gelu_tanh(self, x: Buffer, out: Buffer) -> None:
+        """Compute ``out`` as ``gelu`` with the approximation by tanh."""
+        self._pointwise("gelu_tanh", x, None, out)
+
+    def gelu_tanh_grad(self, grad: Buffer, x: Buffer, out: Buffer) -> None:
+        """Compute ``out``, the gradient of what ``gelu_tanh`` read, from that of what it made."""
+        self._pointwise("gelu_tanh_grad", grad, x, out)
+
+    def silu(self, x: Buffer, out: Buffer) -> None:
+        """Compute ``out = x / (1 + exp(-x))``."""
+        self._pointwise("silu", x, None, out)
+
+    def silu_grad(self, grad: Buffer, x: Buffer, out: Buffer) -> None:
+        """Compute ``out``, the gradient of what ``silu`` read, from that of what it made."""
+        self._pointwise("silu_grad", grad, x, out)
+
     def max_pool(
         self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)
     ) -> None:

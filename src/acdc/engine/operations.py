@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acdc.engine.graph import ConvSpec, MapSpec, PoolSpec
+from acdc.engine.graph import ActivationSpec, ConvSpec, PoolSpec
 from acdc.engine.layout import Buffer
 from acdc.engine.native import Fold
 from acdc.engine.tape import Binder, Call, Slot, Tape, Value
@@ -448,10 +448,10 @@ class Pool(Op):
 
 
 @dataclass(eq=False)
-class Map(Op):
-    """A function of single numbers, by PyTorch's own kernels on the whole memory of a buffer."""
+class Activation(Op):
+    """A GELU or SiLU."""
 
-    spec: MapSpec
+    spec: ActivationSpec
     x: Value
     out: Value
 
@@ -460,28 +460,26 @@ class Map(Op):
         return (self.x,)
 
     def forward(self, tape: Tape) -> None:
-        x, out = tape.value(self.x), tape.value(self.out)
+        self._apply(tape, tape.value(self.x), tape.value(self.out))
 
-        def bind(f: Binder) -> Call:
-            source, target = _alike(f.buffer(x), f.buffer(out))
-            return lambda: target.copy_(self.spec.forward(source))
+    def again(self, tape: Tape) -> Slot:
+        # An exponential is dearer than a multiply-add, but the way back reads `x` anyway, and this
+        # is half of what would be kept.
+        x, out = tape.value_again(self.x), tape.new(self.out, self.out.halo)
+        self._apply(tape, x, out)
+        return out
 
-        tape.do(bind, x, out, alone=True)
+    def _apply(self, tape: Tape, x: Slot, out: Slot) -> None:
+        name = self.spec.kernel
+        tape.do(lambda f: f.backend.bind(name, f.buffer(x), f.buffer(out)), x, out)
 
     def backward(self, tape: Tape) -> None:
-        grad, x = tape.grad(self.out), tape.value(self.x)
-        dx, give = _target(tape, self.x)
-
-        def bind(f: Binder) -> Call:
-            slope, source, target = _alike(f.buffer(grad), f.buffer(x), f.buffer(dx))
-            return lambda: target.copy_(self.spec.backward(slope, source))
-
-        tape.do(bind, grad, x, dx, alone=True)
+        grad, x = tape.release(self.out), tape.value_again(self.x)
+        dx, give = grad, lambda: tape.give(grad, self.x)
+        if grad.halo != self.x.grad_halo:  # not in place
+            dx, give = _target(tape, self.x)
+        name = f"{self.spec.kernel}_grad"
+        tape.do(
+            lambda f: f.backend.bind(name, f.buffer(grad), f.buffer(x), f.buffer(dx)), grad, x, dx
+        )
         give()
-
-
-def _alike(*buffers: Buffer) -> list[Tensor]:
-    """Return the whole memory of buffers of one shape, and else their interiors."""
-    if len({buffer.shape for buffer in buffers}) == 1:
-        return [buffer.data for buffer in buffers]
-    return [buffer.pixels() for buffer in buffers]

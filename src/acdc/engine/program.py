@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from acdc.engine.graph import (
+    ActivationSpec,
     AddSpec,
     ConvSpec,
     Known,
-    MapSpec,
     NormSpec,
     PoolSpec,
     ReluSpec,
@@ -23,7 +23,7 @@ from acdc.engine.graph import (
     shape_of,
 )
 from acdc.engine.layout import TOKEN_COLUMNS
-from acdc.engine.operations import Add, Conv, Map, Norm, Normalise, Op, Pool, Relu
+from acdc.engine.operations import Activation, Add, Conv, Norm, Normalise, Op, Pool, Relu
 from acdc.engine.tape import Value
 
 
@@ -97,8 +97,8 @@ class Program:
         elif isinstance(spec, PoolSpec):
             self._emit(node, known, lambda x, out: Pool(spec, x, out))
         else:
-            assert isinstance(spec, MapSpec)
-            self._emit(node, known, lambda x, out: Map(spec, x, out))
+            assert isinstance(spec, ActivationSpec)
+            self._emit(node, known, lambda x, out: Activation(spec, x, out))
 
     def _emit(self, node: fx.Node, known: Known, make: Callable[[Value, Value], Op]) -> None:
         out = value_of(node, known.kind == "tokens")

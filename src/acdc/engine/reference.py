@@ -313,6 +313,31 @@ class Reference:
         """Compute ``out = x + y``."""
         self._put(self._nchw(x) + self._nchw(y), out)
 
+    def gelu(self, x: Buffer, out: Buffer) -> None:
+        """Compute ``out = gelu(x)``."""
+        self._put(F.gelu(self._nchw(x)), out)
+
+    def gelu_grad(self, grad: Buffer, x: Buffer, out: Buffer) -> None:
+        """Compute the gradient of what ``gelu`` read."""
+        self._put(torch.ops.aten.gelu_backward(self._nchw(grad), self._nchw(x)), out)
+
+    def gelu_tanh(self, x: Buffer, out: Buffer) -> None:
+        """Compute ``out = gelu(x)``, approximated by tanh."""
+        self._put(F.gelu(self._nchw(x), approximate="tanh"), out)
+
+    def gelu_tanh_grad(self, grad: Buffer, x: Buffer, out: Buffer) -> None:
+        """Compute the gradient of what ``gelu_tanh`` read."""
+        slope, at = self._nchw(grad), self._nchw(x)
+        self._put(torch.ops.aten.gelu_backward(slope, at, approximate="tanh"), out)
+
+    def silu(self, x: Buffer, out: Buffer) -> None:
+        """Compute ``out = silu(x)``."""
+        self._put(F.silu(self._nchw(x)), out)
+
+    def silu_grad(self, grad: Buffer, x: Buffer, out: Buffer) -> None:
+        """Compute the gradient of what ``silu`` read."""
+        self._put(torch.ops.aten.silu_backward(self._nchw(grad), self._nchw(x)), out)
+
     def max_pool(
         self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)
     ) -> None:

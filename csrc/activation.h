@@ -1,0 +1,104 @@
+// GELU and SiLU: x times a share of it that lies between 0 and 1, forward, and backward from x alone.
+//
+// In float the exponential and the normal distribution are polynomials, which compile to vectors; double,
+// which serves gradient checks, asks the C library lane by lane.
+#pragma once
+#include "norm.h"
+
+namespace ACDC_ISA {
+namespace {
+
+// The polynomial with these coefficients, that of the highest power first.
+template <int count> inline vec<float> polynomial(vec<float> x, const float (&coefficients)[count]) {
+    vec<float> sum = splat(coefficients[0]);
+    ACDC_UNROLL
+    for (int i = 1; i < count; ++i) sum = sum * x + coefficients[i];
+    return sum;
+}
+
+template <class real> inline vec<real> magnitude(vec<real> v) { return select<real>(v < vec<real>{}, -v, v); }
+
+// exp(x) for x <= 0, to one unit in the last place; 0 where that would be denormal. NaN stays NaN.
+inline vec<float> exp_of(vec<float> x) {
+    // Adding 1.5 * 2^23 rounds to an integer n, and leaves it in the last bits.
+    const vec<float> round = splat(12582912.0f), shifted = x * 1.44269504f + round;
+    const vec<float> n = shifted - round;
+    const vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;  // log 2, in two parts
+    const float taylor[] = {1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f};
+    const vec<float> power = (vec<float>)(((vec<uint32_t>)shifted << 23) + 0x3f800000u);  // 2^n
+    return keep<float>(~(x < splat(-87.3f)), polynomial(r, taylor) * power);
+}
+
+inline vec<double> exp_of(vec<double> x) {
+    for (int lane = 0; lane < lanes; ++lane) x[lane] = __builtin_exp(x[lane]);
+    return x;
+}
+
+// The share of one number in x, and its slope there.
+template <class real> struct Share { vec<real> value, slope; };
+
+// What of the normal distribution lies beyond z >= 0, given exp(-z*z/2): a polynomial in 1 / (1 + 0.35 z)
+// for the rest, fitted to a relative error of 3e-8.
+inline vec<float> normal_tail(vec<float> z, vec<float> bell) {
+    const vec<float> t = 1.0f / (1.0f + 0.35f * z);
+    const float fitted[] = {-0.0291653162f, 0.144067707f, -0.255916449f, 0.159409978f, -0.0232758953f,
+                            0.105580054f,   0.119814127f, 0.139864532f,  0.139621247f};
+    return bell * t * polynomial(t, fitted);
+}
+
+inline vec<double> normal_tail(vec<double> z, vec<double>) {
+    for (int lane = 0; lane < lanes; ++lane) z[lane] = 0.5 * __builtin_erfc(z[lane] * 0.70710678118654752440);
+    return z;
+}
+
+// The normal distribution: GELU.
+struct Normal {
+    template <class real> static Share<real> share(vec<real> x) {
+        const vec<real> bell = exp_of(x * x * real(-0.5)), tail = normal_tail(magnitude<real>(x), bell);
+        return {select<real>(x < vec<real>{}, tail, real(1) - tail), bell * real(0.39894228040143267794)};
+    }
+};
+
+// The logistic function: SiLU.
+struct Logistic {
+    template <class real> static Share<real> share(vec<real> x) {
+        const vec<real> e = exp_of(-magnitude<real>(x)), q = real(1) / (real(1) + e);
+        return {select<real>(x < vec<real>{}, e * q, q), e * q * q};
+    }
+};
+
+// (1 + tanh u) / 2 = logistic(2 u), where u is a cubic that comes close to the normal distribution.
+struct NearNormal {
+    template <class real> static Share<real> share(vec<real> x) {
+        const real linear = real(1.59576912160573071176), cubic = real(0.044715);
+        const vec<real> square = x * x;
+        const Share<real> s = Logistic::share<real>(linear * x * (real(1) + cubic * square));
+        return {s.value, s.slope * linear * (real(1) + 3 * cubic * square)};
+    }
+};
+
+template <class real, class F> void activation(const acdc_pointwise_args* a, const acdc_share* share) {
+    pointwise<real>(a, share, [](vec<real> x, vec<real>) { return x * F::template share<real>(x).value; });
+}
+// a: the gradient; b: the input.
+template <class real, class F> void activation_grad(const acdc_pointwise_args* a, const acdc_share* share) {
+    pointwise<real>(a, share, [](vec<real> grad, vec<real> x) {
+        const Share<real> s = F::template share<real>(x);
+        return grad * (s.value + x * s.slope);
+    });
+}
+
+#define ACDC_ACTIVATION(name, F)                                                              \
+    template <class real> void name(const acdc_pointwise_args* a, const acdc_share* share) {        \
+        activation<real, F>(a, share);                                                        \
+    }                                                                                         \
+    template <class real> void name##_grad(const acdc_pointwise_args* a, const acdc_share* share) { \
+        activation_grad<real, F>(a, share);                                                   \
+    }
+ACDC_ACTIVATION(gelu, Normal)
+ACDC_ACTIVATION(gelu_tanh, NearNormal)
+ACDC_ACTIVATION(silu, Logistic)
+#undef ACDC_ACTIVATION
+
+}  // namespace
+}  // namespace ACDC_ISA
