@@ -475,11 +475,12 @@ class Activation(Op):
 
     def backward(self, tape: Tape) -> None:
         grad, x = tape.release(self.out), tape.value_again(self.x)
-        dx, give = grad, lambda: tape.give(grad, self.x)
-        if grad.halo != self.x.grad_halo:  # not in place
-            dx, give = _target(tape, self.x)
+        dx, give = _target(tape, self.x) if grad.halo != self.x.grad_halo else (grad, None)
         name = f"{self.spec.kernel}_grad"
         tape.do(
             lambda f: f.backend.bind(name, f.buffer(grad), f.buffer(x), f.buffer(dx)), grad, x, dx
         )
-        give()
+        if give is None:  # in place
+            tape.give(grad, self.x)
+        else:
+            give()
