@@ -71,10 +71,44 @@ def test_an_activation_goes_block_by_block_and_is_not_kept(activation: nn.Module
     (tape,) = run._tapes.values()
     first, act, _ = run.program.ops
     assert not any(instruction.alone for instruction in tape.forward + tape.backward)
-    half = len(tape.forward)
-    kept = {slot for slot in tape.slots if slot.first < half < slot.last}
-    assert kept == {tape.value(first.x), tape.value(act.x)}
+    kept = [slot for slot in tape.slots if tape.is_kept(slot)]
+    assert kept == [tape.value(first.x), tape.value(act.x)]
     assert tape.value(act.out).is_passing
+
+
+def frames(pair: Pair) -> list[segment.Frame]:
+    """The frames of all runs of layers, of one batch size each."""
+    arenas = [a for run in segments(pair.engine) for free in run._free.values() for a in free]
+    return [frame for arena in arenas for frame in arena._frames.values()]
+
+
+def test_runs_share_what_lives_on_one_way_only() -> None:
+    """Of three runs of one shape, each keeps memory for what it reads again going back."""
+    layers = (nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)) for _ in range(3))
+    pair = Pair(nn.Sequential(*(nn.Sequential(part, nn.Tanh()) for part in layers)), (24,))
+    pair.step(256)
+    kept, shared = [], []
+    for run, frame in zip(segments(pair.engine), frames(pair), strict=True):
+        (tape,) = run._tapes.values()
+        memory = {s: frame.buffer(s).data.untyped_storage().data_ptr() for s in tape.slots}
+        kept.append({memory[slot] for slot in tape.slots if tape.is_kept(slot)})
+        shared.append(set(memory.values()) - kept[-1])
+    assert shared[0]
+    assert shared[0] == shared[1] == shared[2]
+    assert len(set.union(*kept)) == 3
+
+
+def test_one_run_at_a_time_uses_what_all_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, held, plain = Pair(nn.Linear(12, 8), (12,)), [], segment._plain
+
+    def convert(*args):
+        held.append(pair.engine.workspace.lock.locked())
+        return plain(*args)
+
+    monkeypatch.setattr(segment, "_plain", convert)
+    pair.step(4)
+    assert held == [True, True]  # forward and back
+    assert not pair.engine.workspace.lock.locked()
 
 
 def test_a_tensor_that_changes_in_place_after_it_was_read() -> None:

@@ -26,6 +26,7 @@ from acdc.engine.layout import Shape
 from acdc.engine.native import Native
 from acdc.engine.ops import kernels
 from acdc.engine.reference import Reference
+from acdc.engine.segment import Workspace
 from acdc.errors import InputError
 from acdc.layers import unwrapped
 
@@ -54,6 +55,7 @@ class Engine:
         refused: Name of a layer → why it stays with PyTorch.
         choices: Name of a layer → what was measured of it, after the first compression.
         written: The weight gradients that the kernels wrote since the last compression.
+        workspace: The memory that all runs of layers share.
 
     Raises:
         InputError: the example cannot be an argument of the model.
@@ -75,6 +77,7 @@ class Engine:
         self.dense_ms: dict[Any, float] = {}  # of layers, by what they compute
         self.written = Written()
         self._masks: dict[str, Tensor] = {}
+        self.workspace = Workspace()
         self._plans: dict[Any, Any] = {}
         self._hosts: list[Host] = []
         self.off = _why_off(self.model)
@@ -128,6 +131,7 @@ class Engine:
         for host in self._hosts:
             host.stop()
         self._plans.clear()
+        self.workspace.clear()
         self._masks = {}
 
     # --- stop and resume --------------------------------------------------------------------------

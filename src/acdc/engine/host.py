@@ -36,7 +36,7 @@ from acdc.engine.kept import Written
 from acdc.engine.layout import Shape
 from acdc.engine.operations import Conv
 from acdc.engine.program import Program, value_of
-from acdc.engine.segment import Segment
+from acdc.engine.segment import Segment, Workspace
 from acdc.engine.tape import Value
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class Owner(Protocol):
     choose: bool
     dense_ms: dict[Any, float]
     written: Written
+    workspace: Workspace
 
     def plan(self, name: str, weight: Tensor, geometry: ConvGeometry, x: Shape, dy: Shape) -> Any:
         """Return the index lists of a layer."""
@@ -202,7 +203,7 @@ class Host:
 
     def _segment(self, plain: fx.GraphModule) -> Segment:
         program = Program(plain.graph)
-        segment = Segment(plain, program, self.owner.backend)
+        segment = Segment(plain, program, self.owner.backend, self.owner.workspace)
         segment.start(self._plans(program), self.owner.written)
         return segment
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch  # first: its OpenMP library must be the one that the kernels find
 
 from acdc.engine.geometry import ConvGeometry, Pair
-from acdc.engine.layout import Buffer, Shape
+from acdc.engine.layout import LINE, Buffer, Shape
 from acdc.errors import AcdcError, InputError
 
 try:
@@ -248,20 +248,28 @@ class Call:
 
 @dataclass
 class WeightGradCall(Call):
-    """The weight gradient of a layer, for any tensor to put it into."""
+    """The weight gradient of a layer, for any tensor to put it into.
+
+    ``scratch`` is how many numbers its partial sums are.
+    """
 
     plan: Plan | None = None
+    scratch: int = 0
 
-    def into(self, grad: torch.Tensor) -> None:
-        """Put the gradients of the kept weights into ``grad`` from now on."""
+    def into(self, grad: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Put the gradients of the kept weights into ``grad`` from now on, and the partial sums
+        into ``scratch``, aligned to a cache line; the caller keeps both.
+        """
         assert self.plan is not None
+        assert scratch.numel() >= self.scratch
+        assert scratch.data_ptr() % LINE == 0
         if grad.dtype != self.plan.x.dtype or not self.plan.lies_as_planned(grad):
             raise InputError(
                 f"The gradient is a {self.plan.x.dtype} tensor shaped as the weight, with the "
                 f"plan's strides {self.plan.strides}; got {grad.dtype}, {tuple(grad.shape)} with "
                 f"strides {grad.stride()}."
             )
-        self.args.target = grad.data_ptr()
+        self.args.target, self.args.workspace = grad.data_ptr(), scratch.data_ptr()
 
 
 class Fold:
@@ -409,13 +417,17 @@ class Native:
         All other elements of ``grad`` are left as they are.
         """
         call = self.weight_grad_call(plan, x, dy, accumulate=accumulate)
-        call.into(grad)
+        spare = LINE // grad.element_size()
+        scratch = torch.empty(call.scratch + spare, dtype=x.shape.dtype)
+        call.into(grad, scratch[-scratch.data_ptr() % LINE // scratch.element_size() :])
         call()
 
     def weight_grad_call(
         self, plan: Plan, x: Buffer, dy: Buffer, *, accumulate: bool = False
     ) -> WeightGradCall:
-        """Return the call of ``conv_weight_grad``, which wants to be told ``into`` which tensor."""
+        """Return the call of ``conv_weight_grad``, which wants to be told ``into`` which
+        tensor.
+        """
         self._same(plan.x, x, "x")
         self._sized(dy, plan.dy, "dy")
         self._together(x, dy)
@@ -426,11 +438,9 @@ class Native:
         a.tile_rows, a.tile_columns = plan.weight_tile.rows, plan.weight_tile.columns
         a.accumulate, a.wide, a.threads = accumulate, plan.wide, torch.get_num_threads()
         pitch = (plan.nnz + 31) // 16 * 16 * (self.lanes if plan.wide else 1)
-        workspace = torch.empty(a.threads * pitch + 16, dtype=x.shape.dtype)
-        a.workspace = workspace.data_ptr() + -workspace.data_ptr() % 64
         is_double = x.shape.dtype == torch.float64
         return WeightGradCall(
-            _kernels.weight_grad, self._index, is_double, a, (plan, x, dy, workspace), plan
+            _kernels.weight_grad, self._index, is_double, a, (plan, x, dy), plan, a.threads * pitch
         )
 
     def channel_sums(self, x: Buffer, *, sums: torch.Tensor | None = None) -> torch.Tensor:

@@ -43,10 +43,12 @@ class Plan:
 class _WeightGradCall:
     """The weight gradient of a layer, for any tensor to put it into."""
 
+    scratch = 0
+
     def __init__(self, call: Callable[[torch.Tensor], None]) -> None:
         self.call = call
 
-    def into(self, grad: torch.Tensor) -> None:
+    def into(self, grad: torch.Tensor, _: torch.Tensor) -> None:
         """Put the gradients of the kept weights into ``grad`` from now on."""
         self.grad = grad
 

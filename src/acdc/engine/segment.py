@@ -7,13 +7,15 @@ It stands in the traced graph in place of the nodes that it runs, and keeps thos
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from acdc.engine.graph import first_line
 from acdc.engine.kept import Written
-from acdc.engine.layout import Buffer, Shape, allocate
+from acdc.engine.layout import LINE, Buffer, Shape, allocate
 from acdc.engine.native import Call as NativeCall
 from acdc.engine.native import Native, advise_huge_pages
 from acdc.engine.operations import Conv
@@ -37,7 +39,7 @@ class Frame:
     def __init__(
         self, tape: Tape, memory: Memory, samples: int, backend: Any, plans: Mapping[Conv, Any]
     ) -> None:
-        self.backend = backend
+        self.backend, self._dtype = backend, tape.program.inputs[0].dtype
         self.results: dict[int, Tensor] = {}
         self.before: list[Call] = []
         self.after: list[Call] = []
@@ -47,6 +49,7 @@ class Frame:
         self._buffers = {slot: memory.buffer(slot, samples) for slot in tape.slots}
         self.forward = self._bound(tape.forward, memory.by_block)
         self.backward = self._bound(tape.backward, memory.by_block)
+        self._scratch_of(memory.workspace)  # now: where there is none, PyTorch can still compute
 
     def buffer(self, slot: Slot) -> Buffer:
         """Return the memory of a slot."""
@@ -61,6 +64,16 @@ class Frame:
         if owner not in self._numbers:
             self._numbers[owner] = make()
         return self._numbers[owner]
+
+    def set_targets(self, workspace: Workspace) -> None:
+        """Let the weight gradients go into ``results``, and their partial sums into scratch."""
+        for (call, weight), part in zip(self.targets, self._scratch_of(workspace), strict=True):
+            call.into(self.results[id(weight)], part)
+
+    def _scratch_of(self, workspace: Workspace) -> Sequence[Tensor]:
+        """Return the memory for the partial sums of each weight gradient."""
+        counts = [call.scratch for call, _ in self.targets]
+        return workspace.scratch(sum(counts), self._dtype).split(counts) if counts else ()
 
     def _bound(self, instructions: list[Instruction], by_block: bool) -> list[Call]:
         """Return the calls of instructions; kernels one after another become one call."""
@@ -77,10 +90,56 @@ class Frame:
         return bound
 
 
+class Workspace:
+    """Memory that the runs of a network share, as only one of them computes at a time: for what
+    lives on the way forward, or on the way back, but not from one to the other.
+
+    Attributes:
+        lock: Held by the run that computes.
+
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._pieces: WeakValueDictionary[tuple[Shape, int], Buffer] = WeakValueDictionary()
+        self._scratch: dict[torch.dtype, Tensor] = {}
+
+    def pieces(self, shapes: Sequence[Shape]) -> list[Buffer]:
+        """Return a buffer for each shape: for the second of one shape always the same second one.
+        They live as long as somebody uses them.
+        """
+        seen: Counter[Shape] = Counter()
+        keys = []
+        for shape in shapes:
+            keys.append((shape, seen[shape]))
+            seen[shape] += 1
+        found = {key: self._pieces[key] for key in keys if key in self._pieces}
+        new = [key for key in keys if key not in found]
+        made = allocate([shape for shape, _ in new], advise_huge_pages)
+        found |= zip(new, made, strict=True)
+        self._pieces.update(found)
+        return [found[key] for key in keys]
+
+    def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return memory for partial sums, aligned to a cache line."""
+        spare = LINE // dtype.itemsize
+        if dtype not in self._scratch or self._scratch[dtype].numel() < count + spare:
+            self._scratch.pop(dtype, None)
+            self._scratch[dtype] = torch.empty(count + spare, dtype=dtype)
+        start = -self._scratch[dtype].data_ptr() % LINE // dtype.itemsize
+        return self._scratch[dtype][start : start + count]
+
+    def clear(self) -> None:
+        """Free the memory for partial sums."""
+        self._scratch.clear()
+
+
 class Memory:
     """The buffers of a tape: slots that never live together share one, if they have one shape.
 
-    Sized for the largest batch so far; a smaller batch uses the first blocks.
+    What goes through the turn from forward to backward is the memory's own; all else is the
+    workspace's, where it does not fit into what is free by then. Sized for the largest batch so
+    far; a smaller batch uses the first blocks.
 
     Attributes:
         by_block: Whether the kernels of a group go block by block: there are enough blocks to keep
@@ -88,28 +147,22 @@ class Memory:
 
     """
 
-    def __init__(self, tape: Tape, samples: int, backend: Any) -> None:
+    def __init__(self, tape: Tape, samples: int, backend: Any, workspace: Workspace) -> None:
         self.samples, self.lanes, self.threads = samples, backend.lanes, torch.get_num_threads()
         self.by_block = isinstance(backend, Native) and self._enough_blocks(tape)
-        self._of: dict[Slot, tuple[int, bool]] = {}  # its piece, and whether it is passing
-        pieces: list[Shape] = []
-        free: dict[tuple[Shape, bool], list[tuple[int, int]]] = defaultdict(list)
+        self.workspace = workspace
+        self._of: dict[Slot, tuple[_Pieces, int, bool]] = {}  # its piece, and whether it is passing
+        own, shared = _Pieces(), _Pieces()
         for slot in sorted(tape.slots, key=lambda s: s.first):
             passing = self.by_block and slot.is_passing
             shape = self._shape(slot, samples)
             if passing:
                 shape = replace(shape, samples=self.threads * shape.per_block)
-            pool = free[shape, passing]
-            usable = [entry for entry in pool if entry[0] < slot.first]
-            if usable:
-                pool.remove(usable[0])
-                piece = usable[0][1]
-            else:
-                piece = len(pieces)
-                pieces.append(shape)
-            pool.append((slot.last, piece))
-            self._of[slot] = (piece, passing)
-        self._pieces = allocate(pieces, advise_huge_pages)
+            pieces = own if tape.is_kept(slot) or own.has_free(shape, slot) else shared
+            self._of[slot] = (pieces, pieces.take(shape, slot), passing)
+        own.buffers = allocate(own.shapes, advise_huge_pages)
+        shared.buffers = workspace.pieces(shared.shapes)
+        self.kept = [buffer.data for buffer in own.buffers]
 
     def _shape(self, slot: Slot, samples: int) -> Shape:
         return slot.value.shape(samples, self.lanes, slot.halo)
@@ -124,21 +177,51 @@ class Memory:
 
     def buffer(self, slot: Slot, samples: int) -> Buffer:
         """Return the memory of a slot for a batch of this size."""
-        piece, passing = self._of[slot]
+        pieces, piece, passing = self._of[slot]
         shape = self._shape(slot, samples)
-        return Buffer(shape, self._pieces[piece].data[: shape.numel], passing)
+        return Buffer(shape, pieces.buffers[piece].data[: shape.numel], passing)
 
-    def tensors(self) -> list[Tensor]:
-        """Return all memory, each piece once."""
-        return [buffer.data for buffer in self._pieces]
+
+class _Pieces:
+    """Pieces of memory for slots that come in the order of their first instructions."""
+
+    def __init__(self) -> None:
+        self.shapes: list[Shape] = []
+        self.buffers: list[Buffer] = []
+        self._until: list[int] = []  # the last instruction that uses a piece
+
+    def _free(self, shape: Shape, slot: Slot) -> int | None:
+        pieces = enumerate(zip(self.shapes, self._until, strict=True))
+        return next((i for i, (s, last) in pieces if s == shape and last < slot.first), None)
+
+    def has_free(self, shape: Shape, slot: Slot) -> bool:
+        """Return whether a piece of this shape is free when the slot comes."""
+        return self._free(shape, slot) is not None
+
+    def take(self, shape: Shape, slot: Slot) -> int:
+        """Return the number of a piece for the whole life of a slot."""
+        piece = self._free(shape, slot)
+        if piece is None:
+            piece = len(self.shapes)
+            self.shapes.append(shape)
+            self._until.append(slot.last)
+        self._until[piece] = slot.last
+        return piece
 
 
 class Arena:
     """One memory and its frames. It serves one forward pass at a time, until that is let go."""
 
-    def __init__(self, tape: Tape, samples: int, backend: Any, plans: Mapping[Conv, Any]) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        samples: int,
+        backend: Any,
+        plans: Mapping[Conv, Any],
+        workspace: Workspace,
+    ) -> None:
         self.tape, self.backend, self.plans = tape, backend, plans
-        self.memory = Memory(tape, samples, backend)
+        self.memory = Memory(tape, samples, backend, workspace)
         self._frames: dict[int, Frame] = {}
 
     def frame(self, samples: int) -> Frame:
@@ -168,14 +251,17 @@ class Segment(nn.Module):
         plain: The run in PyTorch: what else would be called.
         program: The run as a program.
         backend: The kernels.
+        workspace: The memory that it shares with other runs.
 
     """
 
-    def __init__(self, plain: fx.GraphModule, program: Program, backend: Any) -> None:
+    def __init__(
+        self, plain: fx.GraphModule, program: Program, backend: Any, workspace: Workspace
+    ) -> None:
         super().__init__()
         # Not submodules: the network has them already, and the segment shows nothing of its own.
         self._held = (plain, program)
-        self.backend = backend
+        self.backend, self.workspace = backend, workspace
         self.plans: Mapping[Conv, Any] = {}
         self.written = Written()
         self.nnz: dict[int, int] = {}  # id of a weight → elements of its gradient that are written
@@ -283,7 +369,9 @@ class Segment(nn.Module):
             del arena  # its memory first
             try:
                 with torch.inference_mode(False), torch.no_grad():
-                    arena = Arena(self._tapes[key], samples, self.backend, self.plans)
+                    arena = Arena(
+                        self._tapes[key], samples, self.backend, self.plans, self.workspace
+                    )
             except (RuntimeError, MemoryError) as error:
                 raise _NoMemory(f"no memory for its buffers ({first_line(error)})") from error
         with torch.inference_mode(False), torch.no_grad():
@@ -329,46 +417,69 @@ class _Run(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
-        lease, tape = ctx.lease, ctx.lease.tape
+        lease = ctx.lease
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        kept = [memory.clone() for memory in lease.memory.tensors()] if keep else []
-        frame = lease.frame
-        frame.results.update({id(p): torch.zeros_like(p) for p in ctx.takes})
-        for call, weight in frame.targets:
-            call.into(frame.results[id(weight)])
-        totals: dict[Slot, Tensor] = {}
-        for grad, slot in zip(grads, tape.output_grads, strict=True):
-            totals[slot] = totals[slot] + grad if slot in totals else grad
-        for slot, grad in totals.items():
-            frame.backend.to_layout(_flat(grad, slot.value), frame.buffer(slot))
-        for call in frame.backward + frame.after:
-            call()
-        for key in ctx.nnz.keys() & frame.results.keys():
-            ctx.written.note(key, frame.results[key], ctx.nnz[key])
-        inputs = [
-            None if slot is None else _plain(frame, slot, *like)
-            for slot, like in zip(tape.input_grads, ctx.like, strict=True)
-        ]
-        params = [frame.results.pop(id(p), None) for p in ctx.params]
+        kept = [memory.clone() for memory in lease.memory.kept] if keep else []
+        with lease.memory.workspace.lock:
+            inputs, results = compute_back(lease, grads, ctx.takes, ctx.like)
+        for key in ctx.nnz.keys() & results.keys():
+            ctx.written.note(key, results[key], ctx.nnz[key])
         if keep:
-            for memory, copy in zip(lease.memory.tensors(), kept, strict=True):
+            for memory, copy in zip(lease.memory.kept, kept, strict=True):
                 memory.copy_(copy)
         else:
             lease.end()
-        return (None, None, *inputs, *params)
+        return (None, None, *inputs, *(results.get(id(p)) for p in ctx.params))
 
 
 def compute(lease: Lease, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Run a frame forward, from plain tensors to plain tensors."""
+    frame, tape, first = lease.frame, lease.tape, inputs[0]
+    with lease.memory.workspace.lock:
+        for x, slot in zip(inputs, tape.inputs, strict=True):
+            frame.backend.to_layout(_flat(x.detach(), slot.value), frame.buffer(slot))
+        for call in frame.before + frame.forward:
+            call()
+        return tuple(
+            _plain(frame, slot, _out_shape(first, slot.value), _format(first))
+            for slot in tape.outputs
+        )
+
+
+def compute_back(
+    lease: Lease,
+    grads: Sequence[Tensor],
+    takes: Sequence[Tensor],
+    like: Sequence[tuple[torch.Size, torch.memory_format]],
+) -> tuple[list[Tensor | None], dict[int, Tensor]]:
+    """Run a frame back, from the gradients of its outputs.
+
+    Args:
+        lease: Of the frame.
+        grads: Of the outputs.
+        takes: The parameters that take a gradient.
+        like: Shape and memory format of each input.
+
+    Returns:
+        The gradients of the inputs, where they are wanted, and those of the parameters by id.
+
+    """
     frame, tape = lease.frame, lease.tape
-    for x, slot in zip(inputs, tape.inputs, strict=True):
-        frame.backend.to_layout(_flat(x.detach(), slot.value), frame.buffer(slot))
-    for call in frame.before + frame.forward:
+    frame.results = {id(p): torch.zeros_like(p) for p in takes}
+    frame.set_targets(lease.memory.workspace)
+    totals: dict[Slot, Tensor] = {}
+    for grad, slot in zip(grads, tape.output_grads, strict=True):
+        totals[slot] = totals[slot] + grad if slot in totals else grad
+    for slot, grad in totals.items():
+        frame.backend.to_layout(_flat(grad, slot.value), frame.buffer(slot))
+    for call in frame.backward + frame.after:
         call()
-    first = inputs[0]
-    return tuple(
-        _plain(frame, slot, _out_shape(first, slot.value), _format(first)) for slot in tape.outputs
-    )
+    inputs = [
+        None if slot is None else _plain(frame, slot, *shape_and_format)
+        for slot, shape_and_format in zip(tape.input_grads, like, strict=True)
+    ]
+    results, frame.results = frame.results, {}
+    return inputs, results
 
 
 # --- between plain tensors and buffers ------------------------------------------------------------

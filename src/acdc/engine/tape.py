@@ -46,7 +46,7 @@ class Slot:
     Args:
         value: What it holds.
         halo: Its halo.
-        first, last: The instructions of its life, counted through the tape.
+        first, last: The instructions of its life, counted through the tape; the turn counts as one.
         groups: Those that use it; None stands for both ends of the tape.
 
     """
@@ -161,6 +161,10 @@ class Tape:
         """Whether there is a way back."""
         return self.wants is not None
 
+    def is_kept(self, slot: Slot) -> bool:
+        """Return whether a slot lives on from the way forward to the way back."""
+        return slot.first <= len(self.forward) < slot.last
+
     def do(self, bind: Bind, *slots: Slot, alone: bool = False) -> None:
         """Append an instruction that uses these slots.
 
@@ -240,7 +244,9 @@ class Tape:
         self.do(bind, source, target, alone=True)
 
     def _touch(self, group: int | None, *slots: Slot) -> None:
-        now = len(self.forward) + len(self.backward)
+        now = len(self.forward)
+        if self._now is self.backward:
+            now += 1 + len(self.backward)
         for slot in slots:
             slot.groups.add(group)
             slot.first = now if slot.first < 0 else slot.first
