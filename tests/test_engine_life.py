@@ -323,6 +323,41 @@ def test_a_layer_is_really_timed_both_ways() -> None:
     assert timing.table(engine.choices) == engine.table()
 
 
+def test_equal_layers_are_timed_once_and_long_only_where_it_is_close(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def engine_with(ms: dict[str, float]) -> tuple[acdc.Engine, list[tuple[str, int]]]:
+        calls: list[tuple[str, int]] = []
+
+        def clock(call: Callable[[], object], repeats: int) -> float:
+            calls.append((call.__name__, repeats))
+            return ms[call.__name__]
+
+        monkeypatch.setattr(timing, "best_ms", clock)
+        model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+        engine = acdc.Engine(model, torch.randn(64, 8, 6, 6))
+        masks = {n: torch.rand_like(p) > 0.7 for n, p in model.named_parameters() if p.dim() == 4}
+        masks["1.weight"] = masks["0.weight"]
+        masks["2.weight"] = torch.zeros_like(masks["0.weight"])  # equal, but for what is kept
+        engine.compress(masks)
+        return engine, calls
+
+    far = {"conv": 4.0, "layer": 1.0, "convert": 0.5, "both": 0.1}
+    engine, calls = engine_with(far)
+    assert [c for c in calls if c[0] != "both"] == [
+        ("conv", 1),
+        ("layer", 1),
+        ("convert", 1),
+        ("layer", 1),
+    ]
+    part = 64 / min(64, 2 * engine.backend.lanes)  # of the batch: what it takes is scaled
+    assert {c.dense_ms for c in engine.choices.values()} == {4.0 * part}
+
+    engine, calls = engine_with(far | {"layer": 3.0})
+    assert sum(repeats for name, repeats in calls if name == "conv") > 1
+    assert {c.dense_ms for c in engine.choices.values()} == {4.0}
+
+
 # --- under a sparsifier ---------------------------------------------------------------------------
 
 

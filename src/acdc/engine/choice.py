@@ -1,14 +1,17 @@
 """Which layers run sparse: each is timed both ways, on the batch size of the example.
 
 A layer alone in the network pays for two conversions, a layer inside a run for none. So layers are
-measured one by one, and runs are weighed as a whole.
+measured one by one, and runs are weighed as a whole. Equal layers are timed once, on a part of the
+batch; on all of it, and several times, only where neither way is far ahead.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +21,11 @@ from acdc.engine.geometry import ConvGeometry
 from acdc.engine.layout import Buffer
 from acdc.engine.tape import Value
 
-REPEATS = 2  # after one to warm up; the faster counts, as nothing makes a computation too fast
+REPEATS = 3  # after one to warm up; the fastest counts, as nothing makes a computation too fast
+PART = 2  # blocks of the batch that are timed first
+CLEAR = 1.5  # times as fast: then one timing of a part of the batch tells
+FEW = 16  # random samples that are drawn
+NEAR = 1.1  # densities within this factor take equally long
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class Choice:
     Args:
         sparse: It runs on the kernels.
         density: Share of kept weights when it was measured.
-        dense_ms: PyTorch. None, as the others, if nothing was measured.
+        dense_ms: PyTorch, in milliseconds for the whole batch. None, as the others, if nothing was
+            measured.
         sparse_ms: The kernels, in the layout.
         convert_ms: To the layout and back, its input and its output.
 
@@ -66,7 +74,25 @@ class Site:
     samples: int
 
 
-def measure(site: Site, plan: Any, backend: Any, density: float, known: dict[Any, float]) -> Choice:
+@dataclass(frozen=True)
+class Timed:
+    """What is known of a computation.
+
+    Args:
+        ms: The shortest time.
+        repeats: How many times it was timed.
+
+    """
+
+    ms: float = math.inf
+    repeats: int = 0
+
+
+Timings = dict[Any, Timed]
+"""What was timed, by all that makes it as long as it is."""
+
+
+def measure(site: Site, plan: Any, backend: Any, density: float, known: Timings) -> Choice:
     """Time one layer, dense and sparse.
 
     Inside of a run it may lose up to two conversions, which leaving the run would cost.
@@ -76,15 +102,42 @@ def measure(site: Site, plan: Any, backend: Any, density: float, known: dict[Any
         plan: Its index lists.
         backend: The kernels.
         density: The share of kept weights.
-        known: What was timed before, and is added to: equal layers are equally fast when dense.
+        known: What was timed before, and is added to.
 
     """
-    equal = (site.geometry, site.samples, site.x.height, site.x.width, *site.module.weight.stride())
-    if equal not in known:
-        known[equal] = best_ms(_dense(site))
-    dense = known[equal]
-    sparse, convert = (best_ms(call) for call in _sparse(site, plan, backend))
+    per_block = site.x.shape(site.samples, backend.lanes, site.x.halo).per_block
+    few = min(site.samples, PART * per_block)
+    times = _times(replace(site, samples=few), plan, backend, density, known, 1)
+    dense, sparse, convert = (site.samples / few * ms for ms in times)
+    if max(dense, sparse) < CLEAR * min(dense, sparse):
+        dense, sparse, convert = _times(site, plan, backend, density, known, REPEATS)
     return Choice(sparse < dense + convert, density, dense, sparse, convert)
+
+
+def _times(
+    site: Site, plan: Any, backend: Any, density: float, known: Timings, repeats: int
+) -> tuple[float, float, float]:
+    """Return milliseconds dense, sparse, and for conversions."""
+    equal = (site.geometry, site.samples, site.x.height, site.x.width, *site.module.weight.stride())
+    about = round(math.log(density, NEAR)) if density else None
+    ways = {
+        ("dense", *equal): partial(_dense, site),
+        ("sparse", about, *equal): partial(_sparse, site, plan, backend),
+        ("convert", *equal): partial(_conversions, site, backend),
+    }
+    dense, sparse, convert = (_best_of(repeats, known, key, make) for key, make in ways.items())
+    return dense, sparse, convert
+
+
+def _best_of(
+    repeats: int, known: Timings, key: Any, make: Callable[[], Callable[[], object]]
+) -> float:
+    """Return the shortest of so many times in milliseconds; those that are known count."""
+    so_far = known.get(key, Timed())
+    if so_far.repeats < repeats:
+        more = best_ms(make(), repeats - so_far.repeats)
+        known[key] = Timed(min(so_far.ms, more), repeats)
+    return known[key].ms
 
 
 def best_ms(call: Callable[[], object], repeats: int = REPEATS) -> float:
@@ -103,16 +156,21 @@ def run_pays(choices: Iterable[Choice], conversions_ms: float) -> bool:
     return sum(choice.gain_ms for choice in choices) > conversions_ms
 
 
-def conversion_ms(value: Value, samples: int, backend: Any) -> float:
-    """Return the time of one conversion to and from the layout."""
-    buffer = Buffer.zeros(value.shape(samples, backend.lanes, value.halo))
-    plain = _random(value, samples)
+def conversion_ms(value: Value, samples: int, backend: Any, known: Timings) -> float:
+    """Return the time of one conversion to and from the layout; ``known`` is added to."""
 
-    def both() -> None:
-        backend.to_layout(plain, buffer)
-        backend.from_layout(buffer, plain)
+    def make() -> Callable[[], object]:
+        buffer = Buffer.zeros(value.shape(samples, backend.lanes, value.halo))
+        plain = _random(value, samples)
 
-    return best_ms(both)
+        def both() -> None:
+            backend.to_layout(plain, buffer)
+            backend.from_layout(buffer, plain)
+
+        return both
+
+    key = (value.shape(samples, backend.lanes, value.halo), "both")
+    return _best_of(REPEATS, known, key, make)
 
 
 def table(choices: Mapping[str, Choice]) -> str:
@@ -131,11 +189,14 @@ def table(choices: Mapping[str, Choice]) -> str:
 
 
 def _random(value: Value, samples: int) -> Tensor:
-    shape: tuple[int, ...] = (samples, value.channels)
+    """Return a few random samples, again and again: enough for a kernel that looks at no values."""
+    shape: tuple[int, ...] = (min(samples, FEW), value.channels)
     if not value.tokens:
         shape = (*shape, value.height, value.width)
     generator = torch.Generator().manual_seed(0)  # not the user's: timing changes no run
-    return torch.randn(shape, generator=generator, dtype=value.dtype)
+    few = torch.randn(shape, generator=generator, dtype=value.dtype)
+    times = -(-samples // FEW)
+    return few if times == 1 else torch.cat([few] * times)[:samples]
 
 
 def _dense(site: Site) -> Callable[[], object]:
@@ -166,15 +227,18 @@ def _dense(site: Site) -> Callable[[], object]:
     return conv
 
 
-def _sparse(
-    site: Site, plan: Any, backend: Any
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return the layer on the kernels, and the conversions that it needs when it stands alone."""
-    lanes = backend.lanes
-    x = Buffer.zeros(site.x.shape(site.samples, lanes, site.x.halo))
-    y = Buffer.zeros(site.out.shape(site.samples, lanes, site.out.grad_halo))
-    plain_x, plain_y = _random(site.x, site.samples), _random(site.out, site.samples)
-    backend.to_layout(plain_x, x)
+def _buffers(site: Site, lanes: int) -> tuple[Buffer, Buffer]:
+    """Return buffers for what the layer reads and for what it makes."""
+    return (
+        Buffer.zeros(site.x.shape(site.samples, lanes, site.x.halo)),
+        Buffer.zeros(site.out.shape(site.samples, lanes, site.out.grad_halo)),
+    )
+
+
+def _sparse(site: Site, plan: Any, backend: Any) -> Callable[[], object]:
+    """Return the layer on the kernels, in the layout: all its gradients."""
+    x, y = _buffers(site, backend.lanes)
+    backend.to_layout(_random(site.x, site.samples), x)
     weight = site.module.weight.detach()
     result = torch.zeros_like(weight)
 
@@ -185,9 +249,17 @@ def _sparse(
         backend.conv_weight_grad(plan, x, y, result)
         backend.conv_input_grad(plan, y, x)
 
+    return layer
+
+
+def _conversions(site: Site, backend: Any) -> Callable[[], object]:
+    """Return the conversions that the layer needs when it stands alone."""
+    buffers = _buffers(site, backend.lanes)
+    plains = [_random(value, site.samples) for value in (site.x, site.out)]
+
     def convert() -> None:
-        for plain, buffer in ((plain_x, x), (plain_y, y)):
+        for plain, buffer in zip(plains, buffers, strict=True):
             backend.to_layout(plain, buffer)
             backend.from_layout(buffer, plain)
 
-    return layer, convert
+    return convert

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acdc.engine.choice import Choice, table
+from acdc.engine.choice import Choice, Timings, table
 from acdc.engine.geometry import ConvGeometry
 from acdc.engine.graph import Untraceable
 from acdc.engine.host import Host
@@ -74,7 +74,7 @@ class Engine:
         self.choose = choose
         self.refused: dict[str, str] = {}
         self.choices: dict[str, Choice] = {}
-        self.dense_ms: dict[Any, float] = {}  # of layers, by what they compute
+        self.timed: Timings = {}
         self.written = Written()
         self._masks: dict[str, Tensor] = {}
         self.workspace = Workspace()

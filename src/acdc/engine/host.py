@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner, Partition
 from torch.fx.passes.operator_support import OperatorSupportBase
 
-from acdc.engine.choice import Choice, Site, conversion_ms, measure, run_pays
+from acdc.engine.choice import Choice, Site, Timings, conversion_ms, measure, run_pays
 from acdc.engine.geometry import ConvGeometry
 from acdc.engine.graph import (
     ConvSpec,
@@ -49,7 +49,7 @@ class Owner(Protocol):
     choices: dict[str, Choice]
     refused: dict[str, str]
     choose: bool
-    dense_ms: dict[Any, float]
+    timed: Timings
     written: Written
     workspace: Workspace
 
@@ -245,7 +245,7 @@ class Host:
             return Choice(True, density)
         site = self._site(name, spec, node)
         plan = self._plan(spec, site.x, site.out)
-        return measure(site, plan, owner.backend, density, owner.dense_ms)
+        return measure(site, plan, owner.backend, density, owner.timed)
 
     def _site(self, name: str, spec: ConvSpec, node: fx.Node) -> Site:
         (source,) = inputs_of(node, spec)
@@ -265,8 +265,9 @@ class Host:
             if any(user not in run.nodes for user in node.users):
                 outside.append(node)
             ends |= dict.fromkeys(outside, tokens)
+        owner = self.owner
         return sum(
-            conversion_ms(value_of(end, tokens), _samples(end, tokens), self.owner.backend)
+            conversion_ms(value_of(end, tokens), _samples(end, tokens), owner.backend, owner.timed)
             for end, tokens in ends.items()
         )
 
