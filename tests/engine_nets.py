@@ -276,6 +276,40 @@ class Towers(nn.Module):
         return self.images(x).mean((2, 3)) + words
 
 
+class Unlike(nn.Module):
+    """Towers that share nothing: other batch sizes, other dtypes, another order of dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.crops = block(3, 8), block(3, 8)
+        self.words, self.rows, self.pixels = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def to(self, *args: Any) -> Any:
+        super().to(*args)
+        self.crops.to(torch.float32 if args == (torch.float64,) else torch.float64)
+        return self
+
+    def forward(self, x: Tensor) -> Any:
+        halves = torch.cat(x.detach().split(3, -1)).to(self.crops[0].weight.dtype)
+        rows, flat = x.mean(1), x.reshape(-1, 6)[: x.shape[0] * 6]
+        return (
+            self.images(x), self.crops(halves), self.pixels(x), self.rows(rows), self.words(flat),
+        )  # fmt: skip
+
+
+class Heads(nn.Module):
+    """Layers that read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.out(torch.softmax(self.q(x) * self.k(x), -1) * self.v(x))
+
+
 class Network:
     """A row of the table.
 
@@ -321,6 +355,8 @@ NETWORKS: dict[str, Network] = {
     "linear": Network(linear, (12,), 1),
     "branching": Network(Branching, (3, 6, 6), 4),
     "towers": Network(Towers, (3, 6, 6), 2),
+    "unlike towers": Network(Unlike, (3, 6, 6), 5),
+    "heads": Network(Heads, (5, 8), 2),
 }  # fmt: skip
 
 
@@ -458,8 +494,9 @@ def gradients(outs: list[Tensor]) -> list[Tensor]:
 
 
 def close(got: Tensor, want: Tensor, limit: float = 1e-9, what: str = "") -> None:
-    """Compare, relative to the largest number wanted."""
+    """Compare, relative to the largest number wanted; float32 to 1e-5 at best."""
     assert (got.shape, got.dtype) == (want.shape, want.dtype), what
+    limit = max(limit, 1e-5) if got.dtype == torch.float32 else limit
     error = (got.detach() - want.detach()).abs().double()
     scale = want.detach().abs().double().max().clamp(min=1e-2) if want.numel() else 1.0
     assert not error.numel() or bool(error.max() / scale <= limit), f"{what}: {error.max() / scale}"

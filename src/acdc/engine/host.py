@@ -277,7 +277,8 @@ class Host:
             for node, what in known.items()
             if not isinstance(what.spec, ConvSpec) or self.owner.choices[self._name(what)].sparse
         }
-        return list(_partitioner(graph, chosen).propose_partitions())
+        proposed = _partitioner(graph, chosen).propose_partitions()
+        return [part for run in proposed for part in _connected(run, known)]
 
     def _name(self, known: Known) -> str:
         assert isinstance(known.spec, ConvSpec)
@@ -382,6 +383,24 @@ class _Support(OperatorSupportBase):
 
 def _partitioner(graph: fx.GraphModule, nodes: Any) -> CapabilityBasedPartitioner:
     return CapabilityBasedPartitioner(graph, _Support(nodes), allows_single_node_partition=True)
+
+
+def _connected(run: Partition, known: Mapping[fx.Node, Known]) -> list[Partition]:
+    """Split a run into parts that have no tensor in common: they may differ in batch size and
+    dtype, and one does not fall back because of the other.
+    """
+    parts: list[tuple[set[Any], list[fx.Node]]] = []
+    for node in run.nodes:
+        what = known[node]
+        # What is read as images by one and as tokens by another is converted twice anyway.
+        tensors = {(tensor, what.kind) for tensor in (node, *inputs_of(node, what.spec))}
+        nodes = [node]
+        for part in [part for part in parts if part[0] & tensors]:
+            parts.remove(part)
+            tensors |= part[0]
+            nodes = [*part[1], *nodes]
+        parts.append((tensors, nodes))
+    return [Partition(id=i, nodes=nodes) for i, (_, nodes) in enumerate(parts)]
 
 
 def _layers(run: Partition, known: Mapping[fx.Node, Known]) -> list[fx.Node]:
