@@ -16,6 +16,7 @@ from acdc.engine.kept import ELEMENTWISE, LARGE, pays
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import Reset
 from acdc.pattern import Unstructured
+from acdc.schedule import constant
 from acdc.sparsifier import Sparsifier
 from helpers import (
     CUTS,
@@ -344,6 +345,22 @@ def test_gradients_of_the_kernels_need_no_mask_and_others_do() -> None:
     backward(run.model, 3)
     assert is_plus_zero(weight.grad[gone])
     poison.remove()
+
+
+def test_on_the_engine_no_mask_of_what_is_dropped_stays_and_no_vector() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 300), nn.ReLU(), nn.Linear(300, 256))
+    optimizer, x = O.SGD(model.parameters(), lr=0.1, momentum=0.9), torch.randn(8, 256)
+    engine = Engine(model, x, choose=False)
+    method = ACDC(Unstructured(0.9), constant("sparse", epochs=1).resolve(100))
+    sparsifier = Sparsifier(method, model, optimizer, engine=engine)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert not sparsifier._dropped._masks
+    weights = sparsifier._kept_steps._weights.values()
+    assert [weight.vector.numel() for weight in weights] == [0, 0]
 
 
 def test_removing_leaves_the_optimizer_as_it_was() -> None:

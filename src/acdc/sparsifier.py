@@ -17,7 +17,7 @@ also the steps of large weights touch only kept elements, with the same numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import zip_longest
@@ -87,6 +87,34 @@ class DenseTwin:
             optimizer.load_state_dict(deepcopy(self.optimizer))
 
 
+class _Dropped:
+    """The masks of what a support drops, made when they are first asked for: where the engine
+    leaves zeros by itself, they never are.
+
+    Args:
+        support: Name of a weight → bool mask, True where it is kept.
+        params: The weights. The masks lie in memory as they do (channels_last, say), so that a fill
+            is one sweep.
+    """
+
+    def __init__(self, support: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+        self._support, self._params = support, params
+        self._masks: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._support)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._masks:
+            mask = torch.empty_like(self._params[name], dtype=torch.bool)
+            self._masks[name] = torch.logical_not(self._support[name], out=mask)
+        return self._masks[name]
+
+    def forget(self) -> None:
+        """Free the masks until they are asked for again."""
+        self._masks.clear()
+
+
 class Sparsifier:
     """Makes ``optimizer`` train ``model`` by ``method``.
 
@@ -150,7 +178,7 @@ class Sparsifier:
         self.changes: tuple[Change, ...] = ()
         self.dense_twin: DenseTwin | None = None
         self.support = Support.full(self.params)
-        self._dropped: dict[str, Tensor] = {}  # the complement of the support; empty when dense
+        self._dropped = _Dropped({}, self.params)  # the complement of the support
         self._last_sparse: Support | None = None
         self._gradient_hooks: list[RemovableHandle] = []
         self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
@@ -186,10 +214,10 @@ class Sparsifier:
 
     def _project(self) -> None:
         # Not a product with the mask: that leaves -0.0 for -1 and NaN for infinity.
-        for name, dropped in self._dropped.items():
+        for name in self._dropped:
             param = self.params[name]
             if self._kept_steps is None or not self._kept_steps.left_zeros(param):
-                param.masked_fill_(dropped, 0.0)
+                param.masked_fill_(self._dropped[name], 0.0)
 
     @torch.no_grad()
     def _advance(self) -> None:
@@ -235,16 +263,8 @@ class Sparsifier:
             hook.remove()
         self._gradient_hooks.clear()
         self.support = support
-        # In the memory layout of the weights (channels_last, say), so that a fill is one sweep.
-        self._dropped = (
-            {}
-            if support.is_full
-            else {
-                name: torch.empty_like(self.params[name], dtype=torch.bool).copy_(~mask)
-                for name, mask in support.items()
-            }
-        )
-        for name, dropped in self._dropped.items():
+        self._dropped = _Dropped({} if support.is_full else support, self.params)
+        for name in self._dropped:
             param = self.params[name]
             trained = param.requires_grad
             param.requires_grad_(True)  # a frozen weight takes no hook, and may thaw in this phase
@@ -253,8 +273,9 @@ class Sparsifier:
             )
             param.requires_grad_(trained)
             if param.grad is not None:  # accumulated before the change, used after it
-                param.grad.masked_fill_(dropped, 0.0)
+                param.grad.masked_fill_(self._dropped[name], 0.0)
         self._project()
+        self._dropped.forget()
         if self.engine is not None:
             if support.is_full:
                 self.engine.decompress()
@@ -266,13 +287,13 @@ class Sparsifier:
             self._kept_steps.start((self.params[name], mask) for name, mask in kept.items())
 
     def _clear_gradient(self, name: str) -> Callable[[Tensor], None]:
-        dropped, kept, engine = self._dropped[name], int(self.support[name].sum()), self.engine
+        dropped, kept, engine = self._dropped, int(self.support[name].sum()), self.engine
 
         def clear(param: Tensor) -> None:
             if engine is not None and engine.written.all_of(param, kept):
                 return  # zero there already
             if param.grad is not None:
-                param.grad.masked_fill_(dropped, 0.0)
+                param.grad.masked_fill_(dropped[name], 0.0)
 
         return clear
 
@@ -367,8 +388,8 @@ class Sparsifier:
                 f"The model to project has no parameter {strangers[0]!r}. Give a copy of the model "
                 f"that the sparsifier is bound to."
             )
-        for name, dropped in self._dropped.items():
-            params[name].masked_fill_(dropped.to(params[name].device), 0.0)
+        for name in self._dropped:
+            params[name].masked_fill_(self._dropped[name].to(params[name].device), 0.0)
 
     def remove(self) -> None:
         """Take the hooks off, and the engine. The model stays as it is, with exact zeros where it

@@ -137,7 +137,7 @@ class KeptSteps:
             group.update({k: v for k, v in options if k not in ("params", "param_names")})
         stepped = [weight for weight in self._weights.values() if weight.is_ready]
         for weight in self._weights.values():
-            weight.vector.grad = None
+            weight.empty()
         for weight in stepped:
             twin.state[weight.vector] = weight.gather(state.get(weight.param, {}))
         # Not twin.step(): hooks that somebody registered for all optimizers count this step once.
@@ -147,6 +147,7 @@ class KeptSteps:
             if made := twin.state[weight.vector]:
                 state[weight.param].update(weight.dense_state(made))
             weight.scatter()
+            weight.empty()
             assert weight.param.grad is not None
             self._grads.append((weight.param, weight.param.grad))
             weight.param.grad = None
@@ -177,8 +178,10 @@ class _Weight:
     def __init__(self, param: nn.Parameter, mask: Tensor) -> None:
         self.param, self._stride = param, param.stride()
         self._order = sorted(range(param.dim()), key=lambda d: -self._stride[d])
-        self._index = mask.permute(self._order).reshape(-1).nonzero()[:, 0]
-        self.vector = nn.Parameter(param.detach().new_empty(len(self._index)))
+        places = mask.permute(self._order).reshape(-1).nonzero()[:, 0]
+        # Half the memory, where that will do.
+        self._index = places.int() if param.numel() < 2**31 else places
+        self.vector = nn.Parameter(param.detach().new_empty(0))  # filled for a step
         self.version: int | None = None  # of the weight, when it was last written
         self._copies: dict[str, _Copy] = {}
 
@@ -213,17 +216,21 @@ class _Weight:
         self._write(self.param, self.vector)
         self.version = self.param._version
 
+    def empty(self) -> None:
+        """Free the vector and its gradient."""
+        self.vector.data, self.vector.grad = self.vector.new_empty(0), None
+
     def dense_state(self, made: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state in its dense shape; what is not of the weight's shape is shared."""
         return {key: self._dense(key, value) for key, value in made.items()}
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().permute(self._order).reshape(-1).take(self._index)
+        return tensor.detach().permute(self._order).reshape(-1).index_select(0, self._index)
 
     def _write(self, tensor: Tensor, vector: Tensor) -> None:
         flat = self.flat(tensor)
         assert flat is not None
-        flat.index_copy_(0, self._index, vector.detach())
+        flat.index_copy_(0, self._index.long(), vector.detach())
 
     def _kept_state(self, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape != self.param.shape:
@@ -235,7 +242,7 @@ class _Weight:
         return copy.vector
 
     def _dense(self, key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != self.vector.shape:
+        if not isinstance(value, Tensor) or value.shape != self._index.shape:
             return value
         if key not in self._copies:
             self._copies[key] = _Copy(torch.zeros_like(self.param, dtype=value.dtype))
