@@ -76,7 +76,7 @@ typedef struct acdc_conv_args {
     const acdc_list* lists;
     int32_t phases;
     int32_t in_row_step, in_column_step, out_row_step, out_column_step;
-    int32_t tile_rows, tile_columns; /* register tile; see acdc_tile_fits */
+    int32_t tile_rows, tile_columns; /* register tile, cut to what exists; see tile_within */
     int32_t accumulate;              /* add to what y holds */
     const void* bias;                /* [channels of y] or null */
     const void* shift;               /* [channels of y] or null: subtracted inside `sums` */
@@ -92,9 +92,8 @@ typedef struct acdc_weight_grad_args {
     int32_t in_row_step, in_column_step;
     int32_t tile_rows, tile_columns;
     int32_t accumulate;
-    int32_t wide;          /* one register of partial sums for each entry, see docs/engine.md */
     void* target;          /* as large as the dense weight; only the support is written */
-    void* workspace;       /* threads * acdc_grad_pitch(nnz) elements (wide: times lanes), 64-B aligned */
+    void* workspace;       /* threads * acdc_grad_pitch(nnz) elements, 64-B aligned */
     int32_t threads;
 } acdc_weight_grad_args;
 
@@ -239,11 +238,7 @@ typedef struct acdc_table {
 int32_t acdc_table_count(void);
 const acdc_table* acdc_table_at(int32_t index); /* from the most portable to the widest */
 
-/* Which register tiles exist, for steps of 1 or 2 and for any other step. */
-static inline int32_t acdc_tile_fits(int32_t rows, int32_t columns, int32_t most) {
-    return rows >= 1 && rows <= 3 && columns >= 1 && columns <= 8 && rows * columns <= most;
-}
-enum { ACDC_CONV_TILE = 14, ACDC_GRAD_TILE = 12, ACDC_PAD = 16 };
+enum { ACDC_PAD = 16 };
 
 /* Pitch of one thread's weight gradients: whole cache lines, and room for one register too many. */
 static inline int64_t acdc_grad_pitch(int64_t nnz) { return (nnz + 2 * ACDC_PAD - 1) / ACDC_PAD * ACDC_PAD; }

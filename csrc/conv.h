@@ -61,6 +61,7 @@ template <class real> struct ConvTile {
     int rows;
     const Entry<real>* entries;
     bool accumulate;
+    bool stream;                 // past the caches
     const real *bias, *live;     // live: 1 or 0 for each lane, a vector for each column `live_column` apart
     int64_t live_column;
     const real* shift;
@@ -119,7 +120,10 @@ template <class real, int TH, int TW, int IN, int OUT> void conv_tile(const Conv
             const vec<real> weight = splat(k->value);
             each_pixel_of<TH, TW>(t.x + k->offset, x_row, in, [&](int i, const real* p) { sum[i] += weight * load(p); });
         }
-        each_pixel_of<TH, TW>(y, y_row, out, [&](int i, real* p) { store(p, sum[i]); });
+        if (t.stream)
+            each_pixel_of<TH, TW>(y, y_row, out, [&](int i, real* p) { stream(p, sum[i]); });
+        else
+            each_pixel_of<TH, TW>(y, y_row, out, [&](int i, real* p) { store(p, sum[i]); });
         if (t.sums) {
             const vec<real> shift = t.shift ? t.shift[channel] * load(t.live) : vec<real>{};
             add_statistics<real, TH * TW>(sum, shift, t.sums + channel * 2 * lanes);
@@ -129,8 +133,10 @@ template <class real, int TH, int TW, int IN, int OUT> void conv_tile(const Conv
 
 template <class real> using ConvTileKernel = void (*)(const ConvTile<real>&);
 
-// The double kernels serve gradient checks: fewer tiles, so that they compile fast.
-template <class real> constexpr int conv_tile_limit = sizeof(real) == 4 ? ACDC_CONV_TILE : 4;
+// How many vectors a tile may keep in registers, of which AVX-512 has 32, the others 16. The double
+// kernels serve gradient checks: fewer tiles, so that they compile fast.
+template <class real> constexpr int conv_tile_limit = sizeof(real) == 8 ? 4 : lanes == 16 ? 16 : 14;
+constexpr int64_t stream_bytes = 16 << 20;  // about half of a large last-level cache
 
 template <class real, int TH, int TW, int IN, int OUT> constexpr ConvTileKernel<real> conv_tile_or_null() {
     constexpr bool known_step = IN != 0;
@@ -146,7 +152,7 @@ template <class real, int IN, int OUT> ConvTileKernel<real> conv_tile_of(int row
         conv_tile_or_null<real, TH, 5, IN, OUT>(), conv_tile_or_null<real, TH, 6, IN, OUT>(), \
         conv_tile_or_null<real, TH, 7, IN, OUT>(), conv_tile_or_null<real, TH, 8, IN, OUT>()  \
     }
-    static constexpr ConvTileKernel<real> table[3][8] = {ACDC_TILES(1), ACDC_TILES(2), ACDC_TILES(3)};
+    static constexpr ConvTileKernel<real> table[4][8] = {ACDC_TILES(1), ACDC_TILES(2), ACDC_TILES(3), ACDC_TILES(4)};
 #undef ACDC_TILES
     return table[rows - 1][columns - 1];
 }
@@ -163,7 +169,7 @@ struct TileShape { int rows, columns; };
 // The largest tile that exists within the one asked for.
 inline TileShape tile_within(int rows, int columns, int limit, bool known_step) {
     columns = least(least(columns, 8), limit);
-    rows = known_step ? least(least(rows, 3), limit / columns) : 1;
+    rows = known_step ? least(least(rows, 4), limit / columns) : 1;
     return {rows, columns};
 }
 
@@ -191,9 +197,10 @@ template <class real> struct Conv {
     NextTile next_tile(const Place& here, const Place& p) const {
         const acdc_list& list = a.lists[0];
         NextTile next;
-        next.y = (plane<real>(a.y, p.block, 0) - plane<real>(a.y, here.block, 0) +
-                  int64_t(p.row - here.row) * a.out_row_step * a.y.row +
-                  int64_t(p.column - here.column) * a.out_column_step * lanes) * int64_t(sizeof(real));
+        if (!streams())
+            next.y = (plane<real>(a.y, p.block, 0) - plane<real>(a.y, here.block, 0) +
+                      int64_t(p.row - here.row) * a.out_row_step * a.y.row +
+                      int64_t(p.column - here.column) * a.out_column_step * lanes) * int64_t(sizeof(real));
         next.x = (const char*)(plane<real>(a.x, p.block, 0) + (p.row * a.in_row_step + list.top) * a.x.row +
                                (int64_t(p.column - 1) * a.in_column_step + list.right + 1) * lanes);
         next.rows = (grid.tile.rows - 1) * a.in_row_step + list.bottom - list.top + 1;
@@ -228,6 +235,7 @@ template <class real> struct Conv {
         t.live = (p.block == a.y.blocks - 1 ? last_live : all_live) + p.column * t.live_column;
         t.shift = static_cast<const real*>(a.shift);
         t.next = next;
+        t.stream = streams();
         for (int tile = 0; tile < list.tiles; ++tile) {
             const int first = list.tile_rows[tile];
             t.channel = list.channel + first;
@@ -240,6 +248,12 @@ template <class real> struct Conv {
         }
     }
 
+    // An output that the caches cannot hold, and that is written once, goes straight to memory.
+    bool streams() const {
+        const int64_t bytes = a.y.block * a.y.blocks * int64_t(sizeof(real));
+        return bytes > stream_bytes && !a.y.per_thread && !a.accumulate && a.phases == 1 && a.lists[0].tiles == 1;
+    }
+
     void run(int thread, int64_t first, int64_t last) const {
         real* sums = a.sums ? static_cast<real*>(a.workspace) + int64_t(thread) * a.y.channels * 2 * lanes : nullptr;
         for (int64_t i = first; i < last; ++i) {
@@ -248,6 +262,7 @@ template <class real> struct Conv {
             for (int phase = 0; phase < a.phases; ++phase)
                 run_list(a.lists[phase], here, sums, phase == 0 && i + 1 < last ? &next : nullptr);
         }
+        if (streams()) end_stream();
     }
 };
 

@@ -12,6 +12,10 @@
 
 #include "acdc_kernels.h"
 
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -34,6 +38,26 @@ template <class real> struct loose_of {
 
 template <class real> inline vec<real> load(const real* p) { return *reinterpret_cast<const vec<real>*>(p); }
 template <class real> inline void store(real* p, vec<real> v) { *reinterpret_cast<vec<real>*>(p) = v; }
+// Stores around the caches: what is written comes back from memory when it is read. Every other store of
+// a line that is not in the cache reads it first.
+inline void stream(float* p, vec<float> v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+    _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE__)
+    _mm_stream_ps(p, (__m128)v);
+#else
+    store(p, v);
+#endif
+}
+inline void stream(double* p, vec<double> v) { store(p, v); }
+// Before other threads may read what was streamed.
+inline void end_stream() {
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
+}
 template <class real> inline vec<real> load_loose(const real* p) {
     return *reinterpret_cast<const typename loose_of<real>::type*>(p);
 }

@@ -44,95 +44,83 @@ inline void dot_pair(const vec<real>* dy, const real* p, const real* q, int64_t 
     out[1] = b[0] + b[1];
 }
 
+// Vectors of partial sums that wait until there are `lanes` of them. They belong to entries that follow
+// each other in the list, of one row or of several short ones.
+template <class real> struct Products {
+    vec<real> waiting[lanes + 1] = {};
+    int count = 0;
+    real* grads;  // of the first one
+
+    explicit Products(real* first) : grads(first) {}
+
+    // The next one or two were written at the end.
+    void add(int more) {
+        count += more;
+        if (count < lanes) return;
+        store_loose(grads, load_loose(grads) + sums());
+        grads += lanes;
+        count -= lanes;
+        waiting[0] = waiting[lanes];
+    }
+
+    void flush() const {
+        if (count) store_loose(grads, load_loose(grads) + keep<real>(first_lanes<real>(count), sums()));
+    }
+
+    vec<real> sums() const {
+        vec<real> copy[lanes];
+        ACDC_UNROLL
+        for (int j = 0; j < lanes; ++j) copy[j] = waiting[j];
+        return sums_of<real>(copy);
+    }
+};
+
 template <class real, int TH, int TW, int IN> void grad_tile(const GradTile<real>& t) {
     const int64_t column = IN ? IN * lanes : t.x_column;
     const int64_t x_row = t.x_row;
-    vec<real> products[lanes] = {};
+    Products<real> products(t.grads + t.begin[0]);
     for (int row = 0; row < t.rows; ++row) {
         const int channel = t.channel[row];
         vec<real> dy[TH * TW];
         load_dy<real, TH, TW, IN>(t, channel, dy);
 
-        const int end = t.begin[row + 1];
-        for (int k = t.begin[row]; k < end; k += lanes) {
-            const int count = least(lanes, end - k);
-            const Entry<real>* entry = t.entries + k;
-            // An odd last pair computes one product too many, of an entry of the next row or of the
-            // padding of the list: its offset is valid for every tile, and its sum is dropped below.
-            for (int j = 0; j < count; j += 2)
-                dot_pair<real, TH, TW>(dy, t.x + entry[j].offset, t.x + entry[j + 1].offset, x_row, column, products + j);
-            vec<real> copy[lanes];
-            for (int j = 0; j < lanes; ++j) copy[j] = products[j];
-            vec<real> sums = sums_of<real>(copy);
-            if (count < lanes) sums = keep<real>(first_lanes<real>(count), sums);
-            store_loose(t.grads + k, load_loose(t.grads + k) + sums);
+        const Entry<real>*k = t.entries + t.begin[row], *end = t.entries + t.begin[row + 1];
+        // An odd last pair computes one product too many, of an entry of the next row or of the padding
+        // of the list: its offset is valid for every tile, and the next product takes its place.
+        for (; k < end; k += 2) {
+            dot_pair<real, TH, TW>(dy, t.x + k[0].offset, t.x + k[1].offset, x_row, column, products.waiting + products.count);
+            products.add(k + 1 < end ? 2 : 1);
         }
     }
-}
-
-// One entry or two, added to a vector of partial sums for each, in memory.
-template <class real, int TH, int TW, int COUNT>
-inline void add_dots(const vec<real>* dy, const real* x, const Entry<real>* entry, int64_t row, int64_t column, real* sums) {
-    vec<real> even[COUNT], odd[COUNT] = {};
-    const real* p[COUNT];
-    ACDC_UNROLL
-    for (int j = 0; j < COUNT; ++j) {
-        p[j] = x + entry[j].offset;
-        even[j] = load(sums + j * lanes);
-    }
-    ACDC_UNROLL
-    for (int i = 0; i < TH * TW; ++i) {
-        ACDC_UNROLL
-        for (int j = 0; j < COUNT; ++j) {
-            vec<real>& sum = i % 2 ? odd[j] : even[j];
-            sum += dy[i] * load(p[j] + i % TW * column);
-            if (i % TW == TW - 1) p[j] += row;
-        }
-    }
-    ACDC_UNROLL
-    for (int j = 0; j < COUNT; ++j) store(sums + j * lanes, TH * TW > 1 ? even[j] + odd[j] : even[j]);
-}
-
-template <class real, int TH, int TW, int IN> void wide_grad_tile(const GradTile<real>& t) {
-    const int64_t column = IN ? IN * lanes : t.x_column;
-    for (int row = 0; row < t.rows; ++row) {
-        const int channel = t.channel[row];
-        vec<real> dy[TH * TW];
-        load_dy<real, TH, TW, IN>(t, channel, dy);
-        const int end = t.begin[row + 1];
-        int k = t.begin[row];
-        for (; k + 2 <= end; k += 2)
-            add_dots<real, TH, TW, 2>(dy, t.x, t.entries + k, t.x_row, column, t.grads + int64_t(k) * lanes);
-        if (k < end) add_dots<real, TH, TW, 1>(dy, t.x, t.entries + k, t.x_row, column, t.grads + int64_t(k) * lanes);
-    }
+    products.flush();
 }
 
 template <class real> using GradTileKernel = void (*)(const GradTile<real>&);
-template <class real> constexpr int grad_tile_limit = sizeof(real) == 4 ? ACDC_GRAD_TILE : 4;
+template <class real> constexpr int grad_tile_limit = sizeof(real) == 8 ? 4 : lanes == 16 ? 16 : 12;
 
-template <class real, int TH, int TW, int IN, bool WIDE> constexpr GradTileKernel<real> grad_tile_or_null() {
+template <class real, int TH, int TW, int IN> constexpr GradTileKernel<real> grad_tile_or_null() {
     if constexpr (TH * TW <= grad_tile_limit<real> && (IN != 0 || TH == 1))
-        return WIDE ? wide_grad_tile<real, TH, TW, IN> : grad_tile<real, TH, TW, IN>;
+        return grad_tile<real, TH, TW, IN>;
     else return nullptr;
 }
 
-template <class real, int IN, bool WIDE> GradTileKernel<real> grad_tile_of(int rows, int columns) {
+template <class real, int IN> GradTileKernel<real> grad_tile_of(int rows, int columns) {
 #define ACDC_TILES(TH)                                                               \
     {                                                                                \
-        grad_tile_or_null<real, TH, 1, IN, WIDE>(), grad_tile_or_null<real, TH, 2, IN, WIDE>(),   \
-        grad_tile_or_null<real, TH, 3, IN, WIDE>(), grad_tile_or_null<real, TH, 4, IN, WIDE>(),   \
-        grad_tile_or_null<real, TH, 5, IN, WIDE>(), grad_tile_or_null<real, TH, 6, IN, WIDE>(),   \
-        grad_tile_or_null<real, TH, 7, IN, WIDE>(), grad_tile_or_null<real, TH, 8, IN, WIDE>()    \
+        grad_tile_or_null<real, TH, 1, IN>(), grad_tile_or_null<real, TH, 2, IN>(),   \
+        grad_tile_or_null<real, TH, 3, IN>(), grad_tile_or_null<real, TH, 4, IN>(),   \
+        grad_tile_or_null<real, TH, 5, IN>(), grad_tile_or_null<real, TH, 6, IN>(),   \
+        grad_tile_or_null<real, TH, 7, IN>(), grad_tile_or_null<real, TH, 8, IN>()    \
     }
-    static constexpr GradTileKernel<real> table[3][8] = {ACDC_TILES(1), ACDC_TILES(2), ACDC_TILES(3)};
+    static constexpr GradTileKernel<real> table[4][8] = {ACDC_TILES(1), ACDC_TILES(2), ACDC_TILES(3), ACDC_TILES(4)};
 #undef ACDC_TILES
     return table[rows - 1][columns - 1];
 }
 
-template <class real, bool WIDE> GradTileKernel<real> grad_tile_for(int in, int rows, int columns) {
-    if (in == 1) return grad_tile_of<real, 1, WIDE>(rows, columns);
-    if (in == 2) return grad_tile_of<real, 2, WIDE>(rows, columns);
-    return grad_tile_of<real, 0, WIDE>(rows, columns);
+template <class real> GradTileKernel<real> grad_tile_for(int in, int rows, int columns) {
+    if (in == 1) return grad_tile_of<real, 1>(rows, columns);
+    if (in == 2) return grad_tile_of<real, 2>(rows, columns);
+    return grad_tile_of<real, 0>(rows, columns);
 }
 
 template <class real> struct WeightGrad {
@@ -159,8 +147,7 @@ template <class real> struct WeightGrad {
         const acdc_list& list = *a.list;
         const int rows = least(grid.tile.rows, a.dy.height - p.row);
         const int columns = least(grid.tile.columns, a.dy.width - p.column);
-        const GradTileKernel<real> kernel = a.wide ? grad_tile_for<real, true>(a.in_column_step, rows, columns)
-                                                  : grad_tile_for<real, false>(a.in_column_step, rows, columns);
+        const GradTileKernel<real> kernel = grad_tile_for<real>(a.in_column_step, rows, columns);
         GradTile<real> t;
         t.x = plane<real>(a.x, p.block, 0) + int64_t(p.row) * a.in_row_step * a.x.row +
               int64_t(p.column) * a.in_column_step * lanes;
@@ -194,11 +181,14 @@ template <class real> struct WeightGradKernel {
     const acdc_weight_grad_args& a;
     const Grid& grid;
 
-    int64_t per_entry() const { return a.wide ? lanes : 1; }
-    int64_t pitch() const { return acdc_grad_pitch(a.list->nnz) * per_entry(); }
+    int64_t pitch() const { return acdc_grad_pitch(a.list->nnz); }
     real* grads(int thread) const { return static_cast<real*>(a.workspace) + thread * pitch(); }
 
-    void begin() const { clear(grads(0), a.threads * pitch()); }
+    void begin() const {
+        split(a.threads * pitch(), a.threads, [&](int, int64_t first, int64_t last) {
+            clear(grads(0) + first, last - first);
+        });
+    }
 
     void work(int thread, int64_t first, int64_t last) const {
         WeightGrad<real> mine{a, grid};
@@ -213,8 +203,7 @@ template <class real> struct WeightGradKernel {
         split(a.list->nnz, a.threads, [&](int, int64_t first, int64_t last) {
             for (int64_t k = first; k < last; ++k) {
                 real sum = 0;
-                for (int thread = 0; thread < a.threads; ++thread)
-                    for (int64_t i = k * per_entry(); i < (k + 1) * per_entry(); ++i) sum += grads(thread)[i];
+                for (int thread = 0; thread < a.threads; ++thread) sum += grads(thread)[k];
                 target[source[k]] = a.accumulate ? target[source[k]] + sum : sum;
             }
         });

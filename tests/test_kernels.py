@@ -223,12 +223,10 @@ def test_a_sparse_convolution_equals_the_masked_dense_one(
     k.conv_input_grad(plan, dy, dx, accumulate=True)
     close(k.from_layout(dx), 2 * wide.grad, dtype)
 
-    for wide_sums in (True, False):  # the two ways to sum; the reference has one
-        plan.wide = wide_sums
-        found = torch.full_like(weight, 7)
-        k.conv_weight_grad(plan, x_buffer, dy, found)
-        assert (found[~support] == 7).all(), "only the support is written"
-        close(found * support, masked.grad * support, dtype)
+    found = torch.full_like(weight, 7)
+    k.conv_weight_grad(plan, x_buffer, dy, found)
+    assert (found[~support] == 7).all(), "only the support is written"
+    close(found * support, masked.grad * support, dtype)
     close(k.channel_sums(dy), grad.double().sum((0, 2, 3)), dtype, terms=grad[:, 0])
     for buffer in (y, dx):
         dead_lanes_are_zero(buffer)
@@ -657,6 +655,23 @@ def test_a_buffer_comes_back_from_the_pool_with_its_halo_clean():
     assert again is buffer
     halo_is_zero(again)
     assert again.data.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_an_output_larger_than_the_caches_goes_to_memory_whole(isa):
+    torch.manual_seed(0)
+    k, g = Native(isa), ConvGeometry(3, 64, (1, 1))
+    x, weight = torch.randn(17, 3, 63, 63), torch.randn(g.weight_shape)
+    support = torch.rand(g.weight_shape) < 0.5
+    x_shape = Shape.of_images(x.shape, k.lanes)
+    y = Buffer.zeros(x_shape.with_channels(64))
+    assert y.data.numel() * 4 > 16 << 20
+    plan = k.plan(g, support.flatten().nonzero()[:, 0], x_shape, y.shape)
+    plan.refresh(weight)
+    sums = k.conv(plan, k.to_layout(x, Buffer.zeros(x_shape)), y, statistics=True)
+    want = F.conv2d(x.double(), (weight * support).double())
+    close(k.from_layout(y), want, torch.float32)
+    close(sums[0], want.sum((0, 2, 3)), torch.float32, terms=want[:, 0])
 
 
 @pytest.mark.parametrize("isa", native.instruction_sets())

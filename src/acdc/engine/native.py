@@ -17,6 +17,7 @@ import torch  # first: its OpenMP library must be the one that the kernels find
 
 from acdc.engine.geometry import ConvGeometry, Pair
 from acdc.engine.layout import LINE, Buffer, Shape
+from acdc.engine.tile import Tile
 from acdc.errors import AcdcError, InputError
 
 try:
@@ -26,9 +27,6 @@ except ImportError:  # installed without a compiler
 
 DTYPES = (torch.float32, torch.float64)
 Strides = tuple[int, int, int, int]
-# Up to this size, which the second-level cache holds, the weight gradient keeps a register of
-# partial sums for each kept weight; beyond it, it sums them up for every tile.
-WIDE_BYTES = 512 * 1024
 
 
 def available() -> bool:
@@ -56,28 +54,6 @@ def advise_huge_pages(memory: torch.Tensor) -> None:
     """
     if _kernels is not None:
         _kernels.advise_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size())
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a pass is cut: the register tile in output pixels, and input channels per panel."""
-
-    rows: int
-    columns: int
-    channels: int
-
-    @staticmethod
-    def default(height: int, width: int, channels: int, geometry: ConvGeometry) -> Tile:
-        """Return a good tile: 8 to 12 accumulators, and a panel of at most 32 KB where that is
-        possible.
-        """
-        if geometry.kernel == (1, 1):
-            fits = [w for w in (8, 7, 6, 5, 4) if width % w == 0]
-            columns = fits[0] if fits else min(width, 8)
-            return Tile(max(1, min(3, height, 12 // columns)), columns, 128)
-        columns = 4 if width % 4 == 0 or width > 8 else min(width, 7)
-        rows = max(1, min(3 if channels <= 32 else 2, height, 12 // columns))
-        return Tile(rows, columns, 32)
 
 
 class Plan:
@@ -114,15 +90,10 @@ class Plan:
         self.geometry, self.x, self.dy = geometry, x, dy
         self.strides = strides or contiguous_strides(geometry)
         self.nnz = support.numel()
-        self.wide = self.nnz * x.lanes * x.dtype.itemsize <= WIDE_BYTES
-        self.tile = tile or Tile.default(dy.height, dy.width, geometry.in_channels, geometry)
-        self.grad_tile = grad_tile or Tile.default(
-            -(-x.height // geometry.stride[0]),
-            -(-x.width // geometry.stride[1]),
-            geometry.out_channels,
-            geometry,
-        )
-        self.weight_tile = weight_tile or self.tile
+        density = self.nnz / numel(geometry) / geometry.groups
+        self.tile = tile or Tile.forward(geometry, dy, density)
+        self.grad_tile = grad_tile or Tile.input_grad(geometry, x, density)
+        self.weight_tile = weight_tile or self.tile.weight_grad(geometry)
         a = _kernels.plan_args()
         a.out_channels, a.in_channels = geometry.out_channels, geometry.in_channels
         a.kernel_rows, a.kernel_columns = geometry.kernel
@@ -436,8 +407,8 @@ class Native:
         a.x, a.dy = self._image(x), self._image(dy)
         a.in_row_step, a.in_column_step = plan.geometry.stride
         a.tile_rows, a.tile_columns = plan.weight_tile.rows, plan.weight_tile.columns
-        a.accumulate, a.wide, a.threads = accumulate, plan.wide, torch.get_num_threads()
-        pitch = (plan.nnz + 31) // 16 * 16 * (self.lanes if plan.wide else 1)
+        a.accumulate, a.threads = accumulate, torch.get_num_threads()
+        pitch = (plan.nnz + 31) // 16 * 16
         is_double = x.shape.dtype == torch.float64
         return WeightGradCall(
             _kernels.weight_grad, self._index, is_double, a, (plan, x, dy), plan, a.threads * pitch
