@@ -215,6 +215,63 @@ def test_an_example_that_does_not_fit_is_a_sentence() -> None:
         acdc.Engine(net(), (batch()[0], 1, 2))
 
 
+class Reached(nn.Module):
+    """Layers that the engine cannot see, each for a reason of its own."""
+
+    def __init__(self, traceable: bool) -> None:
+        super().__init__()
+        self.traceable = traceable
+        self.seen, self.never, self.only_weight = (nn.Linear(8, 8) for _ in range(3))
+        self.aside = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Sequential(nn.Linear(8, 8))})
+        self.whole = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.whole.register_forward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.traceable and x.sum() > 1e9:
+            return self.aside["a"](x)
+        return self.whole(self.seen(x)) + F.linear(x, self.only_weight.weight)
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_a_layer_that_the_example_does_not_reach_is_named_with_a_reason(traceable: bool) -> None:
+    model = Reached(traceable)
+    engine = acdc.Engine(model, torch.zeros(2, 8), choose=False)
+    unreached = {"never", "only_weight", "aside.a", "aside.b.0"}
+    missed = {n for n, why in engine.refused.items() if "the example does not reach it" in why}
+    assert missed == unreached
+    engine.compress(sparse(model))
+    others = set(engine.choices) | unreached
+    if traceable:
+        assert (
+            "part of whole, which is called as a whole (it has hooks" in engine.refused["whole.0"]
+        )
+        others.add("whole.0")
+    assert {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} == others
+    assert set(engine.choices).isdisjoint(engine.refused)
+    assert [line.split()[0] for line in engine.table().splitlines()[1:]] == [
+        *engine.choices, *engine.refused,
+    ]  # fmt: skip
+
+
+def test_a_layer_that_only_another_mode_reaches_is_refused_no_more_once_it_runs() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.head(x.tanh()) if self.training else x
+
+    model = Auxiliary().eval()
+    engine = acdc.Engine(model, torch.zeros(2, 8), choose=False)
+    assert list(engine.refused) == ["head"]
+    model.train()
+    engine.compress(sparse(model))
+    assert list(engine.choices) == ["body", "head"]
+    assert not engine.refused
+
+
 # --- graphs ---------------------------------------------------------------------------------------
 
 
@@ -320,7 +377,8 @@ def test_a_layer_is_really_timed_both_ways() -> None:
     assert engine.choices
     for c in engine.choices.values():
         assert min(c.dense_ms, c.sparse_ms, c.convert_ms) > 0
-    assert timing.table(engine.choices) == engine.table()
+    assert timing.table(engine.choices, engine.refused) == engine.table()
+    assert len(engine.table().splitlines()) == 1 + len(engine.choices)
 
 
 def test_equal_layers_are_timed_once_and_long_only_where_it_is_close(

@@ -173,15 +173,16 @@ def conversion_ms(value: Value, samples: int, backend: Any, known: Timings) -> f
     return _best_of(REPEATS, known, key, make)
 
 
-def table(choices: Mapping[str, Choice]) -> str:
-    """Return the choices as text, one line a layer."""
-    width = max((len(name) for name in choices), default=5)
+def table(choices: Mapping[str, Choice], refused: Mapping[str, str]) -> str:
+    """Return the choices as text, one line a layer, and why other layers had none."""
+    width = max(len(name) for name in ("layer", *choices, *refused))
     lines = [f"{'layer':<{width}}  density  dense ms  sparse ms  convert ms  runs"]
     for name, c in choices.items():
         times = ["-" if t is None else f"{t:.2f}" for t in (c.dense_ms, c.sparse_ms, c.convert_ms)]
         runs = "sparse" if c.sparse else "dense"
         cells = f"{c.density:7.3f}  {times[0]:>8}  {times[1]:>9}  {times[2]:>10}  {runs}"
         lines.append(f"{name:<{width}}  {cells}")
+    lines += [f"{name:<{width}}  PyTorch: {reason}" for name, reason in refused.items()]
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from acdc.engine.choice import Choice, Timings, table
 from acdc.engine.geometry import ConvGeometry
 from acdc.engine.graph import Untraceable
-from acdc.engine.host import Host
+from acdc.engine.host import UNREACHED, Host
 from acdc.engine.kept import Written
 from acdc.engine.layout import Shape
 from acdc.engine.native import Native
@@ -103,8 +103,8 @@ class Engine:
         return any(host.active for host in self._hosts)
 
     def table(self) -> str:
-        """Return what was measured of each layer, as text."""
-        return table(self.choices)
+        """Return what was measured of each layer, or why it stays with PyTorch, as text."""
+        return table(self.choices, self.refused)
 
     # --- the two calls of the sparsifier ----------------------------------------------------------
 
@@ -179,6 +179,8 @@ class Engine:
             self._hosts.append(Host(self, name, module, args, kwargs))
         except Untraceable as error:
             log.info("%s is taken in parts: %s.", name or type(module).__name__, error)
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                self.refused[name] = str(error)
             self._host_parts(name, module)
 
     def _host_parts(self, name: str, module: nn.Module) -> None:
@@ -186,6 +188,8 @@ class Engine:
             full = f"{name}.{child_name}" if name else child_name
             if child in self._calls:
                 self._host(full, child, *self._calls[child])
+            elif isinstance(child, nn.Conv2d | nn.Linear):
+                self.refused[full] = UNREACHED
             else:
                 self._host_parts(full, child)
 

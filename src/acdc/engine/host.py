@@ -41,6 +41,11 @@ from acdc.engine.tape import Value
 
 log = logging.getLogger(__name__)
 
+UNREACHED = (
+    "the example does not reach it; give one that does, and call the layer itself where only its "
+    "weight is used"
+)
+
 
 class Owner(Protocol):
     """What a host asks of the engine."""
@@ -93,9 +98,7 @@ class Host:
         self._sparse: set[str] = set()  # the layers that the graphs run sparse
         self._modules = list(module.modules())
         self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
-        for node, known in recognise(self._trace()).items():
-            if isinstance(known, str) and node.op == "call_module":
-                self._note_refused(str(node.target), known)
+        self._note_refused(self._trace())
 
     @property
     def active(self) -> bool:
@@ -230,6 +233,7 @@ class Host:
             if isinstance(what.spec, ConvSpec) and (name := self._name(what)) not in choices:
                 fresh = True
                 choices[name] = self._measure(name, what.spec, node)
+                self.owner.refused.pop(name, None)  # it was, in another mode
         if not fresh or not self.owner.choose:
             return
         for run in self._runs(graph, known):
@@ -290,9 +294,27 @@ class Host:
             return self.name
         return f"{self.name}.{target}" if self.name else target
 
-    def _note_refused(self, target: str, reason: str) -> None:
-        if isinstance(self._root.get_submodule(target), nn.Conv2d | nn.Linear):
-            self.owner.refused[self._full(target)] = reason
+    def _note_refused(self, graph: fx.GraphModule) -> None:
+        """Tell the engine why layers stay with PyTorch."""
+        called: dict[str, Known | str] = {}
+        for node, known in recognise(graph).items():
+            if node.op == "call_module":
+                called[str(node.target)] = known
+        for target, module in self._root.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                known = _reason(target, called)
+                if isinstance(known, str):
+                    self.owner.refused[self._full(target)] = known
+
+
+def _reason(target: str, called: Mapping[str, Known | str]) -> Known | str:
+    """Return what a layer is, or why it stays with PyTorch."""
+    if target in called:
+        return called[target]
+    parents = (whole for whole in called if target.startswith(f"{whole}."))
+    if (whole := next(parents, None)) is not None:
+        return f"it is a part of {whole}, which is called as a whole ({called[whole]})"
+    return UNREACHED
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
