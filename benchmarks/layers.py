@@ -1,8 +1,9 @@
 """Single layers, forward and backward: the engine beside dense PyTorch and other libraries.
 
-    python benchmarks/layers.py [--case TEXT] [--sparsity S] [--repeats N] [--threads N]
+    python benchmarks/layers.py [--caches emptied] [--case TEXT] [--sparsity S] [--repeats N]
 
-The same as ``acdc bench layers``, with its figures in ``results/layers.json``. SparseProp and
+The same as ``acdc bench layers``, with its figures in ``results/layers.json``, or, with emptied
+caches, in ``results/layers_emptied.json``. SparseProp and
 SparseLab take part where they are installed (``pip install sparseprop sparselab``).
 """
 
@@ -14,4 +15,5 @@ from acdc.cli import main
 from common import RESULTS
 
 if __name__ == "__main__":
-    sys.exit(main(["bench", "layers", "--json", str(RESULTS / "layers.json"), *sys.argv[1:]]))
+    file = "layers_emptied.json" if "emptied" in sys.argv[1:] else "layers.json"
+    sys.exit(main(["bench", "layers", "--json", str(RESULTS / file), *sys.argv[1:]]))

@@ -72,6 +72,19 @@ def test_everybody_takes_a_turn_in_every_round_and_the_order_rotates() -> None:
     assert all(second > 0 for times in seconds.values() for second in times)
 
 
+def test_caches_are_left_as_the_same_passes_left_them_or_emptied_before_each() -> None:
+    calls: list[str] = []
+    passes = (lambda: calls.append("forward"), lambda: calls.append("backward"))
+    left = race.Sweep("left").turn(*passes)
+    left.seconds()
+    assert calls == ["forward", "backward"] * 2, "the first time is a rehearsal"
+    calls.clear()
+    emptied = race.Sweep("emptied")
+    emptied._memory = Mock(sum=lambda: calls.append("-"))
+    emptied.turn(*passes).seconds()
+    assert calls == ["-", "forward", "-", "backward"]
+
+
 def test_the_passes_are_timed_and_what_comes_before_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
 
@@ -522,7 +535,7 @@ def test_bench_layers_prints_a_table_and_writes_every_figure(
         (name, sparsity) for name in TINY for sparsity in (0.5, 0.9)
     ]
     for row in rows:
-        assert set(row) == COLUMNS | {"convert_ms"}
+        assert set(row) == COLUMNS | {"caches", "convert_ms"}
         assert row["rounds"] == 3
         assert row["dense_ms"] == min(row["dense_settings_ms"].values())
         assert row["ratio"] == row["dense_ms"] / row["engine_ms"]

@@ -190,7 +190,7 @@ def _add_benches(bench: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
         return sub
 
-    add(
+    single = add(
         "layers",
         _bench_layers,
         "single layers, forward and backward",
@@ -199,9 +199,16 @@ def _add_benches(bench: argparse.ArgumentParser) -> None:
         "0.8, 0.9 and 0.95",
         "Times single layers, forward and backward, side by side: dense PyTorch in its better "
         "memory format, the engine, torch.sparse in CSR, and SparseProp and SparseLab where they "
-        "are installed. Everybody takes a turn in every round, with emptied caches; times are "
-        "medians. Convolutions are in the engine's layout, and 'convert' is what it costs to "
-        "bring them there and back; a linear layer's time includes that.",
+        "are installed. Everybody takes a turn in every round; times are medians. Convolutions "
+        "are in the engine's layout, and 'convert' is what it costs to bring them there and back; "
+        "a linear layer's time includes that.",
+    )
+    single.add_argument(
+        "--caches",
+        choices=("left", "emptied"),
+        default="left",
+        help="before a pass: left as the same layer's passes before left them, or emptied, as by "
+        "the other layers of a large network (default: left)",
     )
     step = add(
         "step",
@@ -677,7 +684,7 @@ def _bench_layers(args: argparse.Namespace) -> int:
     columns |= {"sparseprop_ms": "SparseProp", "sparselab_ms": "SparseLab"}
     table = Table([layer.name for layer in chosen], columns)
     sparsities = _sparsities(args, 0.8, 0.9, 0.95)
-    return _bench(args, table, layers.measure(chosen, sparsities, args.repeats))
+    return _bench(args, table, layers.measure(chosen, sparsities, args.repeats, args.caches))
 
 
 def _bench_step(args: argparse.Namespace) -> int:

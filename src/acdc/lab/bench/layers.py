@@ -2,7 +2,10 @@
 
 A convolution is timed in the engine's layout, where it lives inside of a network; what it costs to
 bring its four activations in and out is a column of its own (``convert_ms``), paid once at the ends
-of a run of layers. A linear layer's time includes it. Caches are emptied before every pass.
+of a run of layers. A linear layer's time includes it.
+
+Passes follow each other, so that a small layer finds its tensors in the last-level cache; or the
+caches are emptied before each. In a network it is something in between.
 """
 
 from __future__ import annotations
@@ -93,15 +96,18 @@ def choose(asked: Sequence[str]) -> list[Layer]:
     return [layer for name in names if (layer := Layer.parse(name))]
 
 
-def measure(layers: Sequence[Layer], sparsities: Sequence[float], rounds: int) -> Iterator[Row]:
+def measure(
+    layers: Sequence[Layer], sparsities: Sequence[float], rounds: int, caches: str = "left"
+) -> Iterator[Row]:
     """Yield a row for every layer and sparsity, as soon as the layer has been timed.
 
     Args:
         layers: What to time.
         sparsities: Fractions of weights that are zero.
         rounds: Turns of everybody.
+        caches: ``"left"`` as the passes before left them, or ``"emptied"`` before every pass.
     """
-    sweep = Sweep()
+    sweep = Sweep(caches)
     for layer in layers:
         yield from _Field(layer, sparsities, sweep).rows(rounds)
 
@@ -137,8 +143,8 @@ class _Field:
                 self.notes[sparsity][name] = str(reason)
 
     def _turn(self, contender: Contender) -> Turn:
-        before = self.sweep.and_pause if contender.own_threads else self.sweep
-        return Turn((contender.forward, contender.backward), before)
+        passes = (contender.forward, contender.backward)
+        return self.sweep.turn(*passes, own_threads=contender.own_threads)
 
     def _seconds(self, contender: Contender) -> float:
         turn = self._turn(contender)
@@ -153,12 +159,13 @@ class _Field:
             for name, contender in contenders.items():
                 turns[name, sparsity] = self._turn(contender)
                 if isinstance(contender, Engine):  # whatever the sparsity
-                    turns["convert", None] = Turn((contender.convert,), self.sweep)
+                    turns["convert", None] = self.sweep.turn(contender.convert)
         seconds = race(turns, rounds)
         dense = {setting: seconds[setting, None] for setting in self.dense}
         for sparsity, contenders in self.sparse.items():
             sparse = {name: seconds[name, sparsity] for name in contenders}
-            row = {"case": self.layer.name, "sparsity": sparsity} | summary(dense, sparse, PEERS)
+            row = {"case": self.layer.name, "sparsity": sparsity, "caches": self.sweep.caches}
+            row |= summary(dense, sparse, PEERS)
             convert = seconds.get(("convert", None))
             row["convert_ms"] = median_ms(convert) if convert else None
             yield row | {"notes": self.notes[sparsity]}

@@ -39,13 +39,18 @@ class Turn:
     Args:
         passes: Timed one by one, and summed.
         before: Called before every pass, untimed.
+        rehearse: Go through all once before, untimed: the caches then hold what the passes left.
     """
 
     passes: Sequence[Pass]
     before: Pass = nothing
+    rehearse: bool = False
 
     def seconds(self) -> float:
         """Take the turn and return its seconds."""
+        if self.rehearse:
+            for part in self.passes:
+                part()
         return sum(self._timed(part) for part in self.passes)
 
     def _timed(self, part: Pass) -> float:
@@ -67,16 +72,23 @@ def race(turns: Mapping[Key, Turn], rounds: int) -> dict[Key, list[float]]:
 
 
 class Sweep:
-    """Empties the caches, as the other layers of a network would. Torch's threads stay awake."""
+    """What happens to the caches before a pass. Torch's threads stay awake.
 
-    def __init__(self) -> None:
+    Args:
+        caches: ``"left"``: nothing, they hold what the passes before left. ``"emptied"``: they are
+            emptied, as by the other layers of a large network.
+    """
+
+    def __init__(self, caches: str) -> None:
+        self.caches = caches
         # Read, not written: what was written would still be on its way to memory when the
         # clock runs.
-        self._memory = torch.ones(SWEPT_BYTES // 4)
+        self._memory = torch.ones(SWEPT_BYTES // 4) if caches == "emptied" else None
 
     def __call__(self) -> None:
-        """Read more than the caches hold."""
-        self._memory.sum()
+        """Read more than the caches hold, if they are to be empty."""
+        if self._memory is not None:
+            self._memory.sum()
 
     def and_pause(self) -> None:
         """Do so, and wait until torch's threads sleep: for a library that has threads of its own.
@@ -85,6 +97,11 @@ class Sweep:
         """
         self()
         time.sleep(PAUSE)
+
+    def turn(self, *passes: Pass, own_threads: bool = False) -> Turn:
+        """Return the turn of a contender, who may have threads of its own."""
+        before = self.and_pause if own_threads else self
+        return Turn(passes, before, rehearse=self._memory is None)
 
 
 def summary(
