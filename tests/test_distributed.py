@@ -19,11 +19,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import acdc
 from acdc import score
+from acdc.engine import host, kept
+from acdc.engine.choice import Choice, Site
 from acdc.methods.acdc import ACDC
 from acdc.pattern import NM, Unstructured
 from acdc.sparsifier import Sparsifier
-from helpers import CUTS, REVIVAL, SCHEDULE, TOTAL, adam, backward, build, is_plus_zero, sgd
+from helpers import (
+    CUTS,
+    REVIVAL,
+    SCHEDULE,
+    TOTAL,
+    Net,
+    adam,
+    backward,
+    batch,
+    build,
+    is_plus_zero,
+    sgd,
+)
 
 WORLD = 2
 PATTERN = Unstructured(0.8)
@@ -118,6 +133,70 @@ def disagreeing() -> dict[str, Any]:
     return {"local": local, "used": used, "zero": zero}
 
 
+class EngineNet(Net):
+    """With a 1x1 convolution, which has several orders in memory, and a head that training does
+    not reach.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2 = nn.Conv2d(8, 8, 1, stride=2)
+        self.head = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x if self.training else self.head(x)
+
+
+MINE = ({"conv1", "fc1"}, {"conv2", "fc2"})  # what each rank measures to be faster sparse
+
+
+def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[str, Any]:
+    """Train under DDP with or without an engine; every rank would choose other layers."""
+
+    def measure(site: Site, *_: Any) -> Choice:
+        gains = site.name in {"head", *MINE[dist.get_rank()]}
+        return Choice(gains, 0.2, 1e6 if gains else 1.0, 1.0, 1.0)
+
+    model = build(EngineNet).double().to(memory_format=memory_format)
+    example = batch(0)[0].double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "measure", measure)
+        patch.setattr(kept, "LARGE", 64)  # so that optimizer steps are of kept elements, too
+        engine = acdc.Engine(model, example) if on else None
+        optimizer = sgd(model)
+        wrapped = DDP(model, **ddp)
+        sparsifier = Sparsifier(METHOD, wrapped, optimizer, engine=engine)
+        seen: dict[str, Any] = {"weights": [], "losses": [], "active": []}
+        for step in range(TOTAL):
+            seen["active"].append(engine is not None and engine.active)
+            x, y = batch(own_batch(step))
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(wrapped(x.double()), y)
+            loss.backward()
+            optimizer.step()
+            seen["losses"].append(loss.item())
+            seen["weights"].append(flat(model.parameters()))
+            if engine is not None and dist.get_rank() == 0:  # it alone evaluates
+                with torch.no_grad():
+                    model.eval()(example)
+                model.train()
+    if engine is not None:
+        seen["sparse"] = {name for name, choice in engine.choices.items() if choice.sparse}
+    seen["zero"] = all(
+        is_plus_zero(sparsifier.params[n][~m]) for n, m in sparsifier.support.items()
+    )
+    return seen
+
+
+ENGINE_CASES: dict[str, dict[str, Any]] = {
+    "contiguous": {"memory_format": torch.contiguous_format},
+    "channels_last": {"memory_format": torch.channels_last},
+    "gradients in buckets": {
+        "memory_format": torch.channels_last, "gradient_as_bucket_view": True,
+    },
+}  # fmt: skip
+
 CASES: dict[str, dict[str, Any]] = {
     "wrapped first": {"wrap_first": True, "accumulate": 1},
     "sparsifier first": {"wrap_first": False, "accumulate": 1},
@@ -139,6 +218,9 @@ def worker(rank: int, folder: str) -> None:
     try:
         result: dict[str, Any] = {name: trained(**case) for name, case in CASES.items()}
         result["disagreeing"] = disagreeing()
+        for name, case in ENGINE_CASES.items():
+            for on in (False, True):
+                result["engine", name, on] = on_engine(on, **case)
         torch.save(result, Path(folder, f"rank{rank}.pt"))
     finally:
         dist.destroy_process_group()
@@ -199,3 +281,28 @@ def test_rank_zero_decides_where_scores_differ_in_the_last_bit(
     assert first["used"] == second["used"]
     assert first["zero"]
     assert second["zero"]
+
+
+each_engine_case = pytest.mark.parametrize("case", ENGINE_CASES)
+
+
+@each_engine_case
+def test_the_engine_of_every_rank_runs_what_the_first_one_chose(
+    ranks: list[dict[str, Any]], case: str
+) -> None:
+    seen = [rank["engine", case, True] for rank in ranks]
+    assert [rank["sparse"] for rank in seen] == [MINE[0], MINE[0]]
+    sparse = [CUTS[0] <= step < REVIVAL or step >= CUTS[1] for step in range(TOTAL)]
+    assert [rank["active"] for rank in seen] == [sparse, sparse]
+    assert all(map(torch.equal, *(rank["weights"] for rank in seen)))
+    assert [rank["zero"] for rank in seen] == [True, True]
+
+
+@each_engine_case
+def test_with_the_engine_and_without_ranks_train_the_same(
+    ranks: list[dict[str, Any]], case: str
+) -> None:
+    for rank in ranks:
+        on, off = (rank["engine", case, on] for on in (True, False))
+        assert on["losses"] == pytest.approx(off["losses"], rel=1e-9)
+        torch.testing.assert_close(on["weights"], off["weights"], rtol=1e-8, atol=1e-10)

@@ -26,7 +26,7 @@ from acdc.engine.engine import Engine
 from acdc.engine.ops import kernels
 from acdc.errors import InputError
 from acdc.lab import train
-from acdc.lab.engine import RunEngine, why_off
+from acdc.lab.engine import why_off
 from acdc.lab.models import Model
 from acdc.lab.record import Metrics
 from helpers import same
@@ -490,23 +490,6 @@ def test_a_run_that_began_before_there_was_an_engine_goes_on_without(
     train.run(tiny(engine="auto"), folder, device="cpu", resume=True)
     assert files(folder) == files(whole)
     assert record(folder)["details"]["engine"]["kind"] == "off"
-
-
-def test_all_processes_compute_as_the_first_one_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned(monkeypatch, lambda _: True)
-    net = tiny().model.build()
-    engine = RunEngine(net, torch.zeros(4, *tiny().model.input_shape), "auto")
-
-    def first_process(said: list[dict[str, Any]], src: int) -> None:
-        assert src == 0
-        for name, choice in said[0]["choices"].items():
-            said[0]["choices"][name] = choice | {"sparse": name == "conv1"}
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", first_process)
-    engine.compress({"conv1.weight": torch.ones_like(net.conv1.weight, dtype=torch.bool)})
-    assert [name for name, choice in engine.choices.items() if choice.sparse] == ["conv1"]
-    assert "1 layers run sparse" in repr(engine)
 
 
 def test_the_time_of_a_step_is_training_alone(

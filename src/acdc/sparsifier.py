@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from acdc.engine.kept import KeptSteps
 from acdc.errors import InputError
-from acdc.layers import unwrapped
+from acdc.layers import has_peers, unwrapped
 from acdc.methods.base import Method
 from acdc.pair import Pair
 from acdc.schedule import Kind, Phase, Schedule
@@ -548,9 +548,7 @@ def _on_cpu(value: Any) -> Any:
 
 def _agree(support: Support) -> Support:
     """Give every rank the support of rank 0: scores may differ in the last bit between ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return support
-    if torch.distributed.get_world_size() == 1:
+    if not has_peers():
         return support
     masks = {name: mask.to(torch.uint8) for name, mask in support.items()}
     for mask in masks.values():

@@ -28,7 +28,7 @@ from acdc.engine.ops import kernels
 from acdc.engine.reference import Reference
 from acdc.engine.segment import Workspace
 from acdc.errors import InputError
-from acdc.layers import unwrapped
+from acdc.layers import has_peers, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class Engine:
         self.workspace = Workspace()
         self._plans: dict[Any, Any] = {}
         self._hosts: list[Host] = []
+        self._compressing = False
         self.off = _why_off(self.model)
         if self.off is not None:
             log.info("The engine stays off: %s.", self.off)
@@ -111,6 +112,9 @@ class Engine:
     def compress(self, support: Mapping[str, Tensor]) -> None:
         """Run sparse from here on.
 
+        Of several processes the first one times the layers, and all compute as it chose: all have
+        to call this.
+
         Args:
             support: Name of a weight → bool mask, True where it is kept. Other layers are full.
 
@@ -121,10 +125,29 @@ class Engine:
         self._masks = dict(support)
         self.written = Written()  # a graph of before still knows its own
         known = dict(self.choices)
-        for host in self._hosts:
-            host.start()
+        self._compressing = True
+        try:
+            self._start()
+        finally:
+            self._compressing = False
         if self.choices != known:
             log.info("Layers, dense and sparse:\n%s", self.table())
+
+    def _start(self) -> None:
+        follows = has_peers() and torch.distributed.get_rank() > 0
+        if follows:
+            self._agree()
+        for host in self._hosts:
+            host.start()
+        if not follows:
+            self._agree()
+
+    def _agree(self) -> None:
+        """Give every process the choices of the first one: each by itself would time otherwise."""
+        if has_peers():
+            choices = [self.choices]
+            torch.distributed.broadcast_object_list(choices, src=0)
+            self.choices = choices[0]
 
     def decompress(self) -> None:
         """Run everything on plain PyTorch from here on, and free all buffers."""
@@ -145,6 +168,11 @@ class Engine:
         self.choices = {name: Choice(**c) for name, c in state["choices"].items()}
 
     # --- for the hosts ----------------------------------------------------------------------------
+
+    @property
+    def measures(self) -> bool:
+        """Whether a layer may be timed now: only at a compression can several processes agree."""
+        return self.choose and (self._compressing or not has_peers())
 
     def plan(self, name: str, weight: Tensor, geometry: ConvGeometry, x: Shape, dy: Shape) -> Any:
         """Return the index lists of a layer, made once per support and image size."""

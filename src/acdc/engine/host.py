@@ -64,6 +64,10 @@ class Owner(Protocol):
     def density(self, name: str) -> float:
         """Return the share of kept weights of a layer."""
 
+    @property
+    def measures(self) -> bool:
+        """Whether a layer may be timed now."""
+
 
 class Host:
     """A module whose forward is replaced while the network is sparse.
@@ -234,7 +238,7 @@ class Host:
                 fresh = True
                 choices[name] = self._measure(name, what.spec, node)
                 self.owner.refused.pop(name, None)  # it was, in another mode
-        if not fresh or not self.owner.choose:
+        if not fresh or not self.owner.measures:
             return
         for run in self._runs(graph, known):
             layers = [self._name(known[node]) for node in _layers(run, known)]
@@ -245,8 +249,8 @@ class Host:
     def _measure(self, name: str, spec: ConvSpec, node: fx.Node) -> Choice:
         owner = self.owner
         density = owner.density(name)
-        if not owner.choose:
-            return Choice(True, density)
+        if not owner.measures:
+            return Choice(not owner.choose, density)
         site = self._site(name, spec, node)
         plan = self._plan(spec, site.x, site.out)
         return measure(site, plan, owner.backend, density, owner.timed)

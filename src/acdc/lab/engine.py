@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 
 class RunEngine(Engine):
-    """An engine that notes how long it builds, says what it chose, and chooses for all processes.
+    """An engine that notes how long it builds, and says what it chose.
 
     Args:
         model: The network, on a CPU.
@@ -43,25 +43,10 @@ class RunEngine(Engine):
         self._told: dict[str, Choice] = {}
 
     def compress(self, support: Mapping[str, Tensor]) -> None:
-        """Run sparse from here on, as the first process chose."""
+        """Run sparse from here on."""
         began = time.perf_counter()
         super().compress(support)
-        if self._follow():
-            super().compress(support)
         self.seconds += time.perf_counter() - began
-
-    def _follow(self) -> bool:
-        """Take over what the first process chose, and return whether it differs.
-
-        Every process times for itself, and a checkpoint holds the choices of one.
-        """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        mine = self.state_dict()
-        first = [mine]
-        torch.distributed.broadcast_object_list(first, src=0)
-        super().load_state_dict(first[0])
-        return first[0] != mine
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the choices of a checkpoint; they are no news."""
