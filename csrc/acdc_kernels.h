@@ -255,8 +255,11 @@ typedef struct acdc_call {
 
 /* Runs calls in order. All calls between two that stand alone go block by block: a thread takes a block
  * through all of them before it takes the next, so that what one kernel writes is still in the cache
- * when the next reads it. Their images have `blocks` blocks, and workspaces of their own. */
-void acdc_run(const acdc_call* calls, int64_t count, int64_t blocks, int32_t threads);
+ * when the next reads it. Their images have `blocks` blocks, and workspaces of their own.
+ *
+ * `seconds` is null, or [1 + threads][count], which what each call takes is added to: in the first row what
+ * it does for all threads at once, or while they wait; in the others what it does on each thread. */
+void acdc_run(const acdc_call* calls, int64_t count, int64_t blocks, int32_t threads, double* seconds);
 
 /* ---- plans: the index structures of one layer, for one support and one pair of buffer shapes ---- */
 

@@ -94,9 +94,9 @@ struct Sequence {
     template <class Args> static void erased(void (*kernel)(), const void* args, const acdc_share* share) {
         reinterpret_cast<Kernel<Args>>(kernel)(static_cast<const Args*>(args), share);
     }
-    void run(int64_t blocks, int threads) const {
+    void run(int64_t blocks, int threads, Address seconds) const {
         nb::gil_scoped_release release;
-        acdc_run(calls.data(), int64_t(calls.size()), blocks, threads);
+        acdc_run(calls.data(), int64_t(calls.size()), blocks, threads, pointer<double>(seconds));
     }
 };
 

@@ -4,53 +4,73 @@
 #include <omp.h>
 #endif
 
+#include <chrono>
+
 #include "acdc_kernels.h"
 
 namespace {
 
-void each_call(const acdc_call* first, const acdc_call* last, const acdc_share& share) {
-    for (const acdc_call* c = first; c < last; ++c) c->call(c->kernel, c->args, &share);
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
+
+// Calls [first, last), which have their number in `seconds`, if anybody counts.
+struct Calls {
+    const acdc_call *first, *last;
+    double* seconds;
+
+    void run(const acdc_share* share) const {
+        for (const acdc_call* c = first; c < last; ++c) {
+            const double began = seconds ? now() : 0.0;
+            c->call(c->kernel, c->args, share);
+            if (seconds) seconds[c - first] += now() - began;
+        }
+    }
+};
 
 // The blocks [begin, end) of one thread, forwards or backwards: every other group goes backwards, so
 // that a thread starts with the block that it left in the cache.
-void work(const acdc_call* first, const acdc_call* last, acdc_share share, bool backwards) {
+void work(const Calls& calls, acdc_share share, bool backwards) {
     const int64_t begin = share.first_block, count = share.last_block - begin;
     for (int64_t i = 0; i < count; ++i) {
         share.first_block = begin + (backwards ? count - 1 - i : i);
         share.last_block = share.first_block + 1;
-        each_call(first, last, share);
+        calls.run(&share);
     }
 }
 
-void run_group(const acdc_call* first, const acdc_call* last, int64_t blocks, int threads, bool backwards) {
-    each_call(first, last, {ACDC_BEGIN, 0, 0, 0});
+// `alone` counts what one thread does while the others wait; `seconds` has a row of `pitch` for each.
+void run_group(const Calls& alone, double* seconds, int64_t pitch, int64_t blocks, int threads, bool backwards) {
+    const acdc_share begin{ACDC_BEGIN, 0, 0, 0}, end{ACDC_END, 0, 0, 0};
+    alone.run(&begin);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
-        work(first, last, {ACDC_WORK, int32_t(self), blocks * self / team, blocks * (self + 1) / team}, backwards);
+        work({alone.first, alone.last, seconds ? seconds + self * pitch : nullptr},
+             {ACDC_WORK, int32_t(self), blocks * self / team, blocks * (self + 1) / team}, backwards);
     }
 #else
-    (void)threads;
-    work(first, last, {ACDC_WORK, 0, 0, blocks}, backwards);
+    (void)threads, (void)pitch;
+    work({alone.first, alone.last, seconds}, {ACDC_WORK, 0, 0, blocks}, backwards);
 #endif
-    each_call(first, last, {ACDC_END, 0, 0, 0});
+    alone.run(&end);
 }
 
 }  // namespace
 
-extern "C" void acdc_run(const acdc_call* calls, int64_t count, int64_t blocks, int32_t threads) {
+extern "C" void acdc_run(const acdc_call* calls, int64_t count, int64_t blocks, int32_t threads, double* seconds) {
     bool backwards = false;
     for (int64_t i = 0; i < count;) {
+        double* const alone = seconds ? seconds + i : nullptr;
         if (calls[i].alone) {
-            calls[i].call(calls[i].kernel, calls[i].args, nullptr);
+            Calls{calls + i, calls + i + 1, alone}.run(nullptr);
             ++i;
             continue;
         }
         int64_t end = i;
         while (end < count && !calls[end].alone) ++end;
-        run_group(calls + i, calls + end, blocks, threads, backwards);
+        run_group({calls + i, calls + end, alone}, alone ? alone + count : nullptr, count, blocks, threads, backwards);
         backwards = !backwards;
         i = end;
     }

@@ -105,6 +105,7 @@ SURFACE = {
     "bench": [("WHAT", "required")],
     "bench layers": bench("default 9"),
     "bench step": [*bench("default 9"), SCOPE],
+    "bench where": [*bench("default 9"), SCOPE],
     "bench run": [
         *bench("default 1"),
         SCOPE,

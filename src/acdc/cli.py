@@ -28,6 +28,7 @@ from acdc.errors import AcdcError, InputError
 if TYPE_CHECKING:
     from acdc.cost import Network
     from acdc.lab.bench.table import Table
+    from acdc.lab.bench.where import Table as Where
     from acdc.lab.models import Model
     from acdc.lab.recipe import Recipe
     from acdc.schedule import Schedule
@@ -223,6 +224,20 @@ def _add_benches(bench: argparse.ArgumentParser) -> None:
         "fresh processes. 'compression' is what the first one takes, in which layers are timed and "
         "index lists built, and 'and again' a later one, counted in steps of the engine.",
     )
+    where = add(
+        "where",
+        _bench_where,
+        "where the time of a training step goes",
+        "resnet20_w16_n128, gpt_d768_l4_t512",
+        (9, "steps of everybody"),
+        "0.8, 0.9 and 0.95",
+        "Takes a training step on the engine apart, in milliseconds: the sparse layers forward, "
+        "their input and weight gradients, what is between them (BatchNorm, ReLU, pooling, sums), "
+        "conversions at the ends of runs, values copied into index lists, threads waiting for each "
+        "other, the rest inside of runs (Python, autograd), PyTorch (loss, dense layers), and the "
+        "optimizer with the sparsifier. Under the layers stands what they compute on kept weights "
+        "in 10^9 operations a second.",
+    )
     run = add(
         "run",
         _bench_run,
@@ -242,7 +257,7 @@ def _add_benches(bench: argparse.ArgumentParser) -> None:
         default=12_800,
         help="training images; a fifth as many for testing (default: 12800)",
     )
-    for sub in (step, run):
+    for sub in (step, where, run):
         sub.add_argument(
             "--scope",
             choices=("uniform", "erk", "global"),
@@ -700,6 +715,15 @@ def _bench_step(args: argparse.Namespace) -> int:
     return _bench(args, table, step.measure(chosen, sparsities, args.repeats, args.scope))
 
 
+def _bench_where(args: argparse.Namespace) -> int:
+    from acdc.lab.bench import networks, step, where
+
+    chosen = networks.choose(args.case, step.CASES)
+    table = where.Table([network.name for network in chosen])
+    sparsities = _sparsities(args, 0.8, 0.9, 0.95)
+    return _bench(args, table, where.measure(chosen, sparsities, args.repeats, args.scope))
+
+
 def _bench_run(args: argparse.Namespace) -> int:
     from acdc.lab.bench import networks, run
     from acdc.lab.bench.table import Table
@@ -719,7 +743,9 @@ def _sparsities(args: argparse.Namespace, *default: float) -> list[float]:
     return sparsities
 
 
-def _bench(args: argparse.Namespace, table: Table, measured: Iterator[dict[str, Any]]) -> int:
+def _bench(
+    args: argparse.Namespace, table: Table | Where, measured: Iterator[dict[str, Any]]
+) -> int:
     """Print rows as they come, and write the file anew with every one."""
     from acdc.lab.bench.race import threads
     from acdc.lab.bench.table import notes, save

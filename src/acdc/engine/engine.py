@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,7 @@ from acdc.engine.kept import Written
 from acdc.engine.layout import Shape
 from acdc.engine.native import Native
 from acdc.engine.ops import kernels
+from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
 from acdc.engine.segment import Workspace
 from acdc.errors import InputError
@@ -106,6 +108,24 @@ class Engine:
     def table(self) -> str:
         """Return what was measured of each layer, or why it stays with PyTorch, as text."""
         return table(self.choices, self.refused)
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Count what the kernels take of the steps inside, which compute what they always do.
+
+        The runs of layers, and what their layers keep, are those there are at the start: compress,
+        and call the model once in its mode, before. The first step inside gets its buffers anew;
+        ``clear()`` forgets it.
+
+        Raises:
+            InputError: the kernels are the reference.
+
+        """
+        profile = Profile(self.model)
+        if self.off is None and not isinstance(self.backend, Native):
+            raise InputError("A profile is of the compiled kernels, and this is the reference.")
+        with profiled([s for host in self._hosts for s in host.segments()], profile):
+            yield profile
 
     # --- the two calls of the sparsifier ----------------------------------------------------------
 

@@ -118,21 +118,22 @@ class Host:
             self._graphs.clear()
             self._modules = list(self.module.modules())
             self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
-        for segment in self._segments():
+        for segment in self.segments():
             segment.start(self._plans(segment.program), self.owner.written)
         self._graph()
         self._sparse = self._sparse_now()
-        if self._segments():
+        if self.segments():
             self.module.forward = _Forward(self)
 
     def stop(self) -> None:
         """Give the module its own forward back, and free all buffers."""
-        for segment in self._segments():
+        for segment in self.segments():
             segment.stop()
         if self.active:
             del self.module.forward
 
-    def _segments(self) -> list[Segment]:
+    def segments(self) -> list[Segment]:
+        """Return the runs of all graphs so far."""
         return [
             m for g in self._graphs.values() if g for m in g.children() if isinstance(m, Segment)
         ]
@@ -145,7 +146,7 @@ class Host:
         return (
             self._sparse_now() == self._sparse
             and self._modules == list(self.module.modules())
-            and all(segment.is_current for segment in self._segments())
+            and all(segment.is_current for segment in self.segments())
         )
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch  # first: its OpenMP library must be the one that the kernels find
@@ -204,13 +204,21 @@ def check_plan(
 
 @dataclass
 class Call:
-    """A kernel and its arguments. ``held`` are the tensors that its addresses point into."""
+    """A kernel and its arguments. ``held`` are the tensors that its addresses point into;
+    ``origin`` is what it was bound for.
+    """
 
     function: Any
     index: int
     is_double: bool
     args: Any
     held: tuple[Any, ...] = ()
+    origin: Any = field(default=None, kw_only=True)
+
+    @property
+    def kernel(self) -> str:
+        """Its row in the kernel table."""
+        return str(self.function.__name__)
 
     def __call__(self) -> None:
         """Run the kernel."""
@@ -289,21 +297,23 @@ class Native:
         call.held = (args, kwargs, *call.held)
         return call
 
-    def sequence(self, calls: Sequence[Call], alone: Sequence[bool]) -> Callable[[int, int], None]:
-        """Return bound calls as one, a function of the number of blocks and of threads.
+    def sequence(self, calls: Sequence[Call], alone: Sequence[bool]) -> Callable[..., None]:
+        """Return bound calls as one, a function of the number of blocks and of threads. It adds
+        what each call takes to float64 ``[1 + threads, calls]``, if given: what it does for all
+        threads at once, and what it does on each.
 
         Between two calls that stand alone, all run block by block: each thread takes a block
         through all of them. Those that need the sums of all blocks stand alone.
         """
         sequence = _kernels.Sequence()
         for call, is_alone in zip(calls, alone, strict=True):
-            add = getattr(sequence, f"add_{call.function.__name__}")
+            add = getattr(sequence, f"add_{call.kernel}")
             add(call.index, call.is_double, call.args, is_alone)
         held = tuple(calls)
 
-        def run(blocks: int, threads: int) -> None:
+        def run(blocks: int, threads: int, seconds: torch.Tensor | None = None) -> None:
             assert held  # the structs must live
-            sequence.run(blocks, threads)
+            sequence.run(blocks, threads, 0 if seconds is None else seconds.data_ptr())
 
         return run
 

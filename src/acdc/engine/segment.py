@@ -78,6 +78,9 @@ class Frame:
     def _bound(self, instructions: list[Instruction], by_block: bool) -> list[Call]:
         """Return the calls of instructions; kernels one after another become one call."""
         calls = [(i.bind(self), i.alone or not by_block) for i in instructions]
+        for (call, _), instruction in zip(calls, instructions, strict=True):
+            if isinstance(call, NativeCall):
+                call.origin = instruction.origin
         blocks = next(iter(self._buffers.values())).shape.blocks
         bound: list[Call] = []
         for native, group in groupby(calls, lambda call: isinstance(call[0], NativeCall)):

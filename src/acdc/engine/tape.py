@@ -16,7 +16,7 @@ from torch import Tensor
 from acdc.engine.layout import Buffer, Shape
 
 if TYPE_CHECKING:
-    from acdc.engine.operations import Conv
+    from acdc.engine.operations import Conv, Op
     from acdc.engine.program import Program
 
 
@@ -88,10 +88,17 @@ Bind = Callable[[Binder], Call]
 
 @dataclass(frozen=True)
 class Instruction:
-    """What binds a call, and whether that needs what all blocks left behind."""
+    """What binds a call, and whether that needs what all blocks left behind.
+
+    Args:
+        bind, alone: These.
+        origin: The operation it is a part of, and whether it is on the way back.
+
+    """
 
     bind: Bind
     alone: bool
+    origin: tuple[Op, bool]
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ class Tape:
         self.backward: list[Instruction] = []
         self.slots: list[Slot] = []
         self._now = self.forward
+        self._op: Op
         self._values: dict[Value, Slot] = {}
         self._grads: dict[Value, Slot] = {}
         self._needed: set[Value] = set()
@@ -127,6 +135,7 @@ class Tape:
         self.inputs = [self.value(value) for value in program.inputs]
         self._touch(None, *self.inputs)
         for op in program.ops:
+            self._op = op
             op.forward(self)
         self.outputs = [self.value(value) for value in program.outputs]
         self._touch(None, *self.outputs)
@@ -147,6 +156,7 @@ class Tape:
         self._touch(None, *self.output_grads)
         for op in reversed(program.ops):
             if op.out in self._grads and op.out in self._needed:
+                self._op = op
                 op.backward(self)
         self.input_grads = [
             self._grads.get(value) if want else None
@@ -171,7 +181,7 @@ class Tape:
         The others go block by block; one that stands alone comes when all blocks are done.
         """
         self._group += alone
-        self._now.append(Instruction(bind, alone))
+        self._now.append(Instruction(bind, alone, (self._op, self._now is self.backward)))
         self._touch(self._group, *slots)
         self._group += alone
 
@@ -188,7 +198,9 @@ class Tape:
             return self.value(value)
         key = (value, self._group)
         if key not in self._again:
+            reader, self._op = self._op, maker
             self._again[key] = maker.again(self)
+            self._op = reader
         return self._again[key]
 
     def grad(self, value: Value) -> Slot:
