@@ -103,7 +103,7 @@ SURFACE = {
         ("--out FILE", "default None"),
     ],
     "bench": [("WHAT", "required")],
-    "bench layers": bench("default 9"),
+    "bench layers": [*bench("default 9"), ("--caches left|emptied", "default left")],
     "bench step": [*bench("default 9"), SCOPE],
     "bench where": [*bench("default 9"), SCOPE],
     "bench run": [
