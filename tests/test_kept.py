@@ -363,6 +363,30 @@ def test_on_the_engine_no_mask_of_what_is_dropped_stays_and_no_vector() -> None:
     assert [weight.vector.numel() for weight in weights] == [0, 0]
 
 
+def test_a_gradient_lies_where_the_last_one_did_unless_somebody_holds_that() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(256, 256), torch.randn(8, 256)
+    engine = Engine(layer, x, choose=False)
+    mask = torch.rand(256, 256) < 0.1
+    engine.compress({"weight": mask})
+
+    def gradient(scale: float) -> Tensor:
+        layer.weight.grad = None
+        (scale * layer(x)).sum().backward()
+        assert layer.weight.grad is not None
+        return layer.weight.grad
+
+    gradient(1.0).fill_(5.0)  # as a user may
+    places = [gradient(1.0).data_ptr() for _ in range(3)]
+    assert len(set(places)) == 1
+    held = gradient(1.0)
+    kept = held.clone()
+    assert is_plus_zero(kept[~mask])
+    other = gradient(2.0)
+    assert torch.equal(held, kept)
+    torch.testing.assert_close(other, 2 * kept)
+
+
 def test_removing_leaves_the_optimizer_as_it_was() -> None:
     run = Run(factory("momentum"), True)
     before = len(run.optimizer._optimizer_step_pre_hooks)

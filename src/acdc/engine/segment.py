@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from acdc.engine.graph import first_line
-from acdc.engine.kept import Written
+from acdc.engine.kept import LARGE, Written
 from acdc.engine.layout import LINE, Buffer, Shape, allocate
 from acdc.engine.native import Call as NativeCall
 from acdc.engine.native import Native, advise_huge_pages
@@ -106,6 +106,7 @@ class Workspace:
         self.lock = threading.Lock()
         self._pieces: WeakValueDictionary[tuple[Shape, int], Buffer] = WeakValueDictionary()
         self._scratch: dict[torch.dtype, Tensor] = {}
+        self._gradients: dict[int, Tensor] = {}  # by id of the parameter
 
     def pieces(self, shapes: Sequence[Shape]) -> list[Buffer]:
         """Return a buffer for each shape: for the second of one shape always the same second one.
@@ -132,16 +133,39 @@ class Workspace:
         start = -self._scratch[dtype].data_ptr() % LINE // dtype.itemsize
         return self._scratch[dtype][start : start + count]
 
+    def zeros_like(self, param: Tensor) -> Tensor:
+        """Return zeros for a gradient: in the memory of the last one, if nobody has that any more.
+
+        Memory that comes from the system anew at each step costs as much as clearing it, and what
+        is freed in between is broken up by the activations of the next step.
+        """
+        if param.numel() < LARGE:
+            return torch.zeros_like(param)
+        mine = self._gradients.get(id(param))
+        if mine is None:
+            mine = self._gradients[id(param)] = torch.empty_like(param)
+            advise_huge_pages(mine)
+        elif _users(mine) > 1:
+            return torch.zeros_like(param)
+        return mine.zero_().data  # which counts its changes for itself
+
     def clear(self) -> None:
-        """Free the memory for partial sums."""
+        """Free the memory for partial sums and gradients."""
         self._scratch.clear()
+        self._gradients.clear()
+
+
+def _users(tensor: Tensor) -> int:
+    """Return how many tensors use the memory of this one."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # `storage` is one more
 
 
 class Memory:
     """The buffers of a tape: slots that never live together share one, if they have one shape.
 
     What goes through the turn from forward to backward is the memory's own; all else is the
-    workspace's, where it does not fit into what is free by then. Sized for the largest batch so
+    workspace's, where it does not fit in before or after. Sized for the largest batch so
     far; a smaller batch uses the first blocks.
 
     Attributes:
@@ -156,12 +180,13 @@ class Memory:
         self.workspace = workspace
         self._of: dict[Slot, tuple[_Pieces, int, bool]] = {}  # its piece, and whether it is passing
         own, shared = _Pieces(), _Pieces()
-        for slot in sorted(tape.slots, key=lambda s: s.first):
+        for slot in sorted(tape.slots, key=lambda s: (not tape.is_kept(s), s.first)):
             passing = self.by_block and slot.is_passing
             shape = self._shape(slot, samples)
             if passing:
                 shape = replace(shape, samples=self.threads * shape.per_block)
-            pieces = own if tape.is_kept(slot) or own.has_free(shape, slot) else shared
+            fits = tape.is_kept(slot) or own.free(shape, slot) is not None
+            pieces = own if fits else shared
             self._of[slot] = (pieces, pieces.take(shape, slot), passing)
         own.buffers = allocate(own.shapes, advise_huge_pages)
         shared.buffers = workspace.pieces(shared.shapes)
@@ -186,29 +211,28 @@ class Memory:
 
 
 class _Pieces:
-    """Pieces of memory for slots that come in the order of their first instructions."""
+    """Pieces of memory, each for slots of one shape that never live together."""
 
     def __init__(self) -> None:
         self.shapes: list[Shape] = []
         self.buffers: list[Buffer] = []
-        self._until: list[int] = []  # the last instruction that uses a piece
+        self._slots: list[list[Slot]] = []  # of each piece
 
-    def _free(self, shape: Shape, slot: Slot) -> int | None:
-        pieces = enumerate(zip(self.shapes, self._until, strict=True))
-        return next((i for i, (s, last) in pieces if s == shape and last < slot.first), None)
-
-    def has_free(self, shape: Shape, slot: Slot) -> bool:
-        """Return whether a piece of this shape is free when the slot comes."""
-        return self._free(shape, slot) is not None
+    def free(self, shape: Shape, slot: Slot) -> int | None:
+        """Return the number of a piece that is free while the slot lives, if there is one."""
+        for number, (have, slots) in enumerate(zip(self.shapes, self._slots, strict=True)):
+            if have == shape and all(s.last < slot.first or slot.last < s.first for s in slots):
+                return number
+        return None
 
     def take(self, shape: Shape, slot: Slot) -> int:
         """Return the number of a piece for the whole life of a slot."""
-        piece = self._free(shape, slot)
+        piece = self.free(shape, slot)
         if piece is None:
             piece = len(self.shapes)
             self.shapes.append(shape)
-            self._until.append(slot.last)
-        self._until[piece] = slot.last
+            self._slots.append([])
+        self._slots[piece].append(slot)
         return piece
 
 
@@ -468,7 +492,7 @@ def compute_back(
 
     """
     frame, tape = lease.frame, lease.tape
-    frame.results = {id(p): torch.zeros_like(p) for p in takes}
+    frame.results = {id(p): lease.memory.workspace.zeros_like(p) for p in takes}
     frame.set_targets(lease.memory.workspace)
     totals: dict[Slot, Tensor] = {}
     for grad, slot in zip(grads, tape.output_grads, strict=True):
