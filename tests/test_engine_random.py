@@ -1,0 +1,181 @@
+"""Networks that nobody thought of, in a sparse phase, against masked dense PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from acdc.engine import segment
+from engine_nets import BACKENDS, Pair
+
+# Derandomized: the same every time, in twenty seconds on one thread.
+EXAMPLES = int(os.environ.get("ACDC_EXAMPLES", "100"))
+many = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+
+EPS = 0.1  # a BatchNorm over equal numbers divides rounding errors by its root
+small = st.integers(1, 9)
+densities = st.sampled_from([0.0, 0.05, 0.3, 1.0])
+
+
+def columns_apart(x: Tensor) -> Tensor:
+    """The same values, with gaps between them in memory."""
+    return torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0]
+
+
+LAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "columns apart": columns_apart,
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+class Residual(nn.Module):
+    """A branch, added to what goes past it."""
+
+    def __init__(self, branch: nn.Module, past: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.past = branch, past
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) + self.past(x)
+
+
+class Builder:
+    """Draws layers that fit one after another.
+
+    Attributes:
+        shape: Channels, height and width of what the last layer makes.
+        least: The least pixels that a BatchNorm sees.
+    """
+
+    def __init__(self, draw: Callable[[Any], Any]) -> None:
+        self.draw = draw
+        self.shape: tuple[int, int, int] = (draw(small), draw(small), draw(small))
+        self.least = 2
+
+    def conv(self, keep: bool = False, channels: int | None = None) -> nn.Conv2d:
+        """Return a convolution; ``keep`` leaves the image its size."""
+        draw, (c_in, *size) = self.draw, self.shape
+        out = draw(small) if channels is None else channels
+        groups = draw(st.sampled_from([g for g in range(1, 10) if not (c_in % g or out % g)]))
+        sides = []
+        for length in size:
+            kernel = draw(st.sampled_from([1, 3, 5]) if keep else st.integers(1, 5))
+            dilation = draw(st.integers(1, 2))
+            reach = dilation * (kernel - 1)
+            least = max(0, -((length - reach - 1) // 2))  # so that one pixel comes out
+            padding = reach // 2 if keep else max(least, draw(st.integers(0, 2)))
+            stride = 1 if keep else draw(st.integers(1, 2))
+            sides.append((kernel, stride, padding, dilation))
+        kernel, stride, padding, dilation = zip(*sides, strict=True)
+        bias = draw(st.booleans())
+        made = nn.Conv2d(c_in, out, kernel, stride, padding, dilation, groups, bias)
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, (k, s, p, d) in zip(size, sides, strict=True)
+        )
+        self.shape = (out, height, width)
+        return made
+
+    def norm(self) -> nn.BatchNorm2d:
+        affine = self.draw(st.booleans())
+        made = nn.BatchNorm2d(self.shape[0], eps=EPS, affine=affine)
+        if affine:
+            nn.init.uniform_(made.weight, 0.5, 1.5)
+            nn.init.normal_(made.bias)
+        self.least = min(self.least, self.shape[1] * self.shape[2])
+        return made
+
+    def pool(self) -> nn.Module:
+        channels, *size = self.shape
+        window = tuple(self.draw(st.integers(1, min(3, n))) for n in size)
+        stride = self.draw(st.integers(1, 2))
+        self.shape = (channels, *((n - k) // stride + 1 for n, k in zip(size, window, strict=True)))
+        kind = self.draw(st.sampled_from([nn.MaxPool2d, nn.AvgPool2d]))
+        made: nn.Module = kind(window, stride)
+        return made
+
+    def residual(self) -> nn.Module:
+        before = self.shape
+        branch = [self.conv(keep=True)]
+        branch += [m() for m in self.draw(st.sampled_from([[], [self.norm], [self.norm, nn.ReLU]]))]
+        if self.draw(st.booleans()):
+            after, self.shape = self.shape, before
+            past = [self.conv(keep=True, channels=after[0])]
+            past += [self.norm()] if self.draw(st.booleans()) else []
+        else:
+            branch += [self.conv(keep=True, channels=before[0])]
+            branch += [self.norm()] if self.draw(st.booleans()) else []
+            past = []
+        return Residual(nn.Sequential(*branch), nn.Sequential(*past))
+
+    def head(self) -> list[nn.Module]:
+        sizes = [self.shape[0], self.draw(small), self.draw(small)]
+        first, second = (nn.Linear(a, b) for a, b in pairwise(sizes))
+        activation = self.draw(st.sampled_from([nn.ReLU(), nn.GELU(), nn.SiLU()]))
+        return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), first, activation, second]
+
+
+@st.composite
+def networks(draw: Callable[[Any], Any]) -> tuple[nn.Module, tuple[int, ...], int]:
+    """Return a network, the shape of a sample, and a batch size."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    build = Builder(draw)
+    shape = build.shape
+    parts = [build.conv, build.norm, nn.ReLU, build.pool, build.residual]
+    layers: list[nn.Module] = [build.conv()]
+    layers += [draw(st.sampled_from(parts))() for _ in range(draw(st.integers(0, 5)))]
+    if draw(st.booleans()):
+        layers += build.head()
+    few = st.sampled_from([1, 2, 3, 8, 9, 16, 17, 33, 130])
+    samples = max(draw(few | st.integers(1, 130)), 2 if build.least < 2 else 1)
+    return nn.Sequential(*layers), shape, samples
+
+
+@st.composite
+def supports(draw: Callable[[Any], Any], model: nn.Module) -> dict[str, Tensor]:
+    """Return masks: of every density, with rows or columns that keep nothing."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    masks = {}
+    for name, param in model.named_parameters():
+        if param.dim() > 1:
+            mask = torch.rand(param.shape, generator=generator) < draw(densities)
+            empty = draw(st.sampled_from(["nothing", "an output", "an input"]))
+            if empty == "an output":
+                mask[-1] = False
+            elif empty == "an input":
+                mask[:, 0] = False
+            masks[name] = mask
+    return masks
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@many
+@given(data=st.data())
+def test_any_network(dtype: torch.dtype, data: st.DataObject) -> None:
+    model, shape, samples = data.draw(networks())
+    pair = Pair(
+        model,
+        shape,
+        samples,
+        dtype,
+        backend_name=data.draw(st.sampled_from(BACKENDS)),
+        support=data.draw(supports(model)),
+        lay=LAYS[data.draw(st.sampled_from(list(LAYS)))],
+    )
+    ran, compute = [], segment.compute
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segment, "compute", lambda *args: ran.append(1) or compute(*args))
+        pair.step(samples, seed=1)
+        pair.train(False)
+        pair.step(max(1, samples // 2), seed=2)
+    assert ran
