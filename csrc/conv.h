@@ -177,12 +177,20 @@ inline TileShape tile_within(int rows, int columns, int limit, bool known_step) 
 struct Place { int64_t block; int row, column; };
 struct Grid {
     TileShape tile;
-    int down, across;
+    int height, width, down, across;
     Grid(TileShape t, int height, int width)
-        : tile(t), down((height + t.rows - 1) / t.rows), across((width + t.columns - 1) / t.columns) {}
+        : tile(t), height(height), width(width), down((height + t.rows - 1) / t.rows),
+          across((width + t.columns - 1) / t.columns) {}
     int64_t tiles(int64_t blocks) const { return blocks * down * across; }
     Place at(int64_t i) const {
         return {i / (down * across), int(i / across % down) * tile.rows, int(i % across) * tile.columns};
+    }
+    Place after(Place p) const {
+        p.column += tile.columns;
+        if (p.column < width) return p;
+        p.column = 0;
+        p.row += tile.rows;
+        return p.row < height ? p : Place{p.block + 1, 0, 0};
     }
 };
 
@@ -256,11 +264,13 @@ template <class real> struct Conv {
 
     void run(int thread, int64_t first, int64_t last) const {
         real* sums = a.sums ? static_cast<real*>(a.workspace) + int64_t(thread) * a.y.channels * 2 * lanes : nullptr;
+        Place here = grid.at(first);
         for (int64_t i = first; i < last; ++i) {
-            const Place here = grid.at(i);
-            NextTile next = next_tile(here, grid.at(i + 1));
+            const Place there = grid.after(here);
+            NextTile next = next_tile(here, there);
             for (int phase = 0; phase < a.phases; ++phase)
                 run_list(a.lists[phase], here, sums, phase == 0 && i + 1 < last ? &next : nullptr);
+            here = there;
         }
         if (streams()) end_stream();
     }

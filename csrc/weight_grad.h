@@ -170,9 +170,12 @@ template <class real> struct WeightGrad {
     }
 
     void run(real* grads, int64_t first, int64_t last) const {
+        Place here = grid.at(first);
         for (int64_t i = first; i < last; ++i) {
-            NextTile next = next_tile(grid.at(i), grid.at(i + 1));
-            run_tile(grid.at(i), grads, i + 1 < last ? &next : nullptr);
+            const Place there = grid.after(here);
+            NextTile next = next_tile(here, there);
+            run_tile(here, grads, i + 1 < last ? &next : nullptr);
+            here = there;
         }
     }
 };

@@ -30,7 +30,7 @@ class Tile:
     @staticmethod
     def forward(geometry: ConvGeometry, dy: Shape, density: float) -> Tile:
         """Return a good tile for the forward pass at this density."""
-        pixels = _pixels(geometry, (dy.height, dy.width), geometry.in_channels)
+        pixels = _pixels(geometry, (dy.height, dy.width), geometry.in_channels, dy.lanes)
         read = _read(pixels, geometry.stride, geometry.kernel, geometry.dilation)
         return Tile(*pixels, _channels(read, dy, density * math.prod(geometry.kernel)))
 
@@ -44,7 +44,7 @@ class Tile:
         if rows * columns > 1:
             pixels = (1, min(size[1], 8))
         else:
-            pixels = _pixels(geometry, size, geometry.out_channels)
+            pixels = _pixels(geometry, size, geometry.out_channels, x.lanes)
         taps = (-(-geometry.kernel[0] // rows), -(-geometry.kernel[1] // columns))
         read = _read(pixels, (1, 1), taps, geometry.dilation)
         kept = density * math.prod(geometry.kernel) / (rows * columns)
@@ -57,7 +57,7 @@ class Tile:
         return self if geometry.kernel == (1, 1) else Tile(4, self.columns, self.channels)
 
 
-def _pixels(geometry: ConvGeometry, size: Pair, channels: int) -> Pair:
+def _pixels(geometry: ConvGeometry, size: Pair, channels: int, lanes: int) -> Pair:
     """Return a tile of 8 to 12 accumulators: they hide each other's latency."""
     height, width = size
     if geometry.kernel == (1, 1):
@@ -65,7 +65,8 @@ def _pixels(geometry: ConvGeometry, size: Pair, channels: int) -> Pair:
         columns = fits[0] if fits else min(width, 8)
         return max(1, min(3, height, 12 // columns)), columns
     columns = 4 if width % 4 == 0 or width > 8 else min(width, 7)
-    return max(1, min(3 if channels <= 16 else 2, height, 12 // columns)), columns
+    most = 3 if channels <= 16 and lanes <= 8 else 2
+    return max(1, min(most, height, 12 // columns)), columns
 
 
 def _read(pixels: Pair, step: Pair, taps: Pair, dilation: Pair) -> int:
