@@ -162,6 +162,8 @@ def supports(draw: Callable[[Any], Any], model: nn.Module) -> dict[str, Tensor]:
 @many
 @given(data=st.data())
 def test_any_network(dtype: torch.dtype, data: st.DataObject) -> None:
+    # The gradient of a bias before a BatchNorm is a sum of many rounding errors.
+    limit = 1e-9 if dtype == torch.float64 else 1e-4
     model, shape, samples = data.draw(networks())
     pair = Pair(
         model,
@@ -175,7 +177,7 @@ def test_any_network(dtype: torch.dtype, data: st.DataObject) -> None:
     ran, compute = [], segment.compute
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segment, "compute", lambda *args: ran.append(1) or compute(*args))
-        pair.step(samples, seed=1)
+        pair.step(samples, seed=1, limit=limit)
         pair.train(False)
-        pair.step(max(1, samples // 2), seed=2)
+        pair.step(max(1, samples // 2), seed=2, limit=limit)
     assert ran
