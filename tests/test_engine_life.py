@@ -129,6 +129,21 @@ def test_a_compiled_model_has_the_same_numbers_in_both_kinds_of_phase() -> None:
     same(loss_of(compiled), loss_of(plain))
 
 
+def test_an_exported_model_is_plain() -> None:
+    model, plain, _ = on_engine()
+    x = batch()[0]
+    same(torch.export.export(model.eval(), (x,)).module()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_with_pytorch_and_says_so(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    engine = acdc.Engine(model, batch()[0].to(dtype), choose=False)
+    engine.compress(sparse(model))
+    assert not engine.active
+    assert set(engine.refused.values()) == {f"its result is {dtype}"}
+
+
 def test_weights_set_by_hand_are_seen() -> None:
     model, plain, _ = on_engine()
     for m in (model, plain):

@@ -342,6 +342,11 @@ class _Forward:
             return self._original(*args, **kwargs)
         return self._run(*args, **kwargs)
 
+    @property
+    def __code__(self) -> Any:
+        """What ``torch.export`` reads the names of arguments from."""
+        return self._original.__code__
+
     def __reduce__(self) -> tuple[Any, ...]:
         return own_forward, (self._original.__self__,)  # type: ignore[attr-defined]
 
