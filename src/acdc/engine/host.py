@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -98,11 +98,14 @@ class Host:
         if isinstance(module, nn.Conv2d | nn.Linear):
             self._root = _Single(module)
         self._arguments = _all_arguments(self._root, args, kwargs)
-        self._graphs: dict[Any, fx.GraphModule | None] = {}
+        self._graphs: dict[Hashable, fx.GraphModule | None] = {}
         self._sparse: set[str] = set()  # the layers that the graphs run sparse
         self._modules = list(module.modules())
         self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
-        self._note_refused(self._trace())
+        # What the first graph is made of, if the modes are still the same.
+        self._traced: tuple[Hashable, fx.GraphModule] | None
+        self._traced = (self._modes(), self._trace())
+        self._note_refused(self._traced[1])
 
     @property
     def active(self) -> bool:
@@ -116,6 +119,7 @@ class Host:
         """
         if not self._is_current():
             self._graphs.clear()
+            self._traced = None
             self._modules = list(self.module.modules())
             self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
         for segment in self.segments():
@@ -165,15 +169,19 @@ class Host:
 
     def _graph(self) -> fx.GraphModule | None:
         """Return the graph for the present modes and hooks, or None where there is none."""
-        hooked = tuple(i for i, hooks in enumerate(self._hooks) if hooks)
-        key = (tuple(m.training for m in self._modules), hooked)
+        key = self._modes()
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._build()
+                self._graphs[key] = self._build(key)
             except Untraceable as error:
                 log.warning("%s runs on plain PyTorch: %s.", self._title, error)
                 self._graphs[key] = None
         return self._graphs[key]
+
+    def _modes(self) -> Hashable:
+        """Return all that another graph is needed for."""
+        hooked = tuple(i for i, hooks in enumerate(self._hooks) if hooks)
+        return tuple(m.training for m in self._modules), hooked
 
     @property
     def _title(self) -> str:
@@ -193,8 +201,9 @@ class Host:
         propagate(graph, self._arguments.values)
         return graph
 
-    def _build(self) -> fx.GraphModule:
-        graph = self._trace()
+    def _build(self, modes: Hashable) -> fx.GraphModule:
+        traced, self._traced = self._traced, None
+        graph = traced[1] if traced and traced[0] == modes else self._trace()
         known = {node: k for node, k in recognise(graph).items() if isinstance(k, Known)}
         self._choose(graph, known)
         runs = [run for run in self._runs(graph, known) if _layers(run, known)]
