@@ -517,6 +517,36 @@ def test_a_support_that_changes_often(ran: list[int]) -> None:
             same(p.grad, grad * masks[name] if name in masks else grad)
 
 
+def test_a_later_compression_computes_in_the_buffers_of_the_first() -> None:
+    model, _, engine = on_engine()
+
+    def buffers() -> list[segment.Memory]:
+        runs = [run for host in engine._hosts for run in host.segments()]
+        return [arena.memory for run in runs for free in run._free.values() for arena in free]
+
+    loss_of(model).backward()
+    first, late = buffers(), loss_of(model)  # whose graph lives on
+    masks = sparse(model, 0.8, seed=3)
+    plain = copy.deepcopy(model)
+    engine.compress(masks)
+    assert first
+    del late
+    assert not buffers()  # what was out goes with its old lists
+    used = []
+    for _ in range(2):
+        engine.compress(masks)
+        for each in (model, plain):
+            each.zero_grad()
+            loss_of(each).backward()
+        for (name, p), want in zip(model.named_parameters(), plain.parameters(), strict=True):
+            same(p.grad, want.grad * masks.get(name, torch.ones_like(p)))
+        used.append(buffers())
+    assert used[0]
+    assert used[1] == used[0]
+    engine.decompress()
+    assert not buffers()
+
+
 def test_an_engine_of_another_model_is_refused() -> None:
     model = net()
     method = acdc.ACDC(acdc.Unstructured(0.7), SCHEDULE)

@@ -139,9 +139,11 @@ class Engine:
             support: Name of a weight → bool mask, True where it is kept. Other layers are full.
 
         """
-        self.decompress()
         if self.off is not None:
             return
+        for host in self._hosts:
+            host.pause()
+        self._plans.clear()
         self._masks = dict(support)
         self.written = Written()  # a graph of before still knows its own
         known = dict(self.choices)

@@ -115,9 +115,10 @@ class Host:
     def start(self) -> None:
         """Replace the forward, if some layer gains by it.
 
-        Graphs stay from one compression to the next: only the index lists are new.
+        Graphs and buffers stay from one compression to the next: only the index lists are new.
         """
         if not self._is_current():
+            self.stop()
             self._graphs.clear()
             self._traced = None
             self._modules = list(self.module.modules())
@@ -129,10 +130,19 @@ class Host:
         if self.segments():
             self.module.forward = _Forward(self)
 
+    def pause(self) -> None:
+        """Give the module its own forward back; buffers stay for the next compression."""
+        for segment in self.segments():
+            segment.pause()
+        self._give_back()
+
     def stop(self) -> None:
         """Give the module its own forward back, and free all buffers."""
         for segment in self.segments():
             segment.stop()
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self.active:
             del self.module.forward
 

@@ -217,6 +217,7 @@ def profiled(segments: Iterable[Segment], profile: Profile) -> Iterator[None]:
         profile.know(segment)
         timed = segment.backend = _Timed(plain, profile)
         plans = {conv: _TimedPlan(plan, profile) for conv, plan in segment.plans.items()}
+        segment.stop()
         segment.start(plans, segment.written)
         segment.forward = timed.around(segment.forward)  # type: ignore[method-assign]
     try:
@@ -226,4 +227,5 @@ def profiled(segments: Iterable[Segment], profile: Profile) -> Iterator[None]:
             del segment.forward
             segment.backend = plain
             plans = {conv: getattr(p, "plain", p) for conv, p in segment.plans.items()}
+            segment.stop()
             segment.start(plans, segment.written)

@@ -251,6 +251,11 @@ class Arena:
         self.memory = Memory(tape, samples, backend, workspace)
         self._frames: dict[int, Frame] = {}
 
+    def restart(self, plans: Mapping[Conv, Any]) -> None:
+        """Let go of all frames; those from here on use these index lists."""
+        self.plans = plans
+        self._frames.clear()
+
     def frame(self, samples: int) -> Frame:
         """Return the frame for a batch of this size, which fits."""
         if samples not in self._frames:
@@ -310,23 +315,34 @@ class Segment(nn.Module):
         return all(now is p for now, p in zip(self._params_now(), self.program.params, strict=True))
 
     def start(self, plans: Mapping[Conv, Any], written: Written) -> None:
-        """Run with these index lists from here on.
+        """Run with these index lists from here on, in the buffers that there are.
 
         Args:
             plans: The index lists of its layers.
             written: Is told the weight gradients.
 
         """
-        self.stop()
-        self.plans, self.written, self.nnz = plans, written, {}
+        self._restart(plans)
+        self.written, self.nnz = written, {}
         for conv, plan in plans.items():  # of a weight that is used twice, the larger
             key = id(conv.spec.module.weight)
             self.nnz[key] = max(self.nnz.get(key, 0), plan.nnz)
+
+    def pause(self) -> None:
+        """Free the index lists, and keep the buffers for the next ones."""
+        self._restart({})
 
     def stop(self) -> None:
         """Free the index lists and all buffers."""
         self.plans = {}
         self._free = {key: [] for key in self._free}
+
+    def _restart(self, plans: Mapping[Conv, Any]) -> None:
+        self.plans = plans
+        # New lists: an arena that is out comes back to its old one, and goes with it.
+        self._free = {key: list(free) for key, free in self._free.items()}
+        for arena in (arena for free in self._free.values() for arena in free):
+            arena.restart(plans)
 
     def forward(self, *inputs: Tensor) -> Any:
         """Run on the kernels, or on PyTorch where they cannot."""
