@@ -1,7 +1,7 @@
 """What a training step costs outside forward and backward in a sparse phase, and what of it is
 saved where only kept elements are touched.
 
-    python benchmarks/kept_only.py [--rounds 12] [--seconds 0.5]
+    python benchmarks/kept_only.py [--case TEXT] [--rounds 12] [--seconds 0.5]
 
 One network trains on one batch on the engine: with gradients and steps of dense size, and with
 those of kept elements only (``acdc.engine.kept``). They take turns in a rotating order, some steps
@@ -131,14 +131,16 @@ def measure(bench: Bench, rounds: int, seconds: float) -> dict[str, object]:
 def main() -> None:
     """Measure all cases, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", default="", help="only those with this in their name")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=0.5, help="of a turn, at least 3 steps")
     args = parser.parse_args()
     rows = []
     print(f"{'case':31} {'optimizer':13} {'sp.':>5} {'dense ms':>9} {'kept ms':>9} {'outside':>14}")
-    for case, (build, shape) in NETWORKS.items():
+    chosen = {case: network for case, network in NETWORKS.items() if args.case in case}
+    for case, (build, shape) in chosen.items():
         for name, make in OPTIMIZERS.items():
-            for sparsity in (0.9, 0.95):
+            for sparsity in (0.8, 0.9, 0.95):
                 bench = Bench(build, shape, make, sparsity)
                 row = measure(bench, args.rounds, args.seconds)
                 rows.append({"case": case, "optimizer": name, "sparsity": sparsity, **row})
