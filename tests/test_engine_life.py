@@ -385,6 +385,34 @@ def test_choices_that_were_loaded_are_not_measured_again(monkeypatch: pytest.Mon
     assert resumed.choices == engine.choices
 
 
+def test_what_was_chosen_stays_when_a_graph_of_another_mode_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint may have been written in between: steps after it compute as it says."""
+
+    class Probed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.probe = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return x if self.training else self.probe(x)
+
+    monkeypatch.setattr(host, "measure", measured(2.0, 1.0))
+    monkeypatch.setattr(host, "run_pays", lambda *_: model.training)
+    model = Probed()
+    x = torch.randn(2, 8)
+    engine = acdc.Engine(model, x)
+    engine.compress(sparse(model))
+    written = engine.state_dict()["choices"]
+    assert [name for name, c in written.items() if c["sparse"]] == ["body"]
+    model.eval()(x)
+    later = engine.state_dict()["choices"]
+    assert {name: c["sparse"] for name, c in later.items()} == {"body": True, "probe": False}
+    assert later["body"] == written["body"]
+
+
 def test_a_layer_is_really_timed_both_ways() -> None:
     model = net()
     engine = acdc.Engine(model, batch()[0])

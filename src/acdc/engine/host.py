@@ -250,12 +250,15 @@ class Host:
     # --- choices ----------------------------------------------------------------------------------
 
     def _choose(self, graph: fx.GraphModule, known: Mapping[fx.Node, Known]) -> None:
-        """Measure the layers that were not measured before, and weigh the runs they make."""
+        """Measure the layers that were not measured before, and weigh the runs they make.
+
+        What was chosen before stays: it may be in a checkpoint, and steps were computed by it.
+        """
         choices = self.owner.choices
-        fresh = False
+        fresh: set[str] = set()
         for node, what in known.items():
             if isinstance(what.spec, ConvSpec) and (name := self._name(what)) not in choices:
-                fresh = True
+                fresh.add(name)
                 choices[name] = self._measure(name, what.spec, node)
                 self.owner.refused.pop(name, None)  # it was, in another mode
         if not fresh or not self.owner.measures:
@@ -263,7 +266,7 @@ class Host:
         for run in self._runs(graph, known):
             layers = [self._name(known[node]) for node in _layers(run, known)]
             if not run_pays([choices[name] for name in layers], self._conversions(run, known)):
-                for name in layers:
+                for name in fresh.intersection(layers):
                     choices[name] = replace(choices[name], sparse=False)
 
     def _measure(self, name: str, spec: ConvSpec, node: fx.Node) -> Choice:
