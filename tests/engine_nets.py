@@ -498,15 +498,23 @@ def gradients(outs: list[Tensor]) -> list[Tensor]:
     return [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outs]
 
 
-def close(got: Tensor, want: Tensor, limit: float = 1e-9, what: str = "") -> None:
-    """Compare, relative to the largest number wanted; float32 to 1e-5 at best, of numbers from 1
-    on: a gradient that a BatchNorm makes zero is rounding errors.
+def close(
+    got: Tensor, want: Tensor, limit: float = 1e-9, what: str = "", least: float = 0.0
+) -> None:
+    """Compare by the norm of the difference, relative to that of ``want``.
+
+    One number may be off by more than it is large, where its terms cancel; the norm of a whole
+    tensor is not small by chance. Where all of it cancels (a BatchNorm takes away what a bias
+    before it adds, and that bias has a gradient of rounding errors) nothing can be relative:
+    ``least`` is then the norm to measure by, and whoever gives it names the tensor.
     """
     assert (got.shape, got.dtype) == (want.shape, want.dtype), what
-    limit, least = (max(limit, 1e-5), 1.0) if got.dtype == torch.float32 else (limit, 1e-2)
-    error = (got.detach() - want.detach()).abs().double()
-    scale = want.detach().abs().double().max().clamp(min=least) if want.numel() else 1.0
-    assert not error.numel() or bool(error.max() / scale <= limit), f"{what}: {error.max() / scale}"
+    if not want.is_floating_point():
+        assert torch.equal(got, want), what
+        return
+    error = (got.detach().double() - want.detach().double()).norm().item()
+    scale = max(want.detach().double().norm().item(), least)
+    assert error <= limit * scale, f"{what}: {error:.2e} of {scale:.2e}"
 
 
 def segments(engine: acdc.Engine) -> list[Segment]:

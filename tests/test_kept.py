@@ -270,6 +270,29 @@ def test_a_later_hook_before_the_step_still_finds_the_gradients() -> None:
     compare(run, plain)
 
 
+@pytest.mark.parametrize("which", ["momentum", "adamw"])
+def test_a_gradient_scaler_unscales_and_skips_as_in_masked_dense(which: str) -> None:
+    kept, plain = both(which)
+    skip = 3  # inside the first sparse phase, which ends a call later for it
+    for run in (kept, plain):
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        for index in range(5):
+            x, y = batch(index)
+            run.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(run.model(x), y)
+            scaler.scale(loss * (torch.inf if index == skip else 1.0)).backward()
+            before = copied(run.model.state_dict()), copied(run.optimizer.state_dict()["state"])
+            scaler.step(run.optimizer)
+            scaler.update()
+            if index == skip:
+                after = run.model.state_dict(), run.optimizer.state_dict()["state"]
+                assert all(map(same, before, after))
+                assert scaler.get_scale() == 128.0
+            if index in (skip - 1, skip):
+                assert run.is_kept is (run is kept)
+    compare(kept, plain)
+
+
 def test_hooks_of_all_optimizers_count_one_step() -> None:
     run, counted, grads = Run(factory("adam"), True), [], []
     every = register_optimizer_step_post_hook(lambda *_: counted.append(1))
