@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import acdc
 from acdc.engine import choice as timing
@@ -327,6 +328,26 @@ def test_weights_that_move_before_the_way_back_raise() -> None:
         model.get_submodule("layer1.0.conv1").weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_forward_that_is_computed_again_for_the_way_back(reentrant: bool, ran: list[int]) -> None:
+    model, plain, engine = on_engine()
+    x, y = batch()
+    for m in (model, plain):
+        start = x.clone().requires_grad_()
+        out = checkpoint(m, start, use_reentrant=reentrant)
+        F.cross_entropy(out, y).backward()
+        m.start = start.grad
+    assert len(ran) == 4  # two runs of layers, twice
+    same(model.start, plain.start)
+    assert engine.active
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        mask = sparse(net()).get(name, torch.ones_like(q) > 0)
+        same(p.grad, q.grad * mask)
+        assert p.grad.any()
+    for p, q in zip(model.buffers(), plain.buffers(), strict=True):
+        same(p, q)
 
 
 def test_a_loss_that_is_dropped_gives_its_buffers_back(monkeypatch: pytest.MonkeyPatch) -> None:
