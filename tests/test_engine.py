@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
 from acdc.engine import segment
-from engine_nets import BACKENDS, NETWORKS, Pair, in_place_late, segments
+from acdc.lab.models import CifarResNet
+from engine_nets import BACKENDS, NETWORKS, Gpt, Pair, in_place_late, segments
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -40,7 +42,7 @@ def fresh(name: str, seed: int = 0) -> nn.Module:
 @backends
 def test_training(name: str, backend: str, runs: list[int]) -> None:
     network = NETWORKS[name]
-    pair = Pair(fresh(name), network.shape, backend_name=backend)
+    pair = Pair(fresh(name), network.shape, backend_name=backend, zero=network.zero)
     for seed, samples in enumerate((5, 33, 2, 20)):  # ragged, and frames that grow
         runs.clear()
         pair.step(samples, seed)
@@ -51,7 +53,7 @@ def test_training(name: str, backend: str, runs: list[int]) -> None:
 @backends
 def test_evaluation(name: str, backend: str, runs: list[int]) -> None:
     network = NETWORKS[name]
-    pair = Pair(fresh(name), network.shape, backend_name=backend)
+    pair = Pair(fresh(name), network.shape, backend_name=backend, zero=network.zero)
     pair.step(6)
     pair.train(False)
     for seed, (samples, grad) in enumerate([(1, False), (9, True), (4, False)]):
@@ -60,6 +62,28 @@ def test_evaluation(name: str, backend: str, runs: list[int]) -> None:
         assert len(runs) == network.runs_eval
     pair.train(True)
     pair.step(6, seed=9, grad=False)  # statistics move without gradients, too
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "layers"),
+    [(CifarResNet(20, 4).build, (3, 12, 12), 22), (Gpt, (7, 16), 9)],
+    ids=["ResNet-20", "GPT"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whole_networks_with_a_ragged_last_block(
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    layers: int,
+    dtype: torch.dtype,
+    runs: list[int],
+) -> None:
+    torch.manual_seed(0)
+    pair = Pair(build(), shape, 130, dtype)
+    for seed in range(2):
+        pair.step(130, seed)
+    assert runs
+    assert len([c for c in pair.engine.choices.values() if c.sparse]) == layers
+    assert sum(len(run.program.convs) for run in segments(pair.engine)) == layers
 
 
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from itertools import pairwise
@@ -9,16 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from acdc.engine import segment
-from engine_nets import BACKENDS, Pair
+from engine_nets import BACKENDS, Pair, backward, tensors
 
-# Derandomized: the same every time, in twenty seconds on one thread.
-EXAMPLES = int(os.environ.get("ACDC_EXAMPLES", "100"))
-many = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+# Derandomized: the same every time, in half a minute on one thread. What fails is shown as it was
+# found: to look for a smaller network takes minutes.
+EXAMPLES = int(os.environ.get("ACDC_EXAMPLES", "50"))
+many = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+)
 
 EPS = 0.1  # a BatchNorm over equal numbers divides rounding errors by its root
 small = st.integers(1, 9)
@@ -105,17 +113,20 @@ class Builder:
         return made
 
     def residual(self) -> nn.Module:
-        before = self.shape
-        branch = [self.conv(keep=True)]
-        branch += [m() for m in self.draw(st.sampled_from([[], [self.norm], [self.norm, nn.ReLU]]))]
-        if self.draw(st.booleans()):
-            after, self.shape = self.shape, before
-            past = [self.conv(keep=True, channels=after[0])]
-            past += [self.norm()] if self.draw(st.booleans()) else []
-        else:
-            branch += [self.conv(keep=True, channels=before[0])]
-            branch += [self.norm()] if self.draw(st.booleans()) else []
-            past = []
+        """Return a sum of a convolution, normalised or not, and of what it read, a convolution of
+        that, or a normalised one.
+        """
+        before, draw = self.shape, self.draw
+        kind = draw(st.sampled_from(["plain", "plain", "conv", "norm"]))
+        branch: list[nn.Module] = []
+        if draw(st.booleans()):
+            branch += [self.conv(keep=True), self.norm(), nn.ReLU()]
+        branch += [self.conv(keep=True, channels=before[0] if kind == "plain" else None)]
+        after, self.shape = self.shape, before
+        past = [] if kind == "plain" else [self.conv(keep=True, channels=after[0])]
+        self.shape = after
+        branch += [self.norm()] if draw(st.sampled_from([True, True, False])) else []
+        past += [self.norm()] if kind == "norm" else []
         return Residual(nn.Sequential(*branch), nn.Sequential(*past))
 
     def head(self) -> list[nn.Module]:
@@ -131,7 +142,8 @@ def networks(draw: Callable[[Any], Any]) -> tuple[nn.Module, tuple[int, ...], in
     torch.manual_seed(draw(st.integers(0, 99)))
     build = Builder(draw)
     shape = build.shape
-    parts = [build.conv, build.norm, nn.ReLU, build.pool, build.residual]
+    others = [build.conv, build.norm, nn.ReLU, build.pool]
+    parts = others + len(others) * [build.residual]  # where most can go wrong
     layers: list[nn.Module] = [build.conv()]
     layers += [draw(st.sampled_from(parts))() for _ in range(draw(st.integers(0, 5)))]
     if draw(st.booleans()):
@@ -158,12 +170,23 @@ def supports(draw: Callable[[Any], Any], model: nn.Module) -> dict[str, Tensor]:
     return masks
 
 
+def rounding_errors(pair: Pair, samples: int, seed: int) -> set[str]:
+    """Return the names of what would be zero in a step, with exact arithmetic: gradients of biases
+    that a BatchNorm takes away, or all that follows a layer that is empty. Float64 is exact enough.
+    """
+    exact, x = copy.deepcopy(pair.plain).double(), pair.batch(samples, seed).double()
+    outs = tensors(exact(x.requires_grad_()))
+    backward(outs)
+    found = {n: p.grad for n, p in exact.named_parameters()}
+    found |= {"input": x.grad, "output": outs[0]}
+    return {name for name, t in found.items() if t is not None and t.double().norm() < 1e-12}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @many
 @given(data=st.data())
 def test_any_network(dtype: torch.dtype, data: st.DataObject) -> None:
-    # The gradient of a bias before a BatchNorm is a sum of many rounding errors.
-    limit = 1e-9 if dtype == torch.float64 else 1e-4
+    limit = 1e-9 if dtype == torch.float64 else 1e-5
     model, shape, samples = data.draw(networks())
     pair = Pair(
         model,
@@ -177,6 +200,10 @@ def test_any_network(dtype: torch.dtype, data: st.DataObject) -> None:
     ran, compute = [], segment.compute
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segment, "compute", lambda *args: ran.append(1) or compute(*args))
+        if dtype == torch.float32:  # somewhere in a network of any kind, something nearly cancels
+            pair.zero = {*dict(pair.plain.named_parameters()), "input", "output"}
+        else:
+            pair.zero = rounding_errors(pair, samples, seed=1)
         pair.step(samples, seed=1, limit=limit)
         pair.train(False)
         pair.step(max(1, samples // 2), seed=2, limit=limit)
