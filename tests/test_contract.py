@@ -166,7 +166,10 @@ def final(base: type) -> set[type]:
 def test_every_method_pattern_and_optimizer_is_in_the_table() -> None:
     for module in pkgutil.iter_modules(acdc.methods.__path__):
         importlib.import_module(f"acdc.methods.{module.name}")
-    assert final(Method) == {type(make(Unstructured(0.5), SCHEDULE)) for make in METHODS.values()}
+    assert final(Method) == set(acdc.methods.METHODS.values())
+    assert list(METHODS) == list(acdc.methods.METHODS)
+    for name, make in METHODS.items():
+        assert type(make(Unstructured(0.5), SCHEDULE)) is acdc.methods.METHODS[name]
     assert final(Pattern) == {type(pattern) for pattern in PATTERNS.values()}
     public = {cls for _, cls in inspect.getmembers(torch.optim, inspect.isclass)}
     known = {row.kind for row in OPTIMIZERS.values()} | REFUSED_OPTIMIZERS | {O.Optimizer}
