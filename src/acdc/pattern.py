@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -64,6 +64,14 @@ class Pattern(ABC):
             InputError: A score is NaN, or the request cannot be met.
         """
 
+    def at(self, sparsity: float) -> Pattern:
+        """Return the same pattern at another sparsity, for methods that raise it step by step.
+
+        Raises:
+            InputError: The pattern has only the one.
+        """
+        raise InputError(f"{self} has the sparsity {self.target} and no other. Use Unstructured.")
+
     def refuses(self, name: str, shape: tuple[int, ...]) -> str | None:
         """Return why a layer of this shape must stay dense, or ``None`` where it need not."""
         return None
@@ -115,6 +123,14 @@ class Unstructured(Pattern):
 
     def _overrides(self) -> tuple[tuple[str, float], ...]:
         return tuple(dict(self.overrides).items())
+
+    def at(self, sparsity: float) -> Unstructured:
+        """Return the same pattern at another sparsity; overrides change in proportion."""
+        if sparsity == self.sparsity:
+            return self
+        share = sparsity / self.sparsity if self.sparsity else 1.0
+        own = tuple((glob, value * share) for glob, value in self._overrides())
+        return replace(self, sparsity=sparsity, overrides=own)
 
     @property
     def target(self) -> float:
@@ -287,6 +303,10 @@ class Block(Pattern):
             name: (shape[0] // self.shape[0], shape[1] // self.shape[1], *shape[2:])
             for name, shape in shapes.items()
         }
+
+    def at(self, sparsity: float) -> Block:
+        """Return the same pattern at another sparsity."""
+        return replace(self, sparsity=sparsity)
 
     def _inner(self) -> Unstructured:
         return Unstructured(self.sparsity, self.scope, floor=self.floor)

@@ -17,6 +17,7 @@ Only the standard library is used here.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -43,6 +44,12 @@ def _parse(text: str, what: str) -> tuple[Fraction, str]:
             f"'500st' (optimizer steps) or '25%' (of the run)."
         )
     return Fraction(match[1]), match[2]
+
+
+def check_duration(text: str, what: str) -> None:
+    """Raise InputError unless ``text`` is a duration with some length, such as ``"100st"``."""
+    if not _parse(text, what)[0]:
+        raise InputError(f"The duration of {what} is {text!r}, which is none. Make it longer.")
 
 
 def _check_kind(kind: str) -> None:
@@ -143,6 +150,33 @@ class Schedule:
             return Fraction(epoch)
         begin = ends[epoch] - self.steps_per_epoch[epoch]
         return epoch + Fraction(step - begin, self.steps_per_epoch[epoch])
+
+    def after(self, duration: str, start: int = 0) -> int:
+        """Return the step that lies ``duration`` after ``start``; also beyond the end of the run.
+
+        >>> schedule = constant("sparse", 10).resolve(8)
+        >>> schedule.after("2.5ep"), schedule.after("75%"), schedule.after("5st", start=20)
+        (20, 60, 25)
+        """
+        clock = _Clock(self.steps_per_epoch)
+        return round(clock.after(Fraction(start), duration, "an event"))
+
+    def every(self, duration: str, start: int, stop: int) -> frozenset[int]:
+        """Return the steps ``start``, a duration later, two durations later, ... before ``stop``.
+
+        >>> sorted(constant("sparse", 10).resolve(8).every("1.25ep", 0, 33))
+        [0, 10, 20, 30]
+        """
+        check_duration(duration, "what comes again and again")
+        number, unit = _parse(duration, "")
+        if unit == "st" and number.denominator == 1:
+            return frozenset(range(start, stop, int(number)))
+        clock, here = _Clock(self.steps_per_epoch), Fraction(start)
+        steps = []
+        while round(here) < stop:
+            steps.append(round(here))
+            here = clock.after(here, duration, "")
+        return frozenset(steps)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return the phases as text: kind, epochs, steps, share of the run."""
@@ -443,3 +477,30 @@ def constant(kind: Kind, epochs: int) -> Constant:
 def phases(epochs: int, spans: Iterable[tuple[str, str]]) -> Spans:
     """Return the plan with these ``(kind, duration)`` phases in order."""
     return Spans(epochs, tuple((cast(Kind, kind), duration) for kind, duration in spans))
+
+
+# --- what changes gradually ----------------------------------------------------------------------
+
+
+def ramp(step: int, start: int, stop: int, first: float, last: float) -> float:
+    """Return the sparsity at ``step`` on the cubic from ``first`` to ``last``, met exactly.
+
+    >>> [ramp(step, 10, 20, 0.5, 0.9) for step in (0, 10, 15, 19, 20, 99)]
+    [0.5, 0.5, 0.85, 0.8996, 0.9, 0.9]
+
+    Source: Zhu and Gupta, 2017, arXiv:1710.01878, equation 1.
+    """
+    past = Fraction(step - start, stop - start) if stop > start else Fraction(step >= stop)
+    left = 1 - min(max(past, Fraction(0)), Fraction(1))
+    begin, end = (Fraction(repr(float(sparsity))) for sparsity in (first, last))
+    return float(end + (begin - end) * left**3)
+
+
+def cosine(step: int, start: int, stop: int) -> float:
+    """Return half a cosine: 1 at ``start`` and before, 0 at ``stop`` and after.
+
+    >>> [round(cosine(step, 10, 20), 6) for step in (0, 10, 15, 20, 99)]
+    [1.0, 1.0, 0.5, 0.0, 0.0]
+    """
+    past = (step - start) / (stop - start) if stop > start else float(step >= stop)
+    return (1 + math.cos(math.pi * min(max(past, 0.0), 1.0))) / 2

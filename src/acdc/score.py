@@ -70,6 +70,15 @@ def saliency(params: Mapping[str, Tensor]) -> Scores:
     return _lazy(params, lambda w: (w * _grad(w)).abs())
 
 
+def among(scores: Scores, masks: Mapping[str, Tensor]) -> Scores:
+    """Return the same scores, none of which is negative, and -1 where a mask is False."""
+    return Scores(
+        scores.shapes,
+        lambda name: scores[name].masked_fill(~masks[name], -1.0),
+        scores.dtype,
+    )
+
+
 def random(params: Mapping[str, Tensor], seed: int) -> Scores:
     """Return uniform numbers in [0, 1): for a seed and a place in the order of the parameters the
     same on every device and every rank."""

@@ -7,6 +7,9 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
   for the next support.
 * in a sparse phase, a hook on every pruned weight clears the gradient outside the support as soon
   as it is accumulated, so that clipping norms and moments never see it.
+* where the method wants the dense gradient of a step, that hook lets it through. If the method
+  wants it *instead* of the step, a pre-hook on ``optimizer.step`` hides all gradients meanwhile: an
+  optimizer passes over what has none. So its step runs, and moves nothing.
 
 In a dense phase the second hook is absent and the first one only counts: training is bitwise what
 it would be without.
@@ -30,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from acdc.engine.kept import KeptSteps
 from acdc.errors import InputError
 from acdc.layers import has_peers, unwrapped
-from acdc.methods.base import Method
+from acdc.methods.base import Method, Weights
 from acdc.pair import Pair
 from acdc.schedule import Kind, Phase, Schedule
 from acdc.support import Support
@@ -181,6 +184,15 @@ class Sparsifier:
         self._dropped = _Dropped({}, self.params)  # the complement of the support
         self._last_sparse: Support | None = None
         self._gradient_hooks: list[RemovableHandle] = []
+        self._collects = False  # whether the next step shall have its dense gradient
+        self._hidden: list[tuple[Tensor, Tensor]] = []  # gradients of a step that is passed over
+        self._told: Support | None = None  # what the engine runs now
+        self._state_is_known = False
+        self._weights = Weights(self.params, optimizer.state)
+        # Before KeptSteps, which would else step what is to be passed over.
+        self._pre_hook = (
+            optimizer.register_step_pre_hook(self._before_step) if method.skips_steps else None
+        )
         self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
         self._advance()
         self._step_hook: RemovableHandle | None = optimizer.register_step_post_hook(
@@ -200,15 +212,34 @@ class Sparsifier:
 
     # --- a step ---------------------------------------------------------------------------------
 
+    def _before_step(
+        self, _: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        """Let the optimizer pass over a step that the method wants only the gradient of."""
+        if not self._collects:
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:  # it makes the gradients, and once is enough
+            with torch.enable_grad():
+                loss = closure()
+            args, kwargs = (self.optimizer, lambda: loss), {}
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._hidden = [(p, p.grad) for p in params if p.grad is not None]
+        for param in params:
+            param.grad = None
+        return args, kwargs
+
     @torch.no_grad()
     def _after_step(self) -> None:
+        for param, grad in self._hidden:
+            param.grad = grad
+        self._hidden = []
         # A fused optimizer is called by a GradScaler even for a step that it then skips inside.
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
         self.step += 1
-        if self.step == 1:
-            self._check_optimizer_state()
+        self._check_optimizer_state()
         self._project()  # before the support may change: what comes back comes back from zero
         self._advance()
 
@@ -222,9 +253,13 @@ class Sparsifier:
     @torch.no_grad()
     def _advance(self) -> None:
         """Ask the method for the support from here on."""
-        support = self.method.update(self.step, self.params, self.support)
+        collected, self._collects = self._collects, self.method.wants_gradient(self.step)
+        support = self.method.update(self.step, self._weights, self.support)
         if support is not self.support:
             self._change(support)
+        elif collected and not self._collects:
+            self._clear_gradients()
+        self._tell_engine()
 
     def _change(self, support: Support) -> None:
         support = _agree(support)
@@ -272,24 +307,39 @@ class Sparsifier:
                 param.register_post_accumulate_grad_hook(self._clear_gradient(name))
             )
             param.requires_grad_(trained)
-            if param.grad is not None:  # accumulated before the change, used after it
-                param.grad.masked_fill_(self._dropped[name], 0.0)
+        if not self._collects:
+            self._clear_gradients()
         self._project()
         self._dropped.forget()
-        if self.engine is not None:
-            if support.is_full:
-                self.engine.decompress()
-            else:
-                self.engine.compress(support)
         if self._kept_steps is not None:
             # Without a reset, moments of pruned weights may move them when they come back.
             kept = {} if support.is_full or self.method.reset == "none" else support
             self._kept_steps.start((self.params[name], mask) for name, mask in kept.items())
 
+    def _tell_engine(self) -> None:
+        """Let the engine run the support; a step whose dense gradient is wanted runs dense."""
+        support = None if self.support.is_full or self._collects else self.support
+        if self.engine is None or support is self._told:
+            return
+        self._told = support
+        if support is None:
+            self.engine.decompress()
+        else:
+            self.engine.compress(support)
+
+    def _clear_gradients(self) -> None:
+        """Clear what was accumulated before now, and is used after it."""
+        for name in self._dropped:
+            grad = self.params[name].grad
+            if grad is not None:
+                grad.masked_fill_(self._dropped[name], 0.0)
+
     def _clear_gradient(self, name: str) -> Callable[[Tensor], None]:
         dropped, kept, engine = self._dropped, int(self.support[name].sum()), self.engine
 
         def clear(param: Tensor) -> None:
+            if self._collects:
+                return
             if engine is not None and engine.written.all_of(param, kept):
                 return  # zero there already
             if param.grad is not None:
@@ -317,10 +367,13 @@ class Sparsifier:
                     _zero_state(state.get(param, {}), group, param, where[id(param)])
 
     def _check_optimizer_state(self) -> None:
-        """Refuse, at the first step and not at the first reset, state that cannot be cleared."""
+        """Refuse, once there is state and not at the first reset, what cannot be cleared of it."""
         rule, optimizer = self.method.reset, self.optimizer
-        if rule == "none" or (rule == "all" and type(optimizer) in _STATE_ON_FIRST_STEP):
+        if self._state_is_known or rule == "none":
             return
+        if rule == "all" and type(optimizer) in _STATE_ON_FIRST_STEP:
+            return
+        self._state_is_known = any(optimizer.state.get(p) for p in self.params.values())
         for name, param in self.params.items():
             for key, value in optimizer.state.get(param, {}).items():
                 if isinstance(value, Tensor):
@@ -398,6 +451,9 @@ class Sparsifier:
         if self._step_hook is not None:
             self._step_hook.remove()
             self._step_hook = None
+        if self._pre_hook is not None:
+            self._pre_hook.remove()
+            self._pre_hook = None
         for hook in self._gradient_hooks:
             hook.remove()
         self._gradient_hooks.clear()
@@ -468,7 +524,9 @@ class Sparsifier:
         self._last_sparse, self.dense_twin = last_sparse, dense_twin
         if self.engine is not None and state.get("engine") is not None:
             self.engine.load_state_dict(state["engine"])
+        self._collects = self.method.wants_gradient(self.step)
         self._apply(support)
+        self._tell_engine()
 
     def _check_same_run(self, method: str, schedule: Schedule) -> None:
         mine = _settings(self.method)

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from acdc import score
-from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import RESETS, Method, Reset, check_schedule, choose
+from acdc.methods.base import Phased, Reset
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support
@@ -19,7 +18,7 @@ from acdc.support import Support
 
 @final
 @dataclass(frozen=True)
-class ACDC(Method):
+class ACDC(Phased):
     """Train dense, cut to the largest weights, train only those, bring all back, and again.
 
     At the first step of a sparse phase the pattern selects the largest magnitudes of the dense
@@ -54,35 +53,6 @@ class ACDC(Method):
     reset: Reset = "all"
     layers: Layers | None = None
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.pattern, Pattern):
-            raise InputError(
-                f"ACDC(pattern=...) is {self.pattern!r}. Give a pattern, such as "
-                f"acdc.Unstructured(sparsity=0.9)."
-            )
-        check_schedule("ACDC", self.schedule)
-        if not isinstance(self.layers, Layers | None):
-            raise InputError(
-                f"ACDC(layers=...) is {self.layers!r}. Give acdc.Layers(...), or None for the "
-                f"pattern's default."
-            )
-        if self.reset not in RESETS:
-            raise InputError(f"reset is {self.reset!r}. It is one of {', '.join(RESETS)}.")
-
-    def update(self, step: int, params: Mapping[str, Tensor], support: Support) -> Support:
-        """Change the support at the first step of a phase, and at no other."""
-        phase = self.resolved.phase_at(step)
-        if step != phase.start:
-            return support
-        if phase.kind == "dense":
-            return support if support.is_full else Support.full(params)
+    def begin(self, step: int, params: Mapping[str, Tensor]) -> Support:
+        """Keep the largest weights, to the full sparsity at once."""
         return self.pattern.select(score.magnitude(params))
-
-    def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-        """Return the weights that are pruned, and why others that were wanted stay dense."""
-        return choose(model, self.pattern, self.layers)
-
-    @property
-    def sparsity(self) -> float:
-        """The sparsity that was asked for."""
-        return self.pattern.target

@@ -3,20 +3,65 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.pattern import Pattern
-from acdc.schedule import Plan, Schedule
+from acdc.pattern import Pattern, largest
+from acdc.schedule import Phase, Plan, Schedule
+from acdc.score import Scores
 from acdc.support import Support
 
 Reset = Literal["all", "entered", "none"]
 RESETS: tuple[Reset, ...] = ("all", "entered", "none")
+
+
+class Weights(Mapping[str, Tensor]):
+    """The prunable weights by name, and the momentum that the optimizer has for them.
+
+    Args:
+        params: The weights.
+        state: State of the optimizer by weight.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Tensor], state: Mapping[Tensor, Mapping[str, Any]]
+    ) -> None:
+        self._params, self._state = params, state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def momentum(self, name: str) -> Tensor:
+        """Return where the optimizer would move a weight by itself: the momentum of SGD, the
+        normalised first moment of Adam and its like, or the gradient where there is neither.
+        """
+        param = self._params[name]
+        state = self._state.get(param, {})
+        if "exp_avg" in state:
+            first: Tensor = state["exp_avg"]
+            second = state.get("exp_avg_sq")
+            return first if second is None else first / (second.sqrt() + 1e-8)
+        buffer: Tensor | None = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = param.grad
+        if buffer is None:
+            raise InputError(
+                f"The weight {name!r} has neither momentum nor gradient to rank by. Check that "
+                f"the loss depends on it."
+            )
+        return buffer
 
 
 class Method(ABC):
@@ -28,19 +73,38 @@ class Method(ABC):
 
     name: ClassVar[str]
     citation: ClassVar[str]  # BibTeX
+    pretrained: ClassVar[bool] = False  # whether it starts from a trained dense model
+    skips_steps: ClassVar[bool] = False  # no optimizer step where the dense gradient is wanted
 
     schedule: Plan | Schedule
     reset: Reset = "none"  # optimizer state that is cleared when pruned weights come back
 
     @abstractmethod
-    def update(self, step: int, params: Mapping[str, Tensor], support: Support) -> Support:
+    def update(self, step: int, params: Weights, support: Support) -> Support:
         """Return the support for the steps from ``step`` on.
 
         Args:
             step: Executed optimizer steps so far. Called with 0 before training, then after each.
-            params: The prunable weights by name, as they are now.
+            params: The prunable weights by name, as they are now. Where ``wants_gradient`` of the
+                step just taken was true, their ``.grad`` is that of every weight.
             support: The support until now. Returned itself where nothing changes.
         """
+
+    def wants_gradient(self, step: int) -> bool:
+        """Whether the step that follows ``step`` executed ones shall have a dense gradient.
+
+        It is then left as it is: accumulated over batches, reduced over processes, unscaled and
+        clipped as the optimizer would get it.
+        """
+        return False
+
+    def passes(self, step: int) -> tuple[int, int]:
+        """Return the cost of the step that follows ``step`` executed ones, per sample.
+
+        It is in forward passes on the kept weights, and in forward passes on all weights. The
+        gradients of inputs and of weights are a pass each.
+        """
+        return (2, 1) if self.wants_gradient(step) else (3, 0)
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights this method prunes, and why others that were wanted stay dense.
@@ -79,12 +143,116 @@ class Method(ABC):
         return resolved
 
 
+class Phased(Method):
+    """Keeps every weight in a dense phase; what a sparse phase keeps is for a subclass to say."""
+
+    patterns: ClassVar[tuple[type[Pattern], ...]] = (Pattern,)  # what it can keep
+
+    pattern: Pattern
+    layers: Layers | None
+
+    def __post_init__(self) -> None:
+        check_schedule(type(self).__name__, self.schedule)
+        self._check_pattern()
+        if not isinstance(self.layers, Layers | None):
+            raise InputError(
+                f"{type(self).__name__}(layers=...) is {self.layers!r}. Give acdc.Layers(...), or "
+                f"None for the pattern's default."
+            )
+        if self.reset not in RESETS:
+            raise InputError(f"reset is {self.reset!r}. It is one of {', '.join(RESETS)}.")
+
+    def _check_pattern(self) -> None:
+        given = f"{type(self).__name__}(pattern=...) is {self.pattern!r}"
+        if not isinstance(self.pattern, Pattern):
+            raise InputError(
+                f"{given}. Give a pattern, such as acdc.Unstructured(sparsity=0.9)."
+            )
+        if not isinstance(self.pattern, self.patterns):
+            names = " or ".join(kind.__name__ for kind in self.patterns)
+            raise InputError(f"{given}, which this method cannot keep. Give {names}.")
+
+    def update(self, step: int, params: Weights, support: Support) -> Support:
+        """Keep all in a dense phase; ask ``begin`` and ``go_on`` in a sparse one."""
+        phase = self.resolved.phase_at(step)
+        if phase.kind == "dense":
+            return support if support.is_full else Support.full(params)
+        if step == phase.start:
+            return self.begin(step, params)
+        return self.go_on(step, phase, params, support)
+
+    @abstractmethod
+    def begin(self, step: int, params: Weights) -> Support:
+        """Return the support at the start of a sparse phase."""
+
+    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+        """Return the support later in a sparse phase: the same, if a subclass does not differ."""
+        return support
+
+    def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+        """Return the weights that are pruned, and why others that were wanted stay dense."""
+        return choose(model, self.pattern, self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity that was asked for."""
+        return self.pattern.target
+
+
+# --- for methods that drop weights and grow others -----------------------------------------------
+
+
+def exchange(support: Support, drop: Scores, grow: Scores, share: float) -> Support:
+    """Let a share of the kept weights of every layer go, and as many others come.
+
+    Of ``n`` kept weights the ``int(share * n)`` with the smallest ``drop`` leave; of all that are
+    not kept then, those that left included, as many with the largest ``grow`` enter. Ties go to the
+    lower index, where the RigL code adds noise.
+
+    Args:
+        support: The support until now.
+        drop: Non-negative scores: the smallest of the kept ones leave.
+        grow: Non-negative scores: the largest of the others enter.
+        share: From 0 to 1.
+
+    Source: Evci et al., RigL, ICML 2020, algorithm 1; google-research/rigl, sparse_optimizers_base.
+    """
+    masks = {}
+    for name, kept in support.counts().items():
+        leaving = int(share * kept)
+        rest = largest(score.among(drop.subset([name]), support), kept - leaving)
+        others = {name: ~rest[name]}
+        masks[name] = rest[name] | largest(score.among(grow.subset([name]), others), leaving)[name]
+    return Support(masks)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
 def check_schedule(method: str, schedule: object) -> None:
     """Raise InputError unless ``schedule`` is a plan or a schedule."""
     if not isinstance(schedule, Plan | Schedule):
         raise InputError(
             f"{method}(schedule=...) is {schedule!r}. Give a plan, such as "
             f"acdc.alternate(epochs=100), or a Schedule."
+        )
+
+
+def check_share(method: Method, what: str) -> None:
+    """Raise InputError unless this field is a number above 0 and up to 1."""
+    value = getattr(method, what)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise InputError(
+            f"{type(method).__name__}({what}=...) is {value!r}. It is a share: a number above 0, "
+            f"up to 1, such as 0.3."
+        )
+
+
+def check_seed(method: Method, seed: object) -> None:
+    """Raise InputError unless ``seed`` is a whole number from 0 up."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(
+            f"{type(method).__name__}(seed=...) is {seed!r}. Give a whole number from 0 up."
         )
 
 
