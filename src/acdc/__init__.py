@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from acdc.errors import AcdcError, InputError, MissingDependency
 from acdc.layers import Layers
-from acdc.methods.acdc import ACDC
-from acdc.methods.dense import Dense
+from acdc.methods import (
+    ACDC,
+    DSD,
+    GMP,
+    SET,
+    SNFS,
+    SNIP,
+    Dense,
+    Gradual,
+    OneShot,
+    RigL,
+    Static,
+)
 from acdc.pair import Pair
 from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.schedule import Phase, Plan, Schedule, alternate, constant, phases
@@ -22,22 +33,31 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACDC",
+    "DSD",
+    "GMP",
     "NM",
+    "SET",
+    "SNFS",
+    "SNIP",
     "AcdcError",
     "Block",
     "Change",
     "Dense",
     "DenseTwin",
     "Engine",
+    "Gradual",
     "InputError",
     "Layers",
     "MissingDependency",
+    "OneShot",
     "Pair",
     "Pattern",
     "Phase",
     "Plan",
+    "RigL",
     "Schedule",
     "Sparsifier",
+    "Static",
     "Support",
     "Unstructured",
     "alternate",

@@ -24,6 +24,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate, cycle
 from typing import Any, Literal, cast
 
@@ -158,8 +159,7 @@ class Schedule:
         >>> schedule.after("2.5ep"), schedule.after("75%"), schedule.after("5st", start=20)
         (20, 60, 25)
         """
-        clock = _Clock(self.steps_per_epoch)
-        return round(clock.after(Fraction(start), duration, "an event"))
+        return _after(self.steps_per_epoch, duration, start)
 
     def every(self, duration: str, start: int, stop: int) -> frozenset[int]:
         """Return the steps ``start``, a duration later, two durations later, ... before ``stop``.
@@ -167,16 +167,7 @@ class Schedule:
         >>> sorted(constant("sparse", 10).resolve(8).every("1.25ep", 0, 33))
         [0, 10, 20, 30]
         """
-        check_duration(duration, "what comes again and again")
-        number, unit = _parse(duration, "")
-        if unit == "st" and number.denominator == 1:
-            return frozenset(range(start, stop, int(number)))
-        clock, here = _Clock(self.steps_per_epoch), Fraction(start)
-        steps = []
-        while round(here) < stop:
-            steps.append(round(here))
-            here = clock.after(here, duration, "")
-        return frozenset(steps)
+        return _every(self.steps_per_epoch, duration, start, stop)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return the phases as text: kind, epochs, steps, share of the run."""
@@ -314,6 +305,22 @@ class _Clock:
             return step - number * self.total / 100
         epoch = self.epoch_at(step) - number
         return self.step_at(epoch) if epoch >= 0 else epoch * self.lengths[0]
+
+
+@lru_cache(maxsize=256)  # a method asks in every step
+def _after(lengths: tuple[int, ...], duration: str, start: int) -> int:
+    return round(_Clock(lengths).after(Fraction(start), duration, "an event"))
+
+
+@lru_cache(maxsize=256)
+def _every(lengths: tuple[int, ...], duration: str, start: int, stop: int) -> frozenset[int]:
+    check_duration(duration, "what comes again and again")
+    clock, here = _Clock(lengths), Fraction(start)
+    steps = []
+    while round(here) < stop:
+        steps.append(round(here))
+        here = clock.after(here, duration, "what comes again and again")
+    return frozenset(steps)
 
 
 @dataclass(frozen=True)

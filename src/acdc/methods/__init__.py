@@ -3,6 +3,34 @@
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
+from acdc.methods.dsd import DSD
+from acdc.methods.gmp import GMP
+from acdc.methods.gradual import Gradual
+from acdc.methods.oneshot import OneShot
+from acdc.methods.rigl import RigL
+from acdc.methods.set_ import SET
+from acdc.methods.snfs import SNFS
+from acdc.methods.snip import SNIP
+from acdc.methods.static import Static
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (ACDC, Dense)}
+__all__ = [
+    "ACDC",
+    "DSD",
+    "GMP",
+    "METHODS",
+    "SET",
+    "SNFS",
+    "SNIP",
+    "Dense",
+    "Gradual",
+    "Method",
+    "OneShot",
+    "RigL",
+    "Static",
+]
+
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls
+    for cls in (ACDC, Dense, Static, SNIP, SET, SNFS, RigL, GMP, DSD, OneShot, Gradual)
+}
 """Every method by its name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.pattern import Pattern, largest
-from acdc.schedule import Phase, Plan, Schedule
+from acdc.pattern import Block, Pattern, Unstructured, largest
+from acdc.schedule import Phase, Plan, Schedule, check_duration, cosine, ramp
 from acdc.score import Scores
-from acdc.support import Support
+from acdc.support import Support, check_sparsity
 
 Reset = Literal["all", "entered", "none"]
 RESETS: tuple[Reset, ...] = ("all", "entered", "none")
@@ -98,13 +99,23 @@ class Method(ABC):
         """
         return False
 
-    def passes(self, step: int) -> tuple[int, int]:
-        """Return the cost of the step that follows ``step`` executed ones, per sample.
+    def step_flops(self, sparse: int, dense: int) -> Fraction:
+        """Return the mean FLOPs of a step in the sparse phases, per sample.
 
-        It is in forward passes on the kept weights, and in forward passes on all weights. The
-        gradients of inputs and of weights are a pass each.
+        Forward, gradients of inputs and gradients of weights are a pass each; the last is dense
+        where the dense gradient is wanted. Convention: :mod:`acdc.cost`.
+
+        Args:
+            sparse: FLOPs of a forward pass on the kept weights.
+            dense: FLOPs of one on all weights.
+
+        Source: Evci et al., RigL, ICML 2020, appendix H, whose update is a step beside the others
+        and not one of them: (3 f_S ΔT + 2 f_S + f_D) / (ΔT + 1).
         """
-        return (2, 1) if self.wants_gradient(step) else (3, 0)
+        phases = (phase for phase in self.resolved.phases if phase.kind == "sparse")
+        steps = [step for phase in phases for step in range(phase.start, phase.stop)]
+        wanted = Fraction(sum(map(self.wants_gradient, steps)), max(1, len(steps)))
+        return 3 * sparse + wanted * (dense - sparse)
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights this method prunes, and why others that were wanted stay dense.
@@ -165,9 +176,7 @@ class Phased(Method):
     def _check_pattern(self) -> None:
         given = f"{type(self).__name__}(pattern=...) is {self.pattern!r}"
         if not isinstance(self.pattern, Pattern):
-            raise InputError(
-                f"{given}. Give a pattern, such as acdc.Unstructured(sparsity=0.9)."
-            )
+            raise InputError(f"{given}. Give a pattern, such as acdc.Unstructured(sparsity=0.9).")
         if not isinstance(self.pattern, self.patterns):
             names = " or ".join(kind.__name__ for kind in self.patterns)
             raise InputError(f"{given}, which this method cannot keep. Give {names}.")
@@ -197,6 +206,115 @@ class Phased(Method):
     def sparsity(self) -> float:
         """The sparsity that was asked for."""
         return self.pattern.target
+
+
+class Ramped(Phased):
+    """Cuts little by little: the sparsity rises on a cubic from ``first`` at the start of a sparse
+    phase to that of the pattern, ``length`` later. Both are met exactly, and what is cut stays cut.
+
+    Source: Zhu and Gupta, 2017.
+    """
+
+    patterns = (Unstructured, Block)
+
+    pattern: Unstructured | Block
+    first: float
+    every: str
+    length: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_duration(self.every, "every")
+        check_duration(self.length, "length")
+        check_sparsity(self.first, "first")
+        if self.first > self.pattern.sparsity:
+            raise InputError(
+                f"{type(self).__name__}(first=...) is {self.first}, and the pattern ends at "
+                f"{self.pattern.sparsity}. The sparsity only rises: lower first."
+            )
+
+    def begin(self, step: int, params: Weights) -> Support:
+        """Cut to the first sparsity."""
+        return self._at(step).select(self.rank(params))
+
+    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+        """Cut further where it is due."""
+        if not self.cuts(step, phase):
+            return support
+        return self._at(step).select(score.among(self.rank(params), support))
+
+    def rank(self, params: Weights) -> Scores:
+        """Return non-negative scores, the largest of which are kept."""
+        return score.magnitude(params)
+
+    def cuts(self, step: int, phase: Phase) -> bool:
+        """Whether a cut is due at a step of a sparse phase."""
+        stop = self._stop(phase)
+        return step == stop or step in self.resolved.every(self.every, phase.start, stop)
+
+    def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+        """Return the weights that are pruned; refuse a phase too short for its last cut."""
+        for phase in self.resolved.phases:
+            if phase.kind == "sparse" and self._stop(phase) >= phase.stop:
+                raise InputError(
+                    f"{type(self).__name__} makes its last cut {self.length!r} after its first, at "
+                    f"step {self._stop(phase)}, and the sparse phase ends at {phase.stop}. Set a "
+                    f"shorter length."
+                )
+        return super().select(model)
+
+    def _stop(self, phase: Phase) -> int:
+        return self.resolved.after(self.length, phase.start)
+
+    def _at(self, step: int) -> Unstructured | Block:
+        """Return the pattern with its sparsity at a step."""
+        phase = self.resolved.phase_at(step)
+        reach = phase.start, self._stop(phase), self.first, self.pattern.sparsity
+        return self.pattern.at(ramp(step, *reach))
+
+
+class Evolving(Phased):
+    """Starts from a random support, and exchanges ever fewer weights for others until ``until``:
+    of the kept ones a share that falls from ``drop`` to 0 on half a cosine.
+    """
+
+    patterns = (Unstructured,)
+
+    pattern: Unstructured
+    drop: float
+    every: str
+    until: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.drop, int | float) or not 0 < self.drop <= 1:
+            raise InputError(
+                f"{type(self).__name__}(drop=...) is {self.drop!r}. It is the share of kept "
+                f"weights that is exchanged: a number above 0, up to 1, such as 0.3."
+            )
+        check_duration(self.every, "every")
+        check_duration(self.until, "until")
+        check_seed(self.seed)
+
+    def begin(self, step: int, params: Weights) -> Support:
+        """Draw the support."""
+        return self.pattern.select(self.draw(step, params))
+
+    def draw(self, step: int, params: Weights) -> Scores:
+        """Return random scores; seed and step alone decide."""
+        return score.random(params, hash((self.seed, step)))
+
+    def due(self, step: int, phase: Phase) -> bool:
+        """Whether a step of a sparse phase is among those of the exchanges, its first included."""
+        return step in self.resolved.every(self.every, phase.start, self._until(phase))
+
+    def share(self, step: int, phase: Phase) -> float:
+        """Return the share of kept weights to exchange at a step."""
+        return self.drop * cosine(step, phase.start, self._until(phase))
+
+    def _until(self, phase: Phase) -> int:
+        return min(self.resolved.after(self.until), phase.stop)
 
 
 # --- for methods that drop weights and grow others -----------------------------------------------
@@ -238,22 +356,10 @@ def check_schedule(method: str, schedule: object) -> None:
         )
 
 
-def check_share(method: Method, what: str) -> None:
-    """Raise InputError unless this field is a number above 0 and up to 1."""
-    value = getattr(method, what)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise InputError(
-            f"{type(method).__name__}({what}=...) is {value!r}. It is a share: a number above 0, "
-            f"up to 1, such as 0.3."
-        )
-
-
-def check_seed(method: Method, seed: object) -> None:
+def check_seed(seed: object) -> None:
     """Raise InputError unless ``seed`` is a whole number from 0 up."""
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(
-            f"{type(method).__name__}(seed=...) is {seed!r}. Give a whole number from 0 up."
-        )
+        raise InputError(f"seed is {seed!r}. Give a whole number from 0 up.")
 
 
 def choose(

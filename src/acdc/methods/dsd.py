@@ -1,0 +1,60 @@
+"""DSD: dense-sparse-dense training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from acdc import score
+from acdc.layers import Layers
+from acdc.methods.base import Phased, Reset
+from acdc.pattern import Pattern
+from acdc.schedule import Plan, Schedule
+from acdc.support import Support
+
+
+@final
+@dataclass(frozen=True)
+class DSD(Phased):
+    """Train dense, cut the smallest weights, train the rest, bring all back at zero and train on.
+
+    What comes out is the dense network; sparsity is a means, and a moderate one (25 to 50 % in the
+    paper). The closest relative of AC/DC, which has many short cycles, a high sparsity and a sparse
+    end. Without a sparse phase at the end there is no pair: the result is the model as it stands.
+
+    Args:
+        pattern: What is kept in the sparse phase; the paper cuts every layer to one sparsity:
+            ``Unstructured(0.3, "uniform")``.
+        schedule: ``phases(epochs, [("dense", ...), ("sparse", ...), ("dense", ...)])``, and again
+            if wanted. The split has no canonical default. The paper lowers the learning rate
+            tenfold in the last phase.
+        reset: As for :class:`~acdc.ACDC`: the state that is cleared before weights come back.
+        layers: Which layers are pruned; ``None``: the pattern's default.
+
+    Source: Han et al., ICLR 2017, algorithm 1.
+    """
+
+    name: ClassVar[str] = "dsd"
+    citation: ClassVar[str] = """\
+@inproceedings{han2017dsd,
+  title     = {{DSD}: Dense-Sparse-Dense Training for Deep Neural Networks},
+  author    = {Han, Song and Pool, Jeff and Narang, Sharan and Mao, Huizi and Gong, Enhao and
+               Tang, Shijian and Elsen, Erich and Vajda, Peter and Paluri, Manohar and
+               Tran, John and Catanzaro, Bryan and Dally, William J.},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2017},
+  note      = {arXiv:1607.04381}
+}
+"""
+
+    pattern: Pattern
+    schedule: Plan | Schedule
+    reset: Reset = "all"
+    layers: Layers | None = None
+
+    def begin(self, step: int, params: Mapping[str, Tensor]) -> Support:
+        """Keep the largest weights."""
+        return self.pattern.select(score.magnitude(params))

@@ -1,0 +1,108 @@
+"""SNFS, sparse momentum: sparse networks from scratch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar, final
+
+from acdc import score
+from acdc.layers import Layers
+from acdc.methods.base import Evolving, Reset, Weights
+from acdc.pattern import Unstructured, apportion, largest
+from acdc.schedule import Phase, Plan, Schedule
+from acdc.score import Scores
+from acdc.support import Support
+
+
+@final
+@dataclass(frozen=True)
+class SNFS(Evolving):
+    """Start from a random support; every epoch, drop the smallest weights, and grow where momentum
+    is largest, in the layers whose weights have the most of it.
+
+    Gradients and momentum stay dense in every step, so no step is cheap and no engine helps; only
+    the weights are sparse. A weight that grows finds its momentum there, which is why ``reset`` is
+    ``"none"``. An optimizer without momentum is asked for the gradient instead.
+
+    An update: of every layer the smallest weights leave, ``ceil(p · kept)`` of them. Places are
+    given out in proportion to the mean momentum of each layer's kept weights, and go to the largest
+    momentum of what is not kept. The total never changes: shares are rounded by largest remainder,
+    where the authors' code drifts and makes up for it later.
+
+    Args:
+        pattern: How many weights each layer keeps at first.
+        schedule: Usually one sparse phase.
+        drop: Share of the kept weights of a layer that leaves, at first; a layer that is less than
+            a fifth sparse loses at most its sparsity.
+        every: Time between updates.
+        until: Updates end here, counted from the start of the run; the share falls to 0 by then, on
+            half a cosine.
+        seed: Of the first support; all processes draw the same.
+        reset: Optimizer state cleared when weights come back; after a dense phase, too.
+        layers: Which layers are pruned; ``None``: the pattern's default.
+
+    Source: Dettmers and Zettlemoyer, 2019, section 3; TimDettmers/sparse_learning, ``core.py`` and
+    ``funcs.py``. The authors' share ends at .005, ours at 0.
+    """
+
+    name: ClassVar[str] = "snfs"
+    citation: ClassVar[str] = """\
+@article{dettmers2019snfs,
+  title   = {Sparse Networks from Scratch: Faster Training without Losing Performance},
+  author  = {Dettmers, Tim and Zettlemoyer, Luke},
+  journal = {arXiv preprint arXiv:1907.04840},
+  year    = {2019}
+}
+"""
+
+    pattern: Unstructured
+    schedule: Plan | Schedule
+    drop: float = 0.5
+    every: str = "1ep"
+    until: str = "100%"
+    seed: int = 0
+    reset: Reset = "none"
+    layers: Layers | None = None
+
+    def wants_gradient(self, step: int) -> bool:
+        """Whether the phase is sparse: momentum is of all weights."""
+        return self.resolved.phase_at(step).kind == "sparse"
+
+    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+        """Drop, share out and grow where an update is due."""
+        if not self.due(step, phase):
+            return support
+        shapes = {name: tuple(weight.shape) for name, weight in params.items()}
+        momentum = Scores(shapes, lambda name: params.momentum(name).abs())
+        rest = self._rest(self.share(step, phase), params, support)
+        places = self._places(momentum, support, rest)
+        masks = {}
+        for name, mask in rest.items():
+            others = score.among(momentum.subset([name]), {name: ~mask})
+            masks[name] = mask | largest(others, places[name])[name]
+        return Support(masks)
+
+    def _rest(self, share: float, params: Weights, support: Support) -> Support:
+        """Return what stays of every layer."""
+        magnitude = score.among(score.magnitude(params), support)
+        masks = {}
+        for name, kept in support.counts().items():
+            zeros = support[name].numel() - kept
+            part = Fraction(share)
+            if 5 * zeros < support[name].numel():
+                part = min(part, Fraction(zeros, support[name].numel()))
+            leaving = math.ceil(part * kept)
+            leaving = min(leaving, max(0, kept - self.pattern.floor))  # no layer dies
+            masks[name] = largest(magnitude.subset([name]), kept - leaving)[name]
+        return Support(masks)
+
+    def _places(self, momentum: Scores, support: Support, rest: Support) -> dict[str, int]:
+        """Share out among the layers as many weights as have left."""
+        mean = {
+            name: float((momentum[name] * mask).sum(dtype=momentum.dtype)) / max(1, kept)
+            for (name, mask), kept in zip(support.items(), support.counts().values(), strict=True)
+        }
+        room = {name: mask.numel() - rest.counts()[name] for name, mask in rest.items()}
+        return apportion(support.nnz - rest.nnz, mean, room)

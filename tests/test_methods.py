@@ -1,0 +1,550 @@
+"""The methods, each against vectors done by hand or by its authors' formulas.
+
+A letter such as (A7) names a bug of a peer that the test shows to be absent.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import acdc
+from acdc import score
+from acdc.engine.reference import Reference
+from acdc.errors import InputError
+from acdc.methods import METHODS
+from acdc.methods.base import Weights, exchange
+from acdc.methods.dsd import DSD
+from acdc.methods.gmp import GMP
+from acdc.methods.gradual import Gradual
+from acdc.methods.oneshot import OneShot
+from acdc.methods.rigl import RigL
+from acdc.methods.set_ import SET
+from acdc.methods.snfs import SNFS
+from acdc.methods.snip import SNIP
+from acdc.methods.static import Static
+from acdc.pattern import NM, Block, Unstructured, apportion
+from acdc.schedule import constant, phases, ramp
+from acdc.score import Scores
+from acdc.sparsifier import Sparsifier
+from acdc.support import Support, kept
+from helpers import adam, backward, batch, bind, build, is_plus_zero, sgd, steps, train
+
+STEPS = 12
+SPARSE = constant("sparse", 3).resolve(4)
+ERK = Unstructured(0.8, "erk")
+
+
+def mask(*bits: int) -> Tensor:
+    return torch.tensor(bits, dtype=torch.bool)
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """Return the mask of the ``k`` largest, ties to the lower index, by sorting."""
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool)
+    chosen[scores.flatten().argsort(descending=True, stable=True)[:k]] = True
+    return chosen.view(scores.shape)
+
+
+# --- drop and grow -------------------------------------------------------------------------------
+
+
+def test_drop_and_grow_on_eight_weights_by_hand() -> None:
+    support = Support({"w": mask(1, 1, 1, 1, 0, 0, 0, 0)})
+    w = torch.tensor([4.0, -0.1, 0.2, -3.0, 0, 0, 0, 0])
+    g = torch.tensor([9.0, 0.5, 7.0, 9.0, -0.1, -6.0, 0.3, 2.0])
+    new = exchange(support, score.magnitude({"w": w}), score.magnitude({"w": g}), 0.5)
+    # Weights 1 and 2 leave; of what is not kept then, 2 (again) and 5 have the largest gradients.
+    assert torch.equal(new["w"], mask(1, 0, 1, 1, 0, 1, 0, 0))
+    assert int(4 * 0.49) == 1
+    new = exchange(support, score.magnitude({"w": w}), score.magnitude({"w": g}), 0.49)
+    assert torch.equal(new["w"], mask(1, 0, 1, 1, 0, 1, 0, 0))
+
+
+def test_ties_go_to_the_lower_index_and_zero_scores_are_no_trap() -> None:
+    support = Support({"w": mask(0, 1, 1, 0, 1, 1)})
+    zero = Scores.of({"w": torch.zeros(6)})
+    new = exchange(support, zero, zero, 0.5)
+    # Kept weights of value zero still rank above what is not kept: 1 and 2 stay, 0 and 3 enter.
+    assert torch.equal(new["w"], mask(1, 1, 1, 1, 0, 0))
+    assert exchange(support, zero, zero, 0.0) == support
+    assert exchange(support, zero, zero, 1.0).nnz == 4
+
+
+@pytest.mark.parametrize("kind", [RigL, SET, SNFS])
+def test_exchanges_keep_the_number_and_new_weights_are_zero_with_zero_state(
+    kind: type[RigL | SET | SNFS],
+) -> None:
+    # (A8) grown weights that keep an old value; (A14, A21, A22) counts right only on average.
+    method = kind(ERK, SPARSE, drop=0.6, every="2st", until="100%")
+    model, optimizer, sparsifier = bind(method, adam)
+    counts, before = sparsifier.support.counts(), sparsifier.support
+    assert counts == ERK.counts({n: tuple(p.shape) for n, p in sparsifier.params.items()})
+    grown = 0
+    for _ in steps(model, optimizer, 0, STEPS):
+        after = sparsifier.support
+        assert after.nnz == before.nnz
+        assert kind is SNFS or after.counts() == counts
+        for name, new in after.entered(before).items():
+            grown += int(new.sum())
+            assert is_plus_zero(sparsifier.params[name][new])
+            state = optimizer.state.get(sparsifier.params[name], {})
+            for key in ("exp_avg", "exp_avg_sq"):
+                if kind is not SNFS and key in state:
+                    assert is_plus_zero(state[key][new])
+        before = after
+    assert grown > 50
+
+
+# --- RigL ----------------------------------------------------------------------------------------
+
+
+def rigl(**fields: Any) -> RigL:
+    return RigL(ERK, SPARSE, **{"every": "3st", "until": "9st", "drop": 0.5} | fields)
+
+
+@pytest.mark.parametrize("how", ["plain", "accumulated", "closure", "scaler"])
+def test_an_update_of_rigl_takes_the_place_of_an_optimizer_step(how: str) -> None:
+    model, optimizer, sparsifier = bind(rigl(), sgd)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    updates = []
+    for step in range(STEPS):
+        twin = copy.deepcopy(model)  # hooks do not come along: its gradients are dense
+        micro = [10 * step, 10 * step + 1] if how == "accumulated" else [10 * step]
+        for index in micro:
+            backward(twin, index)
+        old, was = sparsifier.support, copy.deepcopy(model.state_dict())
+        state = copy.deepcopy(optimizer.state_dict()["state"])
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            return backward(model, 10 * step)
+
+        if how == "closure":
+            assert optimizer.step(closure) is not None
+        elif how == "scaler":
+            optimizer.zero_grad()
+            x, y = batch(10 * step)
+            scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.zero_grad()
+            for index in micro:
+                backward(model, index)
+            optimizer.step()
+        assert sparsifier.step == step + 1
+        moved = not all(torch.equal(p, was[n]) for n, p in model.named_parameters())
+        if sparsifier.support is old:
+            assert moved
+            continue
+        updates.append(step)
+        share = 0.5 * (1 + math.cos(math.pi * step / 9)) / 2
+        for name, new in sparsifier.support.items():
+            weight = was[name]
+            grad = twin.get_parameter(name).grad
+            assert grad is not None
+            stay = int(old[name].sum()) - int(share * int(old[name].sum()))
+            rest = top(weight.abs().masked_fill(~old[name], -1), stay)
+            expected = rest | top(grad.abs().masked_fill(rest, -1), int(old[name].sum()) - stay)
+            assert torch.equal(new, expected), name
+            # What stays, and what was dropped and grown at once, keeps its value; the rest is zero.
+            assert torch.equal(sparsifier.params[name], weight.where(new & old[name], 0))
+            both = state and optimizer.state_dict()["state"]
+            if both:
+                place = list(dict(model.named_parameters())).index(name)
+                then, now = (s[place]["momentum_buffer"] for s in (state, both))
+                assert torch.equal(now, then.masked_fill(new & ~old[name], 0))
+        for name, p in model.named_parameters():
+            if name not in sparsifier.support:
+                assert torch.equal(p, was[name]), name
+            assert p.grad is not None  # hidden from the optimizer, and back
+    assert updates == [0, 3, 6]
+
+
+def test_a_step_that_a_fused_optimizer_skips_inside_is_no_update() -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    sparsifier = Sparsifier(rigl(), model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    first = sparsifier.support
+    x, y = batch(0)
+    scaler.scale(nn.functional.cross_entropy(model(x), y) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert sparsifier.step == 0
+    assert sparsifier.support is first
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_next_step_after_an_update_has_gradients_of_kept_weights_alone() -> None:
+    model, optimizer, sparsifier = bind(rigl(), sgd)
+    for step in range(2):  # gradients are never zeroed: the update's are still there
+        backward(model, step)
+        optimizer.step()
+        for name, kept_here in sparsifier.support.items():
+            grad = model.get_parameter(name).grad
+            assert grad is not None
+            assert is_plus_zero(grad[~kept_here])
+
+
+def test_an_update_that_moves_nothing_clears_the_gradients_too() -> None:
+    model, optimizer, sparsifier = bind(rigl(drop=0.001), sgd)
+    before = sparsifier.support
+    backward(model, 0)
+    assert any(model.get_parameter(n).grad[~m].any() for n, m in before.items())  # type: ignore[index]
+    optimizer.step()
+    assert sparsifier.support == before
+    assert all(is_plus_zero(model.get_parameter(n).grad[~m]) for n, m in before.items())  # type: ignore[index]
+
+
+def test_an_engine_runs_dense_where_the_dense_gradient_is_wanted() -> None:
+    model = build()
+    engine = acdc.Engine(model, batch(0)[0], backend=Reference(), choose=False)
+    optimizer = sgd(model)
+    Sparsifier(rigl(), model, optimizer, engine=engine)
+    active = []
+    for step in range(STEPS):
+        active.append(engine.active)
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+    assert [step for step, on in enumerate(active) if not on] == [0, 3, 6]
+
+    plain, other, _ = bind(rigl(), sgd)
+    train(plain, other, 0, STEPS)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_removed_rigl_leaves_the_optimizer_alone() -> None:
+    model, optimizer, sparsifier = bind(rigl(), sgd)
+    sparsifier.remove()
+    before = model.fc1.weight.clone()
+    train(model, optimizer, 0, 1)
+    assert not torch.equal(model.fc1.weight, before)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_flops_of_rigl_are_those_of_the_paper() -> None:
+    # ResNet-50, ERK 80 %: f_S/f_D = .4154, an update each 100 steps (appendix H; README: .42).
+    dense, sparse = 10_000, 4154
+    method = RigL(ERK, constant("sparse", 100).resolve(100), until="100%")
+    ours = method.step_flops(sparse, dense) / (3 * dense)
+    theirs = Fraction(3 * sparse * 100 + 2 * sparse + dense, 101 * 3 * dense)
+    assert f"{float(ours):.4f}" == f"{float(theirs):.4f}" == "0.4173"
+    short = RigL(ERK, constant("sparse", 100).resolve(100), until="50%")
+    assert short.step_flops(sparse, dense) == 3 * sparse + Fraction(50, 10_000) * (dense - sparse)
+
+
+def test_flops_of_the_others() -> None:
+    f_s, f_d = 100, 1000
+    for kind in (Static, OneShot, GMP, Gradual, SNIP, DSD, acdc.ACDC):
+        assert kind(ERK, SPARSE).step_flops(f_s, f_d) == 3 * f_s
+    assert SET(ERK, SPARSE).step_flops(f_s, f_d) == 3 * f_s
+    assert SNFS(ERK, SPARSE).step_flops(f_s, f_d) == 2 * f_s + f_d
+
+
+# --- SET -----------------------------------------------------------------------------------------
+
+
+def test_set_keeps_the_largest_by_magnitude_and_draws_the_rest() -> None:
+    # (A21) A prune mode that keeps only the most negative weights.
+    method = SET(Unstructured(0.5), SPARSE, drop=0.5, every="1st", until="8st", seed=5)
+    weights = {"w": torch.tensor([3.0, -4.0, 0.1, -0.2, 0, 0, 0, 0])}
+    support = Support({"w": mask(1, 1, 1, 1, 0, 0, 0, 0)})
+    new = method.update(4, Weights(weights, {}), support)
+    # A quarter of four weights (half a cosine at its middle): the smallest one, 2, may be redrawn.
+    assert torch.equal(new["w"][[0, 1, 3]], mask(1, 1, 1))
+    draws = score.random(weights, hash((5, 4)))["w"].masked_fill(mask(1, 1, 0, 1, 0, 0, 0, 0), -1)
+    assert int(
+        new["w"]
+        .nonzero()
+        .flatten()[~torch.isin(new["w"].nonzero().flatten(), torch.tensor([0, 1, 3]))]
+    ) == int(draws.argmax())
+    assert method.update(8, Weights(weights, {}), support) is support
+
+
+def test_what_is_random_depends_on_the_seed_and_the_step_alone() -> None:
+    runs = []
+    for seed in (0, 0, 1):  # (A16) seed 0 is a seed
+        torch.manual_seed(len(runs))
+        method = SET(ERK, SPARSE, every="1st", until="100%", seed=seed)
+        model, optimizer, sparsifier = bind(method, sgd)
+        train(model, optimizer, 0, STEPS)
+        runs.append(sparsifier.support)
+    assert runs[0] == runs[1] != runs[2]
+    same_start = [bind(kind(ERK, SPARSE), sgd)[2].support for kind in (Static, SET, RigL, SNFS)]
+    assert all(support == same_start[0] for support in same_start)
+
+
+# --- static, SNIP --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["uniform", "erk", "global"])
+def test_a_static_support_is_random_exact_and_stays(scope: Any) -> None:
+    # (A14) Bernoulli masks have the right density only on average.
+    pattern = Unstructured(0.7, scope)
+    model, optimizer, sparsifier = bind(Static(pattern, SPARSE, seed=0), sgd)
+    first = sparsifier.support
+    shapes = {n: tuple(p.shape) for n, p in sparsifier.params.items()}
+    assert first.nnz == pattern.total(shapes)
+    assert pattern.counts(shapes) in (None, first.counts())
+    assert first != pattern.select({n: build().get_parameter(n).abs() for n in shapes})
+    train(model, optimizer, 0, STEPS)
+    assert sparsifier.support is first
+    assert first != bind(Static(pattern, SPARSE, seed=1), sgd)[2].support
+    assert [c.step for c in sparsifier.changes] == [0]
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.8), ERK, NM(2, 4)])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_snip_keeps_the_largest_saliency_of_the_first_step_which_moves_nothing(
+    pattern: Any, accumulate: int
+) -> None:
+    model, optimizer, sparsifier = bind(SNIP(pattern, SPARSE), sgd)
+    plain = build()
+    for index in range(accumulate):
+        backward(model, index)
+        backward(plain, index)
+    assert sparsifier.support.is_full
+    optimizer.step()
+    named = {n: plain.get_parameter(n) for n in sparsifier.params}
+    expected = pattern.select(
+        {n: (w * w.grad).abs().detach() for n, w in named.items()}  # type: ignore[operator]
+    )
+    assert sparsifier.support == expected
+    assert not optimizer.state
+    for name, p in model.named_parameters():
+        value = plain.get_parameter(name)
+        assert torch.equal(p, value.where(expected[name], 0) if name in expected else value)
+    optimizer.zero_grad()
+    train(model, optimizer, 1, STEPS)
+    assert sparsifier.support == expected
+
+
+# --- SNFS ----------------------------------------------------------------------------------------
+
+
+def test_places_go_to_the_layers_with_the_most_momentum_by_hand() -> None:
+    method = SNFS(Unstructured(0.5), SPARSE, drop=0.5, every="1st", until="100%")
+    a = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0]).requires_grad_()
+    b = torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0]).requires_grad_()
+    support = Support({"a": mask(1, 1, 1, 1, 0, 0, 0, 0), "b": mask(1, 1, 1, 1, 0, 0, 0, 0)})
+    # Mean over the kept weights: 3 in a, 1 in b.
+    state = {
+        a: {"momentum_buffer": torch.tensor([3.0, -3, 3, 3, 0.1, -0.4, 0.3, 0.2])},
+        b: {"momentum_buffer": torch.tensor([1.0, -1, 1, 1, 0.1, 0.2, 0.3, -9.0])},
+    }
+    new = method.update(6, Weights({"a": a, "b": b}, state), support)
+    # Half way, a share of 1/4: one weight of four leaves each layer (3 of a, 0 of b). Of the two
+    # places 3/4 are a's: 1.5 against .5, equal remainders, so the earlier layer has both.
+    assert torch.equal(new["a"], mask(1, 1, 1, 1, 0, 1, 0, 0))  # 3 comes back: momentum 3
+    assert torch.equal(new["b"], mask(0, 1, 1, 1, 0, 0, 0, 0))
+    assert new.nnz == support.nnz
+
+
+def test_momentum_of_adam_is_normalised_and_an_optimizer_without_has_gradients() -> None:
+    w = torch.zeros(2).requires_grad_()
+    w.grad = torch.tensor([5.0, 6.0])
+    assert torch.equal(Weights({"w": w}, {}).momentum("w"), w.grad)
+    adams: dict[str, Any] = {"exp_avg": torch.ones(2), "exp_avg_sq": torch.tensor([4.0, 1.0])}
+    assert torch.allclose(Weights({"w": w}, {w: adams}).momentum("w"), torch.tensor([0.5, 1.0]))
+    assert Weights({"w": w}, {w: {"momentum_buffer": None}}).momentum("w") is w.grad
+    w.grad = None
+    with pytest.raises(InputError, match="'w' has neither momentum nor gradient to rank by"):
+        Weights({"w": w}, {}).momentum("w")
+
+
+def test_momentum_stays_dense_and_no_layer_dies() -> None:
+    method = SNFS(Unstructured(0.95), SPARSE, drop=1.0, every="1st")
+    model, optimizer, sparsifier = bind(method, sgd)
+    total = sparsifier.support.nnz
+    for _ in steps(model, optimizer, 0, STEPS):
+        assert sparsifier.support.nnz == total
+        assert all(sparsifier.support.counts().values())
+        for name, kept_here in sparsifier.support.items():
+            momentum = optimizer.state[sparsifier.params[name]]["momentum_buffer"]
+            assert kept_here.all() or momentum[~kept_here].any(), name
+
+
+def test_a_layer_that_is_hardly_sparse_loses_at_most_its_sparsity() -> None:
+    method = SNFS(Unstructured(0.1), SPARSE, drop=1.0, every="1st", until="100%")
+    w = torch.arange(1.0, 11.0).requires_grad_()
+    support = Support({"w": torch.arange(10) > 0})  # 10 % sparse
+    state = {w: {"momentum_buffer": torch.zeros(10)}}
+    rest = method._rest(0.8, Weights({"w": w}, state), support)
+    assert rest.nnz == 9 - math.ceil(0.1 * 9)
+
+
+def test_apportioning() -> None:
+    weights = {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert apportion(10, weights, {"a": 9, "b": 9, "c": 9}) == {"a": 4, "b": 3, "c": 3}
+    assert apportion(10, weights, {"a": 1, "b": 9, "c": 9}) == {"a": 1, "b": 5, "c": 4}
+    assert apportion(5, dict.fromkeys("abc", 0.0), {"a": 1, "b": 3, "c": 1}) == {
+        "a": 1,
+        "b": 3,
+        "c": 1,
+    }
+    assert apportion(0, weights, dict.fromkeys("abc", 0)) == {"a": 0, "b": 0, "c": 0}
+    with pytest.raises(InputError, match="10 cannot be shared out: there is room for 9"):
+        apportion(10, weights, dict.fromkeys("abc", 3))
+    with pytest.raises(InputError, match=r"share of 'b' is nan.*diverged"):
+        apportion(3, weights | {"b": math.nan}, dict.fromkeys("abc", 3))
+
+
+# --- gradual pruning -----------------------------------------------------------------------------
+
+
+def test_the_cubic_meets_both_ends() -> None:
+    # (A7) A wrong denominator; (A20) a range that ends one update early.
+    values = [ramp(step, 100, 500, 0.05, 0.9) for step in range(0, 601, 50)]
+    assert values[:3] == [0.05, 0.05, 0.05]
+    assert values[-3:] == [0.9, 0.9, 0.9]
+    assert values == sorted(values)
+    assert ramp(300, 100, 500, 0.05, 0.9) == pytest.approx(0.9 - 0.85 / 8)
+    for first, last in ((0.0, 0.8), (0.05, 0.95), (0.1, 0.98)):
+        assert (ramp(7, 7, 11, first, last), ramp(11, 7, 11, first, last)) == (first, last)
+
+
+@pytest.mark.parametrize("kind", [GMP, Gradual])
+@pytest.mark.parametrize("pattern", [Unstructured(0.9), ERK, Block((4, 1), 0.75)])
+def test_gradual_pruning_is_nested_and_exact_at_every_cut(
+    kind: type[GMP | Gradual], pattern: Any
+) -> None:
+    schedule = phases(6, [("dense", "1ep"), ("sparse", "5ep")]).resolve(5)
+    method = kind(pattern, schedule, first=0.1, every="3st", length="10st")
+    model, optimizer, sparsifier = bind(method, sgd)
+    shapes = {n: tuple(p.shape) for n, p in sparsifier.params.items()}
+    before = sparsifier.support
+    seen = {}
+    for step in steps(model, optimizer, 0, 30):
+        if sparsifier.support is not before:
+            assert sparsifier.support.entered(before).nnz == 0
+            seen[step] = sparsifier.support.nnz
+            before = sparsifier.support
+    # Every three steps from 5 on, and last at 15, though that is no multiple.
+    assert list(seen) == [5, 8, 11, 14, 15]
+    for step, nnz in seen.items():
+        assert nnz == pattern.at(ramp(step, 5, 15, 0.1, pattern.sparsity)).total(shapes)
+    assert seen[5] == pattern.at(0.1).total(shapes)
+    assert seen[15] == pattern.total(shapes)
+    assert sparsifier.dense_twin is not None
+    assert sparsifier.dense_twin.step == 5
+
+
+def test_what_is_cut_stays_cut_even_among_zeros() -> None:
+    method = GMP(Unstructured(0.5), SPARSE, first=0.25, every="2st", length="8st")
+    support = Support({"w": mask(0, 0, 1, 1, 1, 1, 1, 1)})
+    w = torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 1])  # zeros that are kept rank as those that are cut
+    new = method.update(8, Weights({"w": w}, {}), support)
+    assert torch.equal(new["w"], mask(0, 0, 1, 1, 1, 0, 0, 1))
+
+
+def test_overrides_rise_in_proportion() -> None:
+    pattern = Unstructured(0.8, overrides={"fc1": 0.4})
+    assert pattern.at(0.4) == Unstructured(0.4, overrides={"fc1": 0.2})
+    assert pattern.at(0.8) is pattern
+    assert Unstructured(0.0).at(0.0) == Unstructured(0.0)
+    with pytest.raises(InputError, match=r"NM\(n=2, m=4\) has the sparsity 0.5 and no other"):
+        NM(2, 4).at(0.3)
+
+
+def test_a_phase_too_short_for_the_last_cut_is_refused() -> None:
+    with pytest.raises(InputError, match=r"last cut '100%'.*step 12.*ends at 12. Set a shorter"):
+        bind(GMP(ERK, SPARSE, length="100%"), sgd)
+    with pytest.raises(InputError, match=r"Gradual makes its last cut"):
+        bind(
+            Gradual(ERK, phases(2, [("dense", "1ep"), ("sparse", "1ep")]), length="60%").resolve(
+                10
+            ),
+            sgd,
+        )
+
+
+# --- from a trained model; DSD -------------------------------------------------------------------
+
+
+def test_one_shot_cuts_the_trained_weights_once() -> None:
+    trained = build()
+    train(trained, sgd(trained), 0, 5)
+    model = build(seed=7)
+    model.load_state_dict(trained.state_dict())
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(OneShot(Unstructured(0.9), SPARSE), model, optimizer)
+    expected = Unstructured(0.9).select(
+        score.magnitude({n: trained.get_parameter(n) for n in sparsifier.params})
+    )
+    assert sparsifier.support == expected
+    assert sparsifier.support.nnz == kept(sparsifier.support.numel, 0.9)
+    for name, m in expected.items():
+        assert torch.equal(model.get_parameter(name), trained.get_parameter(name).where(m, 0))
+    train(model, optimizer, 0, STEPS)
+    assert [c.step for c in sparsifier.changes] == [0]
+    assert {name for name, kind in METHODS.items() if kind.pretrained} == {"oneshot", "gradual"}
+
+
+def test_dsd_brings_all_weights_back_at_zero_and_ends_dense() -> None:
+    plan = phases(3, [("dense", "1ep"), ("sparse", "1ep"), ("dense", "1ep")])
+    method = DSD(Unstructured(0.3, "uniform", floor=0), plan.resolve(4))
+    model, optimizer, sparsifier = bind(method, sgd)
+    for step in steps(model, optimizer, 0, STEPS):
+        if step == 7:
+            cut = {name: ~m for name, m in sparsifier.support.items()}
+            assert sparsifier.support.counts() == {
+                name: kept(m.numel(), 0.3) for name, m in cut.items()
+            }
+        if step == 8:
+            assert sparsifier.support.is_full
+            assert not optimizer.state
+            assert all(is_plus_zero(model.get_parameter(n)[m]) for n, m in cut.items())
+    assert any(model.get_parameter(n)[m].any() for n, m in cut.items())
+    with pytest.raises(InputError, match="network is dense"):
+        sparsifier.pair()
+
+
+# --- all of them ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_name_and_citation(name: str) -> None:
+    kind = METHODS[name]
+    assert kind.name == name
+    assert getattr(acdc, kind.__name__) is kind
+    assert kind.__name__ in acdc.__all__
+    assert kind.__doc__
+    if kind is not acdc.Dense:
+        assert "Source: " in kind.__doc__
+        assert kind.citation.startswith("@")
+        assert kind.citation.endswith("}\n")
+        assert kind.citation.count("{") == kind.citation.count("}")
+        assert "year" in kind.citation
+
+
+BAD: dict[str, tuple[Callable[[], object], str]] = {
+    "drop": (lambda: RigL(ERK, SPARSE, drop=0.0), r"RigL\(drop=...\) is 0.0.*above 0, up to 1"),
+    "drop, text": (lambda: SET(ERK, SPARSE, drop="30%"), r"SET\(drop=...\) is '30%'.*share"),  # type: ignore[arg-type]
+    "every": (lambda: SET(ERK, SPARSE, every="100"), "duration of every is '100'. Write a number"),
+    "no time": (lambda: RigL(ERK, SPARSE, every="0st"), "every is '0st', which is none. Make it"),
+    "until": (lambda: SNFS(ERK, SPARSE, until="soon"), "The duration of until is 'soon'"),
+    "seed": (lambda: Static(ERK, SPARSE, seed=-1), "seed is -1. Give a whole number from 0 up"),
+    "seed, text": (lambda: SET(ERK, SPARSE, seed="a"), "seed is 'a'. Give a whole number"),  # type: ignore[arg-type]
+    "first": (lambda: GMP(ERK, SPARSE, first=0.9), r"GMP\(first=...\) is 0.9.*ends at 0.8.*lower"),
+    "first, 50": (lambda: GMP(ERK, SPARSE, first=50), r"first is 50.*write 0.9 for 90 %"),
+    "pattern": (lambda: RigL(NM(2, 4), SPARSE), r"NM\(n=2, m=4\), which this method cannot keep"),  # type: ignore[arg-type]
+    "reset": (lambda: SET(ERK, SPARSE, reset="some"), "reset is 'some'. It is one of all"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_sentences(case: str) -> None:
+    call, sentence = BAD[case]
+    with pytest.raises(InputError, match=sentence):
+        call()
