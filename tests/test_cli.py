@@ -28,6 +28,7 @@ from acdc.console import Watcher
 from acdc.errors import InputError
 from acdc.lab import report, train
 from acdc.lab.data import FashionMNIST
+from acdc.methods import METHODS, RigL
 from runs import STEPS, TINY, assert_same_run, events, files, tiny, words
 
 Capture = pytest.CaptureFixture[str]
@@ -102,6 +103,7 @@ SURFACE = {
         ("--twin sparse|dense", "default sparse"),
         ("--out FILE", "default None"),
     ],
+    "cite": [("METHOD", "optional")],
     "bench": [("WHAT", "required")],
     "bench layers": [*bench("default 9"), ("--caches left|emptied", "default left")],
     "bench step": [*bench("default 9"), SCOPE],
@@ -127,6 +129,8 @@ def surface(commands: argparse.ArgumentParser) -> dict[str, list[tuple[str, str]
             return name, "flag"
         if action.nargs == "+":
             return name, "any number"
+        if action.nargs == "?":
+            return str(action.metavar), "optional"
         required = action.required or not action.option_strings
         return name or str(action.metavar), "required" if required else f"default {action.default}"
 
@@ -177,6 +181,20 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 # --- list, show, cost: no training, no data -----------------------------------------------------
+
+
+def test_cite_prints_bibtex_and_without_a_method_lists_them(capsys: Capture) -> None:
+    assert main(["cite", "rigl"]) == 0
+    assert capsys.readouterr().out == RigL.citation
+    assert main(["cite"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == list(METHODS)
+    assert main(["cite", "lottery"]) == 2
+    assert "no method 'lottery'. The methods are: acdc, dense," in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert main(["cite", "dense"]) == 2
+    assert "there is none to cite" in " ".join(capsys.readouterr().err.split())
 
 
 def test_list_names_every_recipe(capsys: Capture) -> None:

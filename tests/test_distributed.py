@@ -24,7 +24,10 @@ from acdc import score
 from acdc.engine import host, kept
 from acdc.engine.choice import Choice, Site
 from acdc.methods.acdc import ACDC
+from acdc.methods.base import exchange
+from acdc.methods.rigl import RigL
 from acdc.pattern import NM, Unstructured
+from acdc.schedule import constant
 from acdc.sparsifier import Sparsifier
 from helpers import (
     CUTS,
@@ -197,6 +200,51 @@ ENGINE_CASES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+
+def exchanging(wrap_first: bool, accumulate: int) -> dict[str, Any]:
+    """Train by RigL; return what it grew by, and what the averaged gradients call for."""
+    schedule = constant("sparse", 3).resolve(3)
+    method = RigL(PATTERN, schedule, drop=0.5, every="3st", until="100%")
+    model = build()
+    optimizer = sgd(model)
+    wrapped: nn.Module = model
+    if wrap_first:
+        wrapped = DDP(model)
+    sparsifier = Sparsifier(method, wrapped, optimizer)
+    if not wrap_first:
+        wrapped = DDP(model)
+    seen: dict[str, Any] = {"weights": [], "digests": [], "expected": [], "updates": []}
+    for step in range(TOTAL):
+        twin = copy.deepcopy(model)
+        optimizer.zero_grad()
+        for micro in range(accumulate):
+            index = own_batch(accumulate * step + micro)
+            last = micro == accumulate - 1
+            with nullcontext() if last else wrapped.no_sync():  # type: ignore[operator]
+                backward(wrapped, index)
+            backward(twin, index)
+        before, update = sparsifier.support, method.wants_gradient(step)
+        if update:
+            named = {name: twin.get_parameter(name) for name in sparsifier.params}
+            for p in named.values():
+                dist.all_reduce(p.grad)
+            share = method.share(step, schedule.phases[0])
+            support = exchange(before, score.magnitude(named), score.gradient(named), share)
+            seen["expected"].append(support.digest())
+        optimizer.step()
+        if update:
+            seen["updates"].append(sparsifier.support.digest())
+        seen["weights"].append(flat(model.parameters()))
+        seen["digests"].append(sparsifier.support.digest())
+    return seen
+
+
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "wrapped first": {"wrap_first": True, "accumulate": 1},
+    "sparsifier first": {"wrap_first": False, "accumulate": 1},
+    "accumulated": {"wrap_first": True, "accumulate": 2},
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "wrapped first": {"wrap_first": True, "accumulate": 1},
     "sparsifier first": {"wrap_first": False, "accumulate": 1},
@@ -218,6 +266,8 @@ def worker(rank: int, folder: str) -> None:
     try:
         result: dict[str, Any] = {name: trained(**case) for name, case in CASES.items()}
         result["disagreeing"] = disagreeing()
+        for name, case in EXCHANGES.items():
+            result["exchange", name] = exchanging(**case)
         for name, case in ENGINE_CASES.items():
             for on in (False, True):
                 result["engine", name, on] = on_engine(on, **case)
@@ -281,6 +331,18 @@ def test_rank_zero_decides_where_scores_differ_in_the_last_bit(
     assert first["used"] == second["used"]
     assert first["zero"]
     assert second["zero"]
+
+
+@pytest.mark.parametrize("case", EXCHANGES)
+def test_all_ranks_grow_by_the_averaged_dense_gradient(
+    ranks: list[dict[str, Any]], case: str
+) -> None:
+    first, second = (rank["exchange", case] for rank in ranks)
+    assert first["digests"] == second["digests"]
+    assert all(map(torch.equal, first["weights"], second["weights"]))
+    assert len(first["updates"]) == 3
+    assert first["updates"] == second["updates"] == first["expected"]
+    assert len(set(first["digests"])) == 3
 
 
 each_engine_case = pytest.mark.parametrize("case", ENGINE_CASES)

@@ -1,4 +1,4 @@
-"""The command line: list, show, run, report, cost, export, bench.
+"""The command line: list, show, run, report, cost, export, cite, bench.
 
 What a person reads and what a program reads are kept apart: with ``--json`` the last line on
 standard output is one JSON object, and all else is on standard error. Exit codes: 0; 2 for what the
@@ -149,6 +149,9 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         help="the file to write (default: TWIN.FORMAT in the folder of the run)",
     )
+
+    sub = command("cite", _cite, "print what to cite for a method, as BibTeX")
+    sub.add_argument("method", metavar="METHOD", nargs="?", help="its name; without: list them all")
 
     about = "measure on this machine what sparse phases gain, beside dense PyTorch and other peers"
     _add_benches(command("bench", None, about))
@@ -685,6 +688,26 @@ def _model(values: Mapping[str, Any]) -> Model:
             f"The run's model {values.get('type')!r} is not known to this version of acdc "
             f"({error}). Build it in Python, and use acdc.export.to_onnx."
         ) from error
+
+
+# --- cite ---------------------------------------------------------------------------------------
+
+
+def _cite(args: argparse.Namespace) -> int:
+    from acdc.methods import METHODS
+
+    if args.method is None:
+        firsts = {name: (kind.__doc__ or "").partition(".")[0] for name, kind in METHODS.items()}
+        _print_rows([(name, " ".join(first.split())) for name, first in firsts.items()], left=2)
+        return 0
+    if args.method not in METHODS:
+        raise InputError(
+            f"There is no method {args.method!r}. The methods are: {', '.join(METHODS)}."
+        )
+    if not (citation := METHODS[args.method].citation):
+        raise InputError(f"The method {args.method!r} is of nobody's paper: there is none to cite.")
+    print(citation, end="")
+    return 0
 
 
 # --- bench --------------------------------------------------------------------------------------
