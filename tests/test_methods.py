@@ -260,7 +260,7 @@ def test_set_keeps_the_largest_by_magnitude_and_draws_the_rest() -> None:
     method = SET(Unstructured(0.5), SPARSE, drop=0.5, every="1st", until="8st", seed=5)
     weights = {"w": torch.tensor([3.0, -4.0, 0.1, -0.2, 0, 0, 0, 0])}
     support = Support({"w": mask(1, 1, 1, 1, 0, 0, 0, 0)})
-    new = method.update(4, Weights(weights, {}), support)
+    new = method.update(4, Weights(weights, {}.get), support)
     # A quarter of four weights (half a cosine at its middle): the smallest one, 2, may be redrawn.
     assert torch.equal(new["w"][[0, 1, 3]], mask(1, 1, 1))
     draws = score.random(weights, hash((5, 4)))["w"].masked_fill(mask(1, 1, 0, 1, 0, 0, 0, 0), -1)
@@ -269,7 +269,7 @@ def test_set_keeps_the_largest_by_magnitude_and_draws_the_rest() -> None:
         .nonzero()
         .flatten()[~torch.isin(new["w"].nonzero().flatten(), torch.tensor([0, 1, 3]))]
     ) == int(draws.argmax())
-    assert method.update(8, Weights(weights, {}), support) is support
+    assert method.update(8, Weights(weights, {}.get), support) is support
 
 
 def test_what_is_random_depends_on_the_seed_and_the_step_alone() -> None:
@@ -343,7 +343,7 @@ def test_places_go_to_the_layers_with_the_most_momentum_by_hand() -> None:
         a: {"momentum_buffer": torch.tensor([3.0, -3, 3, 3, 0.1, -0.4, 0.3, 0.2])},
         b: {"momentum_buffer": torch.tensor([1.0, -1, 1, 1, 0.1, 0.2, 0.3, -9.0])},
     }
-    new = method.update(6, Weights({"a": a, "b": b}, state), support)
+    new = method.update(6, Weights({"a": a, "b": b}, state.get), support)
     # Half way, a share of 1/4: one weight of four leaves each layer (3 of a, 0 of b). Of the two
     # places 3/4 are a's: 1.5 against .5, equal remainders, so the earlier layer has both.
     assert torch.equal(new["a"], mask(1, 1, 1, 1, 0, 1, 0, 0))  # 3 comes back: momentum 3
@@ -354,13 +354,13 @@ def test_places_go_to_the_layers_with_the_most_momentum_by_hand() -> None:
 def test_momentum_of_adam_is_normalised_and_an_optimizer_without_has_gradients() -> None:
     w = torch.zeros(2).requires_grad_()
     w.grad = torch.tensor([5.0, 6.0])
-    assert torch.equal(Weights({"w": w}, {}).momentum("w"), w.grad)
+    assert torch.equal(Weights({"w": w}, {}.get).momentum("w"), w.grad)
     adams: dict[str, Any] = {"exp_avg": torch.ones(2), "exp_avg_sq": torch.tensor([4.0, 1.0])}
-    assert torch.allclose(Weights({"w": w}, {w: adams}).momentum("w"), torch.tensor([0.5, 1.0]))
-    assert Weights({"w": w}, {w: {"momentum_buffer": None}}).momentum("w") is w.grad
+    assert torch.allclose(Weights({"w": w}, {w: adams}.get).momentum("w"), torch.tensor([0.5, 1.0]))
+    assert Weights({"w": w}, {w: {"momentum_buffer": None}}.get).momentum("w") is w.grad
     w.grad = None
     with pytest.raises(InputError, match="'w' has neither momentum nor gradient to rank by"):
-        Weights({"w": w}, {}).momentum("w")
+        Weights({"w": w}, {}.get).momentum("w")
 
 
 def test_momentum_stays_dense_and_no_layer_dies() -> None:
@@ -380,7 +380,7 @@ def test_a_layer_that_is_hardly_sparse_loses_at_most_its_sparsity() -> None:
     w = torch.arange(1.0, 11.0).requires_grad_()
     support = Support({"w": torch.arange(10) > 0})  # 10 % sparse
     state = {w: {"momentum_buffer": torch.zeros(10)}}
-    rest = method._rest(0.8, Weights({"w": w}, state), support)
+    rest = method._rest(0.8, Weights({"w": w}, state.get), support)
     assert rest.nnz == 9 - math.ceil(0.1 * 9)
 
 
@@ -444,7 +444,7 @@ def test_what_is_cut_stays_cut_even_among_zeros() -> None:
     method = GMP(Unstructured(0.5), SPARSE, first=0.25, every="2st", length="8st")
     support = Support({"w": mask(0, 0, 1, 1, 1, 1, 1, 1)})
     w = torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 1])  # zeros that are kept rank as those that are cut
-    new = method.update(8, Weights({"w": w}, {}), support)
+    new = method.update(8, Weights({"w": w}, {}.get), support)
     assert torch.equal(new["w"], mask(0, 0, 1, 1, 1, 0, 0, 1))
 
 

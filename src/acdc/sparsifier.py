@@ -188,7 +188,7 @@ class Sparsifier:
         self._hidden: list[tuple[Tensor, Tensor]] = []  # gradients of a step that is passed over
         self._told: Support | None = None  # what the engine runs now
         self._state_is_known = False
-        self._weights = Weights(self.params, optimizer.state)
+        self._weights = Weights(self.params, lambda weight: optimizer.state.get(weight))
         # Before KeptSteps, which would else step what is to be passed over.
         self._pre_hook = (
             optimizer.register_step_pre_hook(self._before_step) if method.skips_steps else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from fractions import Fraction
 from typing import Any, ClassVar, Literal, Self
@@ -27,11 +27,14 @@ class Weights(Mapping[str, Tensor]):
 
     Args:
         params: The weights.
-        state: State of the optimizer by weight.
+        state: What returns the optimizer's state of a weight, if there is any. (Not the state
+            itself: loading a checkpoint into an optimizer puts another mapping in its place.)
     """
 
     def __init__(
-        self, params: Mapping[str, Tensor], state: Mapping[Tensor, Mapping[str, Any]]
+        self,
+        params: Mapping[str, Tensor],
+        state: Callable[[Tensor], Mapping[str, Any] | None],
     ) -> None:
         self._params, self._state = params, state
 
@@ -49,7 +52,7 @@ class Weights(Mapping[str, Tensor]):
         normalised first moment of Adam and its like, or the gradient where there is neither.
         """
         param = self._params[name]
-        state = self._state.get(param, {})
+        state = self._state(param) or {}
         if "exp_avg" in state:
             first: Tensor = state["exp_avg"]
             second = state.get("exp_avg_sq")
