@@ -314,7 +314,7 @@ def _recognise(
     if meta is None:
         return "its result is not one tensor"
     if meta.dtype not in (torch.float32, torch.float64):
-        return f"its result is {meta.dtype}"
+        return f"its result is {meta.dtype}; the kernels take float32 and float64"
     try:
         spec = _spec(graph, node)
     except InputError as error:
