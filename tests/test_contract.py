@@ -27,6 +27,7 @@ from acdc.layers import Layers, unwrapped
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import RESETS, Method, Phased, Ramped
 from acdc.methods.dense import Dense
+from acdc.methods.dpf import DPF
 from acdc.methods.dsd import DSD
 from acdc.methods.gmp import GMP
 from acdc.methods.gradual import Gradual
@@ -35,7 +36,9 @@ from acdc.methods.rigl import RigL
 from acdc.methods.set_ import SET
 from acdc.methods.snfs import SNFS
 from acdc.methods.snip import SNIP
+from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
+from acdc.methods.topkast import TopKAST
 from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.schedule import Phase, Schedule, alternate, constant
 from acdc.sparsifier import Sparsifier
@@ -154,12 +157,16 @@ METHODS: dict[str, Callable[[Any, Schedule], Method]] = {
     "snfs": lambda pattern, schedule: SNFS(pattern, schedule, every="1st"),
     "rigl": lambda pattern, schedule: RigL(pattern, schedule, every="2st", until="100%"),
     "gmp": lambda pattern, schedule: GMP(pattern, schedule, every="1st", length="1st"),
+    "topkast": lambda pattern, schedule: TopKAST(pattern, schedule, 0.4, every="1st"),
+    "dpf": lambda pattern, schedule: DPF(pattern, schedule, every="1st", length="1st"),
+    "srste": lambda pattern, schedule: SRSTE(pattern, schedule, every="1st"),
     "dsd": lambda pattern, schedule: DSD(pattern, schedule),
     "oneshot": lambda pattern, schedule: OneShot(pattern, schedule),
     "gradual": lambda pattern, schedule: Gradual(pattern, schedule, every="1st", length="1st"),
 }
 # One sparsity is all that 2:4 has, and who exchanges weights does so one by one.
-NOT_SERVED = {(m, "2:4") for m in ("set", "snfs", "rigl", "gmp", "gradual")}
+NOT_SERVED = {(m, "2:4") for m in ("set", "snfs", "rigl", "gmp", "gradual", "topkast", "dpf")}
+NOT_SERVED |= {("srste", p) for p in PATTERNS if p != "2:4"}  # it is for N:M alone
 NOT_SERVED |= {(m, "block") for m in ("set", "snfs", "rigl")}
 
 
@@ -198,7 +205,8 @@ def test_every_method_pattern_and_optimizer_is_in_the_table() -> None:
     assert final(Method) == set(acdc.methods.METHODS.values())
     assert set(METHODS) == set(acdc.methods.METHODS)
     for name, make in METHODS.items():
-        assert type(make(Unstructured(0.5), SCHEDULE)) is acdc.methods.METHODS[name]
+        pattern = next(p for p in PATTERNS if (name, p) not in NOT_SERVED)
+        assert type(make(PATTERNS[pattern], SCHEDULE)) is acdc.methods.METHODS[name]
     assert final(Pattern) == {type(pattern) for pattern in PATTERNS.values()}
     public = {cls for _, cls in inspect.getmembers(torch.optim, inspect.isclass)}
     known = {row.kind for row in OPTIMIZERS.values()} | REFUSED_OPTIMIZERS | {O.Optimizer}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -21,6 +23,7 @@ from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.methods import METHODS
 from acdc.methods.base import Weights, exchange
+from acdc.methods.dpf import DPF
 from acdc.methods.dsd import DSD
 from acdc.methods.gmp import GMP
 from acdc.methods.gradual import Gradual
@@ -29,13 +32,15 @@ from acdc.methods.rigl import RigL
 from acdc.methods.set_ import SET
 from acdc.methods.snfs import SNFS
 from acdc.methods.snip import SNIP
+from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
+from acdc.methods.topkast import TopKAST
 from acdc.pattern import NM, Block, Unstructured, apportion
 from acdc.schedule import constant, phases, ramp
 from acdc.score import Scores
 from acdc.sparsifier import Sparsifier
 from acdc.support import Support, kept
-from helpers import adam, backward, batch, bind, build, is_plus_zero, sgd, steps, train
+from helpers import Net, adam, backward, batch, bind, build, is_plus_zero, same, sgd, steps, train
 
 STEPS = 12
 SPARSE = constant("sparse", 3).resolve(4)
@@ -539,6 +544,16 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "first": (lambda: GMP(ERK, SPARSE, first=0.9), r"GMP\(first=...\) is 0.9.*ends at 0.8.*lower"),
     "first, 50": (lambda: GMP(ERK, SPARSE, first=50), r"first is 50.*write 0.9 for 90 %"),
     "pattern": (lambda: RigL(NM(2, 4), SPARSE), r"NM\(n=2, m=4\), which this method cannot keep"),  # type: ignore[arg-type]
+    "backward": (
+        lambda: TopKAST(ERK, SPARSE, backward=0.9),
+        r"backward=...\) is 0.9, and the pattern has the sparsity 0.8.*lower it",
+    ),
+    "penalty": (
+        lambda: TopKAST(ERK, SPARSE, penalty=-1.0),
+        "penalty=...\\) is -1.0. Give a number",
+    ),
+    "decay": (lambda: SRSTE(NM(2, 4), SPARSE, decay=-1.0), "decay=...\\) is -1.0. Give a number"),
+    "not N:M": (lambda: SRSTE(ERK, SPARSE), r"which this method cannot keep. Give NM"),  # type: ignore[arg-type]
     "reset": (lambda: SET(ERK, SPARSE, reset="some"), "reset is 'some'. It is one of all"),  # type: ignore[arg-type]
 }
 
@@ -548,3 +563,202 @@ def test_bad_arguments_are_sentences(case: str) -> None:
     call, sentence = BAD[case]
     with pytest.raises(InputError, match=sentence):
         call()
+
+
+# --- methods that keep dense weights behind the sparse ones --------------------------------------
+
+VIEWS: dict[str, Any] = {
+    "topkast": TopKAST(Unstructured(0.8), SPARSE, 0.4, penalty=0.01, every="2st"),
+    "dpf": DPF(Unstructured(0.8), SPARSE, first=0.3, every="2st", length="7st"),
+    "srste": SRSTE(NM(2, 4), SPARSE, decay=0.1, every="2st"),
+    "ste": SRSTE(NM(2, 4), SPARSE, decay=0.0, every="1st"),
+}
+every_view = pytest.mark.parametrize("name", VIEWS)
+
+
+class ByHand:
+    """The same training in the open: dense weights, masked for forward and backward."""
+
+    def __init__(self, method: Any, names: list[str]) -> None:
+        self.method, self.names = method, names
+        self.model = build()
+        self.optimizer = sgd(self.model)
+        self.first, self.second = self.choose(0)
+
+    def choose(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what is computed with, and what is trained."""
+        method = self.method
+        magnitude = {n: self.model.get_parameter(n).abs().detach() for n in self.names}
+        if isinstance(method, DPF):
+            pattern: Any = Unstructured(ramp(step, 0, 7, 0.3, 0.8))
+        else:
+            pattern = method.pattern
+        first = dict(pattern.select(magnitude))
+        second = {n: torch.ones_like(m) for n, m in first.items()}
+        if isinstance(method, TopKAST):
+            second = dict(Unstructured(method.backward).select(magnitude))
+        return first, second
+
+    def step(self, step: int) -> None:
+        dense = {n: self.model.get_parameter(n).detach().clone() for n in self.names}
+        with torch.no_grad():
+            for n in self.names:
+                self.model.get_parameter(n).masked_fill_(~self.first[n], 0)
+        self.optimizer.zero_grad()
+        backward(self.model, step)
+        method = self.method
+        with torch.no_grad():
+            for n, w in dense.items():
+                p, a, b = self.model.get_parameter(n), self.first[n], self.second[n]
+                p.copy_(w)
+                assert p.grad is not None
+                if isinstance(method, TopKAST):  # weight decay faster by 1/density outside of A
+                    p.grad.masked_fill_(~b, 0)
+                    p.grad += (w * torch.where(a, 0.01, 0.01 / (1 - 0.8))).masked_fill(~b, 0)
+                elif isinstance(method, SRSTE) and method.decay:
+                    p.grad += (method.decay * w).masked_fill(a, 0)
+            self.optimizer.step()
+            for n, w in dense.items():
+                self.model.get_parameter(n).copy_(
+                    self.model.get_parameter(n).where(self.second[n], w)
+                )
+        every = 1 if method.every == "1st" else 2
+        due = (step + 1) % every == 0
+        if isinstance(method, DPF):  # the last choice is at 7, though that is no multiple of two
+            due = step + 1 == 7 or (due and step + 1 < 7)
+        if due and step + 1 < STEPS:
+            self.first, self.second = self.choose(step + 1)
+
+
+@every_view
+@pytest.mark.parametrize("how", ["plain", "closure"])
+def test_a_view_trains_the_dense_weights_by_the_gradient_at_the_sparse_ones(
+    name: str, how: str
+) -> None:
+    model, optimizer, sparsifier = bind(VIEWS[name], sgd)
+    other = ByHand(VIEWS[name], list(sparsifier.params))
+    supports = {sparsifier.support.digest()}
+    for step in range(STEPS):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            return backward(model, step)
+
+        if how == "closure":
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        other.step(step)
+        supports.add(sparsifier.support.digest())
+        assert sparsifier.support == Support(other.first)
+        for n, p in model.named_parameters():
+            value = other.model.get_parameter(n)
+            if n in sparsifier.params:
+                assert torch.equal(sparsifier.dense_weights[n], value), n
+                assert is_plus_zero(p[~other.first[n]])
+                value = value.where(other.first[n], 0)
+            assert torch.equal(p, value), n
+    assert len(supports) > 3
+
+
+def test_what_top_kast_does_not_train_stays_and_its_sets_have_their_sizes() -> None:
+    method = TopKAST(Unstructured(0.8), SPARSE, 0.4, every="4st")
+    model, optimizer, sparsifier = bind(method, sgd)  # with momentum and weight decay
+    for _ in range(3):
+        start = {n: w.clone() for n, w in sparsifier.dense_weights.items()}
+        first, second = sparsifier.support, sparsifier._reach
+        assert second is not None
+        assert (first.nnz, second.nnz) == (kept(888, 0.8), kept(888, 0.4))
+        assert all((second[n] | ~first[n]).all() for n in first)  # A lies in B
+        moved = 0
+        for step in range(3):
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.step()
+            for n, w in sparsifier.dense_weights.items():
+                assert torch.equal(w[~second[n]], start[n][~second[n]])
+                moved += int((w != start[n])[second[n] & ~first[n]].sum())
+        assert moved > 0
+        train(model, optimizer, 3, 4)
+
+
+@every_view
+def test_a_view_is_plain_to_whoever_looks(name: str) -> None:
+    model, optimizer, sparsifier = bind(VIEWS[name], sgd)
+    for _ in steps(model, optimizer, 0, STEPS):
+        assert list(model.state_dict()) == list(build().state_dict())
+        assert type(model) is Net
+        for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert same(clone.state_dict(), model.state_dict())
+    sparsifier.remove()
+    assert all(is_plus_zero(model.get_parameter(n)[~m]) for n, m in sparsifier.support.items())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, optimizer, 0, 1)
+    assert any(model.get_parameter(n)[~m].any() for n, m in sparsifier.support.items())
+    assert before.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@every_view
+def test_a_skipped_step_leaves_view_and_dense_weights_as_they_were(name: str, fused: bool) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    sparsifier = Sparsifier(VIEWS[name], model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    plain_model, plain, reference = bind(
+        VIEWS[name], lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    )
+    for attempt in range(6):
+        before = copy.deepcopy((list(model.parameters()), sparsifier.dense_weights))
+        overflow = attempt in (1, 4)
+        optimizer.zero_grad()
+        x, y = batch(attempt)
+        loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss * (float("inf") if overflow else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if overflow:
+            assert same((list(model.parameters()), sparsifier.dense_weights), before)
+            continue
+        plain.zero_grad()  # the scale, and the loss in it, must not reach what is added
+        backward(plain_model, attempt)
+        plain.step()
+        for n, w in sparsifier.dense_weights.items():
+            torch.testing.assert_close(w, reference.dense_weights[n], rtol=1e-4, atol=1e-6)
+
+
+@every_view
+def test_in_a_dense_phase_after_it_the_dense_weights_are_back(name: str) -> None:
+    plan = phases(2, [("sparse", "1ep"), ("dense", "1ep")]).resolve(8)
+    model, optimizer, sparsifier = bind(replace(VIEWS[name], schedule=plan), sgd)
+    train(model, optimizer, 0, 7)
+    twin = ByHand(VIEWS[name], list(sparsifier.params))
+    for step in range(8):
+        twin.step(step)
+    train(model, optimizer, 7, 8)
+    assert sparsifier.support.is_full
+    assert sparsifier.dense_weights == {}
+    for n in sparsifier.params:
+        assert torch.equal(model.get_parameter(n), twin.model.get_parameter(n))
+
+
+def test_an_engine_stands_aside_for_a_view() -> None:
+    model = build()
+    engine = acdc.Engine(model, batch(0)[0], backend=Reference(), choose=False)
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(VIEWS["dpf"], model, optimizer, engine=engine)
+    plain, other, reference = bind(VIEWS["dpf"], sgd)
+    for step in range(STEPS):
+        assert not engine.active
+        train(model, optimizer, step, step + 1)
+    train(plain, other, 0, STEPS)
+    assert same(sparsifier.dense_weights, reference.dense_weights)
+
+
+def test_flops_of_views() -> None:
+    f_s, f_d = 200, 1000
+    assert DPF(ERK, SPARSE).step_flops(f_s, f_d) == 2 * f_s + f_d
+    assert SRSTE(NM(2, 4), SPARSE).step_flops(f_s, f_d) == 2 * f_s + f_d
+    # B at half the sparsity of A costs half way between A and all.
+    assert TopKAST(ERK, SPARSE, backward=0.4).step_flops(f_s, f_d) == 2 * f_s + 600

@@ -9,16 +9,19 @@ from acdc.errors import AcdcError, InputError, MissingDependency
 from acdc.layers import Layers
 from acdc.methods import (
     ACDC,
+    DPF,
     DSD,
     GMP,
     SET,
     SNFS,
     SNIP,
+    SRSTE,
     Dense,
     Gradual,
     OneShot,
     RigL,
     Static,
+    TopKAST,
 )
 from acdc.pair import Pair
 from acdc.pattern import NM, Block, Pattern, Unstructured
@@ -33,12 +36,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ACDC",
+    "DPF",
     "DSD",
     "GMP",
     "NM",
     "SET",
     "SNFS",
     "SNIP",
+    "SRSTE",
     "AcdcError",
     "Block",
     "Change",
@@ -59,6 +64,7 @@ __all__ = [
     "Sparsifier",
     "Static",
     "Support",
+    "TopKAST",
     "Unstructured",
     "alternate",
     "constant",

@@ -11,6 +11,11 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
   wants it *instead* of the step, a pre-hook on ``optimizer.step`` hides all gradients meanwhile: an
   optimizer passes over what has none. So its step runs, and moves nothing.
 
+A method that keeps dense weights beside the sparse ones (Top-KAST, DPF, SR-STE) gets them without
+any wrapper: between steps a parameter holds what the forward pass sees, zeros and all, and the
+dense values wait here. The pre-hook puts them in for the optimizer's step, the post-hook takes them
+out again. So the model is sparse whenever the user looks at it, evaluates it or saves it.
+
 In a dense phase the second hook is absent and the first one only counts: training is bitwise what
 it would be without.
 
@@ -188,11 +193,12 @@ class Sparsifier:
         self._hidden: list[tuple[Tensor, Tensor]] = []  # gradients of a step that is passed over
         self._told: Support | None = None  # what the engine runs now
         self._state_is_known = False
+        self._dense: dict[str, Tensor] = {}  # behind the view, of a method that keeps them
+        self._reach: Support | None = None  # what of them is trained; None: all
         self._weights = Weights(self.params, lambda weight: optimizer.state.get(weight))
         # Before KeptSteps, which would else step what is to be passed over.
-        self._pre_hook = (
-            optimizer.register_step_pre_hook(self._before_step) if method.skips_steps else None
-        )
+        needed = method.skips_steps or method.keeps_dense
+        self._pre_hook = optimizer.register_step_pre_hook(self._before_step) if needed else None
         self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
         self._advance()
         self._step_hook: RemovableHandle | None = optimizer.register_step_post_hook(
@@ -210,24 +216,59 @@ class Sparsifier:
         """The phase that the next step belongs to."""
         return self.schedule.phase_at(self.step)
 
+    @property
+    def dense_weights(self) -> dict[str, Tensor]:
+        """The dense weights behind the sparse ones by name, of a method that keeps them (Top-KAST,
+        DPF, SR-STE), in a sparse phase; otherwise none. Load them over the model's state dict for
+        the dense network.
+        """
+        return _clones(self._dense)
+
     # --- a step ---------------------------------------------------------------------------------
 
     def _before_step(
         self, _: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any] | None:
-        """Let the optimizer pass over a step that the method wants only the gradient of."""
-        if not self._collects:
+        """Let the optimizer step dense weights, or pass over the step, as the method wants."""
+        skips = self.method.skips_steps and self._collects
+        if not (skips or self._dense):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:  # it makes the gradients, and once is enough
             with torch.enable_grad():
                 loss = closure()
             args, kwargs = (self.optimizer, lambda: loss), {}
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._hidden = [(p, p.grad) for p in params if p.grad is not None]
-        for param in params:
-            param.grad = None
+        self._uncover()
+        if skips:
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self._hidden = [(p, p.grad) for p in params if p.grad is not None]
+            for param in params:
+                param.grad = None
         return args, kwargs
+
+    @torch.no_grad()
+    def _uncover(self) -> None:
+        """Put the dense weights in, with the gradients they shall have."""
+        scale = getattr(self.optimizer, "grad_scale", None)  # of a fused step, which undoes it
+        for name, dense in self._dense.items():
+            param = self.params[name]
+            param.copy_(dense)
+            trained = None if self._reach is None else self._reach[name]
+            if param.grad is None:
+                continue
+            if trained is not None:
+                param.grad.masked_fill_(~trained, 0.0)
+            pull = self.method.pull(dense, self.support[name], trained)
+            if pull is not None:
+                param.grad.add_(pull if scale is None else pull * scale)
+
+    def _cover(self) -> None:
+        """Take over what the step made of the dense weights that are trained; the others stay."""
+        for name, dense in self._dense.items():
+            param = self.params[name]
+            if self._reach is not None:
+                param.copy_(torch.where(self._reach[name], param, dense))
+            dense.copy_(param)
 
     @torch.no_grad()
     def _after_step(self) -> None:
@@ -237,10 +278,14 @@ class Sparsifier:
         # A fused optimizer is called by a GradScaler even for a step that it then skips inside.
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
+            self._project()  # the dense weights, if there are any, are still in
             return
         self.step += 1
         self._check_optimizer_state()
-        self._project()  # before the support may change: what comes back comes back from zero
+        if self._dense:
+            self._cover()
+        else:
+            self._project()  # before the support may change: what comes back comes back from zero
         self._advance()
 
     def _project(self) -> None:
@@ -257,6 +302,8 @@ class Sparsifier:
         support = self.method.update(self.step, self._weights, self.support)
         if support is not self.support:
             self._change(support)
+        elif self._dense:
+            self._project()
         elif collected and not self._collects:
             self._clear_gradients()
         self._tell_engine()
@@ -273,6 +320,9 @@ class Sparsifier:
         if entered.nnz:
             self._reset_optimizer(entered)
         self._note(support)
+        if self.method.keeps_dense:
+            self._reach = self.method.reach(self._weights, support)
+            self._dense = {} if support.is_full else _clones(self.params)
         self._apply(support)
 
     def _note(self, support: Support) -> None:
@@ -474,6 +524,8 @@ class Sparsifier:
             "step": self.step,
             "shapes": {name: tuple(param.shape) for name, param in self.params.items()},
             "support": self.support.pack(),
+            "dense_weights": dict(self._dense),
+            "reach": None if self._reach is None else self._reach.pack(),
             "last_sparse": None if self._last_sparse is None else self._last_sparse.pack(),
             "changes": [asdict(change) for change in self.changes],
             "dense_twin": None
@@ -515,7 +567,7 @@ class Sparsifier:
             masks = Support.unpack(packed, shapes)
             return Support({n: mask.to(self.params[n].device) for n, mask in masks.items()})
 
-        twin, last = state["dense_twin"], state["last_sparse"]
+        twin, last, reach = state["dense_twin"], state["last_sparse"], state.get("reach")
         support = unpack(state["support"])
         last_sparse = None if last is None else unpack(last)
         changes = tuple(Change(**change) for change in state["changes"])
@@ -525,6 +577,9 @@ class Sparsifier:
         if self.engine is not None and state.get("engine") is not None:
             self.engine.load_state_dict(state["engine"])
         self._collects = self.method.wants_gradient(self.step)
+        self._reach = None if reach is None else unpack(reach)
+        dense = state.get("dense_weights", {})
+        self._dense = {name: dense[name].to(self.params[name], copy=True) for name in dense}
         self._apply(support)
         self._tell_engine()
 
@@ -591,6 +646,10 @@ def _fresh(key: str, group: Mapping[str, Any]) -> float:
     if key == "step_size" and "step_sizes" in group:  # Rprop
         return float(group["lr"])
     return 0.0
+
+
+def _clones(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in params.items()}
 
 
 def _on_cpu(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
+from acdc.methods.dpf import DPF
 from acdc.methods.dsd import DSD
 from acdc.methods.gmp import GMP
 from acdc.methods.gradual import Gradual
@@ -11,26 +12,46 @@ from acdc.methods.rigl import RigL
 from acdc.methods.set_ import SET
 from acdc.methods.snfs import SNFS
 from acdc.methods.snip import SNIP
+from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
+from acdc.methods.topkast import TopKAST
 
 __all__ = [
     "ACDC",
+    "DPF",
     "DSD",
     "GMP",
     "METHODS",
     "SET",
     "SNFS",
     "SNIP",
+    "SRSTE",
     "Dense",
     "Gradual",
     "Method",
     "OneShot",
     "RigL",
     "Static",
+    "TopKAST",
 ]
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
-    for cls in (ACDC, Dense, Static, SNIP, SET, SNFS, RigL, GMP, DSD, OneShot, Gradual)
+    for cls in (
+        ACDC,
+        Dense,
+        Static,
+        SNIP,
+        SET,
+        SNFS,
+        RigL,
+        GMP,
+        TopKAST,
+        DPF,
+        SRSTE,
+        DSD,
+        OneShot,
+        Gradual,
+    )
 }
 """Every method by its name."""

@@ -79,6 +79,7 @@ class Method(ABC):
     citation: ClassVar[str]  # BibTeX
     pretrained: ClassVar[bool] = False  # whether it starts from a trained dense model
     skips_steps: ClassVar[bool] = False  # no optimizer step where the dense gradient is wanted
+    keeps_dense: ClassVar[bool] = False  # the optimizer steps dense weights, the model is a view
 
     schedule: Plan | Schedule
     reset: Reset = "none"  # optimizer state that is cleared when pruned weights come back
@@ -101,6 +102,25 @@ class Method(ABC):
         clipped as the optimizer would get it.
         """
         return False
+
+    def reach(self, params: Weights, support: Support) -> Support | None:
+        """Return the weights that are trained, where that is more than the support and not all.
+
+        Only for a method that ``keeps_dense``, and asked once for every support.
+        """
+        return None
+
+    def pull(self, weight: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:
+        """Return what is added to the gradient of the dense weights before the optimizer steps.
+
+        Only for a method that ``keeps_dense``.
+
+        Args:
+            weight: The dense weights of a layer.
+            kept: Their part of the support.
+            trained: Their part of ``reach``; ``None`` where all are trained.
+        """
+        return None
 
     def step_flops(self, sparse: int, dense: int) -> Fraction:
         """Return the mean FLOPs of a step in the sparse phases, per sample.
