@@ -354,16 +354,19 @@ def exchange(support: Support, drop: Scores, grow: Scores, share: float) -> Supp
         support: The support until now.
         drop: Non-negative scores: the smallest of the kept ones leave.
         grow: Non-negative scores: the largest of the others enter.
-        share: From 0 to 1.
+        share: From 0 to 1. Where it is less than one weight of every layer, the support itself
+            comes back.
 
     Source: Evci et al., RigL, ICML 2020, algorithm 1; google-research/rigl, sparse_optimizers_base.
     """
+    leaving = {name: int(share * kept) for name, kept in support.counts().items()}
+    if not any(leaving.values()):
+        return support
     masks = {}
     for name, kept in support.counts().items():
-        leaving = int(share * kept)
-        rest = largest(score.among(drop.subset([name]), support), kept - leaving)
-        others = {name: ~rest[name]}
-        masks[name] = rest[name] | largest(score.among(grow.subset([name]), others), leaving)[name]
+        rest = largest(score.among(drop.subset([name]), support), kept - leaving[name])
+        others = score.among(grow.subset([name]), {name: ~rest[name]})
+        masks[name] = rest[name] | largest(others, leaving[name])[name]
     return Support(masks)
 
 

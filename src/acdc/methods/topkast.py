@@ -16,7 +16,6 @@ from acdc.layers import Layers
 from acdc.methods.base import Phased, Reset, Weights
 from acdc.pattern import Block, Unstructured
 from acdc.schedule import Phase, Plan, Schedule, check_duration
-from acdc.score import Scores
 from acdc.support import Support, check_sparsity
 
 
@@ -102,13 +101,7 @@ class TopKAST(Phased):
         """Choose set B, which holds A."""
         if support.is_full:
             return None
-        magnitude = score.magnitude(params)
-        first = Scores(
-            magnitude.shapes,
-            lambda name: magnitude[name].masked_fill(support[name], torch.inf),
-            magnitude.dtype,
-        )
-        return self.pattern.at(self.backward).select(first)
+        return self.pattern.at(self.backward).select(score.magnitude(params))
 
     def pull(self, weight: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:
         """Return the gradient of the exploration penalty."""
