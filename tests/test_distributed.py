@@ -25,6 +25,7 @@ from acdc.engine import host, kept
 from acdc.engine.choice import Choice, Site
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import exchange
+from acdc.methods.dpf import DPF
 from acdc.methods.rigl import RigL
 from acdc.pattern import NM, Unstructured
 from acdc.schedule import constant
@@ -239,6 +240,29 @@ def exchanging(wrap_first: bool, accumulate: int) -> dict[str, Any]:
     return seen
 
 
+def viewing() -> dict[str, Any]:
+    """Train by DPF; return its view, the dense weights behind it, and how many of them moved."""
+    schedule = constant("sparse", 3).resolve(3)
+    method = DPF(PATTERN, schedule, first=0.5, every="2st", length="5st")
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # moved by gradients, nothing else
+    wrapped = DDP(model)
+    sparsifier = Sparsifier(method, wrapped, optimizer)
+    seen: dict[str, Any] = {"dense": [], "view": [], "digests": [], "moved": []}
+    for step in range(TOTAL):
+        before = flat(iter(sparsifier.dense_weights.values()))
+        outside = torch.cat([~mask.flatten() for mask in sparsifier.support.values()])
+        optimizer.zero_grad()
+        backward(wrapped, own_batch(step))
+        optimizer.step()
+        after = flat(iter(sparsifier.dense_weights.values()))
+        seen["moved"].append(int((after != before)[outside].sum()))
+        seen["dense"].append(after)
+        seen["view"].append(flat(model.parameters()))
+        seen["digests"].append(sparsifier.support.digest())
+    return seen
+
+
 EXCHANGES: dict[str, dict[str, Any]] = {
     "wrapped first": {"wrap_first": True, "accumulate": 1},
     "sparsifier first": {"wrap_first": False, "accumulate": 1},
@@ -268,6 +292,7 @@ def worker(rank: int, folder: str) -> None:
         result["disagreeing"] = disagreeing()
         for name, case in EXCHANGES.items():
             result["exchange", name] = exchanging(**case)
+        result["view"] = viewing()
         for name, case in ENGINE_CASES.items():
             for on in (False, True):
                 result["engine", name, on] = on_engine(on, **case)
@@ -343,6 +368,15 @@ def test_all_ranks_grow_by_the_averaged_dense_gradient(
     assert len(first["updates"]) == 3
     assert first["updates"] == second["updates"] == first["expected"]
     assert len(set(first["digests"])) == 3
+
+
+def test_dense_weights_behind_a_view_are_the_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["view"] for rank in ranks)
+    assert all(map(torch.equal, first["dense"], second["dense"]))
+    assert all(map(torch.equal, first["view"], second["view"]))
+    assert first["digests"] == second["digests"]
+    assert len(set(first["digests"])) == 4  # chosen at the start, and after steps 2, 4 and 5
+    assert min(first["moved"]) > 0  # what is not computed with is trained, too
 
 
 each_engine_case = pytest.mark.parametrize("case", ENGINE_CASES)
