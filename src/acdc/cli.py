@@ -1,4 +1,4 @@
-"""The command line: list, show, run, report, cost, export, cite, bench.
+"""The command line: list, show, run, compare, report, cost, export, cite, bench.
 
 What a person reads and what a program reads are kept apart: with ``--json`` the last line on
 standard output is one JSON object, and all else is on standard error. Exit codes: 0; 2 for what the
@@ -92,12 +92,12 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
-    command("list", _list, "list the recipes")
+    command("list", _list, "list the recipes, and the grids of 'acdc compare'")
 
     sub = command(
         "show",
         _show,
-        "show what a recipe would do: values, phases, layers, cost",
+        "show what a recipe would do: values, phases, layers, cost; or the cells of a grid",
         "Nothing is trained, and no data is needed.",
     )
     _add_recipe(sub)
@@ -129,6 +129,38 @@ def parser() -> argparse.ArgumentParser:
         "--download", action="store_true", help="fetch the data if it is found nowhere"
     )
     _add_json(sub, "the record of the run")
+
+    sub = command(
+        "compare",
+        _compare,
+        "train a grid of methods, sparsities and seeds, and write the page that compares them",
+        "Stop it at any moment: --resume goes on with the cells that are missing.",
+    )
+    sub.add_argument(
+        "grid",
+        metavar="GRID",
+        help="a grid of 'acdc list', or FILE.py:FUNCTION for one of your own",
+    )
+    sub.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=1,
+        help="cells trained at a time, each in a process with its share of the threads (default: "
+        "1, in this process)",
+    )
+    sub.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with what is there; cells without results are tried again",
+    )
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs"),
+        help="where the grid gets a folder of its own (default: runs)",
+    )
 
     sub = command("report", _report, "write the report page of a run anew")
     _add_run(sub)
@@ -313,12 +345,47 @@ class _Version(argparse.Action):
 
 def _list(_: argparse.Namespace) -> int:
     from acdc import recipes
+    from acdc.recipes import grids
 
-    _print_rows([(name, recipes.get(name).about) for name in recipes.names()], left=2)
+    rows = [(name, recipes.get(name).about) for name in recipes.names()]
+    _print_rows([*rows, *((name, grid().about) for name, grid in grids.GRIDS.items())], left=2)
+    return 0
+
+
+def _show_grid(name: str) -> int:
+    """Say what a grid would train."""
+    from acdc.lab.compare.cells import cells, prepare
+    from acdc.lab.compare.grid import locate
+    from acdc.recipes import grids
+
+    grid = locate(grids.find(name))
+    print(f"{grid.name}: {grid.about}\n")
+    print(f"Task: {grid.task.name}, {grid.task.epochs} epochs dense\n")
+    print("Cells:\n")
+    rows = [("  method", "sparsity", "seed", "budget", "epochs", "run", "")]
+    for cell in cells(grid):
+        what = (f"  {cell.method}", f"{100 * cell.sparsity:g} %", f"{cell.seed}", cell.budget)
+        if cell.budget == "flops":
+            rows.append((*what, "as measured", "", ""))
+            continue
+        try:
+            run = prepare(grid, cell, grid.task.epochs)
+        except InputError as error:
+            rows.append((*what, "", "", f"none: {error}"))
+            continue
+        first = f"after {run.before.label}" if run.before else ""
+        rows.append((*what, f"{run.epochs}", run.label, first))
+    _print_rows(rows, left=1, last_left=True)
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
+    from acdc.recipes import grids
+
+    if ":" in args.recipe or args.recipe in grids.GRIDS:
+        if args.set:
+            raise InputError("--set is for recipes. Change a grid in its function.")
+        return _show_grid(args.recipe)
     recipe, changed = _recipe(args)
     view = _View(recipe)
     print(f"{recipe.name}: {recipe.about}\n")
@@ -406,7 +473,7 @@ class _View:
         self.schedule: Schedule = self.method.resolved
         with torch.device("meta"):
             self.model = recipe.model.build()
-            self.network: Network = measure(self.model, torch.empty(1, *recipe.model.input_shape))
+            self.network: Network = measure(self.model, recipe.model.example(1))
         self.pruned, self.refused = self.method.select(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.prunable = sum(p.numel() for p in self.pruned.values())
@@ -606,6 +673,34 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from acdc.recipes import grids
+
+    where = grids.find(args.grid)
+    with _quiet_libraries():
+        from rich.console import Console
+
+        from acdc import console
+        from acdc.lab.compare.grid import locate
+        from acdc.lab.compare.work import compare
+
+        folder = args.out / locate(where).name
+        with console.GridWatcher(Console(stderr=True)) as watcher:
+            outcomes = compare(
+                where,
+                args.out,
+                jobs=args.jobs,
+                resume=args.resume,
+                command=args.command_line.replace(str(args.out), args.out.name),
+                watch=watcher,
+            )
+    holes = sum(outcome.row is None for outcome in outcomes)
+    if holes:
+        _say(f"{holes} of {len(outcomes)} cells have no results; the page says why.")
+    print(folder / "report.html")
+    return 0
+
+
 def _render(folder: Path) -> Path:
     from acdc.lab.report import render
 
@@ -656,8 +751,6 @@ def _export(args: argparse.Namespace) -> int:
             staging.add(path.name, (place.pair / DENSE).read_bytes())
             staging.commit()
     else:
-        import torch
-
         spec = _model(recipe["values"]["model"])
         model = spec.build()
         pair = None
@@ -668,7 +761,7 @@ def _export(args: argparse.Namespace) -> int:
         else:
             pair = Pair.load(place.pair)
         with _quiet_libraries():
-            to_onnx(model, torch.zeros(1, *spec.input_shape), path, pair, args.twin)
+            to_onnx(model, spec.example(1), path, pair, args.twin)
     print(f"{path} ({path.stat().st_size:,} bytes)")
     return 0
 

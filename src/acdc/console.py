@@ -1,10 +1,10 @@
-"""What ``acdc run`` shows: a line that moves while it trains, and a table at the end."""
+"""What ``acdc run`` and ``acdc compare`` show: a line that moves, and what came out at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from acdc.errors import need
 
@@ -14,6 +14,9 @@ try:
     from rich.table import Table
 except ImportError as missing:
     raise need("rich", "lab") from missing
+
+if TYPE_CHECKING:
+    from acdc.lab.compare.work import Progress as Progressed
 
 # As in the report: blue is dense, orange is sparse.
 COLOURS = {"dense": "bright_blue", "sparse": "orange3"}
@@ -120,6 +123,84 @@ class Watcher:
                 f"loss {self._mean.take():.4f}  test accuracy {event['accuracy']:6.2f} %  "
                 f"{self._pace} steps/s"
             )
+
+
+class GridWatcher:
+    """Shows a comparison while it runs: a bar on a terminal, and a line for each settled cell.
+
+    A context manager; the bar is gone when it is left.
+
+    Args:
+        console: Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.completed:.0f} of {task.total:.0f} cells"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[running]}"),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task("", total=1, running="", left="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, progress: Progressed) -> None:
+        """Take in how far the comparison is."""
+        left = progress.seconds_left
+        running = (f"{cell} {100 * share:.0f} %" for cell, share in progress.running)
+        self._progress.update(
+            self._task,
+            completed=progress.done,
+            total=progress.cells,
+            running="; ".join(running),
+            left="" if left is None else f"{duration(left)} left",
+        )
+        if progress.news is not None:
+            self._say(progress, left)
+
+    def _say(self, progress: Progressed, left: float | None) -> None:
+        news = progress.news
+        assert news is not None
+        if news.row is None:
+            what = f"no result: {news.reason}"
+        else:
+            twins = (("sparse", news.row["sparse_quality"]), ("dense", news.row["dense_quality"]))
+            what = ", ".join(f"{twin} {value:.3f}" for twin, value in twins if value is not None)
+        rest = "" if left is None or progress.done == progress.cells else f"  {duration(left)} left"
+        width = len(str(progress.cells))
+        self.console.print(
+            f"{progress.done:>{width}}/{progress.cells}  {news.cell}: {what}{rest}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def duration(seconds: float) -> str:
+    """Write a time to wait.
+
+    >>> duration(42), duration(130), duration(9000)
+    ('42 s', '2 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Pace:

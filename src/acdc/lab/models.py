@@ -34,17 +34,21 @@ class Model(ABC):
 
     @property
     @abstractmethod
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image."""
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: channels, height and width of an image."""
 
     @abstractmethod
     def build(self) -> nn.Module:
         """Return the network in training mode, with fresh weights, on torch's default device."""
 
+    def example(self, samples: int) -> Tensor:
+        """Return a batch of zeros as the network takes it, on torch's default device."""
+        return torch.zeros(samples, *self.input_shape)
+
     def network(self) -> Network:
         """Return the layers and the cost of the network, without making its weights."""
         with torch.device("meta"):
-            return measure(self.build(), torch.empty(1, *self.input_shape))
+            return measure(self.build(), self.example(1))
 
 
 def _whole(spec: Model, **fields: int) -> None:

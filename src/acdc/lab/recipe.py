@@ -62,6 +62,8 @@ class Recipe:
             Two runs with ``"auto"`` may choose differently, and then differ in the last bits; a
             resumed run goes on with what it had chosen, and stays bitwise the same.
         seed: Of weights, data order, augmentation and dropout.
+        start: A finished run, by the name of its folder beside this run's, whose dense network
+            this run starts from; ``None``: fresh weights.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Recipe:
     threads: int | None = None
     engine: Computed = "auto"
     seed: int = 0
+    start: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "eval_batch_size", "checkpoint_steps", "devices"):

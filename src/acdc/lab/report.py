@@ -7,49 +7,44 @@ page of a run that stopped before its end shows what there is and says so.
 Every figure is drawn twice, wide and narrow, and the page shows the one that fits the screen: a
 drawing scaled down to a telephone has labels that nobody can read.
 
-The only module that imports the plotting library and the template engine.
+How drawings and pages are made is in ``figure.py``.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import re
 import shlex
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from datetime import datetime
-from importlib.resources import files
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from acdc.errors import need
 from acdc.lab import tables
+from acdc.lab.figure import (
+    DENSE,
+    FAINT,
+    GREY,
+    INK,
+    SHADE,
+    SPARSE,
+    Form,
+    Plate,
+    entry,
+    environment,
+    legend,
+    plate,
+    publish,
+)
 from acdc.lab.history import Array, Run, read
 from acdc.lab.tables import percent, plural, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-Form = Literal["wide", "narrow"]
-
-# One colour per twin, in figures and tables alike. Blue and vermilion stay apart under every common
-# form of colour blindness, and both are dark enough to be read as text on white.
-DENSE = "#0067a5"
-SPARSE = "#c04a00"
-SHADE = "#fbeee5"
-INK = "#1c1c1c"
-GREY = "#6f6f6f"
-FAINT = "#d2d2d2"
-
-WIDTH: dict[Form, float] = {"wide": 7.1, "narrow": 3.7}  # inches
 POINTS = 1500  # a line in a figure has at most so many
 
 
@@ -69,119 +64,10 @@ def render(run: Path) -> Path:
     """
     run = Path(run)
     text = page(read(run))
-    handle, partial = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=run)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(partial, run / "report.html")
-    except BaseException:
-        os.unlink(partial)
-        raise
-    return run / "report.html"
+    return publish(run / "report.html", text)
 
 
 # --- Figures -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plate:
-    """A numbered figure with its caption, or the sentence that says why there is none."""
-
-    id: str
-    heading: str
-    caption: str = ""
-    drawings: Mapping[Form, str] = field(default_factory=dict)
-    absent: str = ""
-
-
-Draw = Callable[["Figure", Form], None]
-
-# Text stays text (selectable, searchable, in the page's own typeface), so no font is embedded. The
-# salt makes the ids, and with them the file, the same every time.
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "acdc",
-    "font.size": 8.5,
-    "axes.labelsize": 8.5,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GREY,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "xtick.minor.size": 1.8,
-    "ytick.minor.size": 1.8,
-    "lines.linewidth": 1.3,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "figure.constrained_layout.h_pad": 0.04,
-    "figure.constrained_layout.hspace": 0.05,
-    "figure.constrained_layout.w_pad": 0.03,
-}
-
-
-def _svg(draw: Draw, form: Form, height: float, prefix: str) -> str:
-    """Draw and return the SVG element, its ids made unique in the page by ``prefix``."""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise need("matplotlib", "lab") from error
-
-    # The user's own settings of matplotlib must neither change the page nor be changed by it.
-    settings: Any = {k: v for k, v in matplotlib.rcParamsDefault.items() if "backend" not in k}
-    with matplotlib.rc_context(settings | STYLE):
-        figure = Figure(figsize=(WIDTH[form], height), layout="constrained")
-        canvas: Any = FigureCanvasSVG(figure)
-        draw(figure, form)
-        buffer = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        canvas.print_svg(buffer, metadata=nothing)
-    return _embed(buffer.getvalue(), prefix)
-
-
-def _embed(svg: str, prefix: str) -> str:
-    """Turn a file of SVG into an element of a page that holds several of them."""
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.S)  # would style the whole page
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
-    svg = re.sub(
-        r"<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>",
-        r'<svg viewBox="\1" role="img" aria-labelledby="' + prefix.split("-")[0] + '-caption">',
-        svg,
-        count=1,
-    )
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
-    svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
-    # The size of the text is ours, its typeface the page's. matplotlib before 3.11 writes both as
-    # one "font:".
-    svg = re.sub(r"font: (?:[a-z0-9]+ )*?([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    # A hundredth of a point is finer than any printer; matplotlib's six digits double the file.
-    digits = re.compile(r"(\.\d\d)\d+")
-    return re.sub(r' d="[^"]*"', lambda path: digits.sub(r"\1", path[0]), svg)
-
-
-def _plate(
-    name: str, heading: str, caption: str, draw: Draw, height: Mapping[Form, float]
-) -> Plate:
-    forms: tuple[Form, ...] = ("wide", "narrow")
-    drawings = {form: _svg(draw, form, height[form], f"{name}-{form}") for form in forms}
-    return Plate(name, heading, caption, drawings)
 
 
 def decimate(x: Array, y: Array, limit: int = POINTS) -> tuple[Array, Array]:
@@ -229,39 +115,19 @@ def _time_axis(axes: Axes, run: Run, form: Form, label: bool = True) -> None:
         axes.set_xlabel("training, epochs")
 
 
-def _legend(axes: Axes, handles: Sequence[Any], form: Form) -> None:
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=len(handles) if form == "wide" else 2,
-        borderaxespad=0.1,
-        borderpad=0.2,
-        handlelength=1.6,
-        columnspacing=1.6,
-        labelspacing=0.35,
-    )
-
-
-def _key(color: str, label: str, **style: Any) -> Line2D:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=color, label=label, **style)
-
-
 def _keys(run: Run, twins: bool) -> list[Any]:
     """The legend's entries: only what the figure shows."""
     assert run.schedule is not None
     sparse = any(phase.kind == "sparse" for phase in run.schedule.phases)
-    keys: list[Any] = [_key(DENSE, "dense phase" if sparse else "dense network")]
+    keys: list[Any] = [entry(DENSE, "dense phase" if sparse else "dense network")]
     if sparse:
-        keys += [_key(SPARSE, "sparse phase")]
+        keys += [entry(SPARSE, "sparse phase")]
     if run.branch_evals or len(run.branch):
-        keys += [_key(DENSE, "dense twin, fine-tuned", linestyle=(0, (3, 1.6)))]
+        keys += [entry(DENSE, "dense twin, fine-tuned", linestyle=(0, (3, 1.6)))]
     if twins:
         ring = {"linestyle": "", "marker": "o", "markerfacecolor": "white", "markersize": 5.5}
         label = "twins of table 1" if sparse else "network of table 1"
-        keys += [_key(INK if sparse else DENSE, label, **ring)]
+        keys += [entry(INK if sparse else DENSE, label, **ring)]
     return keys
 
 
@@ -328,7 +194,7 @@ def _accuracy(run: Run) -> Plate:
         top.set_ylabel("test accuracy, %")
         span = max(float(np.nanmax(np.append(y, tail_y))) - low, 1e-3)
         top.set_ylim(low, min(low + 1.07 * span, 100 + 0.02 * span))
-        _legend(top, _keys(run, bool(rings)), form)
+        legend(top, _keys(run, bool(rings)), form)
         _time_axis(top, run, form, label=not sparsity)
         if sparsity:
             bottom = panels[1]
@@ -365,7 +231,7 @@ def _accuracy(run: Run) -> Plate:
     height: dict[Form, float] = (
         {"wide": 3.7, "narrow": 3.6} if sparsity else {"wide": 2.8, "narrow": 2.8}
     )
-    return _plate(name, heading, caption, draw, height)
+    return plate(name, heading, caption, draw, height)
 
 
 def _floor(y: Array) -> tuple[float, int]:
@@ -444,7 +310,7 @@ def _loss(run: Run) -> Plate:
             top.set_ylim(low / 1.7, max(high, top_of_raw) * 1.15)
         else:
             top.set_ylim(min(0.0, low), max(high, top_of_raw) * 1.05)
-        _legend(top, [*_keys(run, twins=False), _key(FAINT, "single steps")], form)
+        legend(top, [*_keys(run, twins=False), entry(FAINT, "single steps")], form)
         _time_axis(top, run, form, label=False)
         bottom.plot(*rate, color=INK, linewidth=1.1, zorder=3)
         bottom.set_ylabel("learning rate")
@@ -465,7 +331,7 @@ def _loss(run: Run) -> Plate:
         caption += " Dashed: fine-tuning of the dense twin."
     if lost := int(np.isnan(run.steps.loss).sum()):
         caption += f" The loss of {plural(lost, 'step')} is not finite and is not drawn."
-    return _plate(name, heading, caption, draw, {"wide": 3.7, "narrow": 3.6})
+    return plate(name, heading, caption, draw, {"wide": 3.7, "narrow": 3.6})
 
 
 def _plain_log(axes: Axes, between: bool = True) -> None:
@@ -521,7 +387,7 @@ def _churn(run: Run) -> Plate:
             f" Two independent random supports of the last density ({percent(density)}) would "
             f"differ in {percent(2 * density * (1 - density), 1)} of the weights."
         )
-    return _plate(name, heading, caption, draw, {"wide": 2.4, "narrow": 2.7})
+    return plate(name, heading, caption, draw, {"wide": 2.4, "narrow": 2.7})
 
 
 def _density(run: Run) -> Plate:
@@ -580,7 +446,7 @@ def _density(run: Run) -> Plate:
     if empty := int((values == 0).sum()):
         caption += f" {plural(empty, 'layer')} without any weight drawn at the left edge."
     height = 0.55 + 0.168 * len(layers)
-    return _plate(name, heading, caption, draw, {"wide": height, "narrow": height})
+    return plate(name, heading, caption, draw, {"wide": height, "narrow": height})
 
 
 # --- The page ------------------------------------------------------------------------------------
@@ -592,15 +458,7 @@ def page(run: Run) -> str:
     Raises:
         MissingDependency: matplotlib or jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise need("jinja2", "lab") from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = files("acdc.lab").joinpath("templates", "report.html.jinja")
-    template = environment.from_string(source.read_text(encoding="utf-8"))
+    template = environment().get_template("report.html.jinja")
     return template.render(
         run=run,
         details=run.details,

@@ -34,7 +34,7 @@ from acdc.lab.batchnorm import reestimate
 from acdc.lab.data import Data
 from acdc.lab.recipe import Recipe, encode
 from acdc.lab.record import Event, Folder, Metrics, machine, peak_memory, times, versions
-from acdc.pair import Pair, Staging, sizes
+from acdc.pair import DENSE, Pair, Staging, sizes
 from acdc.sparsifier import Sparsifier
 
 try:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from acdc.lab.engine import RunEngine
 
 FORMAT = 1  # of checkpoints
-WITHOUT_ENGINE = {"engine": "off"}  # what a recipe meant before it could say
+BEFORE = {"engine": "off", "start": None}  # what a recipe meant before it could say
 Leg = Literal["main", "finetune"]
 Watch = Callable[[Event], None]
 
@@ -101,7 +101,7 @@ def run(
     threads = torch.get_num_threads()
     try:
         # The generator is the process's own: what the run draws from it is put back.
-        with torch.random.fork_rng(enabled=True), _stop_signals() as stop:
+        with torch.random.fork_rng(enabled=True), stop_signals() as stop:
             if recipe.threads is not None:
                 torch.set_num_threads(recipe.threads)
             data = recipe.data.load(root, download)
@@ -138,6 +138,8 @@ class _Run:
 
         torch.manual_seed(recipe.seed)
         self.net = recipe.model.build()
+        if recipe.start is not None:
+            _start_from(place.path.parent / recipe.start, self.net)
         if recipe.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = recipe.method.resolve(self.per_epoch)
@@ -153,9 +155,7 @@ class _Run:
         self.optimizer.register_step_post_hook(self._after_step)
         self.engine, self.engine_start = self._engine()
         self.sparsifier = Sparsifier(self.method, self.net, self.optimizer, engine=self.engine)
-        self.network = cost.measure(
-            self.net, torch.zeros(1, *recipe.model.input_shape, device=fabric.device)
-        )
+        self.network = cost.measure(self.net, recipe.model.example(1).to(fabric.device))
 
         self.leg: Leg = "main"
         self.step = 0  # executed optimizer steps of this leg, on the clock of the main leg
@@ -176,8 +176,8 @@ class _Run:
 
         if reason := why_off(self.fabric.device, recipe.precision):
             return None, {"kind": "off", "reason": reason}
-        shape = (self.local_batch // recipe.accumulate, *recipe.model.input_shape)
-        engine = RunEngine(self.net, self._placed(torch.zeros(shape)), recipe.engine)
+        example = recipe.model.example(self.local_batch // recipe.accumulate)
+        engine = RunEngine(self.net, self._placed(example), recipe.engine)
         return engine, engine.start()
 
     def _after_step(self, *_: Any) -> None:
@@ -388,7 +388,7 @@ class _Run:
             outputs = self.model(self._placed(x)).float()
             right += int((outputs.argmax(1) == y).sum())
             loss += float(nn.functional.cross_entropy(outputs, y, reduction="sum"))
-            seen += len(y)
+            seen += y.numel()
         return 100 * right / seen, loss / seen
 
     def _eval_event(self, phase: str) -> Event:
@@ -490,7 +490,7 @@ class _Run:
                 f"The checkpoint {path} has format {state.get('format')!r}, and this version of "
                 f"acdc reads format {FORMAT}."
             )
-        if (old := WITHOUT_ENGINE | state["recipe"]) != encode(self.recipe):
+        if (old := BEFORE | state["recipe"]) != encode(self.recipe):
             raise InputError(
                 f"The checkpoint {path} is of another recipe: "
                 f"{_first_difference(old, encode(self.recipe))}. Resume with the same "
@@ -554,33 +554,33 @@ class _Run:
         self.fabric.barrier()
         pair = Pair.load(folder)
         pair.dense_model(self.net)
-        dense, _ = self._evaluate()
+        dense, dense_loss = self._evaluate()
         pair.sparse_model(self.net)
-        sparse, _ = self._evaluate()
+        sparse, sparse_loss = self._evaluate()
         size = sizes(folder)
         return {
             "sparse": {
                 "accuracy": sparse,
+                "loss": sparse_loss,
                 "sparsity": pair.support.sparsity,
                 "nnz": pair.support.nnz,
                 "bytes": size["sparse"],
             },
-            "dense": {"accuracy": dense, "bytes": size["dense"]},
+            "dense": {"accuracy": dense, "loss": dense_loss, "bytes": size["dense"]},
         }
 
     def _final_dense(self) -> dict[str, Any]:
         from safetensors.torch import save
 
-        name = "dense.safetensors"
         state = {key: value.contiguous() for key, value in _on_cpu(self.net.state_dict()).items()}
         if self.fabric.is_global_zero:
             with Staging(self.place.pair, "the trained network") as staging:
-                staging.add(name, save(state))
+                staging.add(DENSE, save(state))
                 staging.commit()
         self.fabric.barrier()
-        accuracy, _ = self._evaluate()
-        size = (self.place.pair / name).stat().st_size
-        return {"sparse": None, "dense": {"accuracy": accuracy, "bytes": size}}
+        accuracy, loss = self._evaluate()
+        size = (self.place.pair / DENSE).stat().st_size
+        return {"sparse": None, "dense": {"accuracy": accuracy, "loss": loss, "bytes": size}}
 
     def _reestimate(self) -> None:
         if self.recipe.bn_batches:
@@ -705,12 +705,48 @@ def _check_free(place: Folder, recipe: Recipe, resume: bool) -> None:
         raise InputError(
             f"There is no run to resume in {place.path}. Leave --resume out to start it."
         )
-    old, new = WITHOUT_ENGINE | place.read(place.recipe)["values"], encode(recipe)
+    check_same(place, recipe)
+
+
+def check_same(place: Folder, recipe: Recipe) -> None:
+    """See that the folder's run, if it holds one, is of this very recipe.
+
+    Raises:
+        InputError: It is of another one.
+    """
+    if not place.recipe.exists():
+        return
+    old, new = BEFORE | place.read(place.recipe)["values"], encode(recipe)
     if old != new:
         raise InputError(
             f"The run in {place.path} has another recipe: {_first_difference(old, new)}. Resume "
             f"with the same --set values, or start a new run in another folder."
         )
+
+
+def _start_from(folder: Path, net: nn.Module) -> None:
+    """Load the dense network of a finished run.
+
+    Raises:
+        InputError: There is none, or it is of another model.
+    """
+    from safetensors.torch import load_file
+
+    place = Folder(folder)
+    place.read(place.record)
+    path = place.pair / DENSE
+    if not path.exists():
+        raise InputError(
+            f"start is {folder.name!r}, and that run left no dense network. Name a run of a method "
+            f"that leaves one, such as dense."
+        )
+    try:
+        net.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise InputError(
+            f"start is {folder.name!r}, and that run trained another network ({error}). Name a run "
+            f"with the same model."
+        ) from error
 
 
 def _kept(place: Folder) -> str:
@@ -734,7 +770,7 @@ def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Yield a list that holds the signal, once one asks the process to stop."""
     caught: list[int] = []
 

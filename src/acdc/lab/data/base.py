@@ -248,6 +248,7 @@ class Source(ABC):
     channels: ClassVar[int]
     size: ClassVar[int]
     published: ClassVar[tuple[int, int]]
+    quality: ClassVar[Literal["accuracy", "bits"]] = "accuracy"  # what a network is judged by
 
     def __post_init__(self) -> None:
         for split, asked, there in zip(

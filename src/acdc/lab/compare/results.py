@@ -1,0 +1,157 @@
+"""What came out of a grid: a row for every cell that has finished, a hole for every other one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from acdc.lab.compare.cells import Cell, Prepared
+from acdc.lab.compare.grid import Grid, Task
+from acdc.pair import Staging
+
+Json = dict[str, Any]
+Quality = Literal["accuracy", "bits"]
+
+NOT_YET = "Not trained yet."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Args:
+        cell: The cell.
+        row: Its results; ``None`` for a hole.
+        reason: Why there are none.
+        run: Its run, as far as it is known.
+        record: The record of its run.
+    """
+
+    cell: Cell
+    row: Json | None = None
+    reason: str = ""
+    run: Prepared | None = None
+    record: Json | None = None
+
+
+def row(task: Task, run: Prepared, record: Json, before: Json | None) -> Json:
+    """Return the results of a finished cell.
+
+    Training FLOPs are those of the sparse network, what was trained beforehand included, as a share
+    of the task's dense run of ``task.epochs`` epochs. Seconds are the measured steps and the
+    building of the engine, without evaluation and without the fine-tuning of a dense twin; what was
+    trained beforehand is included, too.
+
+    Args:
+        task: What was trained.
+        run: The run.
+        record: Its record.
+        before: The record of the run that it started from.
+    """
+    cell, parts = run.cell, [record] if before is None else [before, record]
+    return {
+        "method": cell.method,
+        "sparsity": cell.sparsity,
+        "seed": cell.seed,
+        "sparse_quality": _quality(task, record["sparse"]),
+        "dense_quality": _quality(task, record["dense"]),
+        "train_flops_ratio": sum(map(_spent, parts)) / _dense_run(task, record),
+        "inference_flops_ratio": record["inference_flops_ratio"],
+        "seconds": round(sum(map(_seconds, parts)), 3),
+        "budget": cell.budget,
+        "epochs": run.epochs,
+        "sparsity_reached": record["sparse"]["sparsity"] if record["sparse"] else 0.0,
+        "beforehand": run.before.label if run.before else None,
+        "cell": run.label,
+    }
+
+
+def flops_ratio(record: Json, before: Json | None, epochs: int) -> float:
+    """Return the training FLOPs of a cell over those of dense training for as many epochs."""
+    spent = _spent(record) + (_spent(before) if before else 0)
+    return spent / (epochs * _dense_epoch(record))
+
+
+def _quality(task: Task, twin: Json | None) -> float | None:
+    """Return test accuracy in percent, or minus the bits per character of the test text."""
+    if twin is None:
+        return None
+    if quality(task) == "bits":
+        return -float(twin["loss"]) / math.log(2)
+    return float(twin["accuracy"])
+
+
+def quality(task: Task) -> Quality:
+    """Return what the quality of a network of this task is."""
+    return task.recipe.data.quality
+
+
+def _spent(record: Json) -> int:
+    return int(record["details"]["train_flops"])
+
+
+def _dense_epoch(record: Json) -> float:
+    details = record["details"]
+    return int(details["train_flops_dense"]) / int(details["epochs"])
+
+
+def _dense_run(task: Task, record: Json) -> float:
+    return task.epochs * _dense_epoch(record)
+
+
+def _seconds(record: Json) -> float:
+    time = record["details"]["time"]
+    return float(time["dense"] + time["sparse"] + time["engine"])
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def write(folder: Path, outcomes: Iterable[Outcome]) -> None:
+    """Write ``results.jsonl`` and ``holes.jsonl``, each as a whole or not at all.
+
+    Raises:
+        InputError: The disk is full, or the folder cannot be written.
+    """
+    outcomes = list(outcomes)
+    rows = [o.row for o in outcomes if o.row is not None and o.cell.budget != "beforehand"]
+    holes = [hole(o) for o in outcomes if o.row is None]
+    with Staging(folder, "the results") as staging:
+        staging.add("results.jsonl", _lines(rows))
+        staging.add("holes.jsonl", _lines(holes))
+        staging.commit()
+
+
+def hole(outcome: Outcome) -> Json:
+    """Return what is said of a cell that has no results."""
+    cell = outcome.cell
+    return {
+        "method": cell.method,
+        "sparsity": cell.sparsity,
+        "seed": cell.seed,
+        "budget": cell.budget,
+        "reason": outcome.reason,
+        "cell": outcome.run.label if outcome.run else None,
+    }
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def needs(grid: Grid, outcomes: Iterable[Outcome]) -> dict[str, Json]:
+    """Return, of each method that starts from a dense network, its epochs and their cost.
+
+    The cost is a share of the task's dense training FLOPs, exact for whole epochs.
+    """
+    found: dict[str, Json] = {}
+    for outcome in outcomes:
+        run = outcome.run
+        if run is not None and run.before is not None and run.cell.budget == "epochs":
+            epochs = run.before.epochs
+            found[run.cell.method] = {"epochs": epochs, "ratio": epochs / grid.task.epochs}
+    return found

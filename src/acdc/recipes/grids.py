@@ -1,0 +1,175 @@
+"""Grids of ``acdc compare``: one task each, all methods on it.
+
+``METHODS`` has a line for each method. A line says how the method trains a cell: its plan for a
+number of epochs, and what it needs beforehand. All plans are shares of the run, so that a run of
+equal training FLOPs is the same run, stretched.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from acdc.errors import InputError
+from acdc.lab.compare.grid import Candidate, Grid, GridMethod, Task, address
+from acdc.lab.data import Augment, Cifar10, Digits, FashionMNIST
+from acdc.lab.models import CifarResNet, SmallResNet
+from acdc.lab.optim import SGD, Cosine
+from acdc.lab.recipe import Recipe
+from acdc.methods.acdc import ACDC
+from acdc.methods.dense import Dense
+from acdc.pattern import NM, Pattern, Unstructured
+from acdc.schedule import Alternate, Constant, alternate
+
+# --- how the methods train ----------------------------------------------------------------------
+
+
+def _dense(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    return Candidate(Dense(Constant(epochs)))
+
+
+def _acdc(pattern: Callable[[float], Pattern]) -> Callable[[Task, float, int, int], Candidate]:
+    def build(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+        return Candidate(
+            ACDC(pattern(sparsity), alternation(epochs)), changes={"dense_finetune": True}
+        )
+
+    return build
+
+
+def alternation(epochs: int) -> Alternate:
+    """Return AC/DC's phases: tenths of the run, the last sparse one three of them.
+
+    A warm-up, three sparse phases with a dense one between two, the last dense and the last sparse
+    phase: four tenths are dense. The published runs spend a half to a third of their epochs so.
+    """
+    return alternate(
+        epochs=epochs, warmup="10%", sparse="10%", dense="10%", last_dense="10%", last_sparse="30%"
+    )
+
+
+METHODS: tuple[GridMethod, ...] = (
+    GridMethod("dense", "Dense", _dense, sparsities=(0.0,)),
+    GridMethod("acdc", "AC/DC", _acdc(Unstructured)),
+    GridMethod("acdc_nm24", "AC/DC, 2:4", _acdc(lambda _: NM(2, 4)), sparsities=(0.5,)),
+)
+
+
+def methods(*names: str) -> tuple[GridMethod, ...]:
+    """Return these methods; none named: all.
+
+    Raises:
+        InputError: There is no such method.
+    """
+    known = {method.name: method for method in METHODS}
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(
+            f"There is no method {unknown[0]!r} for grids. There are: {', '.join(known)}."
+        )
+    return tuple(known[name] for name in names or known)
+
+
+# --- the grids ----------------------------------------------------------------------------------
+
+
+def compare_digits() -> Grid:
+    """Every method on scikit-learn's digits: a minute or two, to see what a comparison is."""
+    return Grid(
+        name="compare_digits",
+        about="compares all methods on scikit-learn's digits at 80 and 90 %: the demo",
+        task=Task(
+            "scikit-learn's digits, small ResNet",
+            Recipe(
+                name="digits",
+                about="",
+                model=SmallResNet(width=16),
+                data=Digits(augment=Augment(padding=1)),
+                method=Dense(Constant(20)),
+                optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=5e-4),
+                lr=Cosine(every="step"),
+                batch_size=64,
+            ),
+        ),
+        methods=methods(),
+        sparsities=(0.8, 0.9),
+        seeds=(0, 1),
+        budgets=("epochs", "flops"),
+    )
+
+
+def compare_fashion_mnist() -> Grid:
+    """Fashion-MNIST with the small ResNet of the recipe ``fashion_mnist``, 10 epochs."""
+    return Grid(
+        name="compare_fashion_mnist",
+        about="compares all methods on Fashion-MNIST with a small ResNet at 90, 95 and 98 %",
+        task=Task(
+            "Fashion-MNIST, small ResNet",
+            Recipe(
+                name="fashion_mnist",
+                about="",
+                model=SmallResNet(width=32, stem_stride=2, stem_pool=2, size=28),
+                data=FashionMNIST(augment=Augment(flip=True)),
+                method=Dense(Constant(10)),
+                optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=5e-4),
+                lr=Cosine(every="step"),
+                batch_size=128,
+                checkpoint_steps=469,
+            ),
+        ),
+        methods=methods(),
+        sparsities=(0.9, 0.95, 0.98),
+        seeds=(0, 1, 2),
+        budgets=("epochs", "flops"),
+    )
+
+
+def compare_cifar10() -> Grid:
+    """CIFAR-10 with ResNet-20, 15 epochs. The data says so if it is not the published one."""
+    return Grid(
+        name="compare_cifar10",
+        about="compares all methods on CIFAR-10 with ResNet-20 at 95 %",
+        task=Task(
+            "CIFAR-10, ResNet-20",
+            Recipe(
+                name="cifar10",
+                about="",
+                model=CifarResNet(depth=20),
+                data=Cifar10(),
+                method=Dense(Constant(15)),
+                optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=5e-4),
+                lr=Cosine(every="step"),
+                batch_size=128,
+                checkpoint_steps=391,
+            ),
+        ),
+        methods=methods(),
+        sparsities=(0.95,),
+    )
+
+
+GRIDS: dict[str, Callable[[], Grid]] = {
+    function.__name__: function
+    for function in (compare_digits, compare_fashion_mnist, compare_cifar10)
+}
+
+
+def names() -> list[str]:
+    """Return the names of all grids."""
+    return list(GRIDS)
+
+
+def find(name: str) -> str:
+    """Return where the function of a grid is, for a name of ``acdc list`` or ``FILE.py:FUNCTION``.
+
+    Raises:
+        InputError: There is no such grid.
+    """
+    if ":" in name:
+        return name
+    if name not in GRIDS:
+        near = difflib.get_close_matches(name, GRIDS, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(GRIDS)}."
+        raise InputError(
+            f"There is no grid {name!r}. {hint} For one of your own write FILE.py:FUNCTION."
+        )
+    return address(GRIDS[name])
