@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -247,7 +248,7 @@ def engine(state: Mapping[str, Any]) -> str:
 
 
 def outcome(record: Mapping[str, Any]) -> Table:
-    """Return the table at the end of a run: its twins side by side, or its dense network."""
+    """Return the table at the end of a run: its twins side by side, or the one it made."""
     sparse, dense, details = record["sparse"], record["dense"], record["details"]
     prunable = details["prunable"]
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
@@ -262,10 +263,14 @@ def outcome(record: Mapping[str, Any]) -> Table:
         for row in rows:
             table.add_row(*row)
         return table
+    twin = dense is not None
+    dense = dense or {"accuracy": math.nan, "bytes": 0}  # its column is not shown
     tuned = details["finetune_flops"] / details["train_flops_dense"]
     spent = details.get("time") or {}
-    table.add_column("sparse twin", justify="right", style=COLOURS["sparse"])
-    table.add_column("dense twin", justify="right", style=COLOURS["dense"])
+    name = "sparse twin" if twin else "sparse network"
+    table.add_column(name, justify="right", style=COLOURS["sparse"])
+    if twin:
+        table.add_column("dense twin", justify="right", style=COLOURS["dense"])
     for label, left, right in (
         ("test accuracy", percent(sparse["accuracy"]), percent(dense["accuracy"])),
         ("sparsity asked", percent(100 * details["sparsity_asked"]), ""),
@@ -288,7 +293,7 @@ def outcome(record: Mapping[str, Any]) -> Table:
         ),
         ("bytes on disk", f"{sparse['bytes']:,}", f"{dense['bytes']:,}"),
     ):
-        table.add_row(label, left, right)
+        table.add_row(label, left, *([right] if twin else []))
     return table
 
 

@@ -160,6 +160,35 @@ class Network:
             for phase, flops in zip(schedule.phases, per_sample, strict=True)
         )
 
+    def flops_over(
+        self,
+        schedule: Schedule,
+        supports: Sequence[tuple[int, Kept | None]],
+        samples_per_step: int,
+        samples_per_epoch: int | None = None,
+        step: Callable[[int, int], Fraction | int] = lambda sparse, dense: 3 * sparse,
+    ) -> int:
+        """Return the FLOPs of a training run whose support changes at any step.
+
+        Args:
+            schedule: The phases; only their steps and epochs count here.
+            supports: ``(step, kept weights)`` of every change, ``None`` for dense, in order. Before
+                the first one the network is dense.
+            samples_per_step: As in :meth:`training_flops`.
+            samples_per_epoch: Likewise.
+            step: FLOPs of a training step on one sample, from those of a forward pass with the
+                weights that are kept then, and of a dense one.
+        """
+        seen = _samples_seen(schedule, samples_per_step, samples_per_epoch)
+        marks: list[tuple[int, Kept | None]] = [(0, None), *supports]
+        ends = [start for start, _ in supports] + [schedule.total]
+        dense = self.flops()
+        spent = Fraction(0)
+        for (start, kept), stop in zip(marks, ends, strict=True):
+            flops = 3 * dense if kept is None else step(self.flops(kept), dense)
+            spent += flops * (seen(stop) - seen(start))
+        return round(spent)
+
     def training_ratio(self, schedule: Schedule, counts: Kept | Sequence[Kept | None]) -> float:
         """Return the training FLOPs as a share of a dense run of the same number of steps.
 

@@ -245,6 +245,45 @@ class Pair:
         return pair
 
 
+def save_sparse(
+    folder: str | os.PathLike[str], state: Mapping[str, Tensor], support: Support
+) -> Path:
+    """Write a sparse network that has no dense twin: ``sparse.safetensors`` alone, no index.
+
+    Args:
+        folder: Where, made if needed.
+        state: Its state dict. Every weight that the support prunes is +0.0, bit for bit.
+        support: Which weights are kept.
+
+    Raises:
+        InputError: The state does not belong to the support, the disk is full, or the folder
+            cannot be written.
+    """
+    for name, mask in support.items():
+        _check_pruned(name, mask, state)
+    with Staging(Path(folder), "the sparse network") as staging:
+        staging.add(SPARSE, serialize(*_encode(state, support)))
+        staging.commit()
+    return Path(folder)
+
+
+def load_sparse(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Support]:
+    """Read the state dict and the support that :func:`save_sparse` wrote, onto the CPU.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    path = Path(folder) / SPARSE
+    if not path.is_file():
+        raise _missing(path)
+    data = path.read_bytes()
+    try:
+        state, masks = _decode(_deserialize(data), _read_metadata(data))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}). Train the network again.") from error
+    return state, Support(masks)
+
+
 def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
     """Return the bytes on disk of the two twins: ``{"sparse": ..., "dense": ...}``."""
     paths = {"sparse": Path(folder) / SPARSE, "dense": Path(folder) / DENSE}

@@ -7,13 +7,15 @@ A network is asked for by a frozen *specification*, which is what a recipe holds
 >>> sum(p.numel() for p in net.parameters())
 272474
 
-Shapes: every network takes float images ``[N, C, H, W]`` and returns logits ``[N, classes]``.
+Shapes: every network takes float images ``[N, C, H, W]`` and returns logits ``[N, classes]``, but
+for the transformer, which takes and returns sequences.
 ResNets carry torchvision's layer names (``conv1``, ``layer1.0.conv1``, ``layer2.0.downsample.0``,
 ``fc``); what has no torchvision counterpart keeps to the same words.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -467,3 +469,100 @@ class MobileNetV1(Model):
         blocks = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)]  # width, stride
         blocks += [(512, 1)] * 5 + [(1024, 2), (1024, 1)]
         return _MobileNetV1(blocks, self.classes)
+
+
+# --- a transformer ------------------------------------------------------------------------------
+
+
+class _TransformerBlock(nn.Module):
+    """Attention and a four times wider MLP, each behind a LayerNorm (Radford et al., 2019)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.ln1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
+        return cast(Tensor, x + self.dropout(self.down(F.gelu(self.up(self.ln2(x))))))
+
+
+class _Transformer(nn.Module):
+    def __init__(
+        self, vocabulary: int, context: int, width: int, depth: int, heads: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.zeros(context, width))
+        self.blocks = nn.Sequential(
+            *(_TransformerBlock(width, heads, dropout) for _ in range(depth))
+        )
+        self.ln = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:  # what is added to the stream grows with the depth
+            for layer in (block.proj, block.down):
+                nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02 / math.sqrt(2 * depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.blocks(self.tokens(x) + self.places[: x.shape[1]])
+        return cast(Tensor, self.head(self.ln(hidden))).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class SmallGPT(Model):
+    """A small transformer over characters, in the style of GPT-2.
+
+    It takes int64 ``[N, T]`` with ``T <= context`` and returns logits ``[N, vocabulary, T]``: the
+    classes come second, as in PyTorch's losses. Weights start as in GPT-2.
+
+    Args:
+        width: Features of a character.
+        depth: Blocks.
+        heads: Heads of the attention; they share the width.
+        context: Characters that it sees.
+        vocabulary: Different characters.
+        dropout: Probability of zero in what a block adds, while training.
+    """
+
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    context: int = 128
+    vocabulary: int = 65
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _whole(self, width=self.width, depth=self.depth, heads=self.heads)
+        _whole(self, context=self.context, vocabulary=self.vocabulary)
+        if self.width % self.heads:
+            raise InputError(
+                f"SmallGPT was given width={self.width} and heads={self.heads}. The heads share "
+                f"the width: choose a multiple of {self.heads}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"SmallGPT was given dropout={self.dropout!r}. It is in [0, 1).")
+
+    @property
+    def input_shape(self) -> tuple[int]:
+        """Characters of a window."""
+        return (self.context,)
+
+    def example(self, samples: int) -> Tensor:
+        """Return windows of the first character, on torch's default device."""
+        return torch.zeros(samples, self.context, dtype=torch.int64)
+
+    def build(self) -> nn.Module:
+        """Return the network in training mode, with fresh weights, on torch's default device."""
+        return _Transformer(
+            self.vocabulary, self.context, self.width, self.depth, self.heads, self.dropout
+        )

@@ -539,6 +539,14 @@ def _summary(run: Run) -> str:
         sparse, dense = run.record["sparse"], run.record["dense"]
         if sparse is None:
             said.append(f"It reaches {dense['accuracy']:.2f}\u202f% on the test set.")
+        elif dense is None:
+            said.append(
+                f"It keeps {sparse['nnz']:,} weights and reaches {sparse['accuracy']:.2f}\u202f% "
+                f"on the test set. An inference takes "
+                f"{percent(run.record['inference_flops_ratio'], 1)} of the dense FLOPs, and the "
+                f"training took {percent(run.record['train_flops_ratio'], 1)} of those of dense "
+                f"training of the same length."
+            )
         else:
             twin = "taken at the end of the last dense phase"
             if details.get("dense_finetuned") or len(run.branch):

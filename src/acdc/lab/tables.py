@@ -94,7 +94,7 @@ def _accuracy_cell(value: Any) -> Cell:
 
 
 def twins(run: Run) -> list[Row]:
-    """Table 1: the twins side by side; with one column for a run that made only a dense network."""
+    """Table 1: the twins side by side; one column for a run that made only one network."""
     if run.record is None:
         return []
     sparse, dense, details = run.record["sparse"], run.record["dense"], run.details
@@ -107,6 +107,15 @@ def twins(run: Run) -> list[Row]:
             Row("Weights of convolutions and linear layers", (_count(prunable),)),
             Row("Size on disk, bytes", (_count(dense["bytes"]),)),
             Row("FLOPs of one inference", (_flops(flops),)),
+        ]
+    if dense is None:
+        return [
+            Row("Test accuracy, %", (_accuracy_cell(sparse["accuracy"]),)),
+            Row("Sparsity asked for", (_share(details.get("sparsity_asked")),)),
+            Row("Sparsity of the prunable weights", (_share(sparse["sparsity"]),)),
+            Row("Prunable weights kept", (_count(sparse["nnz"]),)),
+            Row("Size on disk, bytes", (_count(sparse["bytes"]),)),
+            Row("FLOPs of one inference", (_flops(details.get("sparse_flops")),)),
         ]
     gap = sparse["accuracy"] - dense["accuracy"]
     sign = "+" if gap > 0 else "−" if gap < 0 else "±"

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
+from fractions import Fraction
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
@@ -34,7 +36,8 @@ from acdc.lab.batchnorm import reestimate
 from acdc.lab.data import Data
 from acdc.lab.recipe import Recipe, encode
 from acdc.lab.record import Event, Folder, Metrics, machine, peak_memory, times, versions
-from acdc.pair import DENSE, Pair, Staging, sizes
+from acdc.methods.base import Method
+from acdc.pair import DENSE, SPARSE, Pair, Staging, load_sparse, save_sparse, sizes
 from acdc.sparsifier import Sparsifier
 
 try:
@@ -144,10 +147,11 @@ class _Run:
             self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.method = recipe.method.resolve(self.per_epoch)
         self.schedule = self.method.resolved
-        if self._paired and [p.kind for p in self.schedule.phases[-2:]] != ["dense", "sparse"]:
+        kinds = [phase.kind for phase in self.schedule.phases]
+        if self._leaves != "dense" and kinds[-1] == "dense":
             raise InputError(
-                f"The run ends {' and '.join(p.kind for p in self.schedule.phases[-2:])}. A pair "
-                f"needs a last dense phase, whose end is the dense twin, and a sparse one after it."
+                f"The run ends {' and '.join(kinds[-2:])}. A pair needs a last dense phase, whose "
+                f"end is the dense twin, and a sparse one after it."
             )
         self.optimizer = recipe.optimizer.build(self.net.parameters())
         self.model, self.stepper = fabric.setup(self.net, self.optimizer)
@@ -220,7 +224,7 @@ class _Run:
     def _end_main(self) -> None:
         """Save the pair as it is now; go back to the dense twin if it is to be trained on."""
         self.sparsifier.remove()
-        if not self._paired:
+        if self._leaves != "pair":
             return
         if self.fabric.is_global_zero:
             self.sparsifier.pair(**self._facts()).save(self.place.pair)
@@ -232,9 +236,11 @@ class _Run:
             self._checkpoint()
 
     @property
-    def _paired(self) -> bool:
-        """Whether the method leaves a sparse model and a dense twin."""
-        return self.method.sparsity is not None
+    def _leaves(self) -> Literal["pair", "sparse", "dense"]:
+        """What comes out: a sparse network and its dense twin, or one of them alone."""
+        if self.method.sparsity is None:
+            return "dense"
+        return "sparse" if self.schedule.last("dense") is None else "pair"
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -440,7 +446,7 @@ class _Run:
         self.metrics.write(event)
         self.watch(event)
         if event["event"] in ("step", "eval"):
-            group = event.get("twin", "sparse" if self._paired else "dense")
+            group = event.get("twin", "dense" if self._leaves == "dense" else "sparse")
             numbers = {k: event[k] for k in ("loss", "lr", "accuracy", "sparsity") if k in event}
             self.fabric.log_dict(
                 {f"{event['event']}/{group}/{k}": v for k, v in numbers.items()}, event["step"]
@@ -516,11 +522,11 @@ class _Run:
 
     def _finish(self, command: str) -> dict[str, Any]:
         """Write the final pair and the record, from the files as they will be read."""
-        if self._paired:
+        if self._leaves == "pair":
             twins = self._final_pair()
         else:
             self._reestimate()
-            twins = self._final_dense()
+            twins = self._final_dense() if self._leaves == "dense" else self._final_sparse()
         self.seconds = time.perf_counter() - self.started
         record = twins | self._costs()
         record |= {"seconds": round(self.seconds, 3), "run": str(self.place.path)}
@@ -582,6 +588,25 @@ class _Run:
         size = (self.place.pair / DENSE).stat().st_size
         return {"sparse": None, "dense": {"accuracy": accuracy, "loss": loss, "bytes": size}}
 
+    def _final_sparse(self) -> dict[str, Any]:
+        support = self.sparsifier.support.to("cpu")
+        if self.fabric.is_global_zero:
+            save_sparse(self.place.pair, _on_cpu(self.net.state_dict()), support)
+        self.fabric.barrier()
+        state, _ = load_sparse(self.place.pair)
+        self.net.load_state_dict(state)
+        accuracy, loss = self._evaluate()
+        return {
+            "sparse": {
+                "accuracy": accuracy,
+                "loss": loss,
+                "sparsity": support.sparsity,
+                "nnz": support.nnz,
+                "bytes": (self.place.pair / SPARSE).stat().st_size,
+            },
+            "dense": None,
+        }
+
     def _reestimate(self) -> None:
         if self.recipe.bn_batches:
             batches = self.data.train_batches(0, self.local_batch, self.recipe.seed)
@@ -590,31 +615,31 @@ class _Run:
 
     def _costs(self) -> dict[str, Any]:
         counts = self.sparsifier.support.counts()
+        spent, whole = self._spent(1), 3 * self.network.flops() * self.schedule.total
         return {
             "inference_flops_ratio": self.network.inference_ratio(counts),
-            "train_flops_ratio": self.network.training_ratio(self.schedule, self._by_phase()),
+            "train_flops_ratio": float(Fraction(spent, whole)),
         }
 
-    def _by_phase(self) -> list[dict[str, int] | None]:
-        """Return the kept weights of every phase, ``None`` where it is dense."""
-        at = {change.step: change.counts for change in self.sparsifier.changes}
-        return [at[p.start] if p.kind == "sparse" else None for p in self.schedule.phases]
+    def _spent(self, per_step: int, per_epoch: int | None = None) -> int:
+        """Return the FLOPs of the run, from the supports it had."""
+        supports = [(change.step, change.counts) for change in self.sparsifier.changes]
+        rule = partial(step_flops, self.method)
+        return self.network.flops_over(self.schedule, supports, per_step, per_epoch, rule)
 
     def _details(self, command: str) -> dict[str, Any]:
         support, network, samples = self.sparsifier.support, self.network, self.recipe.batch_size
         counts = support.counts()
         kept = network.kept(counts)
         parameters = sum(p.numel() for p in self.net.parameters())
-        dense_phases: list[dict[str, int] | None] = [None] * len(self.schedule.phases)
         epoch = self.data.train_samples
-
-        def trained(by_phase: list[dict[str, int] | None]) -> int:
-            return network.training_flops(self.schedule, by_phase, samples, epoch)
-
+        dense_phases: list[dict[str, int] | None] = [None] * len(self.schedule.phases)
+        dense = network.training_flops(self.schedule, dense_phases, samples, epoch)
         tail = 0
         if self.leg == "finetune":  # it took the steps of the last phase, densely
             nothing = dict.fromkeys(network.shapes, 0)
-            tail = trained(dense_phases) - trained([*dense_phases[:-1], nothing])
+            rest = [*dense_phases[:-1], nothing]
+            tail = dense - network.training_flops(self.schedule, rest, samples, epoch)
         return {
             "recipe": self.recipe.name,
             "method": self.method.name,
@@ -632,8 +657,8 @@ class _Run:
             "prunable": support.numel,
             "dense_flops": network.flops(),
             "sparse_flops": network.flops(counts),
-            "train_flops": trained(self._by_phase()),
-            "train_flops_dense": trained(dense_phases),
+            "train_flops": self._spent(samples, epoch),
+            "train_flops_dense": dense,
             "finetune_flops": tail,
             "phases": [vars(phase) for phase in self.schedule.phases],
             "layers": [
@@ -722,6 +747,21 @@ def check_same(place: Folder, recipe: Recipe) -> None:
             f"The run in {place.path} has another recipe: {_first_difference(old, new)}. Resume "
             f"with the same --set values, or start a new run in another folder."
         )
+
+
+def step_flops(method: Method, sparse: int, dense: int) -> Fraction | int:
+    """Return the FLOPs of one training step on one sample, in a sparse phase.
+
+    Three forward passes on the kept weights (RigL, appendix H), unless the method says that it
+    computes more: a gradient of every weight, say.
+
+    Args:
+        method: What trains.
+        sparse: FLOPs of a forward pass on the weights that are kept then.
+        dense: FLOPs of a dense one.
+    """
+    own: Callable[[int, int], Fraction | int] | None = getattr(method, "step_flops", None)
+    return 3 * sparse if own is None else own(sparse, dense)
 
 
 def _start_from(folder: Path, net: nn.Module) -> None:

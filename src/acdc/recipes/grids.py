@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from acdc.errors import InputError
 from acdc.lab.compare.grid import Candidate, Grid, GridMethod, Task, address
-from acdc.lab.data import Augment, Cifar10, Digits, FashionMNIST
-from acdc.lab.models import CifarResNet, SmallResNet
-from acdc.lab.optim import SGD, Cosine
+from acdc.lab.data import Augment, Cifar10, Digits, FashionMNIST, TinyShakespeare
+from acdc.lab.models import CifarResNet, SmallGPT, SmallResNet
+from acdc.lab.optim import SGD, AdamW, Cosine
 from acdc.lab.recipe import Recipe
 from acdc.methods.acdc import ACDC
 from acdc.methods.dense import Dense
@@ -147,9 +147,40 @@ def compare_cifar10() -> Grid:
     )
 
 
+def compare_tinyshakespeare() -> Grid:
+    """Characters of Shakespeare with a transformer of 800 thousand weights, 2,000 steps."""
+    return Grid(
+        name="compare_tinyshakespeare",
+        about="compares all methods on characters of Shakespeare with a small GPT at 90 and 95 %",
+        task=Task(
+            "tinyshakespeare, small GPT",
+            Recipe(
+                name="tinyshakespeare",
+                about="",
+                model=SmallGPT(width=128, depth=4, heads=4, context=64),
+                data=TinyShakespeare(train_examples=1600, context=64),
+                method=Dense(Constant(20)),
+                optimizer=AdamW(lr=2e-3, beta2=0.99, weight_decay=0.1),
+                lr=Cosine(warmup=1, every="step"),
+                batch_size=16,
+                clip=1.0,
+                eval_batch_size=128,
+            ),
+        ),
+        methods=methods(),
+        sparsities=(0.9, 0.95),
+        seeds=(0, 1, 2),
+    )
+
+
 GRIDS: dict[str, Callable[[], Grid]] = {
     function.__name__: function
-    for function in (compare_digits, compare_fashion_mnist, compare_cifar10)
+    for function in (
+        compare_digits,
+        compare_fashion_mnist,
+        compare_cifar10,
+        compare_tinyshakespeare,
+    )
 }
 
 

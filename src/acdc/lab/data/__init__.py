@@ -1,9 +1,10 @@
-"""Image data sets in their standard layouts, and batches that are pure functions.
+"""Data sets in their standard layouts, images and a text, and batches that are pure functions.
 
 A *source* is a frozen description (``Digits()``, ``FashionMNIST()``, ``Cifar10()``, ``Cifar100()``,
-``ImageNet()``) that a recipe can hold and print without touching a disk. ``source.load(...)`` finds
-the files, checks them and returns a ``Data``. Batch ``index`` of epoch ``epoch`` depends only on
-the seed and those two numbers, so a resumed run needs no state of a data loader.
+``ImageNet()``, ``TinyShakespeare()``) that a recipe can hold and print without touching a disk.
+``source.load(...)`` finds the files, checks them and returns a ``Data``. Batch ``index`` of epoch
+``epoch`` depends only on the seed and those two numbers, so a resumed run needs no state of a data
+loader.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from acdc.lab.data.augment import Augment
 from acdc.lab.data.base import Batch, Data, Images, Source, Split
 from acdc.lab.data.imagenet import Folder, ImageNet
 from acdc.lab.data.sources import Cifar10, Cifar100, Digits, FashionMNIST
+from acdc.lab.data.text import Text, TinyShakespeare
 
 __all__ = [
     "Augment",
@@ -26,4 +28,6 @@ __all__ = [
     "Images",
     "Source",
     "Split",
+    "Text",
+    "TinyShakespeare",
 ]

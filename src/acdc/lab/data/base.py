@@ -19,7 +19,8 @@ Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Images, float32 ``[N, C, H, W]``, normalised; and their labels, int64 ``[N]``."""
+"""Images, float32 ``[N, C, H, W]``, normalised; and their labels, int64 ``[N]``. Or windows of a
+text, int64 ``[N, T]``, and what follows at each of their places, int64 ``[N, T]``."""
 
 
 class Data(ABC):
