@@ -29,6 +29,7 @@ from acdc.errors import InputError
 from acdc.lab import report, train
 from acdc.lab.data import FashionMNIST
 from acdc.methods import METHODS, RigL
+from acdc.recipes import grids
 from runs import STEPS, TINY, assert_same_run, events, files, tiny, words
 
 Capture = pytest.CaptureFixture[str]
@@ -104,6 +105,12 @@ SURFACE = {
         ("--out FILE", "default None"),
     ],
     "cite": [("METHOD", "optional")],
+    "compare": [
+        ("GRID", "required"),
+        ("--jobs N", "default 1"),
+        ("--resume", "flag"),
+        ("--out DIR", "default runs"),
+    ],
     "bench": [("WHAT", "required")],
     "bench layers": [*bench("default 9"), ("--caches left|emptied", "default left")],
     "bench step": [*bench("default 9"), SCOPE],
@@ -200,8 +207,10 @@ def test_cite_prints_bibtex_and_without_a_method_lists_them(capsys: Capture) -> 
 def test_list_names_every_recipe(capsys: Capture) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == recipes.names()
-    assert all(recipes.get(line.split()[0]).about in line for line in lines)
+    assert [line.split()[0] for line in lines] == recipes.names() + grids.names()
+    assert all(
+        recipes.get(name).about in line for name, line in zip(recipes.names(), lines, strict=False)
+    )
 
 
 @pytest.mark.parametrize("name", recipes.names())

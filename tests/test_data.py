@@ -35,6 +35,9 @@ from acdc.lab.data import (
     Folder,
     ImageNet,
     Images,
+    Tensors,
+    Text,
+    TinyShakespeare,
     sources,
 )
 from acdc.lab.data.augment import crop, flip, stream
@@ -978,3 +981,131 @@ def test_imagenet_through_torchvision(jpegs: Path) -> None:
     assert same(first, data.train_batch(0, 0, 4, 0))
     assert not torch.equal(first[0], data.train_batch(1, 0, 4, 0)[0])
     assert next(data.eval_batches("test", 5))[0].shape == (5, 3, 224, 224)
+
+
+# --- a text -------------------------------------------------------------------------------------
+
+
+def text(train: int = 40, test: int = 23, context: int = 5, windows: int = 12) -> Text:
+    """Return a text whose characters are their own places, so that a window says where it lay."""
+    return Text("text", torch.arange(train), torch.arange(test), 50, context, windows)
+
+
+@pytest.mark.usefixtures("global_rng_untouched")
+def test_a_window_is_followed_by_its_targets() -> None:
+    data = text()
+    assert (data.train_samples, data.test_samples) == (12, 4)
+    starts = set()
+    for epoch, index in product(range(20), range(3)):
+        x, y = data.train_batch(epoch, index, 5, seed=0)
+        assert x.shape == y.shape == (5 if index < 2 else 2, 5)
+        assert torch.equal(y, x + 1)
+        assert torch.equal(x, x[:, :1] + torch.arange(5))
+        assert same((x, y), data.train_batch(epoch, index, 5, seed=0))
+        starts |= set(x[:, 0].tolist())
+    assert starts == set(range(35))  # everywhere: the last target is the last character
+    assert not torch.equal(data.train_batch(0, 0, 5, 0)[0], data.train_batch(1, 0, 5, 0)[0])
+    assert not torch.equal(data.train_batch(0, 0, 5, 0)[0], data.train_batch(0, 0, 5, 1)[0])
+
+
+def test_test_windows_follow_one_another() -> None:
+    for split, count in (("test", 4), ("train", 7)):
+        x, y = (torch.cat(part) for part in zip(*text().eval_batches(split, 3), strict=True))
+        assert torch.equal(x.flatten(), torch.arange(5 * count))
+        assert torch.equal(y, x + 1)
+
+
+def test_ranks_share_the_windows_of_a_batch() -> None:
+    data = text(windows=13)
+    for index in range(4):
+        whole = data.train_batch(2, index, 4, seed=1)[0]
+        parts = [data.train_batch(2, index, 2, 1, rank, world=2)[0] for rank in (0, 1)]
+        assert torch.equal(torch.cat(parts)[: len(whole)], whole)
+
+
+def test_a_text_shorter_than_a_window_is_refused() -> None:
+    with pytest.raises(InputError, match="has 5 characters, and a window with its targets takes 6"):
+        text(test=5)
+    assert text(test=6).test_samples == 1
+
+
+def test_another_text_has_another_digest() -> None:
+    assert text().digest() == text().digest()
+    assert text().digest() != text(train=41).digest()
+
+
+def test_shakespeare_is_found_checked_and_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"tinyshakespeare was not found.*karpathy/char-rnn"):
+        TinyShakespeare().load()
+    kinds = bytes(range(40, 105))
+    body = (kinds * (1_115_394 // 65 + 1))[:1_115_394]
+    (tmp_path / "tinyshakespeare").mkdir()
+    (tmp_path / "tinyshakespeare" / "tinyshakespeare.txt").write_bytes(body)
+    monkeypatch.setenv("ACDC_DATA", str(tmp_path))
+    source = TinyShakespeare(train_examples=7, test_examples=3, context=10)
+    data = source.load()
+    assert data.name == "tinyshakespeare (not the published file)"
+    assert (data.train_samples, data.test_samples) == (7, 3)
+    assert (source.train_samples, source.test_samples) == (7, 3)
+    first = next(data.eval_batches("train", 1))[0]
+    assert torch.equal(first[0], torch.arange(10))
+    monkeypatch.setattr(TinyShakespeare, "sha256", hashlib.sha256(body).hexdigest())
+    whole = TinyShakespeare(context=10)
+    assert whole.load().name == "tinyshakespeare"
+    assert (whole.load().train_samples, whole.load().test_samples) == (100_385, 11_153)
+    assert (whole.train_samples, whole.test_samples) == (100_385, 11_153)
+    (tmp_path / "tinyshakespeare" / "tinyshakespeare.txt").write_bytes(body[:-1])
+    with pytest.raises(InputError, match=r"has 1,115,393 bytes of 65 kinds.*fetch it anew"):
+        source.load()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"context": 0}, "from 1 to 111539"),
+        ({"context": 1000, "test_examples": 112}, "has 111 windows of 1000"),
+    ],
+)
+def test_impossible_windows_are_refused(fields: dict[str, int], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        TinyShakespeare(**fields)
+
+
+# --- one's own tensors --------------------------------------------------------------------------
+
+
+def tensors(n: int = 10) -> Tensors:
+    x = torch.arange(3.0 * n).view(n, 3)
+    return Tensors("mine", (x, torch.arange(n) % 4), (x[:5], torch.arange(5) % 4), 4)
+
+
+@pytest.mark.usefixtures("global_rng_untouched")
+def test_every_sample_comes_once_with_its_label() -> None:
+    data = tensors()
+    assert (data.train_samples, data.test_samples, data.steps_per_epoch(4)) == (10, 5, 3)
+    x, y = (torch.cat(part) for part in zip(*data.train_batches(3, 4, seed=0), strict=True))
+    rows = (x[:, 0] / 3).long()
+    assert sorted(rows.tolist()) == list(range(10))
+    assert rows.tolist() != list(range(10))
+    assert torch.equal(y, rows % 4)
+    x, y = (torch.cat(part) for part in zip(*data.eval_batches("test", 2), strict=True))
+    assert torch.equal(x[:, 0], 3.0 * torch.arange(5))
+    assert data.digest() == tensors().digest() != tensors(11).digest()
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ((torch.zeros(3, 2), torch.zeros(2).long()), None, "one label for each sample"),
+        ((torch.zeros(0, 2), torch.zeros(0).long()), None, "at least one"),
+        (None, (torch.zeros(3, 3), torch.zeros(3).long()), "same shape in both splits"),
+        ((torch.zeros(3, 2), torch.zeros(3)), None, "must be int64 from 0 to 3"),
+        ((torch.zeros(3, 2), torch.full((3,), 4)), None, "from 4 to 4"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(train: Any, test: Any, said: str) -> None:
+    good = (torch.zeros(3, 2), torch.zeros(3).long())
+    with pytest.raises(InputError, match=said):
+        Tensors("mine", train or good, test or good, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from acdc.lab.models import (
     Model,
     ResNet18,
     ResNet50,
+    SmallGPT,
     SmallResNet,
     WideResNet,
 )
@@ -151,6 +153,43 @@ def test_images_to_logits(spec: Model) -> None:
     x = torch.empty(2, *spec.input_shape, device="meta")
     classes = dataclasses.asdict(spec)["classes"]
     assert on_meta(spec)(x).shape == (2, classes)
+
+
+def test_characters_to_logits() -> None:
+    """The classes come second, and a character sees only those before it."""
+    spec = SmallGPT(width=16, depth=2, heads=2, context=6, vocabulary=11)
+    net = seeded(spec).eval()
+    assert on_meta(spec)(torch.zeros(3, 6, dtype=torch.int64, device="meta")).shape == (3, 11, 6)
+    assert spec.example(3).shape == (3, 6)
+    assert spec.example(3).dtype == torch.int64
+    x = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    later = x.clone()
+    later[0, 3] = 9
+    one, other = net(x), net(later)
+    assert torch.equal(one[..., :3], other[..., :3])
+    assert (one[..., 3:] != other[..., 3:]).any(1).all()
+    assert net(x[:, :4]).shape == (1, 11, 4)
+
+
+def test_a_gpt_has_the_cost_of_its_matrices() -> None:
+    spec = SmallGPT(width=16, depth=2, heads=2, context=6, vocabulary=11)
+    network = spec.network()
+    assert network.weights == 2 * 12 * 16**2 + 16 * 11
+    assert network.macs == 6 * network.weights
+    nn.functional.cross_entropy(seeded(spec)(spec.example(2)), spec.example(2)).backward()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"width": 30}, "a multiple of 4"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"depth": 0}, "depth=0"),
+    ],
+)
+def test_a_gpt_that_cannot_be_is_a_sentence(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        SmallGPT(**fields)
 
 
 @pytest.mark.parametrize(

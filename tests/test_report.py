@@ -6,6 +6,7 @@ import html
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 
 from acdc.errors import InputError, MissingDependency
-from acdc.lab import figure, history, report
+from acdc.lab import history, report
 from browser import CHROMIUM, SKIP, Browser
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=SKIP)
@@ -596,7 +597,7 @@ def test_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
     def full(source: object, target: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(figure.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         report.render(tmp_path)
     assert (tmp_path / "report.html").read_text() == "the page before"

@@ -643,6 +643,7 @@ class _Run:
         return {
             "recipe": self.recipe.name,
             "method": self.method.name,
+            "data": self.data.name,
             "seed": self.recipe.seed,
             "epochs": self.schedule.epochs,
             "command": command,

@@ -508,6 +508,7 @@ def _origin(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     details = [outcome.record["details"] for outcome in outcomes if outcome.record]
     said = [("Grid", grid.name)]
     parts: tuple[tuple[str, Callable[[Json], str]], ...] = (
+        ("Data", lambda d: str(d["data"])),
         ("Machine", lambda d: ", ".join(f"{k} {v}" for k, v in d["machine"].items())),
         ("Versions", lambda d: ", ".join(f"{k} {v}" for k, v in d["versions"].items())),
         ("Device", lambda d: str(d["device"])),

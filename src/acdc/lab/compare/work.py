@@ -48,7 +48,7 @@ from acdc.lab.compare.results import Outcome
 from acdc.lab.record import Folder
 
 Json = dict[str, Any]
-LATER = object()  # a cell that waits for another one
+PATIENCE = 20.0  # seconds that processes of a killed command may take to end
 
 
 @dataclass(frozen=True)
@@ -496,7 +496,7 @@ def _alone(folder: Path) -> Iterator[int | None]:
         return
     path = folder / ".lock"
     with path.open("w") as file:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

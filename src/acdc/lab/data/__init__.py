@@ -13,6 +13,7 @@ from acdc.lab.data.augment import Augment
 from acdc.lab.data.base import Batch, Data, Images, Source, Split
 from acdc.lab.data.imagenet import Folder, ImageNet
 from acdc.lab.data.sources import Cifar10, Cifar100, Digits, FashionMNIST
+from acdc.lab.data.tensors import Tensors
 from acdc.lab.data.text import Text, TinyShakespeare
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Images",
     "Source",
     "Split",
+    "Tensors",
     "Text",
     "TinyShakespeare",
 ]

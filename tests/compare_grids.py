@@ -1,0 +1,175 @@
+"""Grids for ``test_compare.py``: blobs in the plane, learned by a perceptron in half a second.
+
+The process of a cell builds its grid itself, so that what a test changes is said in variables of
+the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from acdc import ACDC, NM, Unstructured, alternate, constant
+from acdc.errors import InputError
+from acdc.lab.compare import Candidate, Grid, GridMethod, Task
+from acdc.lab.data import Source, Tensors
+from acdc.lab.models import Model
+from acdc.lab.optim import SGD, Cosine
+from acdc.lab.recipe import Recipe
+from acdc.layers import Layers
+from acdc.methods.dense import Dense
+
+EPOCHS, BATCH, TRAIN = 10, 16, 80  # five steps an epoch
+
+
+@dataclass(frozen=True)
+class Perceptron(Model):
+    """Three inputs, two hidden layers."""
+
+    width: int = 16
+
+    @property
+    def input_shape(self) -> tuple[int]:
+        return (3,)
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(3, self.width),
+            nn.ReLU(),
+            nn.Linear(self.width, self.width),
+            nn.ReLU(),
+            nn.Linear(self.width, 3),
+        )
+
+
+@dataclass(frozen=True)
+class Blobs(Source):
+    """Three clouds of points."""
+
+    name: ClassVar[str] = "blobs"
+    published: ClassVar[tuple[int, int]] = (TRAIN, 40)
+    classes: ClassVar[int] = 3  # type: ignore[assignment,misc]
+
+    def load(self, root: Path | None = None, download: bool = False) -> Tensors:
+        y = torch.arange(120) % 3
+        noise = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
+        x = nn.functional.one_hot(y, 3) + 0.4 * noise
+        return Tensors(self.name, (x[:TRAIN], y[:TRAIN]), (x[TRAIN:], y[TRAIN:]), 3)
+
+
+def task() -> Task:
+    return Task(
+        "blobs, perceptron",
+        Recipe(
+            name="blobs",
+            about="",
+            model=Perceptron(),
+            data=Blobs(),
+            method=Dense(constant("dense", epochs=EPOCHS)),
+            optimizer=SGD(lr=0.1, weight_decay=0.0),
+            lr=Cosine(every="step"),
+            batch_size=BATCH,
+            checkpoint_steps=7,
+            engine="off",
+        ),
+    )
+
+
+def _plan(epochs: int) -> object:
+    return alternate(
+        epochs=epochs, warmup="20%", sparse="20%", dense="20%", last_dense="20%", last_sparse="20%"
+    )
+
+
+def _dense(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    return Candidate(Dense(constant("dense", epochs=epochs)))
+
+
+def _acdc(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    pattern = Unstructured(sparsity, scope="uniform")
+    return Candidate(ACDC(pattern, _plan(epochs), layers=Layers()))
+
+
+def _one_shot(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    pattern = Unstructured(sparsity, scope="uniform")
+    plan = constant("sparse", epochs=epochs - epochs // 2)
+    return Candidate(ACDC(pattern, plan, layers=Layers()), dense_epochs=epochs // 2)
+
+
+def _nm24(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    """Of the first layer alone, which has three inputs."""
+    return Candidate(ACDC(NM(2, 4), _plan(epochs), layers=Layers(include=("0",))))
+
+
+def _wild(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    return replace(_acdc(task, sparsity, epochs, seed), changes={"optimizer": SGD(lr=1e30)})
+
+
+def _refuses(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    raise InputError("Not on Sundays.")
+
+
+def _broken(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    raise KeyError("a slip")
+
+
+def _killer(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    """Kills the process of its cell, and leaves alone the one that ordered it."""
+    if os.environ["ACDC_TEST_PARENT"] != str(os.getpid()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _acdc(task, sparsity, epochs, seed)
+
+
+DENSE = GridMethod("dense", "Dense", _dense, sparsities=(0.0,))
+ACDC_ = GridMethod("acdc", "AC/DC", _acdc)
+ONE_SHOT = GridMethod("one_shot", "One-shot", _one_shot)
+
+
+def _grid(name: str, *methods: GridMethod, **more: object) -> Grid:
+    return Grid(name, "for the tests", task(), methods, **more)  # type: ignore[arg-type]
+
+
+def whole() -> Grid:
+    return _grid(
+        "whole", DENSE, ACDC_, ONE_SHOT, sparsities=(0.5, 0.75), seeds=(0, 1),
+        budgets=("epochs", "flops"),
+    )  # fmt: skip
+
+
+def small() -> Grid:
+    return _grid("small", DENSE, ACDC_, ONE_SHOT, sparsities=(0.5,))
+
+
+def holes() -> Grid:
+    return _grid(
+        "holes",
+        DENSE,
+        GridMethod("nm24", "2:4", _nm24, sparsities=(0.5,)),
+        GridMethod("wild", "Wild", _wild),
+        GridMethod("refuses", "Refuses", _refuses),
+        GridMethod("broken", "Broken", _broken),
+        ACDC_,
+        sparsities=(0.5,),
+        budgets=("epochs", "flops"),
+    )
+
+
+def deadly() -> Grid:
+    return _grid("deadly", DENSE, GridMethod("killer", "Killer", _killer), ACDC_, sparsities=(0.5,))
+
+
+def slow() -> Grid:
+    """Three cells that take long enough to be killed in."""
+    long = replace(task().recipe, method=Dense(constant("dense", epochs=400)))
+    return replace(_grid("slow", DENSE, ACDC_, sparsities=(0.5, 0.75)), task=replace(
+        task(), recipe=long))  # fmt: skip
+
+
+def no_grid() -> int:
+    return 5

@@ -1,0 +1,577 @@
+"""Comparisons: what is trained, what is written, and what survives a kill, a hole, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import compare_grids
+from acdc.cli import main
+from acdc.console import GridWatcher
+from acdc.errors import InputError
+from acdc.lab import record, train
+from acdc.lab.compare import page, work
+from acdc.lab.compare.cells import Cell, cells, epochs_at_equal_flops, prepare
+from acdc.lab.compare.grid import Grid, Task, locate
+from acdc.lab.compare.results import Outcome, flops_ratio
+from acdc.lab.compare.work import Progress, compare
+from acdc.recipes import grids
+from compare_grids import EPOCHS
+from runs import assert_same_run
+from test_report import Reader
+
+GRIDS = str(Path(compare_grids.__file__))
+FIELDS = ["method", "sparsity", "seed", "sparse_quality", "dense_quality", "train_flops_ratio",
+          "inference_flops_ratio", "seconds"]  # fmt: skip
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def where(name: str) -> str:
+    return f"{GRIDS}:{name}"
+
+
+def rows(folder: Path, name: str = "results.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a grid that went through, both budgets."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole")
+    compare(where("whole"), out, device="cpu", command="acdc compare whole")
+    return out / "whole"
+
+
+# --- what is trained ----------------------------------------------------------------------------
+
+
+def test_every_cell_has_its_row(whole: Path) -> None:
+    found = rows(whole)
+    grid = compare_grids.whole()
+    assert len(found) == len(list(cells(grid))) == 2 * 2 * (1 + 2 + 2)
+    assert all(list(row)[:8] == FIELDS for row in found)
+    assert not rows(whole, "holes.jsonl")
+    asked = [(c.budget, c.seed, c.sparsity, c.method) for c in cells(grid)]
+    assert [(r["budget"], r["seed"], r["sparsity"], r["method"]) for r in found] == asked
+    for row in found:
+        kind = row["method"]
+        assert (row["sparse_quality"] is None) == (kind == "dense")
+        assert (row["dense_quality"] is None) == (kind == "one_shot")
+        best = row["dense_quality"] if kind == "dense" else row["sparse_quality"]
+        assert best > 80  # a third is chance
+        assert row["sparsity_reached"] == pytest.approx(row["sparsity"], abs=0.02)
+
+
+def test_flops_are_those_of_the_formula_and_epochs_exact(whole: Path) -> None:
+    """Uniform sparsity: every layer's count is known, and so is every FLOP."""
+    sizes = [3 * 16, 16 * 16, 16 * 3]
+    for row in rows(whole):
+        share = sum(n - round(n * row["sparsity"]) for n in sizes) / sum(sizes)
+        epochs = row["epochs"]
+        one = {
+            "dense": 1.0,
+            "acdc": 0.6 + 0.4 * share,
+            "one_shot": (epochs // 2 + (epochs - epochs // 2) * share) / epochs,
+        }[row["method"]]
+        at_equal = {
+            "dense": 1.0,
+            "acdc": 0.6 + 0.4 * share,
+            "one_shot": 0.5 + 0.5 * share,
+        }[row["method"]]
+        expected = EPOCHS if row["budget"] == "epochs" else round(EPOCHS / at_equal)
+        assert epochs == expected
+        # Phases of tenths: whole steps, where the epochs are not ten.
+        assert row["train_flops_ratio"] == pytest.approx(epochs * one / EPOCHS, rel=0.02)
+        if row["budget"] == "epochs":
+            assert row["train_flops_ratio"] == pytest.approx(one, rel=1e-9)
+        inference = 1.0 if row["method"] == "dense" else share
+        assert row["inference_flops_ratio"] == pytest.approx(inference)
+
+
+def test_equal_flops_are_no_longer_than_allowed() -> None:
+    grid = replace(compare_grids.whole(), longest=2.5)
+    assert [epochs_at_equal_flops(grid, r) for r in (1.0, 0.4173, 0.9, 0.01, 30.0)] == [
+        10, 24, 11, 25, 1
+    ]  # fmt: skip
+
+
+def test_what_is_trained_beforehand_is_a_run_shared_and_counted(whole: Path) -> None:
+    found = [row for row in rows(whole) if row["method"] == "one_shot" and row["seed"] == 0]
+    equal = [row for row in found if row["budget"] == "epochs"]
+    (label,) = {row["beforehand"] for row in equal}  # both sparsities start from the same network
+    before = json.loads((whole / "runs" / label / "record.json").read_text())
+    assert before["details"]["epochs"] == EPOCHS // 2
+    for row in equal:
+        values = json.loads((whole / "runs" / row["cell"] / "recipe.json").read_text())["values"]
+        assert values["start"] == label
+        after = json.loads((whole / "runs" / row["cell"] / "record.json").read_text())
+        dense = after["details"]["train_flops_dense"] / (EPOCHS - EPOCHS // 2) * EPOCHS
+        spent = before["details"]["train_flops"] + after["details"]["train_flops"]
+        assert row["train_flops_ratio"] == pytest.approx(spent / dense)
+        assert flops_ratio(after, before, EPOCHS) == pytest.approx(spent / dense)
+        time = [r["details"]["time"][part] for r in (before, after)
+                for part in ("dense", "sparse", "engine")]  # fmt: skip
+        assert row["seconds"] == pytest.approx(sum(time), abs=1e-3)
+
+
+def test_a_run_begins_with_the_network_it_starts_from(whole: Path) -> None:
+    """Its first loss is that of the trained network, cut; not that of a fresh one."""
+    row = next(r for r in rows(whole) if r["method"] == "one_shot")
+    lines = (whole / "runs" / row["cell"] / "metrics.jsonl").read_text().splitlines()
+    first = next(e for e in map(json.loads, lines) if e["event"] == "step")
+    fresh = (whole / "runs" / "whole" / "metrics.jsonl").read_text().splitlines()
+    other = next(e for e in map(json.loads, fresh) if e["event"] == "step")
+    assert first["loss"] < other["loss"] - 0.2
+
+
+def test_a_cell_is_a_normal_run(whole: Path, capsys: Capture) -> None:
+    for row in rows(whole):
+        assert main(["report", str(whole / "runs" / row["cell"])]) == 0
+        break
+    sparse = next(r for r in rows(whole) if r["method"] == "one_shot")
+    assert main(["report", str(whole / "runs" / sparse["cell"])]) == 0
+    text = (whole / "runs" / sparse["cell"] / "report.html").read_text()
+    assert "The trained network." in text
+    assert f"{sparse['sparse_quality']:.2f}" in text
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_named_by_what_differs_and_by_nothing_else() -> None:
+    """These names are in people's folders: another one makes them train anew."""
+    grid = compare_grids.whole()
+    names = {str(cell): prepare(grid, cell, EPOCHS).label for cell in cells(grid)
+             if cell.budget == "epochs"}  # fmt: skip
+    assert names["dense, seed 0"] == "whole"
+    assert names["acdc 50 %, seed 0"] == "whole-c9dd1d79"
+    assert names["one_shot 75 %, seed 1"] == "whole-7a16b5a7"
+    assert len(set(names.values())) == len(names)
+    fewer = replace(grid, methods=grid.methods[::-1], seeds=(1,), sparsities=(0.75,), about="x")
+    for cell in cells(fewer):
+        if cell.budget == "epochs":
+            assert prepare(fewer, cell, EPOCHS).label == names[str(cell)]
+
+
+def test_the_same_recipe_is_trained_once(whole: Path) -> None:
+    dense = [row for row in rows(whole) if row["method"] == "dense" and row["seed"] == 0]
+    assert [row["budget"] for row in dense] == ["epochs", "flops"]
+    assert dense[0]["cell"] == dense[1]["cell"]
+    assert dense[0]["seconds"] == dense[1]["seconds"]
+
+
+# --- stopped, and gone on -----------------------------------------------------------------------
+
+
+def test_resuming_a_finished_grid_trains_nothing(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rows(whole)
+    monkeypatch.setattr(train, "run", lambda *_, **__: pytest.fail("something was trained"))
+    compare(where("whole"), whole.parent, resume=True)
+    assert rows(whole) == before
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from acdc.lab.compare.work import compare
+torch.set_num_threads(1)
+def watch(progress):
+    if progress.done == 1 and any(share > 0.5 for _, share in progress.running):
+        os.kill(os.getpid(), signal.SIGKILL)
+compare(sys.argv[1], Path(sys.argv[2]), device="cpu", watch=watch)
+"""
+
+
+def test_a_grid_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    words = [sys.executable, "-c", KILL, where("slow"), str(killed)]
+    assert subprocess.run(words, env=_environment()).returncode == -signal.SIGKILL
+    runs = killed / "slow" / "runs"
+    finished = [path.parent for path in runs.glob("*/record.json")]
+    begun = [path.parent for path in runs.glob("*/recipe.json")]
+    assert len(finished) == 1
+    assert len(begun) == 2
+    stamp = (finished[0] / "record.json").stat().st_mtime_ns
+    with pytest.raises(InputError, match="already holds runs of this grid"):
+        compare(where("slow"), killed)
+    seen: list[float] = []
+
+    def watch(progress: Progress) -> None:
+        seen.extend(share for _, share in progress.running)
+
+    outcomes = compare(where("slow"), killed, resume=True, device="cpu", watch=watch)
+    assert all(outcome.row for outcome in outcomes)
+    assert (finished[0] / "record.json").stat().st_mtime_ns == stamp
+    compare(where("slow"), straight, device="cpu")
+    for folder in runs.iterdir():
+        assert_same_run(folder, straight / "slow" / "runs" / folder.name)
+
+
+def _environment(**more: str) -> dict[str, str]:
+    tests = str(Path(__file__).parent)
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": tests} | more
+
+
+def test_several_jobs_and_one_that_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in _environment(ACDC_TEST_PARENT=str(os.getpid())).items():
+        monkeypatch.setenv(name, value)
+    outcomes = compare(where("deadly"), tmp_path, jobs=2, device="cpu")
+    assert [outcome.row is not None for outcome in outcomes] == [True, False, True]
+    (hole,) = rows(tmp_path / "deadly", "holes.jsonl")
+    assert hole["method"] == "killer"
+    assert "killed by SIGKILL" in hole["reason"]
+    record = json.loads(next((tmp_path / "deadly" / "runs").glob("*/record.json")).read_text())
+    assert record["details"]["machine"]["threads"] == 1
+    # With one job it is this process that trains, and nobody dies.
+    compare(where("deadly"), tmp_path, resume=True, device="cpu")
+    assert len(rows(tmp_path / "deadly")) == 3
+    assert not rows(tmp_path / "deadly", "holes.jsonl")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    words = [sys.executable, "-m", "acdc", "compare", where("slow"), "--jobs", "2"]
+    process = subprocess.Popen(
+        [*words, "--out", str(tmp_path)], env=_environment(), stderr=subprocess.PIPE, text=True
+    )
+    runs = tmp_path / "slow" / "runs"
+    _wait(lambda: len(list(runs.glob("*/checkpoint/last.ckpt"))) >= 2)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    if number == signal.SIGTERM:
+        assert process.returncode == 128 + number
+        assert "Nothing is lost: go on with --resume." in " ".join(said.split())
+        assert (tmp_path / "slow" / "report.html").exists()
+    # The lock is held by the command and by every process of a cell.
+    with work._alone(tmp_path / "slow"):
+        sizes = [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
+        time.sleep(0.3)
+        assert sizes == [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
+    assert not list(runs.glob("*/record.json"))
+
+
+def _wait(true: Callable[[], bool], seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_two_commands_do_not_train_the_same_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "small").mkdir()
+    monkeypatch.setattr(work, "PATIENCE", 0.3)
+    with (
+        work._alone(tmp_path / "small"),
+        pytest.raises(InputError, match="Another acdc compare is at work"),
+    ):
+        compare(where("small"), tmp_path)
+
+
+# --- holes --------------------------------------------------------------------------------------
+
+
+def test_a_hole_has_its_reason_and_the_others_go_on(tmp_path: Path) -> None:
+    compare(where("holes"), tmp_path, device="cpu")
+    folder = tmp_path / "holes"
+    reasons = {(h["method"], h["budget"]): h["reason"] for h in rows(folder, "holes.jsonl")}
+    assert "its 3 inputs do not divide into groups of 4" in reasons["nm24", "epochs"]
+    assert "training diverged" in reasons["wild", "epochs"]
+    assert reasons["refuses", "epochs"] == "Not on Sundays."
+    assert reasons["broken", "epochs"] == "KeyError: 'a slip'"
+    for method in ("nm24", "wild", "refuses", "broken"):
+        assert reasons[method, "flops"].startswith(f"Its length follows from {method} 50 %")
+    assert [row["method"] for row in rows(folder)] == ["dense", "acdc"] * 2
+    text = (folder / "report.html").read_text()
+    assert "8 cells of 12 without results" in text
+    assert text.count('class="hole"') == 8
+    assert "Not on Sundays." in text
+    assert str(tmp_path) not in text
+    assert str(tmp_path) not in (folder / "holes.jsonl").read_text()
+
+
+def test_a_full_disk_is_a_hole_that_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label = prepare(compare_grids.small(), Cell("acdc", 0.5, 0), EPOCHS).label
+    sync = record.Metrics.sync
+
+    def full(self: record.Metrics) -> int:
+        if label in self._file.name and sync(self) > 4000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return sync(self)
+
+    monkeypatch.setattr(record.Metrics, "sync", full)
+    compare(where("small"), tmp_path, device="cpu")
+    (hole,) = rows(tmp_path / "small", "holes.jsonl")
+    assert "No space left on device" in hole["reason"]
+    assert [row["method"] for row in rows(tmp_path / "small")] == ["dense", "one_shot"]
+    monkeypatch.undo()
+    compare(where("small"), tmp_path, resume=True, device="cpu")
+    assert len(rows(tmp_path / "small")) == 3
+    assert not rows(tmp_path / "small", "holes.jsonl")
+
+
+def test_what_starts_from_a_run_that_failed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train.run
+
+    def fails(recipe: Any, *args: Any, **more: Any) -> Any:
+        if recipe.epochs == EPOCHS // 2 and recipe.start is None:
+            raise MemoryError("too little")
+        return run(recipe, *args, **more)
+
+    monkeypatch.setattr(train, "run", fails)
+    outcomes = compare(where("small"), tmp_path, device="cpu")
+    said = {str(outcome.cell): outcome.reason for outcome in outcomes if outcome.row is None}
+    assert said == {
+        "dense, seed 0, 5 epochs": "MemoryError: too little",
+        "one_shot 50 %, seed 0": (
+            "It starts from dense, seed 0, 5 epochs, which failed: MemoryError: too little"
+        ),
+    }
+
+
+def test_runs_of_another_version_of_the_grid_are_no_results(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    (folder / "runs").mkdir(parents=True)
+    source = whole / "runs" / "whole"
+    shutil.copytree(source, folder / "runs" / "small")
+    recipe = json.loads((source / "recipe.json").read_text())
+    recipe["values"]["optimizer"]["lr"] = 0.7
+    (folder / "runs" / "small" / "recipe.json").write_text(json.dumps(recipe))
+    outcomes = compare(where("small"), tmp_path, resume=True, device="cpu")
+    dense = next(outcome for outcome in outcomes if outcome.cell == Cell("dense", 0.0, 0))
+    assert dense.row is None
+    assert "has another recipe" in dense.reason
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def test_the_page_is_self_contained(whole: Path) -> None:
+    text = (whole / "report.html").read_text()
+    read = Reader(text)
+    assert read.loads == []
+    assert not read.tags & {"script", "link", "iframe", "object", "embed", "img", "base"}
+    assert not re.search(r"@import|@font-face|url\((?!#)", text)
+    assert not re.search(r"https?://(?!www\.w3\.org/)", text)
+    assert len(read.ids) == len(set(read.ids))
+    assert "default-src 'none'" in text
+    assert str(whole.parent) not in text
+
+
+def test_the_page_shows_every_cell_and_what_is_needed(whole: Path) -> None:
+    text = (whole / "report.html").read_text()
+    assert text.count("data-figure") == 5  # sparsity for each budget, and three costs
+    body = text[text.index('id="cells"') :]
+    beforehand = {row["beforehand"] for row in rows(whole)} - {None}
+    assert body.count('<tr><th scope="row">') == len(rows(whole)) + len(beforehand)
+    for row in rows(whole):
+        assert row["cell"].rpartition("-")[2] in body
+    needs = text[text.index('id="needs"') :]
+    assert "A dense network trained for 5 epochs with the same seed" in needs
+    assert needs.count("Nothing: it starts from fresh weights.") == 2
+    assert "20 of 20 cells have finished" in text
+    assert "<dt>Data</dt><dd>blobs</dd>" in text
+
+
+def mean(quality: float, cost: float) -> page.Mean:
+    costs = dict.fromkeys(page.COSTS, cost)
+    return page.Mean("acdc", 0.9, "epochs", (quality,), (), 1, costs)
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        found = [
+            mean(float(q), float(c)) for q, c in torch.randint(0, 6, (9, 2), generator=generator)
+        ]
+        front = page.front(found, "seconds")
+        for one in found:
+            pairs = [(o.quality - one.quality, one.costs["seconds"] - o.costs["seconds"])
+                     for o in found]  # fmt: skip
+            beaten = any(min(pair) >= 0 and max(pair) > 0 for pair in pairs)
+            assert (one in front) != beaten
+        cheap = [m.costs["seconds"] for m in front]
+        assert cheap == sorted(cheap)
+
+
+def test_what_collapsed_lies_below_the_axis() -> None:
+    low, high, hidden = page.window([mean(q, 1.0) for q in (90.0, 92.0, 11.0)])
+    assert hidden == 1
+    assert low == pytest.approx(90 - 0.16)
+    assert high == pytest.approx(92 + 0.16)
+    low, high, hidden = page.window([mean(q, 1.0) for q in (-2.0, -2.4, -4.5)])  # bits
+    assert hidden == 1
+    assert low < -2.4 < -2.0 < high
+
+
+def test_where_ours_does_not_win_the_page_says_so(whole: Path) -> None:
+    grid = replace(compare_grids.small(), remarks=("Because of the weather.",))
+    found = rows(whole)
+
+    def outcome(method: str, quality: float) -> Outcome:
+        row = next(r for r in found if r["method"] == method and r["sparsity"] in (0.0, 0.5))
+        which = "dense_quality" if method == "dense" else "sparse_quality"
+        return Outcome(Cell(method, row["sparsity"], 0), row | {which: quality})
+
+    shown = page.page(grid, [outcome("dense", 99), outcome("acdc", 91), outcome("one_shot", 92)])
+    assert "One-shot is best with 92.00, before AC/DC with 91.00." in shown
+    assert "AC/DC does not win here: it has 91.00, place 2 of 2." in shown
+    assert "Because of the weather." in shown
+    shown = page.page(grid, [outcome("dense", 99), outcome("acdc", 93), outcome("one_shot", 92)])
+    assert "AC/DC is best with 93.00" in shown
+    assert "does not win" not in shown
+
+
+# --- mistakes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"methods": ()}, "methods="),
+        ({"seeds": (1, 1)}, "seeds="),
+        ({"sparsities": (1.5,)}, "fraction of zeros"),
+        ({"budgets": ("flops",)}, "Put 'epochs' first"),
+        ({"budgets": ("epochs", "watts")}, "the budget 'watts'"),
+        ({"longest": 0.5}, "longest is 0.5"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_a_sentence(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        replace(compare_grids.small(), **change)
+
+
+def test_a_task_is_a_dense_run() -> None:
+    recipe = prepare(compare_grids.small(), Cell("acdc", 0.5, 0), EPOCHS).recipe
+    with pytest.raises(InputError, match="Give the dense run of the task"):
+        Task("blobs", recipe)
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("compare_digit", "Did you mean compare_digits"),
+        ("nothing", "There are: compare_digits"),
+        ("nowhere.py:grid", "There is no file 'nowhere.py'"),
+        (where("nothing"), "has no function 'nothing'. It has:"),
+        (where("no_grid"), "returned a int"),
+    ],
+)
+def test_no_such_grid_is_a_sentence(grid: str, said: str, capsys: Capture) -> None:
+    assert main(["compare", grid]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_jobs_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--jobs is 0"):
+        compare(where("small"), tmp_path, jobs=0)
+
+
+# --- the worked example -------------------------------------------------------------------------
+
+
+def test_the_example_of_a_model_of_ones_own_runs(tmp_path: Path, capsys: Capture) -> None:
+    """As it stands in the documentation, but shorter."""
+    text = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for long, short in (
+        ("epochs=10)", "epochs=2)"),
+        ("sparsities=(0.8, 0.9)", "sparsities=(0.8,)"),
+        ("seeds=(0, 1)", "seeds=(0,)"),
+    ):
+        assert code.count(long) == 1
+        code = code.replace(long, short)
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    assert main(["show", f"{file}:grid"]) == 0
+    assert "three spirals, perceptron, 2 epochs dense" in capsys.readouterr().out
+    assert main(["compare", f"{file}:grid", "--out", str(tmp_path)]) == 0
+    found = rows(tmp_path / "spirals")
+    assert [row["method"] for row in found] == ["dense", "acdc", "mine"]
+    assert all((row["sparse_quality"] or row["dense_quality"]) > 40 for row in found)
+    (example,) = re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)
+    assert list(json.loads(example)) == list(found[0])
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def test_every_grid_is_listed_and_shown(capsys: Capture) -> None:
+    assert main(["list"]) == 0
+    listed = capsys.readouterr().out
+    for name in grids.names():
+        grid: Grid = locate(grids.find(name))
+        assert grid.name == name
+        assert grid.about in listed
+        assert main(["show", name]) == 0
+        shown = capsys.readouterr().out
+        for cell in cells(grid):
+            if cell.budget == "epochs":
+                assert prepare(grid, cell, grid.task.epochs).label in shown
+        for method in grid.methods:
+            assert f"  {method.name} " in shown
+
+
+def test_show_names_holes_and_what_comes_first(capsys: Capture) -> None:
+    assert main(["show", where("holes")]) == 0
+    assert "none: Not on Sundays." in capsys.readouterr().out
+    assert main(["show", where("small")]) == 0
+    assert re.search(r"one_shot +50 % .* after small-\w{8}", capsys.readouterr().out)
+    assert main(["show", where("small"), "--set", "seed=1"]) == 2
+
+
+def test_a_terminal_shows_what_runs_and_the_time_left() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    cell = Cell("acdc", 0.9, 0)
+    with GridWatcher(console) as watcher:
+        watcher(Progress(3, 9, 0, ((cell, 0.25),), 130.0))
+        watcher._progress.refresh()
+        watcher(Progress(4, 9, 1, (), 42.0, Outcome(cell, reason="A [b]slip[/b].")))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    assert "3 of 9 cells" in shown
+    assert "acdc 90 %, seed 0 25 %" in shown
+    assert "2 min left" in shown
+    assert "4/9  acdc 90 %, seed 0: no result: A [b]slip[/b].  42 s left" in shown
+
+
+def test_the_command_line_tells_each_cell(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["compare", where("small"), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "small" / "report.html")
+    assert re.search(r"1/3  dense, seed 0: dense \d+\.\d{3}", said.err)
+    assert re.search(r"3/3  one_shot 50 %, seed 0: sparse \d+\.\d{3}", said.err)
