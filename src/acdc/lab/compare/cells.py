@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from acdc.errors import AcdcError
 from acdc.lab.compare.grid import Budget, Candidate, Grid
 from acdc.lab.recipe import Recipe, encode, label
 from acdc.methods.dense import Dense
@@ -127,6 +128,11 @@ def prepare(grid: Grid, cell: Cell, epochs: int) -> Prepared:
     )
     changed = differences(encode(base), encode(recipe))
     return Prepared(cell, recipe, changed, label(grid.name, changed), before)
+
+
+def said(error: Exception) -> str:
+    """Return an error as a sentence; one that was not meant for people with its kind."""
+    return str(error) if isinstance(error, AcdcError) else f"{type(error).__name__}: {error}"
 
 
 def differences(old: Any, new: Any, path: str = "") -> dict[str, str]:

@@ -467,6 +467,7 @@ def _cell_row(outcome: Outcome, look: _Look) -> Json:
         ],
         "label": outcome.run.label.rpartition("-")[2] if outcome.run else "–",
         "reason": outcome.reason,
+        "cells": [],
     }
     if row is None:
         return said

@@ -42,6 +42,7 @@ from acdc.lab.compare.cells import (
     epochs_at_equal_flops,
     pilot,
     prepare,
+    said,
 )
 from acdc.lab.compare.grid import Grid, locate
 from acdc.lab.compare.results import Outcome
@@ -181,7 +182,7 @@ class _Board:
         except _Hole as hole:
             return self._settle(Outcome(cell, reason=str(hole)))
         except Exception as error:  # the method's own code refused, or broke
-            return self._settle(Outcome(cell, reason=_said(error)))
+            return self._settle(Outcome(cell, reason=said(error)))
         for part in filter(None, (run.before, run)):
             if part.label in self.failed:
                 why = self.failed[part.label]
@@ -374,9 +375,9 @@ class _Trainer:
         code = process.wait()
         with os.fdopen(errors, "rb") as file:
             file.seek(0)
-            said = file.read().decode(errors="replace").strip()
+            last_words = file.read().decode(errors="replace").strip()
         self.messages.put(
-            (label, end or {"end": "failed", "reason": _died(code, said), "code": code})
+            (label, end or {"end": "failed", "reason": _died(code, last_words), "code": code})
         )
 
     def take(self, board: _Board, patience: float = 0.5) -> None:
@@ -461,22 +462,17 @@ def train_cell(
     except train.Interrupted:
         raise
     except Exception as error:  # whatever it is, the other cells go on
-        return _said(error)
+        return said(error)
     return None
 
 
-def _said(error: Exception) -> str:
-    """Return an error as a sentence; one that was not meant for people with its kind."""
-    return str(error) if isinstance(error, AcdcError) else f"{type(error).__name__}: {error}"
-
-
-def _died(code: int, said: str) -> str:
+def _died(code: int, last_words: str) -> str:
     """Return why a process ended that did not say so itself."""
     if code < 0:
         name = signal.Signals(-code).name
         hint = " The system may have run out of memory." if -code == signal.SIGKILL else ""
         return f"Its process was killed by {name}.{hint}"
-    last = said.splitlines()[-1] if said else "it said nothing"
+    last = last_words.splitlines()[-1] if last_words else "it said nothing"
     return f"Its process ended with code {code}: {last}"
 
 
