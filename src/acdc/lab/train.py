@@ -21,7 +21,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
@@ -36,7 +35,6 @@ from acdc.lab.batchnorm import reestimate
 from acdc.lab.data import Data
 from acdc.lab.recipe import Recipe, encode
 from acdc.lab.record import Event, Folder, Metrics, machine, peak_memory, times, versions
-from acdc.methods.base import Method
 from acdc.pair import DENSE, SPARSE, Pair, Staging, load_sparse, save_sparse, sizes
 from acdc.sparsifier import Sparsifier
 
@@ -624,7 +622,7 @@ class _Run:
     def _spent(self, per_step: int, per_epoch: int | None = None) -> int:
         """Return the FLOPs of the run, from the supports it had."""
         supports = [(change.step, change.counts) for change in self.sparsifier.changes]
-        rule = partial(step_flops, self.method)
+        rule = self.method.step_flops
         return self.network.flops_over(self.schedule, supports, per_step, per_epoch, rule)
 
     def _details(self, command: str) -> dict[str, Any]:
@@ -748,21 +746,6 @@ def check_same(place: Folder, recipe: Recipe) -> None:
             f"The run in {place.path} has another recipe: {_first_difference(old, new)}. Resume "
             f"with the same --set values, or start a new run in another folder."
         )
-
-
-def step_flops(method: Method, sparse: int, dense: int) -> Fraction | int:
-    """Return the FLOPs of one training step on one sample, in a sparse phase.
-
-    Three forward passes on the kept weights (RigL, appendix H), unless the method says that it
-    computes more: a gradient of every weight, say.
-
-    Args:
-        method: What trains.
-        sparse: FLOPs of a forward pass on the weights that are kept then.
-        dense: FLOPs of a dense one.
-    """
-    own: Callable[[int, int], Fraction | int] | None = getattr(method, "step_flops", None)
-    return 3 * sparse if own is None else own(sparse, dense)
 
 
 def _start_from(folder: Path, net: nn.Module) -> None:
