@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from acdc import ACDC, Pair, Unstructured, phases
+from acdc import ACDC, Pair, Unstructured, constant, phases
 from acdc.engine import host
 from acdc.engine.choice import Choice
 from acdc.engine.engine import Engine
@@ -28,7 +28,10 @@ from acdc.errors import InputError
 from acdc.lab import train
 from acdc.lab.engine import why_off
 from acdc.lab.models import Model
+from acdc.lab.recipe import Recipe
 from acdc.lab.record import Metrics
+from acdc.methods import Static, TopKAST
+from acdc.pair import load_sparse
 from helpers import same
 from runs import BRANCH, STEPS, TINY, assert_same_run, events, files, record, tiny, words
 
@@ -575,3 +578,54 @@ def test_other_data_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(kind, "digest", lambda _: "another")
     with pytest.raises(InputError, match="other data"):
         train.run(recipe, tmp_path / "run", device="cpu", resume=True)
+
+
+# --- sparse from the first step -----------------------------------------------------------------
+
+
+def _sparse_only(method: type, **more: Any) -> Recipe:
+    plan = constant("sparse", epochs=3)
+    return replace(tiny(), method=method(Unstructured(0.75), plan, **more), dense_finetune=False)
+
+
+def test_a_run_that_is_sparse_throughout_leaves_a_sparse_network_alone(tmp_path: Path) -> None:
+    result = train.run(_sparse_only(Static), tmp_path / "run", device="cpu")
+    assert result["dense"] is None
+    assert result["sparse"]["sparsity"] == pytest.approx(0.75, abs=1e-3)
+    assert result["train_flops_ratio"] == pytest.approx(result["inference_flops_ratio"])
+    state, support = load_sparse(tmp_path / "run" / "pair")
+    assert support.nnz == result["sparse"]["nnz"]
+    assert all(not state[name][~mask].any() for name, mask in support.items())
+    with pytest.raises(InputError, match="left no dense network"):
+        train.run(replace(tiny(), start="run"), tmp_path / "next", device="cpu")
+    (tmp_path / "run" / "pair" / "sparse.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match="is damaged"):
+        load_sparse(tmp_path / "run" / "pair")
+
+
+def test_the_dense_weights_behind_a_sparse_network_outlive_an_evaluation(tmp_path: Path) -> None:
+    """The last step ends an epoch. What is measured then is sparse, and what is kept is not."""
+    recipe = _sparse_only(TopKAST, backward=0.5)
+    result = train.run(recipe, tmp_path / "run", device="cpu")
+    pair = Pair.load(tmp_path / "run" / "pair")
+    grown = sum(int(pair.dense[name][~mask].count_nonzero()) for name, mask in pair.support.items())
+    assert grown > pair.support.nnz / 2
+    assert all(not pair.sparse[name][~mask].any() for name, mask in pair.support.items())
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    last = [event for event in lines if event["event"] == "eval"][-1]
+    assert last["accuracy"] == result["sparse"]["accuracy"]
+
+
+@pytest.mark.parametrize("method", [Static, TopKAST])
+def test_a_sparse_run_that_stopped_ends_as_if_it_had_not(tmp_path: Path, method: type) -> None:
+    recipe = _sparse_only(method)
+    train.run(recipe, tmp_path / "straight", device="cpu")
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.run(recipe, tmp_path / "stopped", device="cpu", watch=watch)
+    train.run(recipe, tmp_path / "stopped", device="cpu", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")

@@ -187,10 +187,24 @@ class _Run:
         phase = self.schedule.phase_at(self.step).kind
         self.step += 1
         if self.step in self.epoch_ends:
-            if self.leg == "main":
-                self.sparsifier.project(self.net)
-            self.measured = self._eval_event("dense" if self.leg == "finetune" else phase)
+            with self._as_it_is_used():
+                self.measured = self._eval_event("dense" if self.leg == "finetune" else phase)
             self.net.train()
+
+    @contextmanager
+    def _as_it_is_used(self) -> Iterator[None]:
+        """Clear what the step has put outside of the support, before the sparsifier does.
+
+        It has yet to see the dense weights of a method that keeps them: those are put back.
+        """
+        held = list(self.sparsifier.params.values()) if self.method.keeps_dense else []
+        before = [param.detach().clone() for param in held]
+        if self.leg == "main":
+            self.sparsifier.project(self.net)
+        yield
+        with torch.no_grad():
+            for param, value in zip(held, before, strict=True):
+                param.copy_(value)
 
     # --- the whole ------------------------------------------------------------------------------
 
@@ -221,14 +235,14 @@ class _Run:
 
     def _end_main(self) -> None:
         """Save the pair as it is now; go back to the dense twin if it is to be trained on."""
+        dense = self.sparsifier.dense_weights
         self.sparsifier.remove()
         if self._leaves != "pair":
             return
         if self.fabric.is_global_zero:
-            self.sparsifier.pair(**self._facts()).save(self.place.pair)
-        if self.recipe.dense_finetune:
-            twin = self.sparsifier.dense_twin
-            assert twin is not None  # a pair has one
+            self._pair(dense).save(self.place.pair)
+        twin = self.sparsifier.dense_twin
+        if self.recipe.dense_finetune and twin is not None:
             twin.restore(self.net, self.optimizer)
             self.leg, self.step, self.batches = "finetune", twin.step, self.batches_at_twin
             self._checkpoint()
@@ -238,7 +252,17 @@ class _Run:
         """What comes out: a sparse network and its dense twin, or one of them alone."""
         if self.method.sparsity is None:
             return "dense"
-        return "sparse" if self.schedule.last("dense") is None else "pair"
+        twins = self.schedule.last("dense") is not None or self.method.keeps_dense
+        return "pair" if twins else "sparse"
+
+    def _pair(self, dense: dict[str, Tensor]) -> Pair:
+        """Return the twins. The dense one is the end of the last dense phase, or what a method that
+        keeps dense weights has at the end."""
+        if not dense:
+            return self.sparsifier.pair(**self._facts())
+        state = _on_cpu(self.net.state_dict())
+        facts = self._facts() | {"method": self.method.name, "step": self.step}
+        return Pair(state, state | _on_cpu(dense), self.sparsifier.support.to("cpu"), facts)
 
     def _facts(self) -> dict[str, Any]:
         return {
