@@ -30,7 +30,7 @@ from acdc.lab.engine import why_off
 from acdc.lab.models import Model
 from acdc.lab.recipe import Recipe
 from acdc.lab.record import Metrics
-from acdc.methods import Static, TopKAST
+from acdc.methods import DPF, Static, TopKAST
 from acdc.pair import load_sparse
 from helpers import same
 from runs import BRANCH, STEPS, TINY, assert_same_run, events, files, record, tiny, words
@@ -605,7 +605,7 @@ def test_a_run_that_is_sparse_throughout_leaves_a_sparse_network_alone(tmp_path:
 
 def test_the_dense_weights_behind_a_sparse_network_outlive_an_evaluation(tmp_path: Path) -> None:
     """The last step ends an epoch. What is measured then is sparse, and what is kept is not."""
-    recipe = _sparse_only(TopKAST, backward=0.5)
+    recipe = _sparse_only(DPF)
     result = train.run(recipe, tmp_path / "run", device="cpu")
     pair = Pair.load(tmp_path / "run" / "pair")
     grown = sum(int(pair.dense[name][~mask].count_nonzero()) for name, mask in pair.support.items())
