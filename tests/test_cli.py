@@ -388,8 +388,8 @@ def test_json_is_the_only_line_on_standard_output(
     data = json.loads(out)
     assert out.count("\n") == 1
     assert list(data) == [*RECORD]
-    assert set(data["sparse"]) == {"accuracy", "sparsity", "nnz", "bytes"}
-    assert set(data["dense"]) == {"accuracy", "bytes"}
+    assert set(data["sparse"]) == {"accuracy", "loss", "sparsity", "nnz", "bytes"}
+    assert set(data["dense"]) == {"accuracy", "loss", "bytes"}
     assert data["run"] == str(folder)
     assert "test accuracy" in err
     assert f"Report: {folder / 'report.html'}" in err
