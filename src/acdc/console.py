@@ -23,7 +23,25 @@ if TYPE_CHECKING:
 COLOURS = {"dense": "bright_blue", "sparse": "orange3"}
 
 
-class Watcher:
+class _Bar:
+    """A context manager: a bar on a terminal, which is gone when it is left."""
+
+    _progress: Progress
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+
+class Watcher(_Bar):
     """Shows a run while it trains: a bar on a terminal, else a line after each epoch.
 
     A context manager; the bar is gone when it is left.
@@ -55,18 +73,6 @@ class Watcher:
         self._loss, self._accuracy = "", ""
         self._pace = Pace()
         self._mean = Mean()
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Take in one event of the run."""
@@ -126,7 +132,7 @@ class Watcher:
             )
 
 
-class GridWatcher:
+class GridWatcher(_Bar):
     """Shows a comparison while it runs: a bar on a terminal, and a line for each settled cell.
 
     A context manager; the bar is gone when it is left.
@@ -148,18 +154,6 @@ class GridWatcher:
             refresh_per_second=4,
         )
         self._task = self._progress.add_task("", total=1, running="", left="")
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
 
     def __call__(self, progress: Progressed) -> None:
         """Take in how far the comparison is."""

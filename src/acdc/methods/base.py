@@ -221,6 +221,10 @@ class Phased(Method):
         """Return the support later in a sparse phase: the same, if a subclass does not differ."""
         return support
 
+    def wants_gradient(self, step: int) -> bool:
+        """Whether dense weights are trained behind sparse ones: in every sparse phase, then."""
+        return self.keeps_dense and self.resolved.phase_at(step).kind == "sparse"
+
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights that are pruned, and why others that were wanted stay dense."""
         return choose(model, self.pattern, self.layers)
@@ -294,6 +298,26 @@ class Ramped(Phased):
         phase = self.resolved.phase_at(step)
         reach = phase.start, self._stop(phase), self.first, self.pattern.sparsity
         return self.pattern.at(ramp(step, *reach))
+
+
+class Renewed(Phased):
+    """Keeps the largest of all weights, and every so often chooses them anew."""
+
+    every: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_duration(self.every, "every")
+
+    def begin(self, step: int, params: Weights) -> Support:
+        """Keep the largest."""
+        return self.pattern.select(score.magnitude(params))
+
+    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+        """Choose anew where it is due."""
+        if step not in self.resolved.every(self.every, phase.start, phase.stop):
+            return support
+        return self.begin(step, params)
 
 
 class Evolving(Phased):

@@ -56,10 +56,6 @@ class DPF(Ramped):
     reset: Reset = "none"
     layers: Layers | None = None
 
-    def wants_gradient(self, step: int) -> bool:
-        """Whether the phase is sparse: all weights are trained."""
-        return self.resolved.phase_at(step).kind == "sparse"
-
     def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
         """Choose among all dense weights where it is due."""
         return self._at(step).select(self.rank(params)) if self.cuts(step, phase) else support

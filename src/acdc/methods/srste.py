@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor
 
-from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Phased, Reset, Weights
+from acdc.methods.base import Renewed, Reset
 from acdc.pattern import NM
-from acdc.schedule import Phase, Plan, Schedule, check_duration
-from acdc.support import Support
+from acdc.schedule import Plan, Schedule
 
 
 @final
 @dataclass(frozen=True)
-class SRSTE(Phased):
+class SRSTE(Renewed):
     """Compute with the N largest of every M weights, apply the gradient to all, and draw those
     that are cut to zero.
 
@@ -61,23 +58,8 @@ class SRSTE(Phased):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_duration(self.every, "every")
         if not self.decay >= 0:
             raise InputError(f"SRSTE(decay=...) is {self.decay!r}. Give a number from 0 up.")
-
-    def wants_gradient(self, step: int) -> bool:
-        """Whether the phase is sparse: all weights are trained."""
-        return self.resolved.phase_at(step).kind == "sparse"
-
-    def begin(self, step: int, params: Mapping[str, Tensor]) -> Support:
-        """Keep the largest of every group."""
-        return self.pattern.select(score.magnitude(params))
-
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
-        """Choose anew where it is due."""
-        if step not in self.resolved.every(self.every, phase.start, phase.stop):
-            return support
-        return self.pattern.select(score.magnitude(params))
 
     def pull(self, weight: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:
         """Return the decay of the weights that are cut."""

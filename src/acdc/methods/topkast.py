@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, final
@@ -13,15 +12,15 @@ from torch import Tensor
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Phased, Reset, Weights
+from acdc.methods.base import Renewed, Reset, Weights
 from acdc.pattern import Block, Unstructured
-from acdc.schedule import Phase, Plan, Schedule, check_duration
+from acdc.schedule import Plan, Schedule
 from acdc.support import Support, check_sparsity
 
 
 @final
 @dataclass(frozen=True)
-class TopKAST(Phased):
+class TopKAST(Renewed):
     """Compute with the largest weights, train somewhat more of them, and keep the rest in store.
 
     The forward pass uses set A, the largest weights at the pattern's sparsity; gradients go to set
@@ -73,7 +72,6 @@ class TopKAST(Phased):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_duration(self.every, "every")
         check_sparsity(self.backward, "backward")
         if self.backward > self.pattern.sparsity:
             raise InputError(
@@ -82,20 +80,6 @@ class TopKAST(Phased):
             )
         if not self.penalty >= 0:
             raise InputError(f"TopKAST(penalty=...) is {self.penalty!r}. Give a number from 0 up.")
-
-    def wants_gradient(self, step: int) -> bool:
-        """Whether the phase is sparse: weights outside of the support are trained, too."""
-        return self.resolved.phase_at(step).kind == "sparse"
-
-    def begin(self, step: int, params: Mapping[str, Tensor]) -> Support:
-        """Choose set A."""
-        return self.pattern.select(score.magnitude(params))
-
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
-        """Choose it anew where that is due."""
-        if step not in self.resolved.every(self.every, phase.start, phase.stop):
-            return support
-        return self.pattern.select(score.magnitude(params))
 
     def reach(self, params: Weights, support: Support) -> Support | None:
         """Choose set B, which holds A."""

@@ -71,7 +71,6 @@ class Data(ABC):
             InputError: The epoch has no such batch, or there is no such rank.
         """
 
-    @abstractmethod
     def train_batches(
         self,
         epoch: int,
@@ -82,6 +81,8 @@ class Data(ABC):
         world: int = 1,
     ) -> Iterator[Batch]:
         """Yield ``train_batch`` for ``index`` from ``start`` to the end of the epoch."""
+        for index in range(start, self.steps_per_epoch(batch_size, world)):
+            yield self.train_batch(epoch, index, batch_size, seed, rank, world)
 
     @abstractmethod
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
@@ -204,19 +205,6 @@ class Images(Data):
         generator = stream("augment", seed, epoch, index)
         drawn = self.augment.draw(batch_size * world, generator)[place]
         return self._normalised(self.augment.apply(images[picked], drawn)), labels[picked]
-
-    def train_batches(
-        self,
-        epoch: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """Yield ``train_batch`` for ``index`` from ``start`` to the end of the epoch."""
-        for index in range(start, self.steps_per_epoch(batch_size, world)):
-            yield self.train_batch(epoch, index, batch_size, seed, rank, world)
 
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
         """Yield every image of a split once, in file order, without augmentation."""

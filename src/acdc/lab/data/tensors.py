@@ -74,19 +74,6 @@ class Tensors(Data):
         x, y = self._splits["train"]
         return x[picked], y[picked]
 
-    def train_batches(
-        self,
-        epoch: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """Yield ``train_batch`` for ``index`` from ``start`` to the end of the epoch."""
-        for index in range(start, self.steps_per_epoch(batch_size, world)):
-            yield self.train_batch(epoch, index, batch_size, seed, rank, world)
-
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
         """Yield every sample of a split once, in order."""
         x, y = self._splits[known_split(split)]

@@ -84,19 +84,6 @@ class Text(Data):
         windows = self._train[places]
         return windows[:, :-1], windows[:, 1:]
 
-    def train_batches(
-        self,
-        epoch: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[Batch]:
-        """Yield ``train_batch`` for ``index`` from ``start`` to the end of the epoch."""
-        for index in range(start, self.steps_per_epoch(batch_size, world)):
-            yield self.train_batch(epoch, index, batch_size, seed, rank, world)
-
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
         """Yield every test window once, in order; of the training part, windows in order too."""
         inputs, targets = self._test
