@@ -43,7 +43,7 @@ def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
     """Return the events of a run, without the seconds, which no two runs share."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     chosen = [event for event in lines if not kinds or event["event"] in kinds]
-    return [{k: v for k, v in event.items() if k != "seconds"} for event in chosen]
+    return [{k: v for k, v in event.items() if "seconds" not in k} for event in chosen]
 
 
 def record(run: Path) -> dict[str, Any]:

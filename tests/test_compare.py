@@ -137,6 +137,9 @@ def test_what_is_trained_beforehand_is_a_run_shared_and_counted(whole: Path) -> 
         time = [r["details"]["time"][part] for r in (before, after)
                 for part in ("dense", "sparse", "engine")]  # fmt: skip
         assert row["seconds"] == pytest.approx(sum(time), abs=1e-3)
+        worked = [r["details"]["time"]["cpu"] for r in (before, after)]
+        assert row["cpu_seconds"] == pytest.approx(sum(worked), abs=1e-3)
+        assert row["cpu_seconds"] > 0
 
 
 def test_a_run_begins_with_the_network_it_starts_from(whole: Path) -> None:

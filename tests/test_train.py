@@ -505,7 +505,7 @@ def test_the_time_of_a_step_is_training_alone(
         compress(self, support)
 
     def slow_evaluate(self: Any) -> tuple[float, float]:
-        time.sleep(0.5)
+        time.sleep(0.5)  # no work: the processors are not asked
         return evaluate(self)
 
     monkeypatch.setattr(Engine, "compress", slow_compress)
@@ -517,6 +517,11 @@ def test_the_time_of_a_step_is_training_alone(
     assert all(e["seconds"] > 0.5 for e in lines if e["event"] in ("engine", "eval"))
     spent = json.loads((tmp_path / "run/record.json").read_text())["details"]["time"]
     assert spent == made["details"]["time"]
+    worked = [e for e in lines if e["event"] in ("step", "engine") and "twin" not in e]
+    assert spent["cpu"] == pytest.approx(sum(e["cpu_seconds"] for e in worked), abs=1e-3)
+    assert all(e["cpu_seconds"] >= 0 for e in lines if "cpu_seconds" in e)
+    asleep = [e for e in lines if e["event"] in ("engine", "eval")]
+    assert all(e["seconds"] - e["cpu_seconds"] > 0.3 for e in asleep)
     for phase, count in (("dense", 12), ("sparse", 16)):
         mine = [e["seconds"] for e in steps if e["phase"] == phase and "twin" not in e]
         assert len(mine) == count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +14,7 @@ from acdc.engine.engine import Engine
 from acdc.engine.native import available
 from acdc.engine.reference import Reference
 from acdc.lab.recipe import Computed
+from acdc.lab.record import Clocks
 
 Json = dict[str, Any]
 
@@ -28,13 +28,13 @@ class RunEngine(Engine):
         mode: ``"auto"`` or ``"reference"``, as in the recipe.
 
     Attributes:
-        seconds: What its compressions took so far: timing of layers, tracing, index lists.
+        taken: What its compressions took so far: timing of layers, tracing, index lists.
     """
 
     def __init__(self, model: nn.Module, example: Tensor, mode: Computed) -> None:
         reference = Reference() if mode == "reference" else None
         super().__init__(model, example, backend=reference, choose=reference is None)
-        self.seconds = 0.0
+        self.taken = Clocks()
         self.reason: str | None = None
         if reference is None and not available():
             self.reason = (
@@ -44,9 +44,9 @@ class RunEngine(Engine):
 
     def compress(self, support: Mapping[str, Tensor]) -> None:
         """Run sparse from here on."""
-        began = time.perf_counter()
+        began = Clocks.now()
         super().compress(support)
-        self.seconds += time.perf_counter() - began
+        self.taken = self.taken.plus(Clocks.now().minus(began))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the choices of a checkpoint; they are no news."""

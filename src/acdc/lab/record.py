@@ -17,10 +17,11 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +29,33 @@ from acdc.errors import InputError
 from acdc.pair import Staging
 
 Event = dict[str, Any]
+
+
+class Clocks(NamedTuple):
+    """Seconds by the clock on the wall, and of the processors that this process was given.
+
+    The second tells what a step costs where other work shares the machine.
+    """
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @classmethod
+    def now(cls) -> Clocks:
+        """Return both clocks. Only differences mean something."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def plus(self, other: Clocks) -> Clocks:
+        """Return the sum."""
+        return Clocks(self.wall + other.wall, self.cpu + other.cpu)
+
+    def minus(self, other: Clocks) -> Clocks:
+        """Return the difference."""
+        return Clocks(self.wall - other.wall, self.cpu - other.cpu)
+
+    def event(self) -> Event:
+        """Return them as an event holds them, in microseconds at the finest."""
+        return {"seconds": round(self.wall, 6), "cpu_seconds": round(self.cpu, 6)}
 
 
 @dataclass(frozen=True)
@@ -132,11 +160,13 @@ def times(path: Path) -> dict[str, float | None]:
     """Return where the seconds of a run went, from its metrics, and what a step took on average.
 
     A step is forward, loss, backward and the optimizer. What is not in it: loading of data,
-    evaluation, building of the engine, checkpoints.
+    evaluation, building of the engine, checkpoints. ``cpu`` has the seconds of the processors for
+    all steps and the building of the engine, but not for the fine-tuning of a dense twin.
     """
     seconds = dict.fromkeys(("dense", "sparse", "finetune", "evaluation", "engine"), 0.0)
     steps = {"dense": 0, "sparse": 0}
     parts = {"eval": "evaluation", "engine": "engine"}
+    cpu = 0.0
     for event in events(path):
         if event["event"] == "step":
             part = "finetune" if "twin" in event else event["phase"]
@@ -145,10 +175,12 @@ def times(path: Path) -> dict[str, float | None]:
                 steps[part] += 1
         elif event["event"] in parts:
             seconds[parts[event["event"]]] += event["seconds"]
+        if event["event"] in ("step", "engine") and "twin" not in event:
+            cpu += event.get("cpu_seconds", 0.0)  # runs of older versions have none
     means = {
         f"{k}_step_ms": round(1e3 * seconds[k] / n, 3) if n else None for k, n in steps.items()
     }
-    return {name: round(value, 3) for name, value in seconds.items()} | means
+    return {name: round(value, 3) for name, value in (seconds | {"cpu": cpu}).items()} | means
 
 
 def peak_memory() -> int | None:

@@ -34,7 +34,16 @@ from acdc.errors import AcdcError, InputError, need
 from acdc.lab.batchnorm import reestimate
 from acdc.lab.data import Data
 from acdc.lab.recipe import Recipe, encode
-from acdc.lab.record import Event, Folder, Metrics, machine, peak_memory, times, versions
+from acdc.lab.record import (
+    Clocks,
+    Event,
+    Folder,
+    Metrics,
+    machine,
+    peak_memory,
+    times,
+    versions,
+)
 from acdc.pair import DENSE, SPARSE, Pair, Staging, load_sparse, save_sparse, sizes
 from acdc.sparsifier import Sparsifier
 
@@ -167,6 +176,7 @@ class _Run:
         self.epoch_ends = set(accumulate(self.schedule.steps_per_epoch))
         self.metrics: Metrics | None = None
         self.measured: Event | None = None  # the evaluation that is due with this step
+        self.tested = Clocks()  # what it took
 
     def _engine(self) -> tuple[RunEngine | None, Event]:
         """Return the engine, if the run has one, and what is said of it at the start."""
@@ -293,8 +303,8 @@ class _Run:
 
     def _train_step(self, x: Tensor, y: Tensor) -> None:
         """Take one optimizer step and everything that is due after it."""
-        began, before, changes = time.perf_counter(), self.step, len(self.sparsifier.changes)
-        built = self._built
+        began, before, changes = Clocks.now(), self.step, len(self.sparsifier.changes)
+        built, self.tested = self._built, Clocks()
         phase = "dense" if self.leg == "finetune" else self.schedule.phase_at(before).kind
         lr = self.recipe.optimizer.lr * self.recipe.lr.factor(before, self.schedule)
         for group in self.optimizer.param_groups:
@@ -312,13 +322,12 @@ class _Run:
         self.batches += 1
         if self.step == before:
             return  # the GradScaler found an overflow and skipped the step
-        built = self._built - built
-        tested = self.measured["seconds"] if self.measured is not None else 0.0
-        seconds = time.perf_counter() - began - built - tested  # both took place in stepper.step()
+        built = self._built.minus(built)
+        # Both took place in stepper.step().
+        taken = Clocks.now().minus(began).minus(built).minus(self.tested)
         event = {"event": "step", "step": self.step, "epoch": math.floor(
-            self.schedule.epoch_at(before)), "phase": phase, "loss": loss, "lr": lr,
-            "seconds": round(seconds, 6)}  # fmt: skip
-        self._emit(event | self._twin_mark())
+            self.schedule.epoch_at(before)), "phase": phase, "loss": loss, "lr": lr}  # fmt: skip
+        self._emit(event | taken.event() | self._twin_mark())
         if self.measured is not None:
             self._emit(self.measured)
             if not math.isfinite(self.measured["loss"]):
@@ -340,16 +349,16 @@ class _Run:
             )
 
     @property
-    def _built(self) -> float:
-        """Seconds that the engine has spent on compressions."""
-        return 0.0 if self.engine is None else self.engine.seconds
+    def _built(self) -> Clocks:
+        """What the engine has spent on compressions."""
+        return Clocks() if self.engine is None else self.engine.taken
 
-    def _emit_changes(self, first: int, seconds: float) -> bool:
+    def _emit_changes(self, first: int, taken: Clocks) -> bool:
         """Say how the support changed, and the engine with it.
 
         Args:
             first: The changes before it have been said.
-            seconds: What the engine spent on them.
+            taken: What the engine spent on them.
 
         Returns:
             Whether the engine made a choice. It has to be on the disk before a step is computed by
@@ -362,7 +371,7 @@ class _Run:
             return False
         news = self.engine.news()
         event = {"event": "engine", "step": self.step, **self.engine.start(), **news}
-        self._emit(event | {"seconds": round(seconds, 6)})
+        self._emit(event | taken.event())
         return bool(news)
 
     def _agreed(self, loss: float) -> tuple[float, int]:
@@ -421,22 +430,26 @@ class _Run:
 
     def _eval_event(self, phase: str) -> Event:
         """Measure the network as the last step of ``phase`` left it."""
-        began = time.perf_counter()
+        began = Clocks.now()
         accuracy, loss = self._evaluate()
+        self.tested = Clocks.now().minus(began)
         support = self.sparsifier.support
         dense = self.leg == "finetune"
-        return {
-            "event": "eval",
-            "step": self.step,
-            "epoch": math.floor(self.schedule.epoch_at(self.step)),
-            "phase": phase,
-            "split": "test",
-            "accuracy": accuracy,
-            "loss": loss,
-            "nnz": support.numel if dense else support.nnz,
-            "sparsity": 0.0 if dense else support.sparsity,
-            "seconds": round(time.perf_counter() - began, 6),
-        } | self._twin_mark()
+        return (
+            {
+                "event": "eval",
+                "step": self.step,
+                "epoch": math.floor(self.schedule.epoch_at(self.step)),
+                "phase": phase,
+                "split": "test",
+                "accuracy": accuracy,
+                "loss": loss,
+                "nnz": support.numel if dense else support.nnz,
+                "sparsity": 0.0 if dense else support.sparsity,
+            }
+            | self.tested.event()
+            | self._twin_mark()
+        )
 
     def _twin_mark(self) -> Event:
         return {"twin": "dense"} if self.leg == "finetune" else {}

@@ -44,7 +44,8 @@ def row(task: Task, run: Prepared, record: Json, before: Json | None) -> Json:
     Training FLOPs are those of the sparse network, what was trained beforehand included, as a share
     of the task's dense run of ``task.epochs`` epochs. Seconds are the measured steps and the
     building of the engine, without evaluation and without the fine-tuning of a dense twin; what was
-    trained beforehand is included, too.
+    trained beforehand is included, too. ``cpu_seconds`` are those of the processors: cells that are
+    trained side by side, or beside other work, wait for one another, and wall time counts that.
 
     Args:
         task: What was trained.
@@ -62,6 +63,7 @@ def row(task: Task, run: Prepared, record: Json, before: Json | None) -> Json:
         "train_flops_ratio": sum(map(_spent, parts)) / _dense_run(task, record),
         "inference_flops_ratio": record["inference_flops_ratio"],
         "seconds": round(sum(map(_seconds, parts)), 3),
+        "cpu_seconds": round(sum(part["details"]["time"]["cpu"] for part in parts), 3),
         "budget": cell.budget,
         "epochs": run.epochs,
         "sparsity_reached": record["sparse"]["sparsity"] if record["sparse"] else 0.0,
