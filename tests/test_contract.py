@@ -39,6 +39,7 @@ from acdc.methods.snip import SNIP
 from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
 from acdc.methods.topkast import TopKAST
+from acdc.methods.woodfisher import WoodFisher
 from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.schedule import Phase, Schedule, alternate, constant
 from acdc.sparsifier import Sparsifier
@@ -163,9 +164,13 @@ METHODS: dict[str, Callable[[Any, Schedule], Method]] = {
     "dsd": lambda pattern, schedule: DSD(pattern, schedule),
     "oneshot": lambda pattern, schedule: OneShot(pattern, schedule),
     "gradual": lambda pattern, schedule: Gradual(pattern, schedule, every="1st", length="1st"),
+    "woodfisher": lambda pattern, schedule: WoodFisher(
+        pattern, schedule, every="1st", length="1st", gradients=2, block=30
+    ),
 }
 # One sparsity is all that 2:4 has, and who exchanges weights does so one by one.
 NOT_SERVED = {(m, "2:4") for m in ("set", "snfs", "rigl", "gmp", "gradual", "topkast", "dpf")}
+NOT_SERVED |= {("woodfisher", "2:4")}
 NOT_SERVED |= {("srste", p) for p in PATTERNS if p != "2:4"}  # it is for N:M alone
 NOT_SERVED |= {(m, "block") for m in ("set", "snfs", "rigl")}
 

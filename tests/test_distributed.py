@@ -27,6 +27,7 @@ from acdc.methods.acdc import ACDC
 from acdc.methods.base import exchange
 from acdc.methods.dpf import DPF
 from acdc.methods.rigl import RigL
+from acdc.methods.woodfisher import WoodFisher
 from acdc.pattern import NM, Unstructured
 from acdc.schedule import constant
 from acdc.sparsifier import Sparsifier
@@ -263,6 +264,46 @@ def viewing() -> dict[str, Any]:
     return seen
 
 
+def remembering() -> dict[str, Any]:
+    """Train by WoodFisher; let the ranks' weights differ in the last bit right before a cut."""
+    schedule = constant("sparse", 3).resolve(3)
+    method = WoodFisher(PATTERN, schedule, first=0.5, every="3st", length="6st", gradients=1)
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    @torch.no_grad()
+    def disturb(*_: Any) -> None:  # registered first, so it runs before the sparsifier looks
+        if sparsifier.step == 2 and dist.get_rank():
+            for p in sparsifier.params.values():
+                p.copy_(torch.nextafter(p, 2 * p))
+
+    optimizer.register_step_post_hook(disturb)
+    wrapped = DDP(model)
+    sparsifier = Sparsifier(method, wrapped, optimizer)
+    seen: dict[str, Any] = {"past": [], "expected": [], "weights": []}
+    for step in range(TOTAL):
+        twin = copy.deepcopy(model)
+        backward(twin, own_batch(step))
+        optimizer.zero_grad()
+        backward(wrapped, own_batch(step))
+        if step == 2:
+            averages = []
+            for name, mask in sparsifier.support.items():
+                grad = twin.get_parameter(name).grad
+                dist.all_reduce(grad)
+                averages.append(grad[mask] / WORLD)
+            seen["expected"] = flat(iter(averages))
+            pre = optimizer.register_step_pre_hook(  # registered last: sees what was remembered
+                lambda *_: seen.update(past=flat(iter(sparsifier.state_dict()["past"].values())))
+            )
+            optimizer.step()
+            pre.remove()
+        else:
+            optimizer.step()
+        seen["weights"].append(flat(model.parameters()))
+    return seen
+
+
 EXCHANGES: dict[str, dict[str, Any]] = {
     "wrapped first": {"wrap_first": True, "accumulate": 1},
     "sparsifier first": {"wrap_first": False, "accumulate": 1},
@@ -293,6 +334,7 @@ def worker(rank: int, folder: str) -> None:
         for name, case in EXCHANGES.items():
             result["exchange", name] = exchanging(**case)
         result["view"] = viewing()
+        result["memory"] = remembering()
         for name, case in ENGINE_CASES.items():
             for on in (False, True):
                 result["engine", name, on] = on_engine(on, **case)
@@ -377,6 +419,15 @@ def test_dense_weights_behind_a_view_are_the_same_on_all_ranks(ranks: list[dict[
     assert first["digests"] == second["digests"]
     assert len(set(first["digests"])) == 4  # chosen at the start, and after steps 2, 4 and 5
     assert min(first["moved"]) > 0  # what is not computed with is trained, too
+
+
+def test_all_ranks_remember_averaged_gradients_and_move_weights_alike(
+    ranks: list[dict[str, Any]],
+) -> None:
+    first, second = (rank["memory"] for rank in ranks)
+    assert torch.equal(first["past"], second["past"])
+    torch.testing.assert_close(first["past"], first["expected"], rtol=1e-4, atol=1e-6)
+    assert all(map(torch.equal, first["weights"], second["weights"]))
 
 
 each_engine_case = pytest.mark.parametrize("case", ENGINE_CASES)

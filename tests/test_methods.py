@@ -22,7 +22,7 @@ from acdc import score
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.methods import METHODS
-from acdc.methods.base import Weights, exchange
+from acdc.methods.base import Past, Weights, exchange
 from acdc.methods.dpf import DPF
 from acdc.methods.dsd import DSD
 from acdc.methods.gmp import GMP
@@ -35,6 +35,7 @@ from acdc.methods.snip import SNIP
 from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
 from acdc.methods.topkast import TopKAST
+from acdc.methods.woodfisher import WoodFisher
 from acdc.pattern import NM, Block, Unstructured, apportion
 from acdc.schedule import constant, phases, ramp
 from acdc.score import Scores
@@ -251,7 +252,7 @@ def test_flops_of_rigl_are_those_of_the_paper() -> None:
 
 def test_flops_of_the_others() -> None:
     f_s, f_d = 100, 1000
-    for kind in (Static, OneShot, GMP, Gradual, SNIP, DSD, acdc.ACDC):
+    for kind in (Static, OneShot, GMP, Gradual, WoodFisher, SNIP, DSD, acdc.ACDC):
         assert kind(ERK, SPARSE).step_flops(f_s, f_d) == 3 * f_s
     assert SET(ERK, SPARSE).step_flops(f_s, f_d) == 3 * f_s
     assert SNFS(ERK, SPARSE).step_flops(f_s, f_d) == 2 * f_s + f_d
@@ -489,7 +490,8 @@ def test_one_shot_cuts_the_trained_weights_once() -> None:
         assert torch.equal(model.get_parameter(name), trained.get_parameter(name).where(m, 0))
     train(model, optimizer, 0, STEPS)
     assert [c.step for c in sparsifier.changes] == [0]
-    assert {name for name, kind in METHODS.items() if kind.pretrained} == {"oneshot", "gradual"}
+    pretrained = {name for name, kind in METHODS.items() if kind.pretrained}
+    assert pretrained == {"oneshot", "gradual", "woodfisher"}
 
 
 def test_dsd_brings_all_weights_back_at_zero_and_ends_dense() -> None:
@@ -509,6 +511,170 @@ def test_dsd_brings_all_weights_back_at_zero_and_ends_dense() -> None:
     assert any(model.get_parameter(n)[m].any() for n, m in cut.items())
     with pytest.raises(InputError, match="network is dense"):
         sparsifier.pair()
+
+
+# --- WoodFisher ----------------------------------------------------------------------------------
+
+
+def fisher_inverse(g: Tensor, damping: float) -> Tensor:
+    """Return the inverse by the authors' updates, one for each of the gradients [N, size]."""
+    inverse = torch.eye(g.shape[1], dtype=torch.float64) / damping
+    for row in g.double():
+        v = inverse @ row
+        inverse -= torch.outer(v, v) / (len(g) + row @ v)
+    return inverse
+
+
+def woodfisher(**fields: Any) -> WoodFisher:
+    fields = {"first": 0.3, "every": "3st", "length": "6st", "gradients": 2, "block": 16} | fields
+    return WoodFisher(Unstructured(0.8), SPARSE, **fields)
+
+
+@pytest.mark.parametrize("damping", [1e-5, 0.1])
+@pytest.mark.parametrize("block", [3, 4, 100])
+def test_scores_and_moves_of_woodfisher_are_those_of_the_inverse(
+    block: int, damping: float
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    w, g = (torch.randn(n, 10, generator=draw) for n in (1, 5))
+    kept_until_now = mask(1, 0, 1, 1, 1, 1, 1, 0, 1, 1)[None]
+    rows = g[:, kept_until_now[0]]
+    past = Past(kept_until_now, list(rows))
+    method = woodfisher(block=block, damping=damping, compensation=0.5)
+    params = Weights({"w": w}, {}.get, {"w": past})
+
+    live = rows.shape[1]
+    inverse = torch.zeros(live, live, dtype=torch.float64)
+    for start in range(0, live, block):
+        part = slice(start, start + block)
+        f = rows[:, part].double().T @ rows[:, part].double() / 5
+        f += damping * torch.eye(f.shape[0])
+        inverse[part, part] = torch.linalg.inv(f)
+        torch.testing.assert_close(fisher_inverse(rows[:, part], damping), inverse[part, part])
+
+    score = method.rank(params)["w"]
+    expected = w[kept_until_now].double().square() / inverse.diagonal()
+    torch.testing.assert_close(score[kept_until_now], expected.float())
+
+    stays = mask(1, 0, 0, 1, 1, 0, 1, 0, 0, 1)[None]  # of the kept ones 2, 5 and 8 leave
+    v = (w[kept_until_now] / inverse.diagonal()).where(~stays[kept_until_now], 0)
+    move = method.adjust(params, "w", stays)
+    assert move is not None
+    torch.testing.assert_close(move[kept_until_now], (-0.5 * inverse @ v).float())
+    assert is_plus_zero(move[~kept_until_now])
+    assert woodfisher(compensation=0.0).adjust(params, "w", stays) is None
+
+
+def test_by_hand_woodfisher_cuts_what_the_loss_feels_least_and_others_make_up_for_it() -> None:
+    # Two gradients (√2, √2, 0) and λ = 1 make F = [[3, 2, 0], [2, 3, 0], [0, 0, 1]].
+    params = Weights(
+        {"w": torch.tensor([1.0, 2.0, 1.1])},
+        {}.get,
+        {"w": Past(mask(1, 1, 1), [torch.tensor([2**0.5, 2**0.5, 0])] * 2)},
+    )
+    method = woodfisher(damping=1.0)
+    f = torch.tensor([[3.0, 2, 0], [2, 3, 0], [0, 0, 1]])
+    torch.testing.assert_close(torch.linalg.inv(f).diagonal(), torch.tensor([0.6, 0.6, 1.0]))
+    score = method.rank(params)["w"]
+    torch.testing.assert_close(score, torch.tensor([1 / 0.6, 4 / 0.6, 1.21]))
+    assert score.argmin() == 2  # and not the smallest weight
+    # Without weight 0, weight 1 takes over 2/3 of it, as it does in the minimum of dᵀ F d.
+    move = method.adjust(params, "w", mask(0, 1, 1))
+    assert move is not None
+    torch.testing.assert_close(move, torch.tensor([-1.0, 2 / 3, 0.0]))
+    assert move @ f @ move < f[0, 0]  # what the cut alone would cost
+    torch.testing.assert_close(move @ f @ move, score[0])
+
+
+@pytest.mark.parametrize("how", ["plain", "accumulated", "closure", "scaler", "fused"])
+def test_woodfisher_remembers_the_gradients_of_executed_steps_before_a_cut(how: str) -> None:
+    model = build()
+    # Nesterov without decay: foreach and fused steps change gradients in place.
+    options = {"fused": True} if how in ("scaler", "fused") else {"foreach": True}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, **options)
+    sparsifier = Sparsifier(woodfisher(), model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    rows: dict[str, list[Tensor]] = {name: [] for name in sparsifier.params}
+    lengths = []
+    for attempt in range(STEPS):
+        skipped = how == "scaler" and attempt in (1, 4)
+        support, was = sparsifier.support, copy.deepcopy(model)
+        indices = [10 * attempt, 10 * attempt + 1] if how == "accumulated" else [10 * attempt]
+        optimizer.zero_grad()
+        if how == "closure":
+            optimizer.step(lambda first=indices[0]: backward(model, first))
+        else:
+            for index in indices:
+                x, y = batch(index)
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss = loss * float("inf") if skipped else loss
+                (scaler.scale(loss) if how == "scaler" else loss).backward()
+            if how == "scaler":
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        for index in indices:
+            backward(was, index)
+        step = sparsifier.step - (not skipped)
+        if not skipped and step in (1, 2, 4, 5):  # two before each cut; the first, at 0, has none
+            for name, held in rows.items():
+                grad = was.get_parameter(name).grad
+                assert grad is not None
+                held.append(grad[support[name]])
+        if sparsifier.support is not support:
+            rows = {name: [] for name in rows}
+        past = sparsifier.state_dict()["past"]
+        assert len(past) == (len(rows) if rows["fc1.weight"] else 0)
+        for name, held in past.items():
+            torch.testing.assert_close(held, torch.stack(rows[name]), rtol=1e-5, atol=1e-7)
+        lengths.append(len(rows["fc1.weight"]))
+    assert lengths[:3] == ([0, 0, 1] if how == "scaler" else [0, 1, 0])
+    assert [c.step for c in sparsifier.changes] == [0, 3, 6]
+
+
+def test_a_cut_of_woodfisher_takes_the_lowest_scores_and_moves_the_rest() -> None:
+    model, optimizer, sparsifier = bind(woodfisher(), sgd)
+    bare, other, alone = bind(woodfisher(compensation=0.0), sgd)
+    magnitudes = Unstructured(0.3).select(
+        score.magnitude(build().state_dict()).subset(alone.params)
+    )
+    assert sparsifier.support == alone.support == magnitudes  # no gradients: by magnitude
+    train(model, optimizer, 0, 2)
+    train(bare, other, 0, 2)
+    twin, third, _ = bind(GMP(Unstructured(0.3), SPARSE, 0.3, "3st", "6st"), sgd)
+    train(twin, third, 0, 3)  # its cut at 3 takes nothing more: what a cut at 3 finds
+    before, old = sparsifier.state_dict()["past"], sparsifier.support
+    train(model, optimizer, 2, 3)
+    train(bare, other, 2, 3)
+    grads = {n: [*before[n], twin.get_parameter(n).grad[old[n]]] for n in old}  # type: ignore[index]
+    params = Weights(
+        dict(twin.named_parameters()), {}.get, {n: Past(old[n], grads[n]) for n in old}
+    )
+    new = sparsifier.support
+    ranks = woodfisher().rank(Weights({n: params[n] for n in old}, {}.get, params._past))
+    pattern = Unstructured(0.8).at(ramp(3, 0, 6, 0.3, 0.8))
+    assert new == alone.support == pattern.select(score.among(ranks, old))
+    assert new != pattern.select(score.magnitude({n: params[n] for n in old}))
+    moved = False
+    for name, stays in new.items():
+        expected = params[name].detach().where(stays, 0)
+        assert torch.equal(bare.get_parameter(name), expected)
+        move = woodfisher().adjust(params, name, stays)
+        assert move is not None
+        moved |= bool(move[stays].any())
+        assert torch.equal(model.get_parameter(name), (params[name] + move).where(stays, 0))
+    assert moved
+    assert not sparsifier.state_dict()["past"]
+
+
+def test_a_gradient_that_is_not_a_number_is_refused_in_a_sentence() -> None:
+    model, optimizer, _ = bind(woodfisher(), sgd)
+    train(model, optimizer, 0, 2)
+    backward(model, 2)
+    model.fc1.weight.grad[0, 0] = float("nan")
+    with torch.no_grad(), pytest.raises(InputError, match=r"'fc1.weight' holds NaN.*has diverged"):
+        optimizer.step()
 
 
 # --- all of them ---------------------------------------------------------------------------------
@@ -549,6 +715,16 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         "penalty=...\\) is -1.0. Give a number",
     ),
     "decay": (lambda: SRSTE(NM(2, 4), SPARSE, decay=-1.0), "decay=...\\) is -1.0. Give a number"),
+    "gradients": (
+        lambda: WoodFisher(ERK, SPARSE, gradients=0),
+        "gradients=...\\) is 0. Give a whole",
+    ),
+    "block": (lambda: WoodFisher(ERK, SPARSE, block=2e3), r"block=...\) is 2000.0. Give a whole"),  # type: ignore[arg-type]
+    "damping": (lambda: WoodFisher(ERK, SPARSE, damping=0.0), "damping=...\\) is 0.0. Without it"),
+    "compensation": (
+        lambda: WoodFisher(ERK, SPARSE, compensation=-1.0),
+        "compensation=...\\) is -1.0. Give a number from 0 up",
+    ),
     "not N:M": (lambda: SRSTE(ERK, SPARSE), r"which this method cannot keep. Give NM"),  # type: ignore[arg-type]
     "reset": (lambda: SET(ERK, SPARSE, reset="some"), "reset is 'some'. It is one of all"),  # type: ignore[arg-type]
 }

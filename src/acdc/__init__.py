@@ -22,6 +22,7 @@ from acdc.methods import (
     RigL,
     Static,
     TopKAST,
+    WoodFisher,
 )
 from acdc.pair import Pair
 from acdc.pattern import NM, Block, Pattern, Unstructured
@@ -66,6 +67,7 @@ __all__ = [
     "Support",
     "TopKAST",
     "Unstructured",
+    "WoodFisher",
     "alternate",
     "constant",
     "kept",

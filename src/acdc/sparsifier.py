@@ -16,6 +16,10 @@ any wrapper: between steps a parameter holds what the forward pass sees, zeros a
 dense values wait here. The pre-hook puts them in for the optimizer's step, the post-hook takes them
 out again. So the model is sparse whenever the user looks at it, evaluates it or saves it.
 
+A method that remembers gradients (WoodFisher) has them read in the pre-hook, after unscaling and
+clipping, before an optimizer may change them in place. It may then move the weights that stay, at
+the very change of the support.
+
 In a dense phase the second hook is absent and the first one only counts: training is bitwise what
 it would be without.
 
@@ -38,7 +42,7 @@ from torch.utils.hooks import RemovableHandle
 from acdc.engine.kept import KeptSteps
 from acdc.errors import InputError
 from acdc.layers import has_peers, unwrapped
-from acdc.methods.base import Method, Weights
+from acdc.methods.base import Method, Past, Weights
 from acdc.pair import Pair
 from acdc.schedule import Kind, Phase, Schedule
 from acdc.support import Support
@@ -195,9 +199,10 @@ class Sparsifier:
         self._state_is_known = False
         self._dense: dict[str, Tensor] = {}  # behind the view, of a method that keeps them
         self._reach: Support | None = None  # what of them is trained; None: all
-        self._weights = Weights(self.params, lambda weight: optimizer.state.get(weight))
+        self._past: dict[str, Past] = {}  # what a method remembers
+        self._weights = Weights(self.params, lambda weight: optimizer.state.get(weight), self._past)
         # Before KeptSteps, which would else step what is to be passed over.
-        needed = method.skips_steps or method.keeps_dense
+        needed = method.skips_steps or method.keeps_dense or method.has_memory
         self._pre_hook = optimizer.register_step_pre_hook(self._before_step) if needed else None
         self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
         self._advance()
@@ -229,15 +234,20 @@ class Sparsifier:
     def _before_step(
         self, _: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any] | None:
-        """Let the optimizer step dense weights, or pass over the step, as the method wants."""
+        """Let the optimizer step dense weights, or pass over the step, or remember its gradients,
+        as the method wants.
+        """
         skips = self.method.skips_steps and self._collects
-        if not (skips or self._dense):
+        remembers = self.method.has_memory and self.method.remembers(self.step)
+        if not (skips or remembers or self._dense):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:  # it makes the gradients, and once is enough
             with torch.enable_grad():
                 loss = closure()
             args, kwargs = (self.optimizer, lambda: loss), {}
+        if remembers:
+            self._remember()
         self._uncover()
         if skips:
             params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -245,6 +255,20 @@ class Sparsifier:
             for param in params:
                 param.grad = None
         return args, kwargs
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        """Add the gradients of the step, unless a GradScaler lets a fused optimizer skip it."""
+        scale, found_inf = (
+            getattr(self.optimizer, key, None) for key in ("grad_scale", "found_inf")
+        )
+        if found_inf is not None and bool(found_inf):
+            return
+        for name, param in self.params.items():
+            grad = torch.zeros_like(param) if param.grad is None else param.grad
+            past = self._past.setdefault(name, Past(self.support[name], []))
+            row = grad[past.kept]
+            past.gradients.append(row if scale is None else row / scale)
 
     @torch.no_grad()
     def _uncover(self) -> None:
@@ -320,10 +344,21 @@ class Sparsifier:
         if entered.nnz:
             self._reset_optimizer(entered)
         self._note(support)
+        self._adjust(support)
         if self.method.keeps_dense:
             self._reach = self.method.reach(self._weights, support)
             self._dense = {} if support.is_full else _clones(self.params)
         self._apply(support)
+
+    def _adjust(self, support: Support) -> None:
+        """Move the weights that stay as the method wants, on every rank alike; forget the past."""
+        for name, param in self.params.items():
+            move = self.method.adjust(self._weights, name, support[name])
+            if move is not None:
+                param.add_(move)
+                if has_peers():
+                    torch.distributed.broadcast(param, src=0)
+        self._past.clear()
 
     def _note(self, support: Support) -> None:
         """Add the change to the record."""
@@ -526,6 +561,7 @@ class Sparsifier:
             "support": self.support.pack(),
             "dense_weights": dict(self._dense),
             "reach": None if self._reach is None else self._reach.pack(),
+            "past": {name: torch.stack(past.gradients) for name, past in self._past.items()},
             "last_sparse": None if self._last_sparse is None else self._last_sparse.pack(),
             "changes": [asdict(change) for change in self.changes],
             "dense_twin": None
@@ -581,6 +617,10 @@ class Sparsifier:
         dense = state.get("dense_weights", {})
         self._dense = {name: dense[name].to(self.params[name], copy=True) for name in dense}
         self._apply(support)
+        self._past.clear()
+        for name, rows in state.get("past", {}).items():
+            rows = rows.to(self.params[name], copy=True)
+            self._past[name] = Past(support[name], list(rows.unbind()))
         self._tell_engine()
 
     def _check_same_run(self, method: str, schedule: Schedule) -> None:

@@ -15,6 +15,7 @@ from acdc.methods.snip import SNIP
 from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
 from acdc.methods.topkast import TopKAST
+from acdc.methods.woodfisher import WoodFisher
 
 __all__ = [
     "ACDC",
@@ -33,6 +34,7 @@ __all__ = [
     "RigL",
     "Static",
     "TopKAST",
+    "WoodFisher",
 ]
 
 METHODS: dict[str, type[Method]] = {
@@ -52,6 +54,7 @@ METHODS: dict[str, type[Method]] = {
         DSD,
         OneShot,
         Gradual,
+        WoodFisher,
     )
 }
 """Every method by its name."""

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, Self
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -22,21 +23,35 @@ Reset = Literal["all", "entered", "none"]
 RESETS: tuple[Reset, ...] = ("all", "entered", "none")
 
 
+class Past(NamedTuple):
+    """What a method had remembered of a layer.
+
+    Args:
+        kept: Bool mask of the weights that the support kept meanwhile.
+        gradients: Their gradients, ``[kept]``, one for each step.
+    """
+
+    kept: Tensor
+    gradients: list[Tensor]
+
+
 class Weights(Mapping[str, Tensor]):
-    """The prunable weights by name, and the momentum that the optimizer has for them.
+    """The prunable weights by name, and what is known of their training.
 
     Args:
         params: The weights.
         state: What returns the optimizer's state of a weight, if there is any. (Not the state
             itself: loading a checkpoint into an optimizer puts another mapping in its place.)
+        past: What was remembered of them by name.
     """
 
     def __init__(
         self,
         params: Mapping[str, Tensor],
         state: Callable[[Tensor], Mapping[str, Any] | None],
+        past: Mapping[str, Past] = MappingProxyType({}),
     ) -> None:
-        self._params, self._state = params, state
+        self._params, self._state, self._past = params, state, past
 
     def __getitem__(self, name: str) -> Tensor:
         return self._params[name]
@@ -67,6 +82,10 @@ class Weights(Mapping[str, Tensor]):
             )
         return buffer
 
+    def past(self, name: str) -> Past | None:
+        """Return the gradients that were remembered since the support last changed, if any were."""
+        return self._past.get(name)
+
 
 class Method(ABC):
     """A pure decision: the step, the weights and the support in, the next support out.
@@ -80,6 +99,7 @@ class Method(ABC):
     pretrained: ClassVar[bool] = False  # whether it starts from a trained dense model
     skips_steps: ClassVar[bool] = False  # no optimizer step where the dense gradient is wanted
     keeps_dense: ClassVar[bool] = False  # the optimizer steps dense weights, the model is a view
+    has_memory: ClassVar[bool] = False  # it remembers gradients until the support changes
 
     schedule: Plan | Schedule
     reset: Reset = "none"  # optimizer state that is cleared when pruned weights come back
@@ -119,6 +139,24 @@ class Method(ABC):
             weight: The dense weights of a layer.
             kept: Their part of the support.
             trained: Their part of ``reach``; ``None`` where all are trained.
+        """
+        return None
+
+    def remembers(self, step: int) -> bool:
+        """Whether the gradient of the step that follows ``step`` executed ones is remembered.
+
+        Only for a method that ``has_memory``. The gradient is that of the kept weights, as the
+        optimizer gets it; ``Weights.past`` returns it until the support has changed.
+        """
+        return False
+
+    def adjust(self, params: Weights, name: str, kept: Tensor) -> Tensor | None:
+        """Return what is added to the weights of a layer when the support changes, if anything is.
+
+        Args:
+            params: The weights before the change. What is not kept is zero after it in any case.
+            name: Of the weight.
+            kept: Its part of the new support.
         """
         return None
 

@@ -33,6 +33,7 @@ from acdc.methods import (
     RigL,
     Static,
     TopKAST,
+    WoodFisher,
 )
 from acdc.pattern import NM, Pattern, Scope, Unstructured
 from acdc.schedule import Alternate, Constant, alternate
@@ -131,6 +132,7 @@ METHODS: tuple[GridMethod, ...] = (
     GridMethod("srste_nm24", "SR-STE, 2:4", _srste, sparsities=(0.5,)),
     GridMethod("oneshot", "One-shot + fine-tune", _pretrained(OneShot)),
     GridMethod("gradual", "Gradual + fine-tune", _pretrained(Gradual)),
+    GridMethod("woodfisher", "WoodFisher + fine-tune", _pretrained(WoodFisher)),
 )
 
 SHORT_LIST = ("dense", "acdc", "gmp", "rigl_erk", "topkast", "static_erk", "oneshot")
