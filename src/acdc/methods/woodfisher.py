@@ -39,7 +39,8 @@ class WoodFisher(Ramped):
             last one. Until the cut they take 4 bytes per kept weight and step (300,000 weights, 64
             steps: 77 MB), in checkpoints, too.
         block: Weights in a block of F: so many kept ones of a layer that follow each other.
-        damping: λ.
+        damping: λ. Where it is above the squared gradients, which are small at a trained model,
+            cuts go by magnitude and nothing is made up for: lower it.
         compensation: Factor of what is added to the other weights; 0: nothing is.
         reset: As for :class:`~acdc.ACDC`, where a dense phase follows a sparse one.
         layers: Which layers are pruned; ``None``: the pattern's default.
