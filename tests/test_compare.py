@@ -87,6 +87,13 @@ def test_every_cell_has_its_row(whole: Path) -> None:
         assert row["sparsity_reached"] == pytest.approx(row["sparsity"], abs=0.02)
 
 
+def test_cells_are_trained_in_the_order_of_the_grid(whole: Path) -> None:
+    """A grid that is stopped has whole seeds; also where a cell waits for what it starts from."""
+    runs = dict.fromkeys(row["cell"] for row in rows(whole))
+    written = [(whole / "runs" / run / "record.json").stat().st_mtime_ns for run in runs]
+    assert written == sorted(written)
+
+
 def test_flops_are_those_of_the_formula_and_epochs_exact(whole: Path) -> None:
     """Uniform sparsity: every layer's count is known, and so is every FLOP."""
     sizes = [3 * 16, 16 * 16, 16 * 3]

@@ -158,7 +158,7 @@ class _Board:
         self.order = list(cells(grid))
         self.settled: dict[Cell, Outcome] = {}
         self.runs: dict[str, Prepared] = {}  # all that are known, by label
-        self.ready: list[str] = []
+        self.ready: dict[str, int] = {}  # and the place of their first cell in the order
         self.running: dict[str, float] = {}
         self.records: dict[str, Json] = {}
         self.failed: dict[str, str] = {}
@@ -169,11 +169,11 @@ class _Board:
 
     def settle(self) -> None:
         """Settle every cell that can be, and make ready what can be trained."""
-        for cell in self.order:
+        for place, cell in enumerate(self.order):
             if cell not in self.settled:
-                self._look_at(cell)
+                self._look_at(cell, place)
 
-    def _look_at(self, cell: Cell) -> None:
+    def _look_at(self, cell: Cell, place: int) -> None:
         try:
             epochs = self._epochs(cell)
             if epochs is None:
@@ -190,9 +190,9 @@ class _Board:
                 return self._settle(Outcome(cell, reason=reason, run=run))
             if self._record(part) is None:
                 if part.label in self.failed:
-                    return self._look_at(cell)
-                if part.label not in self.running and part.label not in self.ready:
-                    self.ready.append(part.label)
+                    return self._look_at(cell, place)
+                if part.label not in self.running:
+                    self.ready.setdefault(part.label, place)
                 return
         before = self.records[run.before.label] if run.before else None
         record = self.records[run.label]
@@ -234,10 +234,11 @@ class _Board:
         self.watch(self.progress(outcome))
 
     def next(self) -> Prepared | None:
-        """Return a run to train, and count it as running."""
+        """Return the first run to train in the order of the grid, and count it as running."""
         if not self.ready:
             return None
-        label = self.ready.pop(0)
+        label = min(self.ready, key=self.ready.__getitem__)
+        del self.ready[label]
         self.running[label] = 0.0
         return self.runs[label]
 
