@@ -421,6 +421,14 @@ def test_the_page_shows_every_cell_and_what_is_needed(whole: Path) -> None:
     assert "<dt>Data</dt><dd>blobs</dd>" in text
 
 
+def test_a_page_says_what_is_needed_before_it_was_trained(tmp_path: Path) -> None:
+    grid = compare_grids.whole()
+    board = work._Board(grid, tmp_path, lambda _: None)
+    board.settle()
+    text = page.page(grid, board.outcomes())
+    assert "A dense network trained for 5 epochs with the same seed" in text
+
+
 def mean(quality: float, cost: float) -> page.Mean:
     costs = dict.fromkeys(page.COSTS, cost)
     return page.Mean("acdc", 0.9, "epochs", (quality,), (), 1, costs)

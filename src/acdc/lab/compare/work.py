@@ -157,6 +157,7 @@ class _Board:
         self.grid, self.folder, self.watch = grid, folder, watch
         self.order = list(cells(grid))
         self.settled: dict[Cell, Outcome] = {}
+        self.planned: dict[Cell, Prepared] = {}
         self.runs: dict[str, Prepared] = {}  # all that are known, by label
         self.ready: dict[str, int] = {}  # and the place of their first cell in the order
         self.running: dict[str, float] = {}
@@ -178,7 +179,7 @@ class _Board:
             epochs = self._epochs(cell)
             if epochs is None:
                 return
-            run = prepare(self.grid, cell, epochs)
+            run = self.planned[cell] = prepare(self.grid, cell, epochs)
         except _Hole as hole:
             return self._settle(Outcome(cell, reason=str(hole)))
         except Exception as error:  # the method's own code refused, or broke
@@ -267,7 +268,11 @@ class _Board:
 
     def outcomes(self) -> list[Outcome]:
         """Return what became of every cell: what they start from, then the order of the grid."""
-        settled = [self.settled.get(c, Outcome(c, reason=results.NOT_YET)) for c in self.order]
+        settled = [
+            self.settled.get(cell)
+            or Outcome(cell, reason=results.NOT_YET, run=self.planned.get(cell))
+            for cell in self.order
+        ]
         first: dict[str, Outcome] = {}
         for outcome in settled:
             before = outcome.run.before if outcome.run else None
