@@ -24,6 +24,7 @@ from acdc.lab.optim import SGD, Cosine
 from acdc.lab.recipe import Recipe
 from acdc.layers import Layers
 from acdc.methods.dense import Dense
+from acdc.recipes.grids import methods
 
 EPOCHS, BATCH, TRAIN = 10, 16, 80  # five steps an epoch
 
@@ -158,6 +159,10 @@ def holes() -> Grid:
         sparsities=(0.5,),
         budgets=("epochs", "flops"),
     )
+
+
+def ends_dense() -> Grid:
+    return _grid("ends_dense", DENSE, *methods("dsd"), ACDC_, sparsities=(0.5,))
 
 
 def _long(grid: Grid, epochs: int) -> Grid:

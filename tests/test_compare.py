@@ -431,7 +431,7 @@ def test_a_page_says_what_is_needed_before_it_was_trained(tmp_path: Path) -> Non
 
 def mean(quality: float, cost: float) -> page.Mean:
     costs = dict.fromkeys(page.COSTS, cost)
-    return page.Mean("acdc", 0.9, "epochs", (quality,), (), 1, costs)
+    return page.Mean("acdc", 0.9, "epochs", True, (quality,), (), 1, costs)
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
@@ -476,6 +476,26 @@ def test_where_ours_does_not_win_the_page_says_so(whole: Path) -> None:
     shown = page.page(grid, [outcome("dense", 99), outcome("acdc", 93), outcome("one_shot", 92)])
     assert "AC/DC is best with 93.00" in shown
     assert "does not win" not in shown
+
+
+def test_a_method_that_ends_dense_is_shown_as_a_dense_network(tmp_path: Path) -> None:
+    compare(where("ends_dense"), tmp_path, device="cpu")
+    _, dsd, _ = rows(tmp_path / "ends_dense")
+    assert (dsd["method"], dsd["sparsity"], dsd["sparse_quality"]) == ("dsd", 0.3, None)
+    assert dsd["dense_quality"] > 60
+    assert (dsd["inference_flops_ratio"], dsd["sparsity_reached"]) == (1.0, 0.0)
+    assert 0.5 < dsd["train_flops_ratio"] < 1
+    grid = compare_grids.ends_dense()
+    outcomes = [Outcome(Cell(r["method"], r["sparsity"], 0), r) for r in rows(tmp_path / grid.name)]
+    one, two, ours = page.means(grid, outcomes)
+    assert (one.sparse, two.sparse, ours.sparse) == (False, False, True)
+    assert two.qualities == (dsd["dense_quality"],)
+    assert two.dense == ()  # it has no twin
+    text = (tmp_path / grid.name / "report.html").read_text()
+    assert "30\u202f%, then dense" in text
+    assert "A line across is a dense network" in text
+    assert "DSD is best" not in text
+    assert "before DSD" not in text
 
 
 # --- mistakes -----------------------------------------------------------------------------------

@@ -398,7 +398,7 @@ def _density(run: Run) -> Plate:
         if (run.record is not None and run.record["sparse"] is None) or (
             run.schedule is not None and run.schedule.last("sparse") is None
         ):
-            reason = "The network was dense throughout: every layer keeps all its weights."
+            reason = "The network is dense: every layer keeps all its weights."
         elif run.compressions or run.finished:
             reason = "The run recorded no count of kept weights by layer."
         return Plate(name, heading, absent=reason)

@@ -260,7 +260,8 @@ class _Run:
     @property
     def _leaves(self) -> Literal["pair", "sparse", "dense"]:
         """What comes out: a sparse network and its dense twin, or one of them alone."""
-        if self.method.sparsity is None:
+        ends = self.schedule.phases[-1].kind
+        if self.method.sparsity is None or (self.method.ends_dense and ends == "dense"):
             return "dense"
         twins = self.schedule.last("dense") is not None or self.method.keeps_dense
         return "pair" if twins else "sparse"

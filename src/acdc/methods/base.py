@@ -100,6 +100,7 @@ class Method(ABC):
     skips_steps: ClassVar[bool] = False  # no optimizer step where the dense gradient is wanted
     keeps_dense: ClassVar[bool] = False  # the optimizer steps dense weights, the model is a view
     has_memory: ClassVar[bool] = False  # it remembers gradients until the support changes
+    ends_dense: ClassVar[bool] = False  # the network it is for is dense; sparsity is a means
 
     schedule: Plan | Schedule
     reset: Reset = "none"  # optimizer state that is cleared when pruned weights come back

@@ -49,6 +49,7 @@ class DSD(Phased):
   note      = {arXiv:1607.04381}
 }
 """
+    ends_dense: ClassVar[bool] = True
 
     pattern: Pattern
     schedule: Plan | Schedule

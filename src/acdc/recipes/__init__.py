@@ -4,6 +4,8 @@
 ['digits', 'fashion_mnist', 'cifar10_resnet20']
 >>> get("imagenet_resnet50").method.sparsity
 0.9
+>>> get("digits_rigl_erk").method.name
+'rigl'
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ from collections.abc import Callable
 
 from acdc.errors import InputError
 from acdc.lab.recipe import Recipe
-from acdc.recipes import paper, small
+from acdc.recipes import methods, paper, small
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     function.__name__: function for function in (small.digits, small.fashion_mnist, *paper.RECIPES)
-}
+} | methods.RECIPES
 
 
 def names() -> list[str]:
-    """Return the names of all recipes, small ones first."""
+    """Return the names of all recipes: the demo first, those of single methods last."""
     return list(RECIPES)
 
 

@@ -50,6 +50,7 @@ class Mean:
         method: Its name.
         sparsity: What was asked for.
         budget: What its length was measured by.
+        sparse: Whether the networks are. Those of DSD are not, which has a sparsity on the way.
         qualities: Of the seeds that have finished.
         dense: Of their dense twins, where there are some.
         seeds: Cells, holes included.
@@ -60,6 +61,7 @@ class Mean:
     method: str
     sparsity: float
     budget: Budget
+    sparse: bool
     qualities: tuple[float, ...]
     dense: tuple[float, ...]
     seeds: int
@@ -142,12 +144,13 @@ def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
                 for cost in (*COSTS, "epochs", "sparsity_reached")
             }
             costs["seconds"] = fmean(_seconds(outcome) for outcome in cells if outcome.row)
-            dense = tuple(_known(row["dense_quality"] for row in rows if row["sparsity"]))
+            sparse = any(row["sparse_quality"] is not None for row in rows)
+            twins = tuple(_known(row["dense_quality"] for row in rows if sparse))
             values = tuple(map(_quality, rows))
-            found.append(Mean(method, sparsity, budget, values, dense, len(cells), costs))
+            found.append(Mean(method, sparsity, budget, sparse, values, twins, len(cells), costs))
     budgets = list(BUDGETS)
     return sorted(
-        found, key=lambda m: (budgets.index(m.budget), m.sparsity > 0, m.sparsity, order[m.method])
+        found, key=lambda m: (budgets.index(m.budget), m.sparse, m.sparsity, order[m.method])
     )
 
 
@@ -248,8 +251,8 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
     name = f"sparsity{list(BUDGETS).index(budget)}"
     what = "Bits per character" if look.digits == 3 else "Accuracy"
     heading = f"{what} against sparsity, {BUDGETS[budget]}"
-    mine = [mean for mean in found if mean.budget == budget and mean.sparsity]
-    dense = [mean for mean in found if mean.budget == budget and not mean.sparsity]
+    mine = [mean for mean in found if mean.budget == budget and mean.sparse]
+    dense = [mean for mean in found if mean.budget == budget and not mean.sparse]
     if not mine:
         return Plate(name, heading, absent="No cell of a sparse network has finished.")
     places = {s: place for place, s in enumerate(sorted({mean.sparsity for mean in mine}))}
@@ -259,10 +262,11 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
 
     def draw(figure: Figure, form: Form) -> None:
         axes = figure.subplots()
-        for reference in dense:
-            low, high = min(reference.qualities), max(reference.qualities)
-            axes.axhspan(low, high, facecolor=DENSE, alpha=0.12, edgecolor="none", zorder=0)
-            axes.axhline(reference.quality, color=DENSE, linewidth=1.1, zorder=1)
+        for across in dense:
+            low, high = min(across.qualities), max(across.qualities)
+            colour = look.colours[across.method]
+            axes.axhspan(low, high, facecolor=colour, alpha=0.12, edgecolor="none", zorder=0)
+            axes.axhline(across.quality, color=colour, linewidth=1.1, zorder=1)
         for place, method in enumerate(methods):
             points = sorted((m for m in mine if m.method == method), key=lambda m: m.sparsity)
             # Side by side: the spreads of methods that are close would hide one another.
@@ -273,13 +277,14 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
         axes.set_ylim(bottom, top)
         axes.set_xlabel("sparsity")
         axes.set_ylabel(look.quality)
-        keys = [*(look.keys(methods)), *([entry(DENSE, "Dense")] if dense else [])]
-        legend(axes, keys, form, 5)
+        lines = [entry(look.colours[m.method], look.labels[m.method]) for m in dense]
+        legend(axes, [*look.keys(methods), *lines], form, 5)
 
     caption = "Mean over the seeds; bars reach from the lowest seed to the highest." * several
     caption = caption or "One seed."
     if dense:
-        caption += f" The blue line is the dense network{', its band the seeds' * several}."
+        line = "A line across is a dense network" if len(dense) > 1 else "The line across is dense"
+        caption += f" {line}{', its band the seeds' * several}."
     caption += _hidden(hidden)
     if budget == "flops":
         caption += (
@@ -317,7 +322,7 @@ def _by_cost(found: Sequence[Mean], cost: str, best: Sequence[Mean], look: _Look
         if form == "wide" and len(found) <= 40:
             for mean in (m for m in best if m.quality > bottom):
                 axes.annotate(
-                    look.sparsity(mean.sparsity).replace("–", "dense"),
+                    look.sparsity(mean.sparsity) if mean.sparse else "dense",
                     (mean.costs[cost], mean.quality), xytext=(5, -9), textcoords="offset points",
                     fontsize=7, color=GREY,
                 )  # fmt: skip
@@ -399,7 +404,7 @@ def _verdicts(grid: Grid, found: Sequence[Mean], look: _Look) -> list[str]:
     """Who is best at each sparsity; and where AC/DC is not, that it is not."""
     said = []
     for budget in grid.budgets:
-        mine = [m for m in found if m.budget == budget and m.sparsity]
+        mine = [m for m in found if m.budget == budget and m.sparse]
         for sparsity in sorted({m.sparsity for m in mine}):
             ranked = sorted((m for m in mine if m.sparsity == sparsity), key=lambda m: -m.quality)
             if len(ranked) < 2:
@@ -447,7 +452,7 @@ def _mean_row(
         "kind": {"dense": "dense", "acdc": "sparse"}.get(mean.method, ""),
         "budget": BUDGETS[mean.budget],
         "cells": [
-            look.sparsity(mean.sparsity),
+            look.sparsity(mean.sparsity) + ", then dense" * (mean.sparsity > 0 and not mean.sparse),
             f"{costs['epochs']:g}",
             f"{len(mean.qualities)} of {mean.seeds}",
             look.spread(mean.qualities),
@@ -486,7 +491,7 @@ def _cell_row(outcome: Outcome, look: _Look) -> Json:
     return said | {
         "cells": [
             str(row["epochs"]),
-            f"{100 * row['sparsity_reached']:.2f}\u202f%" if row["sparsity"] else "–",
+            "–" if row["sparse_quality"] is None else f"{100 * row['sparsity_reached']:.2f}\u202f%",
             number(row["sparse_quality"]),
             number(row["dense_quality"]),
             percent(row["train_flops_ratio"]),
