@@ -38,6 +38,7 @@ from acdc.methods.snfs import SNFS
 from acdc.methods.snip import SNIP
 from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
+from acdc.methods.str_ import STR
 from acdc.methods.topkast import TopKAST
 from acdc.methods.woodfisher import WoodFisher
 from acdc.pattern import NM, Block, Pattern, Unstructured
@@ -158,6 +159,7 @@ METHODS: dict[str, Callable[[Any, Schedule], Method]] = {
     "snfs": lambda pattern, schedule: SNFS(pattern, schedule, every="1st"),
     "rigl": lambda pattern, schedule: RigL(pattern, schedule, every="2st", until="100%"),
     "gmp": lambda pattern, schedule: GMP(pattern, schedule, every="1st", length="1st"),
+    "str": lambda pattern, schedule: STR(pattern, schedule, first=0.4, every="1st", length="1st"),
     "topkast": lambda pattern, schedule: TopKAST(pattern, schedule, 0.4, every="1st"),
     "dpf": lambda pattern, schedule: DPF(pattern, schedule, every="1st", length="1st"),
     "srste": lambda pattern, schedule: SRSTE(pattern, schedule, every="1st"),
@@ -173,6 +175,7 @@ NOT_SERVED = {(m, "2:4") for m in ("set", "snfs", "rigl", "gmp", "gradual", "top
 NOT_SERVED |= {("woodfisher", "2:4")}
 NOT_SERVED |= {("srste", p) for p in PATTERNS if p != "2:4"}  # it is for N:M alone
 NOT_SERVED |= {(m, "block") for m in ("set", "snfs", "rigl")}
+NOT_SERVED |= {("str", p) for p in ("uniform", "erk", "2:4", "block")}  # it learns the layers' own
 
 
 def entry(m: str, p: str, o: str) -> Any:

@@ -30,7 +30,7 @@ ROWS: list[set[str]] = [
     {"acdc"},
     {"sparsifier"},
     {"methods", "pair"},
-    {"pattern", "views", "engine", "cost"},
+    {"pattern", "threshold", "engine", "cost"},
     {"layers", "support", "schedule", "score"},
     {"errors"},
 ]

@@ -34,6 +34,7 @@ from acdc.methods.snfs import SNFS
 from acdc.methods.snip import SNIP
 from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
+from acdc.methods.str_ import STR
 from acdc.methods.topkast import TopKAST
 from acdc.methods.woodfisher import WoodFisher
 from acdc.pattern import NM, Block, Unstructured, apportion
@@ -41,6 +42,7 @@ from acdc.schedule import constant, phases, ramp
 from acdc.score import Scores
 from acdc.sparsifier import Sparsifier
 from acdc.support import Support, kept
+from acdc.threshold import SoftThreshold
 from helpers import Net, adam, backward, batch, bind, build, is_plus_zero, same, sgd, steps, train
 
 STEPS = 12
@@ -934,3 +936,43 @@ def test_flops_of_views() -> None:
     assert SRSTE(NM(2, 4), SPARSE).step_flops(f_s, f_d) == 2 * f_s + f_d
     # B at half the sparsity of A costs half way between A and all.
     assert TopKAST(ERK, SPARSE, backward=0.4).step_flops(f_s, f_d) == 2 * f_s + 600
+
+
+# --- STR -----------------------------------------------------------------------------------------
+
+
+def test_the_soft_threshold_and_its_gradient_by_hand() -> None:
+    rule = SoftThreshold(rate=2.0, momentum=0.5, decay=0.1)
+    w, g = torch.tensor([1.0, -0.75, 0.5, -0.25]), torch.tensor([3.0, 1.0, 9.0, 9.0])
+    s = torch.tensor(0.0, requires_grad=True)
+    view = w.sign() * (w.abs() - s.sigmoid()).relu()  # the authors' line
+    view.backward(g)
+    assert s.grad == -0.5  # -1/4 · (3 - 1)
+    shrunk = rule.shrink(w, torch.tensor([0.0, 0.0]))
+    assert shrunk.tolist() == view.tolist() == [0.5, -0.25, 0.0, 0.0]
+    after = rule.learn(torch.tensor([0.0, 4.0]), shrunk, g, lr=0.1)
+    assert after.tolist() == pytest.approx([-2 * 0.1 * 1.5, 1.5])  # 4/2 - 1/2 + 0
+    decayed = rule.learn(torch.tensor([-4.0, 0.0]), shrunk, torch.zeros(4), lr=0.1)
+    assert decayed.tolist() == pytest.approx([-4 + 0.08, -0.4])
+
+
+def test_str_learns_thresholds_behind_exact_supports() -> None:
+    method = STR(Unstructured(0.8), SPARSE, first=0.3, every="2st", length="7st", rate=10.0)
+    model, optimizer, sparsifier = bind(method, sgd)
+    apart = set()
+    for step in steps(model, optimizer, 0, STEPS):
+        learned = sparsifier._learned
+        apart.add(tuple(float(learned[n][0] - learned["conv1.weight"][0]) for n in learned))
+        chosen = min(step, 7) if step >= 7 else step - step % 2
+        assert sparsifier.support.nnz == Unstructured(ramp(chosen, 0, 7, 0.3, 0.8)).total(
+            {n: tuple(p.shape) for n, p in sparsifier.params.items()}
+        )
+        for n, dense in sparsifier.dense_weights.items():
+            threshold, kept_here = learned[n][0].sigmoid(), sparsifier.support[n]
+            soft = dense.sign() * (dense.abs() - threshold).relu()
+            assert torch.equal(sparsifier.params[n], soft.masked_fill(~kept_here, 0) + 0.0)
+            assert sparsifier.params[n].any()
+    assert len(apart) == STEPS  # parted by their gradients in every step
+    with pytest.raises(InputError, match=r"cannot keep. Give the scope \"global\""):
+        STR(ERK, SPARSE)
+    assert STR(Unstructured(0.8), SPARSE).step_flops(200, 1000) == 600

@@ -14,7 +14,9 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
 A method that keeps dense weights beside the sparse ones (Top-KAST, DPF, SR-STE) gets them without
 any wrapper: between steps a parameter holds what the forward pass sees, zeros and all, and the
 dense values wait here. The pre-hook puts them in for the optimizer's step, the post-hook takes them
-out again. So the model is sparse whenever the user looks at it, evaluates it or saves it.
+out again. So the model is sparse whenever the user looks at it, evaluates it or saves it. With
+thresholds that are learned (STR) it is the same, but that what is kept is seen shrunk by them; they
+take a step of their own with each of the optimizer's.
 
 A method that remembers gradients (WoodFisher) has them read in the pre-hook, after unscaling and
 clipping, before an optimizer may change them in place. It may then move the weights that stay, at
@@ -30,6 +32,7 @@ also the steps of large weights touch only kept elements, with the same numbers 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from itertools import zip_longest
@@ -200,9 +203,16 @@ class Sparsifier:
         self._dense: dict[str, Tensor] = {}  # behind the view, of a method that keeps them
         self._reach: Support | None = None  # what of them is trained; None: all
         self._past: dict[str, Past] = {}  # what a method remembers
+        self._learned: dict[str, Tensor] = {}  # thresholds that shrink the view
+        self._learning: dict[str, Tensor] = {}  # what the step that is under way makes of them
         self._weights = Weights(self.params, lambda weight: optimizer.state.get(weight), self._past)
         # Before KeptSteps, which would else step what is to be passed over.
-        needed = method.skips_steps or method.keeps_dense or method.has_memory
+        needed = (
+            method.skips_steps
+            or method.keeps_dense
+            or method.has_memory
+            or method.threshold is not None
+        )
         self._pre_hook = optimizer.register_step_pre_hook(self._before_step) if needed else None
         self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
         self._advance()
@@ -225,7 +235,7 @@ class Sparsifier:
     def dense_weights(self) -> dict[str, Tensor]:
         """The dense weights behind the sparse ones by name, of a method that keeps them (Top-KAST,
         DPF, SR-STE), in a sparse phase; otherwise none. Load them over the model's state dict for
-        the dense network.
+        the dense network. (Those of STR, while it learns thresholds, are no network of their own.)
         """
         return _clones(self._dense)
 
@@ -274,6 +284,7 @@ class Sparsifier:
     def _uncover(self) -> None:
         """Put the dense weights in, with the gradients they shall have."""
         scale = getattr(self.optimizer, "grad_scale", None)  # of a fused step, which undoes it
+        self._learn(scale)
         for name, dense in self._dense.items():
             param = self.params[name]
             param.copy_(dense)
@@ -286,6 +297,24 @@ class Sparsifier:
             if pull is not None:
                 param.grad.add_(pull if scale is None else pull * scale)
 
+    def _learn(self, scale: Tensor | None) -> None:
+        """Take a step with the thresholds, and clear the gradients of what they make zero."""
+        rule, self._learning = self.method.threshold, dict(self._learned)
+        if rule is None or not self._learned:
+            return
+        groups = self.optimizer.param_groups
+        rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        for name, learned in self._learned.items():
+            param = self.params[name]
+            if param.grad is None:
+                continue
+            param.grad.masked_fill_(param == 0, 0.0)
+            grad = param.grad if scale is None else param.grad / scale
+            self._learning[name] = rule.learn(learned, param, grad, rates[id(param)])
+        if has_peers():  # a sum may differ in the last bit between ranks
+            for learned in self._learning.values():
+                torch.distributed.broadcast(learned, src=0)
+
     def _cover(self) -> None:
         """Take over what the step made of the dense weights that are trained; the others stay."""
         for name, dense in self._dense.items():
@@ -293,6 +322,7 @@ class Sparsifier:
             if self._reach is not None:
                 param.copy_(torch.where(self._reach[name], param, dense))
             dense.copy_(param)
+        self._set_thresholds(self._learning)
 
     @torch.no_grad()
     def _after_step(self) -> None:
@@ -318,6 +348,34 @@ class Sparsifier:
             param = self.params[name]
             if self._kept_steps is None or not self._kept_steps.left_zeros(param):
                 param.masked_fill_(self._dropped[name], 0.0)
+            self._shrink(name)
+
+    def _shrink(self, name: str) -> None:
+        rule = self.method.threshold
+        if rule is not None and name in self._learned:
+            param = self.params[name]
+            param.copy_(rule.shrink(param, self._learned[name]))
+
+    def _set_thresholds(self, learned: dict[str, Tensor]) -> None:
+        self._learned = self._weights.thresholds = learned
+
+    @contextmanager
+    def view(self) -> Iterator[None]:
+        """Hold the model as it is used, for a hook on the optimizer's step that comes first.
+
+        A hook that was registered before this sparsifier finds the weights as the step left them:
+        not zero outside of the support, or dense. They are made the model's for as long, and dense
+        ones put back.
+        """
+        dense = {name: self.params[name].detach().clone() for name in self._dense}
+        before, self._learned = self._learned, self._learning
+        with torch.no_grad():
+            self._project()
+        self._learned = before
+        yield
+        with torch.no_grad():
+            for name, value in dense.items():
+                self.params[name].copy_(value)
 
     @torch.no_grad()
     def _advance(self) -> None:
@@ -345,9 +403,13 @@ class Sparsifier:
             self._reset_optimizer(entered)
         self._note(support)
         self._adjust(support)
-        if self.method.keeps_dense:
+        rule = self.method.threshold
+        if self.method.keeps_dense or rule is not None:
             self._reach = self.method.reach(self._weights, support)
             self._dense = {} if support.is_full else _clones(self.params)
+        if rule is not None:
+            learned = {} if support.is_full else rule.settle(self._weights, self._learned, support)
+            self._set_thresholds(learned)
         self._apply(support)
 
     def _adjust(self, support: Support) -> None:
@@ -397,8 +459,10 @@ class Sparsifier:
         self._project()
         self._dropped.forget()
         if self._kept_steps is not None:
-            # Without a reset, moments of pruned weights may move them when they come back.
-            kept = {} if support.is_full or self.method.reset == "none" else support
+            # Without a reset, moments of pruned weights may move them when they come back; and
+            # dense weights behind the sparse ones are stepped as a whole.
+            whole = support.is_full or self.method.reset == "none" or self._dense
+            kept = {} if whole else support
             self._kept_steps.start((self.params[name], mask) for name, mask in kept.items())
 
     def _tell_engine(self) -> None:
@@ -562,6 +626,7 @@ class Sparsifier:
             "dense_weights": dict(self._dense),
             "reach": None if self._reach is None else self._reach.pack(),
             "past": {name: torch.stack(past.gradients) for name, past in self._past.items()},
+            "thresholds": dict(self._learned),
             "last_sparse": None if self._last_sparse is None else self._last_sparse.pack(),
             "changes": [asdict(change) for change in self.changes],
             "dense_twin": None
@@ -616,7 +681,12 @@ class Sparsifier:
         self._reach = None if reach is None else unpack(reach)
         dense = state.get("dense_weights", {})
         self._dense = {name: dense[name].to(self.params[name], copy=True) for name in dense}
+        learned = state.get("thresholds", {})
+        self._set_thresholds({})  # the model may hold its shrunk weights already
         self._apply(support)
+        self._set_thresholds(
+            {name: learned[name].to(self.params[name].device, copy=True) for name in learned}
+        )
         self._past.clear()
         for name, rows in state.get("past", {}).items():
             rows = rows.to(self.params[name], copy=True)

@@ -197,24 +197,10 @@ class _Run:
         phase = self.schedule.phase_at(self.step).kind
         self.step += 1
         if self.step in self.epoch_ends:
-            with self._as_it_is_used():
+            # The sparsifier has yet to see what the step left.
+            with self.sparsifier.view() if self.leg == "main" else nullcontext():
                 self.measured = self._eval_event("dense" if self.leg == "finetune" else phase)
             self.net.train()
-
-    @contextmanager
-    def _as_it_is_used(self) -> Iterator[None]:
-        """Clear what the step has put outside of the support, before the sparsifier does.
-
-        It has yet to see the dense weights of a method that keeps them: those are put back.
-        """
-        held = list(self.sparsifier.params.values()) if self.method.keeps_dense else []
-        before = [param.detach().clone() for param in held]
-        if self.leg == "main":
-            self.sparsifier.project(self.net)
-        yield
-        with torch.no_grad():
-            for param, value in zip(held, before, strict=True):
-                param.copy_(value)
 
     # --- the whole ------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from acdc.methods.snfs import SNFS
 from acdc.methods.snip import SNIP
 from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
+from acdc.methods.str_ import STR
 from acdc.methods.topkast import TopKAST
 from acdc.methods.woodfisher import WoodFisher
 
@@ -27,6 +28,7 @@ __all__ = [
     "SNFS",
     "SNIP",
     "SRSTE",
+    "STR",
     "Dense",
     "Gradual",
     "Method",
@@ -48,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
         SNFS,
         RigL,
         GMP,
+        STR,
         TopKAST,
         DPF,
         SRSTE,

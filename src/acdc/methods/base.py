@@ -18,6 +18,7 @@ from acdc.pattern import Block, Pattern, Unstructured, largest
 from acdc.schedule import Phase, Plan, Schedule, check_duration, cosine, ramp
 from acdc.score import Scores
 from acdc.support import Support, check_sparsity
+from acdc.threshold import SoftThreshold
 
 Reset = Literal["all", "entered", "none"]
 RESETS: tuple[Reset, ...] = ("all", "entered", "none")
@@ -43,6 +44,9 @@ class Weights(Mapping[str, Tensor]):
         state: What returns the optimizer's state of a weight, if there is any. (Not the state
             itself: loading a checkpoint into an optimizer puts another mapping in its place.)
         past: What was remembered of them by name.
+
+    Attributes:
+        thresholds: State of the threshold of each, while there are any: :mod:`acdc.threshold`.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Weights(Mapping[str, Tensor]):
         past: Mapping[str, Past] = MappingProxyType({}),
     ) -> None:
         self._params, self._state, self._past = params, state, past
+        self.thresholds: Mapping[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._params[name]
@@ -98,7 +103,7 @@ class Method(ABC):
     citation: ClassVar[str]  # BibTeX
     pretrained: ClassVar[bool] = False  # whether it starts from a trained dense model
     skips_steps: ClassVar[bool] = False  # no optimizer step where the dense gradient is wanted
-    keeps_dense: ClassVar[bool] = False  # the optimizer steps dense weights, the model is a view
+    keeps_dense: ClassVar[bool] = False  # trains a dense network behind a model that is its view
     has_memory: ClassVar[bool] = False  # it remembers gradients until the support changes
     ends_dense: ClassVar[bool] = False  # the network it is for is dense; sparsity is a means
 
@@ -159,6 +164,11 @@ class Method(ABC):
             name: Of the weight.
             kept: Its part of the new support.
         """
+        return None
+
+    @property
+    def threshold(self) -> SoftThreshold | None:
+        """How the thresholds are learned that shrink what the model sees of the dense weights."""
         return None
 
     def step_flops(self, sparse: int, dense: int) -> Fraction:
@@ -281,7 +291,7 @@ class Ramped(Phased):
     Source: Zhu and Gupta, 2017.
     """
 
-    patterns = (Unstructured, Block)
+    patterns: ClassVar[tuple[type[Pattern], ...]] = (Unstructured, Block)
 
     pattern: Unstructured | Block
     first: float
