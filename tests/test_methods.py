@@ -972,6 +972,9 @@ def test_str_learns_thresholds_behind_exact_supports() -> None:
             soft = dense.sign() * (dense.abs() - threshold).relu()
             assert torch.equal(sparsifier.params[n], soft.masked_fill(~kept_here, 0) + 0.0)
             assert sparsifier.params[n].any()
+            if step == chosen:  # the thresholds cut to the support, and not only the support itself
+                assert (dense[~kept_here].abs() <= threshold * (1 + 1e-5)).all()
+                assert (dense[kept_here].abs() > threshold).all()
     assert len(apart) == STEPS  # parted by their gradients in every step
     with pytest.raises(InputError, match=r"cannot keep. Give the scope \"global\""):
         STR(ERK, SPARSE)

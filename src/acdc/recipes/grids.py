@@ -137,7 +137,7 @@ METHODS: tuple[GridMethod, ...] = (
     GridMethod("snip", "SNIP", _sparse(SNIP, "global")),
     GridMethod("static_erk", "Static, ERK", _sparse(Static)),
     GridMethod("static_uniform", "Static, uniform", _sparse(Static, "uniform")),
-    GridMethod("str", "STR", _sparse(STR)),
+    GridMethod("str", "STR", _sparse(STR, "global")),
     GridMethod("topkast", "Top-KAST", _topkast),
     GridMethod("dpf", "DPF", _sparse(DPF)),
     GridMethod("srste_nm24", "SR-STE, 2:4", _srste, sparsities=(0.5,)),
