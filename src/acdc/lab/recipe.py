@@ -26,6 +26,7 @@ from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.schedule import Constant
 
 Computed = Literal["auto", "off", "reference"]
+BEFORE = {"engine": "off", "start": None}  # what a recipe meant before it could say
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from acdc import cost
 from acdc.errors import AcdcError, InputError, need
 from acdc.lab.batchnorm import reestimate
 from acdc.lab.data import Data
-from acdc.lab.recipe import Recipe, encode
+from acdc.lab.recipe import BEFORE, Recipe, encode
 from acdc.lab.record import (
     Clocks,
     Event,
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from acdc.lab.engine import RunEngine
 
 FORMAT = 1  # of checkpoints
-BEFORE = {"engine": "off", "start": None}  # what a recipe meant before it could say
 Leg = Literal["main", "finetune"]
 Watch = Callable[[Event], None]
 

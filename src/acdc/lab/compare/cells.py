@@ -98,6 +98,11 @@ def epochs_at_equal_flops(grid: Grid, ratio: float) -> int:
     return max(1, min(most, round(grid.task.epochs / ratio)))
 
 
+def base_recipe(grid: Grid) -> Recipe:
+    """Return the task's recipe as the cells of a grid have it, before a method changes it."""
+    return replace(grid.task.recipe, name=grid.name)
+
+
 def prepare(grid: Grid, cell: Cell, epochs: int) -> Prepared:
     """Return the run of a cell.
 
@@ -118,7 +123,7 @@ def prepare(grid: Grid, cell: Cell, epochs: int) -> Prepared:
     if candidate.dense_epochs:
         first = Cell("dense", 0.0, cell.seed, "beforehand", candidate.dense_epochs)
         before = prepare(grid, first, candidate.dense_epochs)
-    base = replace(grid.task.recipe, name=grid.name)
+    base = base_recipe(grid)
     recipe = replace(
         base,
         method=candidate.method,

@@ -157,7 +157,7 @@ def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
 def _seconds(outcome: Outcome) -> float:
     """The time that a cell took of its processors; elsewhere than on a CPU, by the clock."""
     assert outcome.row is not None
-    on_cpu = outcome.record is None or outcome.record["details"]["device"] == "cpu"
+    on_cpu = outcome.origin is None or outcome.origin["device"] == "cpu"
     return float(outcome.row["cpu_seconds" if on_cpu else "seconds"])
 
 
@@ -389,7 +389,7 @@ def _log(axes: Axes) -> None:
 def _summary(grid: Grid, outcomes: Sequence[Outcome]) -> str:
     cells = [outcome for outcome in outcomes if outcome.cell.budget != "beforehand"]
     done = sum(outcome.row is not None for outcome in cells)
-    weights = max((o.record["details"]["prunable"] for o in outcomes if o.record), default=0)
+    weights = max((o.row["prunable"] for o in outcomes if o.row), default=0)
     size = f" of {weights:,} prunable weights" if weights else ""
     sparsities = ", ".join(f"{100 * s:g}" for s in grid.sparsities)
     return (
@@ -519,7 +519,7 @@ def _needs(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
 
 def _origin(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     """Where and with what the cells were trained; every value that occurs."""
-    details = [outcome.record["details"] for outcome in outcomes if outcome.record]
+    origins = [outcome.origin for outcome in outcomes if outcome.origin]
     said = [("Grid", grid.name)]
     parts: tuple[tuple[str, Callable[[Json], str]], ...] = (
         ("Data", lambda d: str(d["data"])),
@@ -528,14 +528,13 @@ def _origin(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
         ("Device", lambda d: str(d["device"])),
     )
     for label, of in parts:
-        if values := dict.fromkeys(map(of, details)):
+        if values := dict.fromkeys(map(of, origins)):
             said.append((label, "; ".join(values)))
-    if details:
-        when = sorted(str(d["finished"]) for d in details)
+    if when := sorted(str(outcome.row["finished"]) for outcome in outcomes if outcome.row):
         said.append(("Finished", f"{when[0]} to {when[-1]}"))
     return said
 
 
 def _command(outcomes: Sequence[Outcome]) -> str | None:
-    commands = [o.record["details"]["command"] for o in outcomes if o.record]
+    commands = [outcome.origin["command"] for outcome in outcomes if outcome.origin]
     return str(commands[-1]) if commands else None

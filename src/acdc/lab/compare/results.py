@@ -1,7 +1,13 @@
-"""What came out of a grid: a row for every cell that has finished, a hole for every other one."""
+"""What came out of a grid: a row for every cell that has finished, a hole for every other one.
+
+A row stands for its run when the run's folder is gone: it names its origin, and ``origins.json``
+says of each origin what was trained, and on what. So a grid whose results were copied or committed
+goes on with the cells that are missing.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -9,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from acdc.errors import InputError
 from acdc.lab.compare.cells import Cell, Prepared
 from acdc.lab.compare.grid import Grid, Task
+from acdc.lab.recipe import BEFORE, Recipe, encode
 from acdc.pair import Staging
 
 Json = dict[str, Any]
@@ -28,17 +36,17 @@ class Outcome:
         row: Its results; ``None`` for a hole.
         reason: Why there are none.
         run: Its run, as far as it is known.
-        record: The record of its run.
+        origin: What was trained in it, and on what: :func:`origin`.
     """
 
     cell: Cell
     row: Json | None = None
     reason: str = ""
     run: Prepared | None = None
-    record: Json | None = None
+    origin: Json | None = None
 
 
-def row(task: Task, run: Prepared, record: Json, before: Json | None) -> Json:
+def row(task: Task, base: Recipe, run: Prepared, record: Json, before: Json | None) -> Json:
     """Return the results of a finished cell.
 
     Training FLOPs are those of the sparse network, what was trained beforehand included, as a share
@@ -49,6 +57,7 @@ def row(task: Task, run: Prepared, record: Json, before: Json | None) -> Json:
 
     Args:
         task: What was trained.
+        base: Its recipe, as the cells of this grid have it.
         run: The run.
         record: Its record.
         before: The record of the run that it started from.
@@ -69,13 +78,27 @@ def row(task: Task, run: Prepared, record: Json, before: Json | None) -> Json:
         "sparsity_reached": record["sparse"]["sparsity"] if record["sparse"] else 0.0,
         "beforehand": run.before.label if run.before else None,
         "cell": run.label,
+        "prunable": record["details"]["prunable"],
+        "finished": record["details"]["finished"],
+        "origin": digest(origin(base, record)),
     }
 
 
-def flops_ratio(record: Json, before: Json | None, epochs: int) -> float:
-    """Return the training FLOPs of a cell over those of dense training for as many epochs."""
-    spent = _spent(record) + (_spent(before) if before else 0)
-    return spent / (epochs * _dense_epoch(record))
+def origin(base: Recipe, record: Json) -> Json:
+    """Return what rows of the same origin share: the task, the data, the machine, the versions.
+
+    Args:
+        base: The task's recipe, as the cells of this grid have it.
+        record: The record of a run.
+    """
+    details = record["details"]
+    shared = ("data", "device", "machine", "versions", "command")
+    return {"task": encode(base)} | {name: details[name] for name in shared}
+
+
+def digest(origin: Json) -> str:
+    """Return the short name of an origin."""
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _quality(task: Task, twin: Json | None) -> float | None:
@@ -114,7 +137,7 @@ def _seconds(record: Json) -> float:
 
 
 def write(folder: Path, outcomes: Iterable[Outcome]) -> None:
-    """Write ``results.jsonl`` and ``holes.jsonl``, each as a whole or not at all.
+    """Write ``origins.json``, ``results.jsonl`` and ``holes.jsonl``, each whole or not at all.
 
     Raises:
         InputError: The disk is full, or the folder cannot be written.
@@ -122,10 +145,42 @@ def write(folder: Path, outcomes: Iterable[Outcome]) -> None:
     outcomes = list(outcomes)
     rows = [o.row for o in outcomes if o.row is not None and o.cell.budget != "beforehand"]
     holes = [hole(o) for o in outcomes if o.row is None]
+    origins = {o.row["origin"]: o.origin for o in outcomes if o.row is not None}
     with Staging(folder, "the results") as staging:
+        staging.add("origins.json", (json.dumps(origins, indent=1) + "\n").encode())
         staging.add("results.jsonl", _lines(rows))
         staging.add("holes.jsonl", _lines(holes))
         staging.commit()
+
+
+def read(folder: Path, base: Recipe) -> dict[str, tuple[Json, Json]]:
+    """Return the rows that stand for their runs, by the label of the run, each with its origin.
+
+    Those of another task are left out: its recipe, what it meant where it was silent included, has
+    to be the same. So are those that name no origin, as versions before this one wrote them.
+
+    Args:
+        folder: Of the grid.
+        base: The task's recipe, as the cells of this grid have it.
+
+    Raises:
+        InputError: A file is there and cannot be read.
+    """
+    results, origins = folder / "results.jsonl", folder / "origins.json"
+    if not (results.exists() and origins.exists()):
+        return {}
+    try:
+        rows = [json.loads(line) for line in results.read_text().splitlines()]
+        known: dict[str, Json] = json.loads(origins.read_text())
+        same = {name for name, one in known.items() if BEFORE | one["task"] == encode(base)}
+        return {
+            row["cell"]: (row, known[row["origin"]]) for row in rows if row.get("origin") in same
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"The results in {folder} cannot be read ({type(error).__name__}: {error}). Restore "
+            f"{results.name} and {origins.name} from a copy, or choose another folder with --out."
+        ) from error
 
 
 def hole(outcome: Outcome) -> Json:

@@ -7,6 +7,7 @@ trained in one of its own, with its share of the threads; they stop when this pr
 
 =====================  ==================================================================
 ``results.jsonl``      a row for each finished cell, written anew with every one of them
+``origins.json``       what was trained for them, and on what: rows stand for lost ``runs/``
 ``holes.jsonl``        the cells without results, and why
 ``report.html``        the page
 ``runs/``              a folder for each run
@@ -38,6 +39,7 @@ from acdc.lab.compare import results
 from acdc.lab.compare.cells import (
     Cell,
     Prepared,
+    base_recipe,
     cells,
     epochs_at_equal_flops,
     pilot,
@@ -106,10 +108,10 @@ def compare(
         raise InputError(f"--jobs is {jobs}. It is a whole number from 1 up.")
     grid = locate(where)
     folder = out / grid.name
-    if not resume and (folder / "runs").exists():
+    if not resume and any((folder / name).exists() for name in ("runs", "results.jsonl")):
         raise InputError(
-            f"{folder} already holds runs of this grid. Go on with them by --resume, or choose "
-            f"another folder with --out."
+            f"{folder} already holds runs or results of this grid. Go on with them by --resume, "
+            f"or choose another folder with --out."
         )
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) as lock:
@@ -161,6 +163,8 @@ class _Board:
         self.runs: dict[str, Prepared] = {}  # all that are known, by label
         self.ready: dict[str, int] = {}  # and the place of their first cell in the order
         self.running: dict[str, float] = {}
+        self.base = base_recipe(grid)
+        self.rows = results.read(folder, self.base)  # they stand for runs that are gone
         self.records: dict[str, Json] = {}
         self.failed: dict[str, str] = {}
         self.began, self.told, self.trained = time.monotonic(), 0.0, 0.0
@@ -184,6 +188,9 @@ class _Board:
             return self._settle(Outcome(cell, reason=str(hole)))
         except Exception as error:  # the method's own code refused, or broke
             return self._settle(Outcome(cell, reason=said(error)))
+        if run.label in self.rows and self._record(run) is None and run.label not in self.failed:
+            row, origin = self.rows[run.label]
+            return self._settle(Outcome(cell, row | _as_asked(cell), run=run, origin=origin))
         for part in filter(None, (run.before, run)):
             if part.label in self.failed:
                 why = self.failed[part.label]
@@ -197,8 +204,9 @@ class _Board:
                 return
         before = self.records[run.before.label] if run.before else None
         record = self.records[run.label]
-        row = results.row(self.grid.task, run, record, before)
-        self._settle(Outcome(cell, row, run=run, record=record))
+        row = results.row(self.grid.task, self.base, run, record, before)
+        origin = results.origin(self.base, record)
+        self._settle(Outcome(cell, row, run=run, origin=origin))
 
     def _epochs(self, cell: Cell) -> int | None:
         """Return the length of a cell, or ``None`` while it is not known."""
@@ -209,11 +217,7 @@ class _Board:
             return None
         if first.row is None:
             raise _Hole(f"Its length follows from {first.cell}, which has no results.")
-        assert first.run is not None
-        before = self.records[first.run.before.label] if first.run.before else None
-        record = self.records[first.run.label]
-        ratio = results.flops_ratio(record, before, first.run.epochs)
-        return epochs_at_equal_flops(self.grid, ratio)
+        return epochs_at_equal_flops(self.grid, first.row["train_flops_ratio"])
 
     def _record(self, run: Prepared) -> Json | None:
         """Return the record of a run, if it is finished."""
@@ -278,8 +282,9 @@ class _Board:
             before = outcome.run.before if outcome.run else None
             if before is not None and before.label in self.records:
                 record = self.records[before.label]
-                row = results.row(self.grid.task, before, record, None)
-                first[before.label] = Outcome(before.cell, row, run=before, record=record)
+                row = results.row(self.grid.task, self.base, before, record, None)
+                origin = results.origin(self.base, record)
+                first[before.label] = Outcome(before.cell, row, run=before, origin=origin)
             elif before is not None and before.label in self.failed:
                 reason = self.failed[before.label]
                 first[before.label] = Outcome(before.cell, reason=reason, run=before)
@@ -323,6 +328,12 @@ class _Board:
         if self.trouble is not None:
             raise self.trouble
         render(self.folder, self.grid, self.outcomes())
+
+
+def _as_asked(cell: Cell) -> Json:
+    """Return what a row has from its cell: cells that come to the same run share the rest."""
+    names = ("method", "sparsity", "seed", "budget")
+    return {name: getattr(cell, name) for name in names}
 
 
 class _Hole(Exception):
