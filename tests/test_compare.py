@@ -302,6 +302,34 @@ def test_rows_that_cannot_be_trusted_are_trained_again(
         assert results.read(tmp_path, base_recipe(compare_grids.whole())) == {}
 
 
+@pytest.mark.parametrize("file", ["report.html", "results.jsonl"])
+def test_a_disk_that_fills_while_results_are_written(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """It is said in a sentence, and what was written before stays as it was."""
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    for name in ("results.jsonl", "origins.json", "report.html"):
+        shutil.copy(whole / name, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    replace_file = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match="No space left on device") as caught:
+        compare(where("whole"), tmp_path, resume=True, device="cpu")
+    assert "Errno" not in str(caught.value)
+    if file == "report.html":
+        assert "with --resume writes it" in str(caught.value)
+    for name, content in before.items():
+        assert (folder / name).read_bytes() == content
+    assert {path.name for path in folder.iterdir()} - {".lock", "holes.jsonl"} == set(before)
+
+
 def test_several_jobs_one_killed_and_all_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -327,7 +327,14 @@ class _Board:
         self._write()
         if self.trouble is not None:
             raise self.trouble
-        render(self.folder, self.grid, self.outcomes())
+        try:
+            render(self.folder, self.grid, self.outcomes())
+        except OSError as error:
+            raise InputError(
+                f"The results are in {self.folder}, but the page that shows them could not be "
+                f"written: {error.strerror or error}. Once that is mended, the same command with "
+                f"--resume writes it."
+            ) from error
 
 
 def _as_asked(cell: Cell) -> Json:
