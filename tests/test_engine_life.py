@@ -9,6 +9,7 @@ import logging
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -370,7 +371,7 @@ def test_a_loss_that_is_dropped_gives_its_buffers_back(monkeypatch: pytest.Monke
 
 
 def measured(dense_ms: float, sparse_ms: float) -> Callable[..., Choice]:
-    return lambda *_: Choice(True, 0.3, dense_ms, sparse_ms, 0.1)
+    return lambda *a: Choice(True, a[3], dense_ms, sparse_ms, 0.1)
 
 
 def test_where_no_layer_gains_nothing_is_replaced(
@@ -405,6 +406,47 @@ def test_choices_that_were_loaded_are_not_measured_again(monkeypatch: pytest.Mon
     resumed.compress(sparse(other))
     assert resumed.active
     assert resumed.choices == engine.choices
+
+
+def test_a_network_that_became_much_sparser_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What cuts little by little is nearly dense at its first cut, where no layer gains."""
+    seen: list[float] = []
+
+    def gains_below_half(*given: Any) -> Choice:
+        seen.append(given[3])
+        return Choice(given[3] < 0.5, given[3], 1e6, 1.0 if given[3] < 0.5 else 2e6, 0.1)
+
+    monkeypatch.setattr(host, "measure", gains_below_half)
+    model = net()
+    engine = acdc.Engine(model, batch()[0])
+    masks = sparse(model)
+
+    def cut_to(density: float) -> None:
+        for name, mask in masks.items():
+            order = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(0))
+            masks[name] = (order < density * mask.numel()).reshape(mask.shape)
+        engine.compress(masks)
+
+    cut_to(0.9)
+    assert seen
+    assert not engine.active
+    measured_once = len(seen)
+    for density in (0.85, 0.7, 0.61):
+        cut_to(density)
+    assert len(seen) == measured_once
+    assert not engine.active
+    cut_to(0.4)
+    assert len(seen) == 2 * measured_once
+    assert engine.active
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).masked_fill_(~mask, 0.0)
+        model.eval()
+        same(model(batch()[0]), type(model).forward(model, batch()[0]))
+    cut_to(0.7)  # a share that grows counts, too
+    assert not engine.active
 
 
 def test_what_was_chosen_stays_when_a_graph_of_another_mode_is_built(

@@ -26,6 +26,7 @@ PART = 2  # blocks of the batch that are timed first
 CLEAR = 1.5  # times as fast: then one timing of a part of the batch tells
 FEW = 16  # random samples that are drawn
 NEAR = 1.1  # densities within this factor take equally long
+FAR = 1.5  # densities further apart may call for another choice
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Choice:
     dense_ms: float | None = None
     sparse_ms: float | None = None
     convert_ms: float | None = None
+
+    def fits(self, density: float) -> bool:
+        """Return whether it need not be made anew at this density.
+
+        >>> [Choice(False, 0.6).fits(density) for density in (0.89, 0.6, 0.41, 0.39, 0.0)]
+        [True, True, True, False, False]
+        """
+        low, high = sorted((self.density, density))
+        return high <= FAR * low or high == low
 
     @property
     def gain_ms(self) -> float:

@@ -147,6 +147,7 @@ class Engine:
         self._masks = dict(support)
         self.written = Written()  # a graph of before still knows its own
         known = dict(self.choices)
+        self._forget_outdated()
         self._compressing = True
         try:
             self._start()
@@ -154,6 +155,16 @@ class Engine:
             self._compressing = False
         if self.choices != known:
             log.info("Layers, dense and sparse:\n%s", self.table())
+
+    def _forget_outdated(self) -> None:
+        """Have the layers measured anew where one has become much sparser, or denser.
+
+        All of them: what a layer gains depends on whether its neighbours are in the layout. Methods
+        that cut little by little would else stay dense for good, as they were at their first cut.
+        """
+        fits = (c.fits(self.density(name)) for name, c in self.choices.items())
+        if self.choose and not all(fits):
+            self.choices = {}
 
     def _start(self) -> None:
         follows = has_peers() and torch.distributed.get_rank() > 0

@@ -100,6 +100,7 @@ class Host:
         self._arguments = _all_arguments(self._root, args, kwargs)
         self._graphs: dict[Hashable, fx.GraphModule | None] = {}
         self._sparse: set[str] = set()  # the layers that the graphs run sparse
+        self._measured: set[str] = set()  # those that were measured when they were built
         self._modules = list(module.modules())
         self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
         # What the first graph is made of, if the modes are still the same.
@@ -126,7 +127,7 @@ class Host:
         for segment in self.segments():
             segment.start(self._plans(segment.program), self.owner.written)
         self._graph()
-        self._sparse = self._sparse_now()
+        self._sparse, self._measured = self._sparse_now(), set(self.owner.choices)
         if self.segments():
             self.module.forward = _Forward(self)
 
@@ -159,6 +160,7 @@ class Host:
         """Return whether network and choices are those that the graphs were built for."""
         return (
             self._sparse_now() == self._sparse
+            and self._measured <= self.owner.choices.keys()
             and self._modules == list(self.module.modules())
             and all(segment.is_current for segment in self.segments())
         )
@@ -252,7 +254,8 @@ class Host:
     def _choose(self, graph: fx.GraphModule, known: Mapping[fx.Node, Known]) -> None:
         """Measure the layers that were not measured before, and weigh the runs they make.
 
-        What was chosen before stays: it may be in a checkpoint, and steps were computed by it.
+        What was chosen before stays, as long as the engine does not forget it: it may be in a
+        checkpoint, and steps were computed by it.
         """
         choices = self.owner.choices
         fresh: set[str] = set()
