@@ -302,6 +302,40 @@ def test_rows_that_cannot_be_trusted_are_trained_again(
         assert results.read(tmp_path, base_recipe(compare_grids.whole())) == {}
 
 
+def test_the_page_of_a_long_grid_is_there_before_its_end(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    for name in ("results.jsonl", "origins.json"):
+        shutil.copy(whole / name, folder)
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(lines[4:]))
+    pages: list[bool] = []
+
+    def fails(*_: Any) -> str:
+        pages.append((folder / "report.html").exists())
+        return "Not today."
+
+    monkeypatch.setattr(work, "train_cell", fails)
+    monkeypatch.setattr(work, "DRAWN_EVERY", 0.0)
+    compare(where("whole"), tmp_path, resume=True, device="cpu")
+    assert pages[0] is False
+    assert len(pages) > 1
+    assert all(pages[1:])
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(page, "render", full)
+    caplog.clear()
+    before = len(pages)
+    with pytest.raises(InputError, match="with --resume writes it"):
+        compare(where("whole"), tmp_path, resume=True, device="cpu")
+    assert len(pages) - before == before  # none was kept from being trained
+    assert "No space left on device" in caplog.text
+
+
 @pytest.mark.parametrize("file", ["report.html", "results.jsonl"])
 def test_a_disk_that_fills_while_results_are_written(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str

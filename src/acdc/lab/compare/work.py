@@ -17,6 +17,7 @@ trained in one of its own, with its share of the threads; they stop when this pr
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -50,7 +51,10 @@ from acdc.lab.compare.grid import Grid, locate
 from acdc.lab.compare.results import Outcome
 from acdc.lab.record import Folder
 
+log = logging.getLogger(__name__)
+
 Json = dict[str, Any]
+DRAWN_EVERY = 300.0  # seconds: the page of a long grid can be looked at meanwhile
 PATIENCE = 20.0  # seconds that processes of a killed command may take to end
 
 
@@ -168,7 +172,7 @@ class _Board:
         self.records: dict[str, Json] = {}
         self.failed: dict[str, str] = {}
         self.began, self.told, self.trained = time.monotonic(), 0.0, 0.0
-        self.trouble: AcdcError | None = None
+        self.drawn = self.began
 
     # --- what is due ----------------------------------------------------------------------------
 
@@ -262,7 +266,13 @@ class _Board:
         if reason is not None:
             self.failed[label] = self._without_paths(reason)
         self.settle()
-        self._write()
+        try:
+            if time.monotonic() - self.drawn > DRAWN_EVERY:
+                self.write()
+            else:
+                self._write_rows()
+        except AcdcError as error:  # a full disk is no reason to stop training
+            log.warning("%s", error)
 
     def _without_paths(self, reason: str) -> str:
         """Where the grid lies on this machine is nobody's business but its owner's."""
@@ -308,25 +318,24 @@ class _Board:
             news,
         )
 
-    def _write(self) -> None:
-        """Write the results; a full disk is no reason to stop training."""
-        try:
-            results.write(self.folder, self.outcomes())
-            self.trouble = None
-        except InputError as error:
-            self.trouble = error
+    def _write_rows(self) -> None:
+        """Write the results.
+
+        Raises:
+            InputError: They cannot be written.
+        """
+        results.write(self.folder, self.outcomes())
 
     def write(self) -> None:
         """Write the results and the page.
 
         Raises:
-            InputError: They cannot be written.
+            AcdcError: They cannot be written.
         """
         from acdc.lab.compare.page import render
 
-        self._write()
-        if self.trouble is not None:
-            raise self.trouble
+        self._write_rows()
+        self.drawn = time.monotonic()
         try:
             render(self.folder, self.grid, self.outcomes())
         except OSError as error:
