@@ -590,6 +590,9 @@ def test_where_ours_does_not_win_the_page_says_so(whole: Path) -> None:
     shown = page.page(grid, [outcome("dense", 99), outcome("acdc", 93), outcome("one_shot", 92)])
     assert "AC/DC is best with 93.00" in shown
     assert "does not win" not in shown
+    shown = page.page(grid, [outcome("acdc", 92.001), outcome("one_shot", 92.004)])
+    assert "One-shot and AC/DC are best, level at 92.00." in shown
+    assert "does not win" not in shown
 
 
 def test_a_method_that_ends_dense_is_shown_as_a_dense_network(tmp_path: Path) -> None:

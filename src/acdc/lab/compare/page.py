@@ -409,14 +409,17 @@ def _verdicts(grid: Grid, found: Sequence[Mean], look: _Look) -> list[str]:
             ranked = sorted((m for m in mine if m.sparsity == sparsity), key=lambda m: -m.quality)
             if len(ranked) < 2:
                 continue
-            first, second = ranked[:2]
-            at = f"At {look.sparsity(sparsity)}, {BUDGETS[budget]}, {look.labels[first.method]}"
-            said.append(
-                f"{at} is best with {look.number(first.quality)}, before "
-                f"{look.labels[second.method]} with {look.number(second.quality)}."
-            )
+            numbers = [look.number(m.quality) for m in ranked]
+            best = [m for m in ranked if look.number(m.quality) == numbers[0]]
+            names = " and ".join(look.labels[m.method] for m in best)
+            at = f"At {look.sparsity(sparsity)}, {BUDGETS[budget]}, {names}"
+            if len(best) == 1:
+                second = look.labels[ranked[1].method]
+                said.append(f"{at} is best with {numbers[0]}, before {second} with {numbers[1]}.")
+            else:
+                said.append(f"{at} are best, level at {numbers[0]}.")
             ours = next((m for m in ranked if m.method == "acdc"), None)
-            if ours is not None and ours is not first:
+            if ours is not None and ours not in best:
                 said[-1] += (
                     f" AC/DC does not win here: it has {look.number(ours.quality)}, place "
                     f"{ranked.index(ours) + 1} of {len(ranked)}."
