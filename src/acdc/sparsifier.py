@@ -203,6 +203,7 @@ class Sparsifier:
         self._dense: dict[str, Tensor] = {}  # behind the view, of a method that keeps them
         self._reach: Support | None = None  # what of them is trained; None: all
         self._past: dict[str, Past] = {}  # what a method remembers
+        self._threshold = method.threshold  # how thresholds are learned, if any are
         self._learned: dict[str, Tensor] = {}  # thresholds that shrink the view
         self._learning: dict[str, Tensor] = {}  # what the step that is under way makes of them
         self._weights = Weights(self.params, lambda weight: optimizer.state.get(weight), self._past)
@@ -211,7 +212,7 @@ class Sparsifier:
             method.skips_steps
             or method.keeps_dense
             or method.has_memory
-            or method.threshold is not None
+            or self._threshold is not None
         )
         self._pre_hook = optimizer.register_step_pre_hook(self._before_step) if needed else None
         self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
@@ -299,7 +300,7 @@ class Sparsifier:
 
     def _learn(self, scale: Tensor | None) -> None:
         """Take a step with the thresholds, and clear the gradients of what they make zero."""
-        rule, self._learning = self.method.threshold, dict(self._learned)
+        rule, self._learning = self._threshold, dict(self._learned)
         if rule is None or not self._learned:
             return
         groups = self.optimizer.param_groups
@@ -348,13 +349,8 @@ class Sparsifier:
             param = self.params[name]
             if self._kept_steps is None or not self._kept_steps.left_zeros(param):
                 param.masked_fill_(self._dropped[name], 0.0)
-            self._shrink(name)
-
-    def _shrink(self, name: str) -> None:
-        rule = self.method.threshold
-        if rule is not None and name in self._learned:
-            param = self.params[name]
-            param.copy_(rule.shrink(param, self._learned[name]))
+            if self._threshold is not None and name in self._learned:
+                param.copy_(self._threshold.shrink(param, self._learned[name]))
 
     def _set_thresholds(self, learned: dict[str, Tensor]) -> None:
         self._learned = self._weights.thresholds = learned
@@ -372,10 +368,12 @@ class Sparsifier:
         with torch.no_grad():
             self._project()
         self._learned = before
-        yield
-        with torch.no_grad():
-            for name, value in dense.items():
-                self.params[name].copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in dense.items():
+                    self.params[name].copy_(value)
 
     @torch.no_grad()
     def _advance(self) -> None:
@@ -403,7 +401,7 @@ class Sparsifier:
             self._reset_optimizer(entered)
         self._note(support)
         self._adjust(support)
-        rule = self.method.threshold
+        rule = self._threshold
         if self.method.keeps_dense or rule is not None:
             self._reach = self.method.reach(self._weights, support)
             self._dense = {} if support.is_full else _clones(self.params)

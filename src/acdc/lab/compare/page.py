@@ -142,6 +142,7 @@ def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
             costs = {
                 cost: fmean(row[cost] for row in rows)
                 for cost in (*COSTS, "epochs", "sparsity_reached")
+                if cost != "seconds"
             }
             costs["seconds"] = fmean(_seconds(outcome) for outcome in cells if outcome.row)
             sparse = any(row["sparse_quality"] is not None for row in rows)

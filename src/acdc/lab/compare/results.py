@@ -46,7 +46,7 @@ class Outcome:
     origin: Json | None = None
 
 
-def row(task: Task, base: Recipe, run: Prepared, record: Json, before: Json | None) -> Json:
+def row(task: Task, origin: Json, run: Prepared, record: Json, before: Json | None) -> Json:
     """Return the results of a finished cell.
 
     Training FLOPs are those of the sparse network, what was trained beforehand included, as a share
@@ -57,7 +57,7 @@ def row(task: Task, base: Recipe, run: Prepared, record: Json, before: Json | No
 
     Args:
         task: What was trained.
-        base: Its recipe, as the cells of this grid have it.
+        origin: What the row names as its origin: :func:`origin`.
         run: The run.
         record: Its record.
         before: The record of the run that it started from.
@@ -80,7 +80,7 @@ def row(task: Task, base: Recipe, run: Prepared, record: Json, before: Json | No
         "cell": run.label,
         "prunable": record["details"]["prunable"],
         "finished": record["details"]["finished"],
-        "origin": digest(origin(base, record)),
+        "origin": digest(origin),
     }
 
 

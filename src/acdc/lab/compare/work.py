@@ -206,11 +206,15 @@ class _Board:
                 if part.label not in self.running:
                     self.ready.setdefault(part.label, place)
                 return
+        self._settle(self._outcome(cell, run))
+
+    def _outcome(self, cell: Cell, run: Prepared) -> Outcome:
+        """Return what came out of a run that is finished."""
         before = self.records[run.before.label] if run.before else None
         record = self.records[run.label]
-        row = results.row(self.grid.task, self.base, run, record, before)
         origin = results.origin(self.base, record)
-        self._settle(Outcome(cell, row, run=run, origin=origin))
+        row = results.row(self.grid.task, origin, run, record, before)
+        return Outcome(cell, row, run=run, origin=origin)
 
     def _epochs(self, cell: Cell) -> int | None:
         """Return the length of a cell, or ``None`` while it is not known."""
@@ -291,10 +295,7 @@ class _Board:
         for outcome in settled:
             before = outcome.run.before if outcome.run else None
             if before is not None and before.label in self.records:
-                record = self.records[before.label]
-                row = results.row(self.grid.task, self.base, before, record, None)
-                origin = results.origin(self.base, record)
-                first[before.label] = Outcome(before.cell, row, run=before, origin=origin)
+                first[before.label] = self._outcome(before.cell, before)
             elif before is not None and before.label in self.failed:
                 reason = self.failed[before.label]
                 first[before.label] = Outcome(before.cell, reason=reason, run=before)
