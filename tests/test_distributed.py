@@ -27,6 +27,7 @@ from acdc.methods.acdc import ACDC
 from acdc.methods.base import exchange
 from acdc.methods.dpf import DPF
 from acdc.methods.rigl import RigL
+from acdc.methods.str_ import STR
 from acdc.methods.woodfisher import WoodFisher
 from acdc.pattern import NM, Unstructured
 from acdc.schedule import constant
@@ -241,15 +242,15 @@ def exchanging(wrap_first: bool, accumulate: int) -> dict[str, Any]:
     return seen
 
 
-def viewing() -> dict[str, Any]:
-    """Train by DPF; return its view, the dense weights behind it, and how many of them moved."""
+def viewing(kind: type[DPF] | type[STR]) -> dict[str, Any]:
+    """Train; return the view, the dense weights behind it, and how many of them moved."""
     schedule = constant("sparse", 3).resolve(3)
-    method = DPF(PATTERN, schedule, first=0.5, every="2st", length="5st")
+    method = kind(PATTERN, schedule, first=0.5, every="2st", length="5st")
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # moved by gradients, nothing else
     wrapped = DDP(model)
     sparsifier = Sparsifier(method, wrapped, optimizer)
-    seen: dict[str, Any] = {"dense": [], "view": [], "digests": [], "moved": []}
+    seen: dict[str, Any] = {"dense": [], "view": [], "digests": [], "moved": [], "learned": []}
     for step in range(TOTAL):
         before = flat(iter(sparsifier.dense_weights.values()))
         outside = torch.cat([~mask.flatten() for mask in sparsifier.support.values()])
@@ -259,6 +260,7 @@ def viewing() -> dict[str, Any]:
         after = flat(iter(sparsifier.dense_weights.values()))
         seen["moved"].append(int((after != before)[outside].sum()))
         seen["dense"].append(after)
+        seen["learned"].append(sparsifier.state_dict()["thresholds"])
         seen["view"].append(flat(model.parameters()))
         seen["digests"].append(sparsifier.support.digest())
     return seen
@@ -333,7 +335,8 @@ def worker(rank: int, folder: str) -> None:
         result["disagreeing"] = disagreeing()
         for name, case in EXCHANGES.items():
             result["exchange", name] = exchanging(**case)
-        result["view"] = viewing()
+        for kind in (DPF, STR):
+            result["view", kind.name] = viewing(kind)
         result["memory"] = remembering()
         for name, case in ENGINE_CASES.items():
             for on in (False, True):
@@ -412,13 +415,24 @@ def test_all_ranks_grow_by_the_averaged_dense_gradient(
     assert len(set(first["digests"])) == 3
 
 
-def test_dense_weights_behind_a_view_are_the_same_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
-    first, second = (rank["view"] for rank in ranks)
+@pytest.mark.parametrize("name", ["dpf", "str"])
+def test_dense_weights_behind_a_view_are_the_same_on_all_ranks(
+    ranks: list[dict[str, Any]], name: str
+) -> None:
+    first, second = (rank["view", name] for rank in ranks)
     assert all(map(torch.equal, first["dense"], second["dense"]))
     assert all(map(torch.equal, first["view"], second["view"]))
     assert first["digests"] == second["digests"]
     assert len(set(first["digests"])) == 4  # chosen at the start, and after steps 2, 4 and 5
-    assert min(first["moved"]) > 0  # what is not computed with is trained, too
+    if name == "dpf":
+        assert min(first["moved"]) > 0  # what is not computed with is trained, too
+    for one, other in zip(first["learned"], second["learned"], strict=True):
+        assert one.keys() == other.keys()
+        assert bool(one) == (name == "str")
+        assert all(torch.equal(one[layer], other[layer]) for layer in one)
+    if name == "str":
+        layers = [[float(s[0]) for s in learned.values()] for learned in first["learned"]]
+        assert all(len(set(values)) > 1 for values in layers)  # gradients parted them
 
 
 def test_all_ranks_remember_averaged_gradients_and_move_weights_alike(

@@ -902,6 +902,39 @@ def test_a_skipped_step_leaves_view_and_dense_weights_as_they_were(name: str, fu
             torch.testing.assert_close(w, reference.dense_weights[n], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_thresholds_learn_under_a_grad_scaler_as_without_and_not_in_a_step_it_skips(
+    fused: bool,
+) -> None:
+    def factory(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+
+    method = STR(Unstructured(0.8), SPARSE, first=0.3, every="2st", length="7st", rate=10.0)
+    model, optimizer, sparsifier = bind(method, factory)
+    plain_model, plain, reference = bind(method, factory)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for attempt in range(6):
+        before = copy.deepcopy((sparsifier.state_dict(), list(model.parameters())))
+        overflow = attempt in (1, 4)
+        optimizer.zero_grad()
+        x, y = batch(attempt)
+        loss = nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss * (float("inf") if overflow else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if overflow:
+            assert same((sparsifier.state_dict(), list(model.parameters())), before)
+            continue
+        plain.zero_grad()
+        backward(plain_model, attempt)
+        plain.step()
+        learned, expected = (s.state_dict()["thresholds"] for s in (sparsifier, reference))
+        assert learned.keys() == expected.keys() == sparsifier.params.keys()
+        for n in learned:
+            assert not torch.equal(learned[n], before[0]["thresholds"][n])
+            torch.testing.assert_close(learned[n], expected[n], rtol=1e-5, atol=1e-6)
+
+
 @every_view
 def test_in_a_dense_phase_after_it_the_dense_weights_are_back(name: str) -> None:
     plan = phases(2, [("sparse", "1ep"), ("dense", "1ep")]).resolve(8)
@@ -928,6 +961,26 @@ def test_an_engine_stands_aside_for_a_view() -> None:
         train(model, optimizer, step, step + 1)
     train(plain, other, 0, STEPS)
     assert same(sparsifier.dense_weights, reference.dense_weights)
+
+
+def test_an_engine_runs_what_thresholds_leave_and_they_learn_the_same() -> None:
+    method = STR(Unstructured(0.8), SPARSE, first=0.3, every="2st", length="7st", rate=10.0)
+    model = build()
+    engine = acdc.Engine(model, batch(0)[0], backend=Reference(), choose=False)
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(method, model, optimizer, engine=engine)
+    plain, other, reference = bind(method, sgd)
+    for step in range(STEPS):
+        assert engine.active
+        train(model, optimizer, step, step + 1)
+        train(plain, other, step, step + 1)
+        assert sparsifier.support == reference.support
+        for name, dense in sparsifier.dense_weights.items():
+            torch.testing.assert_close(dense, reference.dense_weights[name], rtol=1e-4, atol=1e-6)
+            learned, expected = (s.state_dict()["thresholds"] for s in (sparsifier, reference))
+            torch.testing.assert_close(learned[name], expected[name], rtol=1e-4, atol=1e-6)
+            view, plainly = model.get_parameter(name), plain.get_parameter(name)
+            assert torch.equal(view == 0, plainly == 0)
 
 
 def test_flops_of_views() -> None:
