@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import html
 import io
 import json
 import os
@@ -278,6 +279,22 @@ def test_rows_stand_for_runs_that_are_gone(
     (folder / "results.jsonl").write_text("".join(line for line in lines if lost not in line))
     compare(where("whole"), tmp_path, resume=True, device="cpu")
     assert set(trained) == {lost}
+
+
+def test_the_page_says_first_where_the_data_are_not_the_published(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("runs"))
+    assert "All figures here are of" not in (whole / "report.html").read_text()
+    origins = json.loads((folder / "origins.json").read_text())
+    for origin in origins.values():
+        origin["data"] += " (not the published files)"
+    (folder / "origins.json").write_text(json.dumps(origins))
+    compare(where("whole"), tmp_path, resume=True, device="cpu")
+    name = next(iter(origins.values()))["data"]
+    notice = f'<p class="notice" role="note">All figures here are of {html.escape(name)}.</p>'
+    assert notice in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("kind", ["another task", "no origin", "unreadable"])

@@ -110,7 +110,7 @@ def page(grid: Grid, outcomes: Sequence[Outcome]) -> str:
         quality=look.quality,
         summary=_summary(grid, outcomes),
         verdicts=_verdicts(grid, found, look),
-        notices=_notices(outcomes),
+        notices=_notices(grid, outcomes),
         plates=[
             *(_by_sparsity(grid, found, budget, look) for budget in grid.budgets),
             *(_by_cost(found, cost, fronts[cost], look) for cost in COSTS),
@@ -428,10 +428,13 @@ def _verdicts(grid: Grid, found: Sequence[Mean], look: _Look) -> list[str]:
     return said
 
 
-def _notices(outcomes: Sequence[Outcome]) -> list[str]:
+def _notices(grid: Grid, outcomes: Sequence[Outcome]) -> list[str]:
+    used = dict.fromkeys(str(outcome.origin["data"]) for outcome in outcomes if outcome.origin)
     waiting = [o for o in outcomes if o.row is None and o.reason == results.NOT_YET]
     holes = [o for o in outcomes if o.row is None and o.reason != results.NOT_YET]
     said = []
+    if set(used) - {grid.task.recipe.data.name}:
+        said.append(f"All figures here are of {' and '.join(used)}.")
     if waiting:
         said.append(
             f"This comparison is not complete: {plural(len(waiting), 'cell')} of {len(outcomes)} "
