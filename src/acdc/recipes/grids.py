@@ -181,8 +181,8 @@ SHORT = (
     "Where AC/DC does not win here, the run is too short for it: that is what was found. Its dense "
     "network hardly moves on while a small part of the weights is trained, so that it lags behind "
     "the dense run when it is cut for the last time, the more the higher the sparsity, and neither "
-    "twin makes up for that (python experiments/last_cut.py). GMP trains one network from "
-    "the first step to the last, and is dense while most is learned. In the 24 epochs of "
+    "twin makes up for that (python experiments/last_cut.py). GMP trains one network from the "
+    "first step to the last, and takes its weights away little by little. In the 24 epochs of "
     "experiments/fashion_mnist, twice as long as in the comparison on that task, AC/DC’s twins at "
     "90\u202f% were 0.28 and 0.01 points below dense."
 )
