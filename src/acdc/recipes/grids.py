@@ -178,7 +178,7 @@ BUDGETED = (
 )
 
 SHORT = (
-    "Where AC/DC does not win here, the run is too short for it: that is what was found. Its dense "
+    "Where AC/DC does not win here, this was found, and not yet tried in longer runs: its dense "
     "network hardly moves on while a small part of the weights is trained, so that it lags behind "
     "the dense run when it is cut for the last time, the more the higher the sparsity, and neither "
     "twin makes up for that (python experiments/last_cut.py). GMP trains one network from the "
