@@ -58,14 +58,12 @@ def train(line: Line, task: Task, data: Any, seed: int, span: int, window: int) 
     rate = recipe.optimizer.lr
     model = recipe.model.build().to(memory_format=torch.channels_last)
     optimizer = recipe.optimizer.build(model.parameters())
-    third = f"{span}st"
-    plan = acdc.phases(1, [("dense", third), ("sparse", third), ("dense", third)])
-    method: acdc.Method = acdc.ACDC(
-        acdc.Unstructured(SPARSITY, SCOPE), plan.resolve(3 * span), reset=line.reset
-    )
-    if not line.pruned:
-        method = acdc.Dense(acdc.constant("dense", 1).resolve(3 * span))
-    acdc.Sparsifier(method, model, optimizer)
+    if line.pruned:
+        third = f"{span}st"
+        plan = acdc.phases(1, [("dense", third), ("sparse", third), ("dense", third)])
+        pattern = acdc.Unstructured(SPARSITY, SCOPE)
+        method = acdc.ACDC(pattern, plan.resolve(3 * span), reset=line.reset)
+        acdc.Sparsifier(method, model, optimizer)
     losses, norms = [], []
     batches = data.train_samples // recipe.batch_size
     for step in range(3 * span):

@@ -4,41 +4,39 @@
 
 Reads the runs that ``acdc compare GRID --out experiments`` leaves in ``experiments/*/runs``, and
 writes ``experiments/last_cut.json``: a row for each sparsity and seed, with the quality (test
-accuracy, or minus the bits of a character) of both at the last evaluation before that cut.
+accuracy, or minus the bits of a character) of both at the last evaluation before that cut. Rows
+that are there stay where the runs are gone.
 """
 
 from __future__ import annotations
 
 import json
-import math
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from acdc.lab.compare.results import quality
+from acdc.lab.compare.grid import Task
+from acdc.lab.compare.results import judged
+from acdc.lab.history import read
 from acdc.lab.record import machine, versions
 from acdc.recipes.grids import GRIDS
 
 HERE = Path(__file__).parent
+OUT = HERE / "last_cut.json"
 TASKS = ("compare_fashion_mnist", "compare_cifar10", "compare_tinyshakespeare")
 
 
-def curve(run: Path, bits: bool) -> dict[int, tuple[str, float]]:
+def curve(task: Task, run: Path) -> dict[int, tuple[str, float]]:
     """Return kind of phase and quality after each epoch, without a twin's fine-tuning."""
-    events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return {
-        e["epoch"]: (e["phase"], -e["loss"] / math.log(2) if bits else e["accuracy"])
-        for e in events
-        if e["event"] == "eval" and "twin" not in e
-    }
+    return {e["epoch"]: (e["phase"], judged(task, e)) for e in read(run).evals}
 
 
-def rows(task: str) -> list[dict[str, Any]]:
+def rows(name: str) -> list[dict[str, Any]]:
     """Return a row for each seed and sparsity whose two runs are there."""
-    folder = HERE / task
-    bits = quality(GRIDS[task]().task) == "bits"
+    folder, task = HERE / name, GRIDS[name]().task
     results = map(json.loads, (folder / "results.jsonl").read_text().splitlines())
     runs = {
-        (r["method"], r["sparsity"], r["seed"]): curve(folder / "runs" / r["cell"], bits)
+        (r["method"], r["sparsity"], r["seed"]): curve(task, folder / "runs" / r["cell"])
         for r in results
         if (folder / "runs" / r["cell"]).is_dir()
     }
@@ -50,7 +48,7 @@ def rows(task: str) -> list[dict[str, Any]]:
         cut = max(epoch for epoch, (kind, _) in ours.items() if kind == "dense")
         found.append(
             {
-                "task": task,
+                "task": name,
                 "sparsity": sparsity,
                 "seed": seed,
                 "epoch": cut,
@@ -63,9 +61,16 @@ def rows(task: str) -> list[dict[str, Any]]:
     return found
 
 
+def key(row: dict[str, Any]) -> tuple[int, float, int]:
+    """Return what there is one row of, in the order of the table."""
+    return TASKS.index(row["task"]), row["sparsity"], row["seed"]
+
+
 def main() -> None:
     """Print a table and write the rows."""
-    found = [row for task in TASKS for row in rows(task)]
+    known = json.loads(OUT.read_text())["rows"] if OUT.exists() else []
+    measured = [row for name in TASKS for row in rows(name)]
+    found = sorted({key(row): row for row in [*known, *measured]}.values(), key=key)
     print(
         f"{'task':24} {'at':>5} {'seed':>4} {'epoch':>8} {'dense run':>10} {'AC/DC':>7} {'lag':>6}"
     )
@@ -76,11 +81,12 @@ def main() -> None:
         )
     record = {
         "command": "python experiments/last_cut.py",
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "machine": machine(),
         "versions": versions(),
         "rows": found,
     }
-    (HERE / "last_cut.json").write_text(json.dumps(record, indent=1) + "\n")
+    OUT.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

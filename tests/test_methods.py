@@ -748,6 +748,7 @@ VIEWS: dict[str, Any] = {
     "ste": SRSTE(NM(2, 4), SPARSE, decay=0.0, every="1st"),
 }
 every_view = pytest.mark.parametrize("name", VIEWS)
+LEARNING = STR(Unstructured(0.8), SPARSE, first=0.3, every="2st", length="7st", rate=10.0)
 
 
 class ByHand:
@@ -874,17 +875,17 @@ def test_a_view_is_plain_to_whoever_looks(name: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@every_view
+@pytest.mark.parametrize("name", [*VIEWS, "str"])
 def test_a_skipped_step_leaves_view_and_dense_weights_as_they_were(name: str, fused: bool) -> None:
-    model = build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
-    sparsifier = Sparsifier(VIEWS[name], model, optimizer)
+    def factory(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+
+    method = LEARNING if name == "str" else VIEWS[name]
+    model, optimizer, sparsifier = bind(method, factory)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    plain_model, plain, reference = bind(
-        VIEWS[name], lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, fused=fused)
-    )
+    plain_model, plain, reference = bind(method, factory)
     for attempt in range(6):
-        before = copy.deepcopy((list(model.parameters()), sparsifier.dense_weights))
+        before = copy.deepcopy((list(model.parameters()), sparsifier.state_dict()))
         overflow = attempt in (1, 4)
         optimizer.zero_grad()
         x, y = batch(attempt)
@@ -893,46 +894,19 @@ def test_a_skipped_step_leaves_view_and_dense_weights_as_they_were(name: str, fu
         scaler.step(optimizer)
         scaler.update()
         if overflow:
-            assert same((list(model.parameters()), sparsifier.dense_weights), before)
+            assert same((list(model.parameters()), sparsifier.state_dict()), before)
             continue
         plain.zero_grad()  # the scale, and the loss in it, must not reach what is added
         backward(plain_model, attempt)
         plain.step()
         for n, w in sparsifier.dense_weights.items():
             torch.testing.assert_close(w, reference.dense_weights[n], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_thresholds_learn_under_a_grad_scaler_as_without_and_not_in_a_step_it_skips(
-    fused: bool,
-) -> None:
-    def factory(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
-
-    method = STR(Unstructured(0.8), SPARSE, first=0.3, every="2st", length="7st", rate=10.0)
-    model, optimizer, sparsifier = bind(method, factory)
-    plain_model, plain, reference = bind(method, factory)
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    for attempt in range(6):
-        before = copy.deepcopy((sparsifier.state_dict(), list(model.parameters())))
-        overflow = attempt in (1, 4)
-        optimizer.zero_grad()
-        x, y = batch(attempt)
-        loss = nn.functional.cross_entropy(model(x), y)
-        scaler.scale(loss * (float("inf") if overflow else 1.0)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if overflow:
-            assert same((sparsifier.state_dict(), list(model.parameters())), before)
-            continue
-        plain.zero_grad()
-        backward(plain_model, attempt)
-        plain.step()
         learned, expected = (s.state_dict()["thresholds"] for s in (sparsifier, reference))
-        assert learned.keys() == expected.keys() == sparsifier.params.keys()
-        for n in learned:
-            assert not torch.equal(learned[n], before[0]["thresholds"][n])
-            torch.testing.assert_close(learned[n], expected[n], rtol=1e-5, atol=1e-6)
+        assert learned.keys() == expected.keys()
+        assert bool(learned) == (name == "str")
+        for n, threshold in learned.items():
+            assert not torch.equal(threshold, before[1]["thresholds"][n])
+            torch.testing.assert_close(threshold, expected[n], rtol=1e-5, atol=1e-6)
 
 
 @every_view
@@ -964,12 +938,11 @@ def test_an_engine_stands_aside_for_a_view() -> None:
 
 
 def test_an_engine_runs_what_thresholds_leave_and_they_learn_the_same() -> None:
-    method = STR(Unstructured(0.8), SPARSE, first=0.3, every="2st", length="7st", rate=10.0)
     model = build()
     engine = acdc.Engine(model, batch(0)[0], backend=Reference(), choose=False)
     optimizer = sgd(model)
-    sparsifier = Sparsifier(method, model, optimizer, engine=engine)
-    plain, other, reference = bind(method, sgd)
+    sparsifier = Sparsifier(LEARNING, model, optimizer, engine=engine)
+    plain, other, reference = bind(LEARNING, sgd)
     for step in range(STEPS):
         assert engine.active
         train(model, optimizer, step, step + 1)
@@ -1010,8 +983,7 @@ def test_the_soft_threshold_and_its_gradient_by_hand() -> None:
 
 
 def test_str_learns_thresholds_behind_exact_supports() -> None:
-    method = STR(Unstructured(0.8), SPARSE, first=0.3, every="2st", length="7st", rate=10.0)
-    model, optimizer, sparsifier = bind(method, sgd)
+    model, optimizer, sparsifier = bind(LEARNING, sgd)
     apart = set()
     for step in steps(model, optimizer, 0, STEPS):
         learned = sparsifier._learned

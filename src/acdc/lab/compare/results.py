@@ -67,8 +67,8 @@ def row(task: Task, origin: Json, run: Prepared, record: Json, before: Json | No
         "method": cell.method,
         "sparsity": cell.sparsity,
         "seed": cell.seed,
-        "sparse_quality": _quality(task, record["sparse"]),
-        "dense_quality": _quality(task, record["dense"]),
+        "sparse_quality": judged(task, record["sparse"]) if record["sparse"] else None,
+        "dense_quality": judged(task, record["dense"]) if record["dense"] else None,
         "train_flops_ratio": sum(map(_spent, parts)) / _dense_run(task, record),
         "inference_flops_ratio": record["inference_flops_ratio"],
         "seconds": round(sum(map(_seconds, parts)), 3),
@@ -101,13 +101,11 @@ def digest(origin: Json) -> str:
     return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _quality(task: Task, twin: Json | None) -> float | None:
+def judged(task: Task, evaluation: Json) -> float:
     """Return test accuracy in percent, or minus the bits per character of the test text."""
-    if twin is None:
-        return None
     if quality(task) == "bits":
-        return -float(twin["loss"]) / math.log(2)
-    return float(twin["accuracy"])
+        return -float(evaluation["loss"]) / math.log(2)
+    return float(evaluation["accuracy"])
 
 
 def quality(task: Task) -> Quality:
