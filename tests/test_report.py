@@ -102,6 +102,8 @@ def write_run(
         for i, (a, b) in enumerate(itertools.pairwise(edges))
     ]
     prunable = sum(layer["numel"] for layer in layers if layer["prunable"])
+    if dense_run:  # it prunes no layer
+        layers = [{**layer, "prunable": False} for layer in layers]
     changes: list[dict[str, Any]] = []
     counts: dict[str, int] = {}
     for phase in phases[1:]:
@@ -230,7 +232,7 @@ def write_run(
         },
     }  # fmt: skip
     if dense_run:
-        record["details"]["sparsity_asked"] = None
+        record["details"] |= {"sparsity_asked": None, "prunable": 0}
     if stop is None:
         (folder / "record.json").write_text(json.dumps(record))
     return record
@@ -458,6 +460,9 @@ def test_dense_run_has_no_sparse_column(tmp_path: Path) -> None:
     read = Reader(text)
     assert read.rows["twins"][0][1:] == ["Dense"]
     assert read.row("twins", "Test accuracy, %") == [f"{record['dense']['accuracy']:.2f}"]
+    weights = sum(layer["numel"] for layer in record["details"]["layers"])
+    assert read.row("twins", "Weights of convolutions and linear layers") == [f"{weights:,}"]
+    assert f"parameters ({weights:,} weights in 22 layers) was trained" in text
     assert read.figures == ["accuracy", "loss"]
     assert "Change of the support: no figure." in text
     assert "Density of the layers: no figure." in text

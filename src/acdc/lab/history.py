@@ -162,6 +162,11 @@ class Run:
         return tuple(one(name, layer) for name, layer in named.items())
 
     @property
+    def weights(self) -> int:
+        """Weights of the convolutions and linear layers."""
+        return sum(layer.numel for layer in self.layers)
+
+    @property
     def prunable(self) -> int | None:
         """Weights that may be pruned."""
         return sum(layer.numel for layer in self.layers if layer.prunable) or None

@@ -521,11 +521,9 @@ def _summary(run: Run) -> str:
         network = "A network" if parameters is None else f"A network of {parameters:,} parameters"
         if run.prunable:
             layers = sum(layer.prunable for layer in run.layers)
-            network += (
-                f" ({run.prunable:,} prunable weights in {plural(layers, 'layer')})"
-                if schedule.last("sparse") is not None
-                else f" ({run.prunable:,} weights in {plural(layers, 'layer')})"
-            )
+            network += f" ({run.prunable:,} prunable weights in {plural(layers, 'layer')})"
+        elif run.layers:
+            network += f" ({run.weights:,} weights in {plural(len(run.layers), 'layer')})"
         share = float(schedule.share("sparse"))
         sentence = (
             f"{network} was trained for {plural(schedule.epochs, 'epoch')} "

@@ -104,7 +104,7 @@ def twins(run: Run) -> list[Row]:
         return [
             Row("Test accuracy, %", (_accuracy_cell(dense["accuracy"]),)),
             Row("Parameters", (_count(parameters),)),
-            Row("Weights of convolutions and linear layers", (_count(prunable),)),
+            Row("Weights of convolutions and linear layers", (_count(run.weights),)),
             Row("Size on disk, bytes", (_count(dense["bytes"]),)),
             Row("FLOPs of one inference", (_flops(flops),)),
         ]
