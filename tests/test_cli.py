@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import acdc
-from acdc import Pair, recipes
+from acdc import ACDC, Pair, Unstructured, console, constant, phases, recipes
 from acdc.cli import RECORD, main, parser
 from acdc.console import Watcher
 from acdc.errors import InputError
 from acdc.lab import report, train
-from acdc.lab.data import FashionMNIST
-from acdc.methods import METHODS, RigL
+from acdc.lab.data import FashionMNIST, TinyShakespeare
+from acdc.lab.models import SmallGPT
+from acdc.methods import METHODS, Dense, RigL, Static
 from acdc.recipes import grids
 from runs import STEPS, TINY, assert_same_run, events, files, tiny, words
 
@@ -409,6 +412,34 @@ def test_a_dense_run_has_one_column(tmp_path: Path, capsys: Capture) -> None:
     assert "--twin dense" in said(capsys)[1]
     assert main(["export", str(folder), "--to", "safetensors", "--twin", "dense"]) == 0
     assert (folder / "dense.safetensors").read_bytes() == files(folder)["dense.safetensors"]
+
+
+def test_a_text_is_judged_in_bits_of_a_character(tmp_path: Path) -> None:
+    body = (bytes(range(40, 105)) * (1_115_394 // 65 + 1))[:1_115_394]
+    (tmp_path / "tinyshakespeare").mkdir()
+    (tmp_path / "tinyshakespeare" / "tinyshakespeare.txt").write_bytes(body)
+    task = replace(
+        grids.compare_tinyshakespeare().task.recipe,
+        model=SmallGPT(width=16, depth=1, heads=2, context=8),
+        data=TinyShakespeare(train_examples=64, test_examples=32, context=8),
+        threads=1,
+    )
+    plan = phases(3, [("dense", "1ep"), ("sparse", "2ep")])
+    methods = (ACDC(Unstructured(0.5), plan), Static(Unstructured(0.5), constant("sparse", 3)))
+    for method in (*methods, Dense(constant("dense", epochs=3))):
+        plain, folder = Console(file=io.StringIO(), width=100), tmp_path / method.name
+        recipe = replace(task, method=method)
+        with Watcher("it", False, plain) as watcher:
+            made = train.run(recipe, folder, root=tmp_path, device="cpu", watch=watcher)
+        plain.print(console.outcome(made))
+        page = report.render(folder).read_text(encoding="utf-8")
+        for network in filter(None, (made["sparse"], made["dense"])):
+            bits = f"{network['loss'] / math.log(2):.3f}"
+            assert re.search(rf"bits of a character .*{bits}", plain.file.getvalue())
+            assert f"({bits} bits a character)" in page
+            assert re.search(rf"Bits of a character.*{bits}", page)
+        last = events(folder, "eval")[-1]
+        assert re.search(rf"epoch 3/3 .* % +{last['bits']:.3f} bits ", plain.file.getvalue())
 
 
 def test_a_seed_and_a_setting_give_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -121,13 +121,14 @@ class Watcher(_Bar):
         return "  ".join(part for part in parts if part)
 
     def _evaluated(self, event: Mapping[str, Any]) -> None:
-        self._accuracy = f"test {event['accuracy']:.2f} %"
+        text = f"  {_bits(event)} bits" if "bits" in event else ""
+        self._accuracy = f"test {event['accuracy']:.2f} %{text}"
         if not self._live:
             phase = "dense twin" if "twin" in event else event["phase"]
             width = len(str(self._epochs))
             self._say(
                 f"epoch {event['epoch']:>{width}}/{self._epochs}  {phase:<10}  "
-                f"loss {self._mean.take():.4f}  test accuracy {event['accuracy']:6.2f} %  "
+                f"loss {self._mean.take():.4f}  test accuracy {event['accuracy']:6.2f} %{text}  "
                 f"{self._pace} steps/s"
             )
 
@@ -251,6 +252,7 @@ def outcome(record: Mapping[str, Any]) -> Table:
         table.add_column("dense network", justify="right", style=COLOURS["dense"])
         rows = [
             ("test accuracy", percent(dense["accuracy"])),
+            *([("bits of a character", _bits(dense))] if "bits" in dense else []),
             ("parameters", f"{details['parameters']:,}"),
             ("bytes on disk", f"{dense['bytes']:,}"),
         ]
@@ -258,7 +260,7 @@ def outcome(record: Mapping[str, Any]) -> Table:
             table.add_row(*row)
         return table
     twin = dense is not None
-    dense = dense or {"accuracy": math.nan, "bytes": 0}  # its column is not shown
+    dense = dense or {"accuracy": math.nan, "bits": math.nan, "bytes": 0}  # its column is not shown
     tuned = details["finetune_flops"] / details["train_flops_dense"]
     spent = details.get("time") or {}
     name = "sparse twin" if twin else "sparse network"
@@ -267,6 +269,7 @@ def outcome(record: Mapping[str, Any]) -> Table:
         table.add_column("dense twin", justify="right", style=COLOURS["dense"])
     for label, left, right in (
         ("test accuracy", percent(sparse["accuracy"]), percent(dense["accuracy"])),
+        *([("bits of a character", _bits(sparse), _bits(dense))] if "bits" in sparse else []),
         ("sparsity asked", percent(100 * details["sparsity_asked"]), ""),
         ("sparsity reached", percent(100 * sparse["sparsity"]), percent(0)),
         ("weights kept", f"{sparse['nnz']:,}", f"{prunable:,}"),
@@ -294,6 +297,11 @@ def outcome(record: Mapping[str, Any]) -> Table:
 def percent(value: float) -> str:
     """Write a number of percent."""
     return f"{value:.2f} %"
+
+
+def _bits(network: Mapping[str, Any]) -> str:
+    """Write what a character of the test text takes."""
+    return f"{network['bits']:.3f}"
 
 
 def milliseconds(value: float | None) -> str:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -29,6 +30,11 @@ from acdc.errors import InputError
 from acdc.pair import Staging
 
 Event = dict[str, Any]
+
+
+def bits(loss: float) -> float:
+    """Return a cross-entropy in bits: what a character of a text takes, by this network."""
+    return loss / math.log(2)
 
 
 class Clocks(NamedTuple):

@@ -512,6 +512,11 @@ def _date(started: Any) -> str:
     return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".strip()
 
 
+def _reached(network: Mapping[str, Any]) -> str:
+    bits = f" ({network['bits']:.3f} bits a character)" if "bits" in network else ""
+    return f"{network['accuracy']:.2f}\u202f%{bits}"
+
+
 def _summary(run: Run) -> str:
     """The report in a few sentences."""
     said = []
@@ -536,10 +541,10 @@ def _summary(run: Run) -> str:
     if run.record is not None:
         sparse, dense = run.record["sparse"], run.record["dense"]
         if sparse is None:
-            said.append(f"It reaches {dense['accuracy']:.2f}\u202f% on the test set.")
+            said.append(f"It reaches {_reached(dense)} on the test set.")
         elif dense is None:
             said.append(
-                f"It keeps {sparse['nnz']:,} weights and reaches {sparse['accuracy']:.2f}\u202f% "
+                f"It keeps {sparse['nnz']:,} weights and reaches {_reached(sparse)} "
                 f"on the test set. An inference takes "
                 f"{percent(run.record['inference_flops_ratio'], 1)} of the dense FLOPs, and the "
                 f"training took {percent(run.record['train_flops_ratio'], 1)} of those of dense "
@@ -551,8 +556,8 @@ def _summary(run: Run) -> str:
                 twin += " and fine-tuned on the tail of the learning-rate curve"
             said.append(
                 f"The sparse twin keeps {sparse['nnz']:,} weights and reaches "
-                f"{sparse['accuracy']:.2f}\u202f% on the test set; the dense twin, {twin}, reaches "
-                f"{dense['accuracy']:.2f}\u202f%. An inference of the sparse twin takes "
+                f"{_reached(sparse)} on the test set; the dense twin, {twin}, reaches "
+                f"{_reached(dense)}. An inference of the sparse twin takes "
                 f"{percent(run.record['inference_flops_ratio'], 1)} of the dense FLOPs, and the "
                 f"training of both took {percent(run.record['train_flops_ratio'], 1)} of the "
                 f"FLOPs of dense training of the same length."

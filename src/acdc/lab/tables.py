@@ -25,6 +25,12 @@ class Cell(NamedTuple):
 
 NONE = Cell("–")
 
+# What a network is measured by: name, label, digits, unit of a difference. Bits for text alone.
+MEASURES = (
+    ("accuracy", "Test accuracy, %", 2, "points"),
+    ("bits", "Bits of a character", 3, "bits"),
+)
+
 
 class Row(NamedTuple):
     """A line of a table."""
@@ -89,8 +95,20 @@ def _seconds(value: Any) -> Cell:
     return Cell(f"{value:,.1f}", round(float(value), 6))
 
 
-def _accuracy_cell(value: Any) -> Cell:
-    return NONE if value is None else Cell(f"{value:.2f}", value)
+def _reached(*networks: Any) -> list[Row]:
+    """What the networks reach on the test data, and what the first has over the second."""
+    rows = []
+    for name, label, digits, unit in MEASURES:
+        if name not in networks[0]:
+            continue
+        values = [network[name] for network in networks]
+        cells = [Cell(f"{value:.{digits}f}", value) for value in values]
+        if len(values) == 2:
+            gap = values[0] - values[1]
+            sign = "+" if gap > 0 else "−" if gap < 0 else "±"
+            cells.append(Cell(f"{sign}{abs(gap):.{digits}f} {unit}", round(gap, 6)))
+        rows.append(Row(label, tuple(cells)))
+    return rows
 
 
 def twins(run: Run) -> list[Row]:
@@ -102,7 +120,7 @@ def twins(run: Run) -> list[Row]:
     parameters, flops = details.get("parameters"), details.get("dense_flops", run.flops())
     if sparse is None:
         return [
-            Row("Test accuracy, %", (_accuracy_cell(dense["accuracy"]),)),
+            *_reached(dense),
             Row("Parameters", (_count(parameters),)),
             Row("Weights of convolutions and linear layers", (_count(run.weights),)),
             Row("Size on disk, bytes", (_count(dense["bytes"]),)),
@@ -110,28 +128,19 @@ def twins(run: Run) -> list[Row]:
         ]
     if dense is None:
         return [
-            Row("Test accuracy, %", (_accuracy_cell(sparse["accuracy"]),)),
+            *_reached(sparse),
             Row("Sparsity asked for", (_share(details.get("sparsity_asked")),)),
             Row("Sparsity of the prunable weights", (_share(sparse["sparsity"]),)),
             Row("Prunable weights kept", (_count(sparse["nnz"]),)),
             Row("Size on disk, bytes", (_count(sparse["bytes"]),)),
             Row("FLOPs of one inference", (_flops(details.get("sparse_flops")),)),
         ]
-    gap = sparse["accuracy"] - dense["accuracy"]
-    sign = "+" if gap > 0 else "−" if gap < 0 else "±"
     ratio = run.record["inference_flops_ratio"]
     sparse_flops = details.get("sparse_flops")
     weights = sparse["nnz"] / prunable if prunable else None
     small = sparse["bytes"] / dense["bytes"] if dense["bytes"] else None
     return [
-        Row(
-            "Test accuracy, %",
-            (
-                _accuracy_cell(sparse["accuracy"]),
-                _accuracy_cell(dense["accuracy"]),
-                Cell(f"{sign}{abs(gap):.2f} points", round(gap, 6)),
-            ),
-        ),
+        *_reached(sparse, dense),
         Row("Sparsity asked for", (_share(details.get("sparsity_asked")), NONE, NONE)),
         Row("Sparsity of the prunable weights", (_share(sparse["sparsity"]), _share(0), NONE)),
         Row(

@@ -39,6 +39,7 @@ from acdc.lab.record import (
     Event,
     Folder,
     Metrics,
+    bits,
     machine,
     peak_memory,
     times,
@@ -402,8 +403,8 @@ class _Run:
     # --- measuring ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _evaluate(self) -> tuple[float, float]:
-        """Return accuracy in percent and mean loss on the test data."""
+    def _evaluate(self) -> dict[str, float]:
+        """Return accuracy in percent and mean loss on the test data; for text, bits as well."""
         self.net.eval()
         right, loss, seen = 0, 0.0, 0
         for x, y in self.data.eval_batches("test", self.recipe.eval_batch_size):
@@ -412,12 +413,13 @@ class _Run:
             right += int((outputs.argmax(1) == y).sum())
             loss += float(nn.functional.cross_entropy(outputs, y, reduction="sum"))
             seen += y.numel()
-        return 100 * right / seen, loss / seen
+        found = {"accuracy": 100 * right / seen, "loss": loss / seen}
+        return found | ({"bits": bits(loss / seen)} if self.recipe.data.quality == "bits" else {})
 
     def _eval_event(self, phase: str) -> Event:
         """Measure the network as the last step of ``phase`` left it."""
         began = Clocks.now()
-        accuracy, loss = self._evaluate()
+        found = self._evaluate()
         self.tested = Clocks.now().minus(began)
         support = self.sparsifier.support
         dense = self.leg == "finetune"
@@ -428,8 +430,7 @@ class _Run:
                 "epoch": math.floor(self.schedule.epoch_at(self.step)),
                 "phase": phase,
                 "split": "test",
-                "accuracy": accuracy,
-                "loss": loss,
+                **found,
                 "nnz": support.numel if dense else support.nnz,
                 "sparsity": 0.0 if dense else support.sparsity,
             }
@@ -581,19 +582,18 @@ class _Run:
         self.fabric.barrier()
         pair = Pair.load(folder)
         pair.dense_model(self.net)
-        dense, dense_loss = self._evaluate()
+        dense = self._evaluate()
         pair.sparse_model(self.net)
-        sparse, sparse_loss = self._evaluate()
+        sparse = self._evaluate()
         size = sizes(folder)
         return {
             "sparse": {
-                "accuracy": sparse,
-                "loss": sparse_loss,
+                **sparse,
                 "sparsity": pair.support.sparsity,
                 "nnz": pair.support.nnz,
                 "bytes": size["sparse"],
             },
-            "dense": {"accuracy": dense, "loss": dense_loss, "bytes": size["dense"]},
+            "dense": {**dense, "bytes": size["dense"]},
         }
 
     def _final_dense(self) -> dict[str, Any]:
@@ -605,9 +605,8 @@ class _Run:
                 staging.add(DENSE, save(state))
                 staging.commit()
         self.fabric.barrier()
-        accuracy, loss = self._evaluate()
         size = (self.place.pair / DENSE).stat().st_size
-        return {"sparse": None, "dense": {"accuracy": accuracy, "loss": loss, "bytes": size}}
+        return {"sparse": None, "dense": {**self._evaluate(), "bytes": size}}
 
     def _final_sparse(self) -> dict[str, Any]:
         support = self.sparsifier.support.to("cpu")
@@ -616,11 +615,9 @@ class _Run:
         self.fabric.barrier()
         state, _ = load_sparse(self.place.pair)
         self.net.load_state_dict(state)
-        accuracy, loss = self._evaluate()
         return {
             "sparse": {
-                "accuracy": accuracy,
-                "loss": loss,
+                **self._evaluate(),
                 "sparsity": support.sparsity,
                 "nnz": support.nnz,
                 "bytes": (self.place.pair / SPARSE).stat().st_size,

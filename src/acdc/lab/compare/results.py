@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from acdc.errors import InputError
 from acdc.lab.compare.cells import Cell, Prepared
 from acdc.lab.compare.grid import Grid, Task
 from acdc.lab.recipe import BEFORE, Recipe, encode
+from acdc.lab.record import bits
 from acdc.pair import Staging
 
 Json = dict[str, Any]
@@ -104,7 +104,7 @@ def digest(origin: Json) -> str:
 def judged(task: Task, evaluation: Json) -> float:
     """Return test accuracy in percent, or minus the bits per character of the test text."""
     if quality(task) == "bits":
-        return -float(evaluation["loss"]) / math.log(2)
+        return -bits(float(evaluation["loss"]))
     return float(evaluation["accuracy"])
 
 
