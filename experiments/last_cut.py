@@ -23,7 +23,12 @@ from acdc.recipes.grids import GRIDS
 
 HERE = Path(__file__).parent
 OUT = HERE / "last_cut.json"
-TASKS = ("compare_fashion_mnist", "compare_cifar10", "compare_tinyshakespeare")
+TASKS = (
+    "compare_fashion_mnist",
+    "compare_fashion_mnist_long",
+    "compare_cifar10",
+    "compare_tinyshakespeare",
+)
 
 
 def curve(task: Task, run: Path) -> dict[int, tuple[str, float]]:
