@@ -37,6 +37,7 @@ from compare_grids import EPOCHS
 from runs import assert_same_run
 from test_report import Reader
 
+ROOT = Path(__file__).parent.parent
 GRIDS = str(Path(compare_grids.__file__))
 FIELDS = ["method", "sparsity", "seed", "sparse_quality", "dense_quality", "train_flops_ratio",
           "inference_flops_ratio", "seconds"]  # fmt: skip
@@ -750,3 +751,10 @@ def test_the_command_line_tells_each_cell(tmp_path: Path, capsys: Capture) -> No
     assert said.out.strip() == str(tmp_path / "small" / "report.html")
     assert re.search(r"1/3  dense, seed 0: dense \d+\.\d{3}", said.err)
     assert re.search(r"3/3  one_shot 50 %, seed 0: sparse \d+\.\d{3}", said.err)
+
+
+def test_the_table_in_the_readme_is_what_its_command_prints() -> None:
+    script = ROOT / "experiments" / "compared.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert len(run.stdout.splitlines()) == 11
+    assert run.stdout in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -165,6 +165,11 @@ def methods(*names: str) -> tuple[GridMethod, ...]:
     return tuple(known[name] for name in names or known)
 
 
+def _at(sparsity: float, *chosen: GridMethod) -> tuple[GridMethod, ...]:
+    """Return these methods, at one sparsity alone."""
+    return tuple(replace(method, sparsities=(sparsity,)) for method in chosen)
+
+
 # --- what is to be known of the results ----------------------------------------------------------
 
 
@@ -305,25 +310,41 @@ def compare_tinyshakespeare() -> Grid:
     return Grid(
         name="compare_tinyshakespeare",
         about="compares methods on characters of Shakespeare with a small GPT at 90 and 95 %",
-        task=Task(
-            "tinyshakespeare, small GPT",
-            Recipe(
-                name="tinyshakespeare",
-                about="",
-                model=SmallGPT(width=128, depth=4, heads=4, context=64),
-                data=TinyShakespeare(train_examples=1600, context=64),
-                method=Dense(Constant(24)),
-                optimizer=AdamW(lr=2e-3, beta2=0.99, weight_decay=0.1),
-                lr=Cosine(warmup=1, every="step"),
-                batch_size=16,
-                clip=1.0,
-                eval_batch_size=128,
-            ),
-        ),
-        methods=methods(*SHORT_LIST),
+        task=_tinyshakespeare(epochs=24),
+        methods=(*methods(*SHORTER_LIST), *_at(0.95, *methods(*SHORT_LIST[5:]))),
         sparsities=(0.9, 0.95),
         seeds=(0, 1, 2),
         remarks=(BUDGETED, SHORT),
+    )
+
+
+def compare_tinyshakespeare_long() -> Grid:
+    """The same in runs three times as long, 7,200 steps: who gains by length?"""
+    return Grid(
+        name="compare_tinyshakespeare_long",
+        about="compares methods on characters of Shakespeare at 95 % in runs three times as long",
+        task=_tinyshakespeare(epochs=72),
+        methods=methods(*SHORTER_LIST),
+        sparsities=(0.95,),
+        remarks=(BUDGETED,),
+    )
+
+
+def _tinyshakespeare(epochs: int) -> Task:
+    return Task(
+        "tinyshakespeare, small GPT",
+        Recipe(
+            name="tinyshakespeare",
+            about="",
+            model=SmallGPT(width=128, depth=4, heads=4, context=64),
+            data=TinyShakespeare(train_examples=1600, context=64),
+            method=Dense(Constant(epochs)),
+            optimizer=AdamW(lr=2e-3, beta2=0.99, weight_decay=0.1),
+            lr=Cosine(warmup=1, every="step"),
+            batch_size=16,
+            clip=1.0,
+            eval_batch_size=128,
+        ),
     )
 
 
@@ -335,6 +356,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
         compare_fashion_mnist_long,
         compare_cifar10,
         compare_tinyshakespeare,
+        compare_tinyshakespeare_long,
     )
 }
 
