@@ -147,7 +147,7 @@ METHODS: tuple[GridMethod, ...] = (
     GridMethod("woodfisher", "WoodFisher + fine-tune", _pretrained(WoodFisher)),
 )
 
-SHORT_LIST = ("dense", "acdc", "gmp", "rigl_erk", "topkast", "set", "static_erk", "oneshot")
+SHORT_LIST = ("dense", "acdc", "gmp", "topkast", "rigl_erk", "set", "static_erk", "oneshot")
 SHORTER_LIST = SHORT_LIST[:5]  # where a cell takes long
 
 
