@@ -77,11 +77,11 @@ def main() -> None:
     measured = [row for name in TASKS for row in rows(name)]
     found = sorted({key(row): row for row in [*known, *measured]}.values(), key=key)
     print(
-        f"{'task':24} {'at':>5} {'seed':>4} {'epoch':>8} {'dense run':>10} {'AC/DC':>7} {'lag':>6}"
+        f"{'task':28} {'at':>5} {'seed':>4} {'epoch':>8} {'dense run':>10} {'AC/DC':>7} {'lag':>6}"
     )
     for row in found:
         print(
-            f"{row['task']:24} {row['sparsity']:5} {row['seed']:4} {row['epoch']:3} of "
+            f"{row['task']:28} {row['sparsity']:5} {row['seed']:4} {row['epoch']:3} of "
             f"{row['epochs']:2} {row['dense_run']:9.3f} {row['acdc']:8.3f} {row['lag']:6.3f}"
         )
     record = {
