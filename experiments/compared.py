@@ -21,8 +21,9 @@ Row = dict[str, Any]
 TASKS = {
     "compare_fashion_mnist": "Fashion-MNIST, 12 epochs, %",
     "compare_fashion_mnist_long": "Fashion-MNIST, 36 epochs, %",
-    "compare_cifar10": "CIFAR-10 (JPEG), %",
-    "compare_tinyshakespeare": "Shakespeare, bits",
+    "compare_cifar10": "CIFAR-10 (JPEG), 15 epochs, %",
+    "compare_tinyshakespeare": "Shakespeare, 2,400 steps, bits",
+    "compare_tinyshakespeare_long": "Shakespeare, 7,200 steps, bits",
 }
 LINES = (
     ("dense", "dense", "dense_quality"),
