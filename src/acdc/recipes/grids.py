@@ -188,8 +188,8 @@ SHORT = (
     "the last time, the more the higher the sparsity, and neither twin makes up for that (python "
     "experiments/last_cut.py). GMP trains one network from the first step to the last, and takes "
     "its weights away little by little. Runs three times as long were trained to see whether "
-    "length is the reason, compare_fashion_mnist_long and compare_tinyshakespeare_long: it is the "
-    "larger part of it on Fashion-MNIST, and a part of it on Shakespeare."
+    "length is the reason, compare_fashion_mnist_long and compare_tinyshakespeare_long: it is on "
+    "Fashion-MNIST at 95\u202f%, but not at 98\u202f%, and not on Shakespeare."
 )
 
 LONG_FASHION = (
@@ -197,13 +197,15 @@ LONG_FASHION = (
     "compare_fashion_mnist, RigL 0.84, Top-KAST 0.61, GMP 0.32, the dense run nothing. Behind GMP "
     "and Top-KAST there, AC/DC is here before GMP in both seeds and level with Top-KAST, and its "
     "dense twin is level with the dense run. But all are within half a point of dense, and two "
-    "seeds of RigL are 0.25 apart, of Top-KAST 0.30."
+    "seeds of RigL are 0.25 apart, of Top-KAST 0.30. At 98\u202f% GMP stays ahead, by 0.36 points "
+    "for 0.39."
 )
 
 LONG_SHAKESPEARE = (
-    "What length gives: AC/DC and the dense run gain 0.25 bits on the 2,400 steps of "
-    "compare_tinyshakespeare, so that AC/DC’s distance to dense, 0.26 bits, is what it was, and "
-    "that of its dense twin 0.04 for 0.07. GMP gains 0.21 and is ahead by 0.04 for 0.08. One seed."
+    "Length is not what AC/DC lacks here. It gains 0.25 bits on the 2,400 steps of "
+    "compare_tinyshakespeare, as the dense run does, GMP 0.21 and Top-KAST 0.31; both are ahead of "
+    "it, by 0.04 and 0.05. The distance of AC/DC to dense is what it was, 0.26 bits; that of its "
+    "dense twin is 0.04 for 0.07. One seed."
 )
 
 BATCHNORM = (
