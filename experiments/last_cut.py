@@ -28,6 +28,7 @@ TASKS = (
     "compare_fashion_mnist_long",
     "compare_cifar10",
     "compare_tinyshakespeare",
+    "compare_tinyshakespeare_long",
 )
 
 
