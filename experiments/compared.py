@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -44,12 +45,16 @@ TIMED = {
 }
 
 
+@cache
+def results(task: str) -> list[Row]:
+    """Return all rows of a comparison."""
+    return list(map(json.loads, (HERE / task / "results.jsonl").read_text().splitlines()))
+
+
 def rows(task: str, method: str, sparsity: float) -> list[Row]:
     """Return the rows of a method at equal epochs, one for each seed."""
-    lines = (HERE / task / "results.jsonl").read_text().splitlines()
     wanted = (method, 0.0 if method == "dense" else sparsity, "epochs")
-    found: list[Row] = list(map(json.loads, lines))
-    return [r for r in found if (r["method"], r["sparsity"], r["budget"]) == wanted]
+    return [r for r in results(task) if (r["method"], r["sparsity"], r["budget"]) == wanted]
 
 
 def qualities(task: str, method: str, field: str, sparsity: float) -> str:
@@ -80,7 +85,7 @@ def table(sparsity: float) -> str:
     for label, method, field in LINES:
         cells = [qualities(task, method, field, sparsity) for task in TASKS]
         spent = [""] * 2
-        if (field == "sparse_quality") or method == "dense":  # a twin of the same run costs nothing
+        if field == "sparse_quality" or method == "dense":  # a twin of the same run costs nothing
             flops = share(FLOPS, method, "train_flops_ratio", sparsity)
             seconds = [share(task, method, "cpu_seconds", sparsity) for task in TIMED]
             spent = [

@@ -34,6 +34,14 @@ def tiny(**more: str) -> Recipe:
     return change(recipes.get("digits"), {**TINY, **settings})
 
 
+def text_of_shakespeares_size(root: Path) -> bytes:
+    """Write the 65 characters over and over where the data set is looked for, and return them."""
+    body = (bytes(range(40, 105)) * (1_115_394 // 65 + 1))[:1_115_394]
+    (root / "tinyshakespeare").mkdir()
+    (root / "tinyshakespeare" / "tinyshakespeare.txt").write_bytes(body)
+    return body
+
+
 def words(settings: Mapping[str, str]) -> list[str]:
     """Return the settings as they are typed."""
     return ["--set", *(f"{path}={value}" for path, value in settings.items())]

@@ -33,7 +33,7 @@ from acdc.lab.data import FashionMNIST, TinyShakespeare
 from acdc.lab.models import SmallGPT
 from acdc.methods import METHODS, Dense, RigL, Static
 from acdc.recipes import grids
-from runs import STEPS, TINY, assert_same_run, events, files, tiny, words
+from runs import STEPS, TINY, assert_same_run, events, files, text_of_shakespeares_size, tiny, words
 
 Capture = pytest.CaptureFixture[str]
 
@@ -415,9 +415,7 @@ def test_a_dense_run_has_one_column(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_a_text_is_judged_in_bits_of_a_character(tmp_path: Path) -> None:
-    body = (bytes(range(40, 105)) * (1_115_394 // 65 + 1))[:1_115_394]
-    (tmp_path / "tinyshakespeare").mkdir()
-    (tmp_path / "tinyshakespeare" / "tinyshakespeare.txt").write_bytes(body)
+    text_of_shakespeares_size(tmp_path)
     task = replace(
         grids.compare_tinyshakespeare().task.recipe,
         model=SmallGPT(width=16, depth=1, heads=2, context=8),

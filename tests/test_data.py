@@ -42,6 +42,7 @@ from acdc.lab.data import (
 )
 from acdc.lab.data.augment import crop, flip, stream
 from acdc.lab.data.files import fetch, read_cifar, read_idx, unpack
+from runs import text_of_shakespeares_size
 
 DEBIAN = FashionMNIST.installed
 needs_debian = pytest.mark.skipif(
@@ -1039,10 +1040,7 @@ def test_shakespeare_is_found_checked_and_cut(
 ) -> None:
     with pytest.raises(InputError, match=r"tinyshakespeare was not found.*karpathy/char-rnn"):
         TinyShakespeare().load()
-    kinds = bytes(range(40, 105))
-    body = (kinds * (1_115_394 // 65 + 1))[:1_115_394]
-    (tmp_path / "tinyshakespeare").mkdir()
-    (tmp_path / "tinyshakespeare" / "tinyshakespeare.txt").write_bytes(body)
+    body = text_of_shakespeares_size(tmp_path)
     monkeypatch.setenv("ACDC_DATA", str(tmp_path))
     source = TinyShakespeare(train_examples=7, test_examples=3, context=10)
     data = source.load()
