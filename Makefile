@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ASAN   := build/sanitize
 DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/cost.py \
-	src/acdc/console.py src/acdc/lab/compare/cells.py
+	src/acdc/console.py src/acdc/compare/cells.py src/acdc/methods/snfs.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types unit sanitize format clean

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from acdc.lab.record import machine, versions
+from acdc.runs.record import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 

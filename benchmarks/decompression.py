@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import acdc
-from acdc.lab.compare.grid import Task
+from acdc.compare.grid import Task
 from acdc.methods.base import Reset
 from acdc.recipes.grids import SCOPE, compare_fashion_mnist
 from common import save

@@ -14,8 +14,8 @@ import torch
 
 import acdc
 from acdc import score
-from acdc.lab.models import CifarResNet, Model, ResNet50, SmallResNet
 from acdc.pair import sizes
+from acdc.runs.models import CifarResNet, Model, ResNet50, SmallResNet
 from common import save
 
 NETWORKS: dict[str, Model] = {

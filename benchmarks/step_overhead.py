@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import acdc
-from acdc.lab.models import CifarResNet, Model, SmallResNet
+from acdc.runs.models import CifarResNet, Model, SmallResNet
 from common import save, spread
 
 CASES: dict[str, tuple[Model, int]] = {

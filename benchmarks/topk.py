@@ -23,7 +23,7 @@ from torch import Tensor
 
 import acdc
 from acdc import score
-from acdc.lab.models import ResNet50
+from acdc.runs.models import ResNet50
 from common import save, spread
 
 SIZES = (1_000_000, 10_000_000, 25_502_912, 100_000_000, 300_000_000, 1_000_000_000)

@@ -15,11 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from acdc.lab.compare.grid import Task
-from acdc.lab.compare.results import judged
-from acdc.lab.history import read
-from acdc.lab.record import machine, versions
+from acdc.compare.grid import Task
+from acdc.compare.results import judged
+from acdc.pages.history import read
 from acdc.recipes.grids import GRIDS
+from acdc.runs.record import machine, versions
 
 HERE = Path(__file__).parent
 OUT = HERE / "last_cut.json"

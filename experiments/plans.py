@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from acdc import ACDC, Unstructured
-from acdc.lab.compare import Candidate, Grid, GridMethod, Task
+from acdc.compare import Candidate, Grid, GridMethod, Task
 from acdc.recipes import grids
 from acdc.schedule import phases
 

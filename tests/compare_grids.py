@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 from acdc import ACDC, NM, Unstructured, alternate, constant
+from acdc.compare import Candidate, Grid, GridMethod, Task
 from acdc.errors import InputError
-from acdc.lab.compare import Candidate, Grid, GridMethod, Task
-from acdc.lab.data import Source, Tensors
-from acdc.lab.models import Model
-from acdc.lab.optim import SGD, Cosine
-from acdc.lab.recipe import Recipe
 from acdc.layers import Layers
 from acdc.methods.dense import Dense
 from acdc.recipes.grids import methods
+from acdc.runs.data import Source, Tensors
+from acdc.runs.models import Model
+from acdc.runs.optim import SGD, Cosine
+from acdc.runs.recipe import Recipe
 
 EPOCHS, BATCH, TRAIN = 10, 16, 80  # five steps an epoch
 

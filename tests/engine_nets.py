@@ -17,7 +17,7 @@ from acdc.engine import native
 from acdc.engine.native import Native
 from acdc.engine.reference import Reference
 from acdc.engine.segment import Segment
-from acdc.lab.models import CifarResNet, SmallResNet, WideResNet, _Bottleneck, _ResNet
+from acdc.runs.models import CifarResNet, SmallResNet, WideResNet, _Bottleneck, _ResNet
 
 BACKENDS = ["default", *native.instruction_sets()[:2], "reference"]
 

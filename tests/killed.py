@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from acdc.lab import record, train
-from acdc.lab.recipe import Recipe
-from acdc.pair import Pair, Staging
+from acdc.files import Staging
+from acdc.pair import Pair
+from acdc.runs import record, train
+from acdc.runs.recipe import Recipe
 from runs import tiny
 
 

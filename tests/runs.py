@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from acdc import recipes
-from acdc.lab.recipe import Recipe, change
+from acdc.runs.recipe import Recipe, change
 
 # D[0,4) S[4,8) D[8,12) S[12,16) D[16,20) S[20,28) in steps; then the dense twin over [20,28).
 TINY = {

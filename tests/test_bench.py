@@ -13,12 +13,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from acdc.bench import layers, networks, peers, race, run, step, table
+from acdc.bench.layers import CASES, Layer
+from acdc.bench.peers import Dense, Engine, Entrant, Problem, TorchCsr
+from acdc.bench.race import Turn
 from acdc.cli import main
 from acdc.errors import InputError
-from acdc.lab.bench import layers, networks, peers, race, run, step, table
-from acdc.lab.bench.layers import CASES, Layer
-from acdc.lab.bench.peers import Dense, Engine, Entrant, Problem, TorchCsr
-from acdc.lab.bench.race import Turn
 from acdc.support import kept
 
 Capture = pytest.CaptureFixture[str]

@@ -28,11 +28,12 @@ from acdc import ACDC, Pair, Unstructured, console, constant, phases, recipes
 from acdc.cli import RECORD, main, parser
 from acdc.console import Watcher
 from acdc.errors import InputError
-from acdc.lab import report, train
-from acdc.lab.data import FashionMNIST, TinyShakespeare
-from acdc.lab.models import SmallGPT
 from acdc.methods import METHODS, Dense, RigL, Static
+from acdc.pages import run as report
 from acdc.recipes import grids
+from acdc.runs import train
+from acdc.runs.data import FashionMNIST, TinyShakespeare
+from acdc.runs.models import SmallGPT
 from runs import STEPS, TINY, assert_same_run, events, files, text_of_shakespeares_size, tiny, words
 
 Capture = pytest.CaptureFixture[str]
@@ -580,10 +581,10 @@ def test_no_data_names_all_three_ways_and_the_next_try_works(
 def test_a_missing_extra_is_its_install_line(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import acdc.lab
+    import acdc.runs
 
-    monkeypatch.delattr(acdc.lab, "train")
-    monkeypatch.delitem(sys.modules, "acdc.lab.train")
+    monkeypatch.delattr(acdc.runs, "train")
+    monkeypatch.delitem(sys.modules, "acdc.runs.train")
     monkeypatch.setitem(sys.modules, "lightning.fabric", None)
     assert main(typed(tmp_path)) == 2
     assert 'pip install "acdc[lab]"' in said(capsys)[1]

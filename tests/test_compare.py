@@ -24,15 +24,16 @@ from rich.console import Console
 
 import compare_grids
 from acdc.cli import main
+from acdc.compare import results, work
+from acdc.compare.cells import Cell, base_recipe, cells, epochs_at_equal_flops, prepare
+from acdc.compare.grid import Grid, Task, locate
+from acdc.compare.results import Outcome
+from acdc.compare.work import Progress, compare
 from acdc.console import GridWatcher
 from acdc.errors import InputError
-from acdc.lab import record, train
-from acdc.lab.compare import page, results, work
-from acdc.lab.compare.cells import Cell, base_recipe, cells, epochs_at_equal_flops, prepare
-from acdc.lab.compare.grid import Grid, Task, locate
-from acdc.lab.compare.results import Outcome
-from acdc.lab.compare.work import Progress, compare
+from acdc.pages import comparison as page
 from acdc.recipes import grids
+from acdc.runs import record, train
 from compare_grids import EPOCHS
 from runs import assert_same_run
 from test_report import Reader
@@ -212,7 +213,7 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from acdc.lab.compare.work import compare
+from acdc.compare.work import compare
 torch.set_num_threads(1)
 def watch(progress):
     if progress.done == 1 and any(share > 0.5 for _, share in progress.running):

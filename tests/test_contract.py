@@ -25,10 +25,11 @@ import acdc.methods
 from acdc.errors import InputError
 from acdc.layers import Layers, unwrapped
 from acdc.methods.acdc import ACDC
-from acdc.methods.base import RESETS, Method, Phased, Ramped
+from acdc.methods.base import RESETS, Method
 from acdc.methods.dense import Dense
 from acdc.methods.dpf import DPF
 from acdc.methods.dsd import DSD
+from acdc.methods.families import Phased, Ramped
 from acdc.methods.gmp import GMP
 from acdc.methods.gradual import Gradual
 from acdc.methods.oneshot import OneShot

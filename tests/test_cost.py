@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from acdc.cost import LayerCost, Network, measure, reference_flops
 from acdc.errors import InputError
-from acdc.lab.models import (
+from acdc.layers import matches
+from acdc.pattern import NM, Scope, Unstructured
+from acdc.runs.models import (
     CifarResNet,
     MobileNetV1,
     Model,
@@ -22,8 +24,6 @@ from acdc.lab.models import (
     SmallResNet,
     WideResNet,
 )
-from acdc.layers import matches
-from acdc.pattern import NM, Scope, Unstructured
 from acdc.schedule import Plan, alternate, constant, phases
 from acdc.support import Support, kept
 

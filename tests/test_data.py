@@ -25,7 +25,7 @@ import pytest
 import torch
 
 from acdc.errors import InputError, MissingDependency
-from acdc.lab.data import (
+from acdc.runs.data import (
     Augment,
     Cifar10,
     Cifar100,
@@ -40,8 +40,8 @@ from acdc.lab.data import (
     TinyShakespeare,
     sources,
 )
-from acdc.lab.data.augment import crop, flip, stream
-from acdc.lab.data.files import fetch, read_cifar, read_idx, unpack
+from acdc.runs.data.augment import crop, flip, stream
+from acdc.runs.data.files import fetch, read_cifar, read_idx, unpack
 from runs import text_of_shakespeares_size
 
 DEBIAN = FashionMNIST.installed

@@ -24,8 +24,8 @@ from acdc import score
 from acdc.engine import host, kept
 from acdc.engine.choice import Choice, Site
 from acdc.methods.acdc import ACDC
-from acdc.methods.base import exchange
 from acdc.methods.dpf import DPF
+from acdc.methods.families import exchange
 from acdc.methods.rigl import RigL
 from acdc.methods.str_ import STR
 from acdc.methods.woodfisher import WoodFisher

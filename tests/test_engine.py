@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from acdc.engine import segment
-from acdc.lab.models import CifarResNet
+from acdc.runs.models import CifarResNet
 from engine_nets import BACKENDS, NETWORKS, Gpt, Pair, in_place_late, segments
 
 networks = pytest.mark.parametrize("name", NETWORKS)

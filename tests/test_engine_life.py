@@ -22,7 +22,7 @@ from acdc.engine import choice as timing
 from acdc.engine import host, segment
 from acdc.engine.choice import Choice
 from acdc.errors import InputError
-from acdc.lab.models import SmallResNet
+from acdc.runs.models import SmallResNet
 from helpers import CUTS, SCHEDULE, TOTAL
 
 SHAPE = (1, 8, 8)

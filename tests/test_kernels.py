@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from acdc.engine import native, ops
+from acdc.bench import single_layer as ops
+from acdc.engine import native
 from acdc.engine.geometry import ConvGeometry
 from acdc.engine.layout import Buffer, Pool, Shape
 from acdc.engine.native import Native

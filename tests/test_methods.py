@@ -22,22 +22,23 @@ from acdc import score
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.methods import METHODS
-from acdc.methods.base import Past, Weights, exchange
+from acdc.methods.base import Past, Weights
 from acdc.methods.dpf import DPF
 from acdc.methods.dsd import DSD
+from acdc.methods.families import exchange
 from acdc.methods.gmp import GMP
 from acdc.methods.gradual import Gradual
 from acdc.methods.oneshot import OneShot
 from acdc.methods.rigl import RigL
 from acdc.methods.set_ import SET
-from acdc.methods.snfs import SNFS
+from acdc.methods.snfs import SNFS, apportion
 from acdc.methods.snip import SNIP
 from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
 from acdc.methods.str_ import STR
 from acdc.methods.topkast import TopKAST
 from acdc.methods.woodfisher import WoodFisher
-from acdc.pattern import NM, Block, Unstructured, apportion
+from acdc.pattern import NM, Block, Unstructured
 from acdc.schedule import constant, phases, ramp
 from acdc.score import Scores
 from acdc.sparsifier import Sparsifier

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from acdc.errors import InputError
-from acdc.lab.models import (
+from acdc.layers import Layers
+from acdc.runs.models import (
     CifarResNet,
     MobileNetV1,
     Model,
@@ -22,7 +23,6 @@ from acdc.lab.models import (
     SmallResNet,
     WideResNet,
 )
-from acdc.layers import Layers
 
 FASHION = SmallResNet(width=32, stem_stride=2, size=28)
 SPECS = [

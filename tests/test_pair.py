@@ -216,14 +216,14 @@ def test_tied_tensors_are_stored_once_and_come_back_under_both_names(tmp_path):
     loaded = Pair.load(pair.save(tmp_path))
     assert loaded == pair
     stored = safetensors.torch.load_file(tmp_path / SPARSE)
-    assert sorted(stored) == ["b", "c", *(f"emb.{f}" for f in sorted(acdc.pair._FIELDS))]
+    assert sorted(stored) == ["b", "c", *(f"emb.{f}" for f in sorted(acdc.bitmask.FIELDS))]
 
 
 def test_names_that_collide_with_the_fields_are_kept_apart(tmp_path):
     weight = torch.randn(3, 5, generator=generator())
     mask = weight > 0
     pruned = torch.where(mask, weight, torch.zeros_like(weight))
-    fields = {f"m.{part}": torch.tensor([i]) for i, part in enumerate(acdc.pair._FIELDS)}
+    fields = {f"m.{part}": torch.tensor([i]) for i, part in enumerate(acdc.bitmask.FIELDS)}
     other = {"m": weight[:1], "n.shape": torch.tensor(4), "n.weight.shape": torch.tensor(5)}
     names = ("m.weight", "m.weight.weight", "n.weight", "weight")
     pair = Pair(
@@ -383,7 +383,7 @@ def forge(folder, change_index=lambda index: None, **files):
 
 def test_files_with_right_checksums_that_do_not_fit_are_refused(pair, saved):
     stored = safetensors.torch.load_file(saved / SPARSE)
-    metadata = acdc.pair._read_metadata((saved / SPARSE).read_bytes())
+    metadata = acdc.bitmask.read_metadata((saved / SPARSE).read_bytes())
     original = {name: (saved / name).read_bytes() for name in (DENSE, SPARSE, INDEX)}
 
     def rewritten(name, tensor):

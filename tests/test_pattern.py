@@ -20,11 +20,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from acdc import score
 from acdc.errors import InputError
-from acdc.lab.models import CifarResNet, MobileNetV1, Model, ResNet50, WideResNet
 from acdc.layers import Layers
 from acdc.methods.acdc import ACDC
-from acdc.methods.base import choose
+from acdc.methods.families import choose
 from acdc.pattern import NM, Block, Pattern, Unstructured, erk
+from acdc.runs.models import CifarResNet, MobileNetV1, Model, ResNet50, WideResNet
 from acdc.schedule import constant, phases
 from acdc.score import Scores
 from acdc.sparsifier import Sparsifier

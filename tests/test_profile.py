@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import acdc
+from acdc.bench import where
 from acdc.cli import main
 from acdc.engine import native
 from acdc.engine.profile import Profile
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
-from acdc.lab.bench import where
-from acdc.lab.models import SmallResNet
+from acdc.runs.models import SmallResNet
 
 native_only = pytest.mark.skipif(not native.available(), reason="the kernels were not compiled")
 

@@ -10,10 +10,10 @@ import torch
 
 from acdc import recipes
 from acdc.errors import InputError
-from acdc.lab import train
-from acdc.lab.models import SmallResNet
-from acdc.lab.recipe import Recipe, change, encode, label
 from acdc.methods import METHODS
+from acdc.runs import train
+from acdc.runs.models import SmallResNet
+from acdc.runs.recipe import Recipe, change, encode, label
 
 # Epochs at which a published run prunes and restores.
 IMAGENET = {

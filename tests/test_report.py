@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from acdc.errors import InputError, MissingDependency
-from acdc.lab import history, report
+from acdc.pages import history
+from acdc.pages import run as report
 from browser import CHROMIUM, SKIP, Browser
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=SKIP)
@@ -627,7 +628,7 @@ def test_missing_package_says_the_install_line(
 def test_plotting_is_imported_late_and_leaves_no_trace(tmp_path: Path) -> None:
     write_run(tmp_path, method="Dense")
     code = (
-        "import sys, pathlib, acdc.lab.report as report\n"
+        "import sys, pathlib, acdc.pages.run as report\n"
         "assert 'matplotlib' not in sys.modules and 'jinja2' not in sys.modules\n"
         "import matplotlib\n"
         "matplotlib.rcParams['axes.facecolor'] = '#123456'\n"  # a user's own style

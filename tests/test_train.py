@@ -21,17 +21,17 @@ from torch import nn
 
 from acdc import ACDC, Pair, Unstructured, constant, phases
 from acdc.engine import host
+from acdc.engine.backends import kernels
 from acdc.engine.choice import Choice
 from acdc.engine.engine import Engine
-from acdc.engine.ops import kernels
 from acdc.errors import InputError
-from acdc.lab import train
-from acdc.lab.engine import why_off
-from acdc.lab.models import Model
-from acdc.lab.recipe import Recipe
-from acdc.lab.record import Metrics
 from acdc.methods import DPF, Static, TopKAST
 from acdc.pair import load_sparse
+from acdc.runs import train
+from acdc.runs.engine import why_off
+from acdc.runs.models import Model
+from acdc.runs.recipe import Recipe
+from acdc.runs.record import Metrics
 from helpers import same
 from runs import BRANCH, STEPS, TINY, assert_same_run, events, files, record, tiny, words
 

@@ -17,7 +17,7 @@ except ImportError as missing:
     raise need("rich", "lab") from missing
 
 if TYPE_CHECKING:
-    from acdc.lab.compare.work import Progress as Progressed
+    from acdc.compare.work import Progress as Progressed
 
 # As in the report: blue is dense, orange is sparse.
 COLOURS = {"dense": "bright_blue", "sparse": "orange3"}

@@ -6,36 +6,7 @@ A folder written by :meth:`Pair.save` holds:
     The state dict of the dense twin, plain: every tensor under its own name.
 
 ``sparse.safetensors``
-    The state dict of the sparse twin. A tensor that is not in the support is plain. A weight that
-    is in the support, of shape ``[d0, d1, ...]``, is seen as a matrix of ``d0`` rows by
-    ``d1·d2·...`` columns (fewer than two dimensions: one row) and stored as four tensors with
-    the field names of the *sparse-bitmask* format of the package ``compressed-tensors``:
-
-    =============  ================  ============================================================
-    P.shape        int64 [ndim]      the shape of the weight
-    P.compressed   dtype [nnz]       the kept values, row by row; a kept value may be 0.0 or NaN
-    P.bitmask      uint8 [rows,      one bit for each weight, 1 = kept. Weight ``c`` of a row is
-                   ceil(columns/8)]  bit ``c % 8`` (bit 0 is worth 1) of byte ``c // 8``. A row
-                                     starts on a byte; the bits after its end are 0
-    P.row_offsets  int32 [rows]      where a row begins in ``P.compressed``; int64 if nnz >= 2^31
-    =============  ================  ============================================================
-
-    The prefix ``P`` is the name of the weight without ``.weight`` (``fc.weight`` gives
-    ``fc.bitmask``), unless the name does not end so or the four fields would hide another tensor.
-    The header's ``__metadata__["acdc"]`` is a JSON object with all of them:
-    ``{"layout": "sparse-bitmask", "weights": {P: name, ...}, "aliases": {name: other, ...}}``.
-    An alias is a tied tensor: bitwise equal to the weight ``other``, and stored only there.
-
-    To read a weight: zeros of its shape, then ``flat[bits] = compressed``. For a weight of two
-    dimensions this is what ``compressed-tensors`` 0.10 to 0.14 write, but that their row offsets
-    are int64; their reader reads ours. They do not flatten, so that every row of a 3x3 kernel
-    takes a whole byte for three bits: their convolutions cannot be exchanged with ours.
-
-    At sparsity 0.95 and float32 the weights take 5 % (values) and 3.1 % (bits) of their dense
-    bytes. Beside them stand the tensors that are not pruned, 4 bytes a row, and some 500 bytes of
-    names a layer: all in all 9.8 % of the dense file for 300 thousand weights in 10 layers, 8.7 %
-    for ResNet-50. In smaller networks and smaller layers names and BatchNorm weigh more: 11.0 %
-    for the CIFAR ResNet-20, 12.5 % for 77 thousand weights in 10 layers.
+    The state dict of the sparse twin. :mod:`acdc.bitmask` describes the format.
 
 ``pair.json``
     Name and version of this format, the facts of the run, the kept count of every layer, the
@@ -44,30 +15,34 @@ A folder written by :meth:`Pair.save` holds:
     zeros.
 
 Nothing is ever unpickled. All three files are written aside and flushed to the disk before the
-first of them is renamed into the folder, ``pair.json`` last: a save that fails leaves what was
-there, and one that dies between two renames leaves a mixture that the hashes refuse.
+first of them is renamed into the folder, ``pair.json`` last. A save that fails leaves what was
+there before. A save that is killed between two renames leaves a mixture that the hashes refuse.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from acdc.bitmask import (
+    as_integers,
+    decode,
+    deserialize,
+    encode,
+    read_metadata,
+    same_bits,
+    serialize,
+)
 from acdc.errors import InputError
+from acdc.files import Staging
 from acdc.support import Support
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,16 +52,13 @@ FORMAT = "acdc.pair"
 VERSION = 1
 DENSE, SPARSE, INDEX = "dense.safetensors", "sparse.safetensors", "pair.json"
 
-_FIELDS = ("shape", "compressed", "bitmask", "row_offsets")
 _ZEROS = "0" * 64
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
     *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 }
-_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -180,7 +152,7 @@ class Pair:
             files = {}
             for twin, name, tensors, metadata in (
                 ("dense", DENSE, self.dense, {"format": "pt"}),
-                ("sparse", SPARSE, *_encode(self.sparse, self.support)),
+                ("sparse", SPARSE, *encode(self.sparse, self.support)),
             ):
                 data = serialize(tensors, metadata)
                 staging.add(name, data)
@@ -222,8 +194,8 @@ class Pair:
         try:
             dense_file = _read_checked(folder / DENSE, index["files"]["dense"])
             sparse_file = _read_checked(folder / SPARSE, index["files"]["sparse"])
-            dense = _deserialize(dense_file)
-            sparse, masks = _decode(_deserialize(sparse_file), _read_metadata(sparse_file))
+            dense = deserialize(dense_file)
+            sparse, masks = decode(deserialize(sparse_file), read_metadata(sparse_file))
             support = Support({name: masks[name] for name in index["support"]["layers"]})
             pair = cls(
                 {name: sparse[name] for name in index["tensors"]},
@@ -262,7 +234,7 @@ def save_sparse(
     for name, mask in support.items():
         _check_pruned(name, mask, state)
     with Staging(Path(folder), "the sparse network") as staging:
-        staging.add(SPARSE, serialize(*_encode(state, support)))
+        staging.add(SPARSE, serialize(*encode(state, support)))
         staging.commit()
     return Path(folder)
 
@@ -278,7 +250,7 @@ def load_sparse(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Supp
         raise _missing(path)
     data = path.read_bytes()
     try:
-        state, masks = _decode(_deserialize(data), _read_metadata(data))
+        state, masks = decode(deserialize(data), read_metadata(data))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}). Train the network again.") from error
     return state, Support(masks)
@@ -350,23 +322,8 @@ def _first(differences: list[str], most: int = 3) -> str:
     return "; ".join(differences[:most]) + more
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the tensor as integers of the same size: NaN, -0.0 and 0.0 are what they are.
-
-    Contiguous, of the same shape; complex64 as int64.
-    """
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.view(_INT_OF_SIZE[plain.element_size()])
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b).to(a.device))
-    )
-
-
 def _same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(_same_bits(one[k], other[k]) for k in one)
+    return one.keys() == other.keys() and all(same_bits(one[k], other[k]) for k in one)
 
 
 def _check_pruned(name: str, mask: Tensor, sparse: Mapping[str, Tensor]) -> None:
@@ -386,7 +343,7 @@ def _check_pruned(name: str, mask: Tensor, sparse: Mapping[str, Tensor]) -> None
             f"The support names {name!r}, which is {weight.dtype}. Only floating point weights "
             f"are pruned."
         )
-    wrong = int(torch.count_nonzero(_bits(weight).masked_fill(mask.to(weight.device), 0)))
+    wrong = int(torch.count_nonzero(as_integers(weight).masked_fill(mask.to(weight.device), 0)))
     if wrong:
         raise InputError(
             f"{wrong} weights of {name!r} are pruned by the support and are not +0.0 in the sparse "
@@ -409,133 +366,11 @@ def _load_into(model: Model, state: Mapping[str, Tensor]) -> Model:
 # sparse.safetensors: see the layout at the top.
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of the matrix as which a weight of ``shape`` is stored."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
-
-
-def _encode(
-    state: Mapping[str, Tensor], support: Support
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of sparse.safetensors."""
-    stored: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in state.items():
-        if name in support:
-            continue
-        # Found by value, not by storage: a state dict that was copied is no longer tied.
-        same = next((w for w in support if _same_bits(tensor, state[w])), None)
-        if same is None:
-            stored[name] = tensor
-        else:
-            aliases[name] = same
-
-    weights: dict[str, str] = {}
-    taken = {*stored, *aliases}
-    for name in support:
-        prefix = name.removesuffix(".weight")
-        while taken & {f"{prefix}.{part}" for part in _FIELDS}:
-            prefix = name if len(prefix) < len(name) else prefix + "_"
-        weights[prefix] = name
-        fields = _compress(state[name], support[name])
-        stored |= {f"{prefix}.{part}": tensor for part, tensor in fields.items()}
-        taken |= stored.keys()
-
-    note = {"layout": "sparse-bitmask", "weights": weights, "aliases": aliases}
-    # One entry and no second: safetensors writes several in an order that is new each time.
-    return stored, {"acdc": json.dumps(note)}
-
-
-def _compress(weight: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    rows, columns = _matrix(tuple(weight.shape))
-    flat = mask.cpu().reshape(rows, columns)
-    per_row = flat.sum(1)
-    offsets = per_row.cumsum(0) - per_row
-    small = int(per_row.sum()) < 2**31
-    packed = np.packbits(flat.numpy(), axis=1, bitorder="little")
-    return {
-        "shape": torch.tensor(weight.shape, dtype=torch.int64),
-        "compressed": _bits(weight.cpu()).reshape(rows, columns)[flat].view(weight.dtype),
-        "bitmask": torch.from_numpy(packed),
-        "row_offsets": offsets.to(torch.int32) if small else offsets,
-    }
-
-
-def _decode(
-    stored: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the state dict and the masks that :func:`_encode` was given."""
-    note = json.loads(metadata["acdc"])
-    if note["layout"] != "sparse-bitmask":
-        raise InputError(f"the layout {note['layout']!r} is unknown")
-    plain = dict(stored)
-    state: dict[str, Tensor] = {}
-    masks: dict[str, Tensor] = {}
-    for prefix, name in note["weights"].items():
-        fields = {part: plain.pop(f"{prefix}.{part}") for part in _FIELDS}
-        state[name], masks[name] = _decompress(name, **fields)
-    state |= plain
-    state |= {name: state[other] for name, other in note["aliases"].items()}
-    return state, masks
-
-
-def _decompress(
-    name: str, shape: Tensor, compressed: Tensor, bitmask: Tensor, row_offsets: Tensor
-) -> tuple[Tensor, Tensor]:
-    size = tuple(shape.tolist())
-    rows, columns = _matrix(size)
-    if bitmask.dtype != torch.uint8 or bitmask.shape != (rows, -(-columns // 8)):
-        raise InputError(f"the bitmask of {name!r} does not fit the shape {size}")
-    bits = np.unpackbits(bitmask.numpy(), axis=1, bitorder="little").astype(bool)
-    mask = torch.from_numpy(bits[:, :columns].copy())
-    per_row = mask.sum(1)
-    if bits[:, columns:].any() or compressed.shape != (int(per_row.sum()),):
-        raise InputError(f"{name!r} has not as many values as its bitmask has ones")
-    if not torch.equal(row_offsets.to(torch.int64), per_row.cumsum(0) - per_row):
-        raise InputError(f"the row offsets of {name!r} disagree with its bitmask")
-    flat = torch.zeros(rows, columns, dtype=_INT_OF_SIZE[compressed.element_size()])
-    flat[mask] = _bits(compressed)
-    return flat.view(compressed.dtype).reshape(size), mask.reshape(size)
-
-
 # Bytes and files.
 
 
 class _Refused(InputError):
     """A file of a pair that is not what was saved."""
-
-
-def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file of these tensors, from any device, tied or not contiguous."""
-    import safetensors.torch
-
-    seen: set[int] = set()
-    plain = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        plain[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return safetensors.torch.save(plain, metadata=dict(metadata))
-
-
-def _deserialize(data: bytes) -> dict[str, Tensor]:
-    import safetensors
-    import safetensors.torch
-
-    try:
-        return safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise InputError(f"not a safetensors file: {error}") from error
-
-
-def _read_metadata(data: bytes) -> dict[str, str]:
-    """Return the ``__metadata__`` of a safetensors file, which ``safetensors.torch.load`` drops."""
-    length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return metadata
 
 
 def _sha256(data: bytes) -> str:
@@ -607,82 +442,3 @@ def _read_checked(path: Path, entry: Mapping[str, Any]) -> bytes:
             f"agree. Take a fresh copy of the folder, or save the pair again."
         )
     return data
-
-
-class Staging:
-    """Write files aside, then rename them all into a folder: a context manager.
-
-    Leaving the context without :meth:`commit`, for whatever reason, removes what was written and
-    leaves the folder as it was. An OSError leaves it as an InputError with the remedy.
-
-    Args:
-        folder: Where the files go. Made if needed.
-        what: What they are, for the error message.
-    """
-
-    def __init__(self, folder: Path, what: str) -> None:
-        self.folder = folder
-        self.what = what
-        # One fixed name, on the same disk: a save that was killed leaves no more than one of it.
-        self._aside = folder / ".acdc-saving"
-        self._names: list[str] = []
-        self._renamed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def place(self, name: str) -> Path:
-        """Return where to write the file ``name`` for now. It need not be written at all."""
-        self._aside.mkdir(parents=True, exist_ok=True)
-        self._names.append(name)
-        (self._aside / name).unlink(missing_ok=True)  # of a save that was killed
-        return self._aside / name
-
-    def add(self, name: str, data: bytes) -> None:
-        """Write ``data`` as the file ``name``."""
-        self.place(name).write_bytes(data)
-
-    def commit(self) -> None:
-        """Flush the files to the disk; then rename them, in the order in which they were added."""
-        written = [name for name in self._names if (self._aside / name).exists()]
-        for name in written:
-            _flush(self._aside / name)
-        for name in written:
-            os.replace(self._aside / name, self.folder / name)
-            self._renamed = True
-        _flush(self.folder)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(OSError):
-            for name in self._names:
-                (self._aside / name).unlink(missing_ok=True)
-            self._aside.rmdir()
-        if isinstance(error, OSError):
-            raise self._sentence(error) from error
-
-    def _sentence(self, error: OSError) -> InputError:
-        cause = error.strerror or str(error)
-        remedy = "Choose a folder that you may write to."
-        if error.errno in _FULL_DISK:
-            free = ""
-            with contextlib.suppress(OSError):
-                free = f" ({shutil.disk_usage(self.folder).free:,} bytes are free)"
-            remedy = f"Free some space{free}, or choose another folder, and save again."
-        after = "What was there before is as it was."
-        if self._renamed:
-            after = "The files there may be of two saves now: save again."
-        return InputError(f"Cannot write {self.what} to {self.folder}: {cause}. {remedy} {after}")
-
-
-def _flush(path: Path) -> None:
-    """Return when the file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

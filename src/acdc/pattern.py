@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
@@ -22,6 +22,7 @@ from acdc.errors import InputError
 from acdc.layers import Layers, matches
 from acdc.score import Scores
 from acdc.support import Support, check_sparsity, kept
+from acdc.topk import check_floor, largest, largest_with_floor, refuse_nan
 
 Scope = Literal["global", "uniform", "erk"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -175,7 +176,7 @@ class Unstructured(Pattern):
         own, rest = self._groups(shapes)
         sizes = [math.prod(shapes[name]) for name in rest]
         budget = kept(sum(sizes), self.sparsity)
-        _check_floor(budget, [min(self.floor, size) for size in sizes])
+        check_floor(budget, [min(self.floor, size) for size in sizes])
         return sum(own.values()) + budget
 
     def select(self, scores: Mapping[str, Tensor]) -> Support:
@@ -242,7 +243,7 @@ class NM(Pattern):
         return Support({name: self._mask(name, scores[name]) for name in scores})
 
     def _mask(self, name: str, score: Tensor) -> Tensor:
-        _refuse_nan(name, score)
+        refuse_nan(name, score)
         inputs_last = score.movedim(1, -1)
         groups = inputs_last.reshape(-1, self.m)
         order = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
@@ -372,7 +373,7 @@ def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = kept(sum(sizes.values()), sparsity)
     least = {name: min(floor, n) for name, n in sizes.items()}
-    _check_floor(total, least.values())
+    check_floor(total, least.values())
     if not shapes:
         return {}
 
@@ -399,163 +400,3 @@ def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
     for name in sorted(shapes, key=lambda name: counts[name] - share[name])[:short]:
         counts[name] += 1
     return counts
-
-
-def apportion(total: int, weight: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:
-    """Share out ``total`` in proportion to ``weight``, at most ``room`` to each.
-
-    What does not fit goes to the others in the same proportion. Shares are rounded by largest
-    remainder, ties to the earlier name, so that they sum up to ``total``.
-
-    >>> apportion(10, {"a": 3.0, "b": 1.0, "c": 1.0}, {"a": 4, "b": 9, "c": 9})
-    {'a': 4, 'b': 3, 'c': 3}
-
-    Raises:
-        InputError: There is not enough room, or a weight is negative or not finite.
-    """
-    if total > sum(room.values()):
-        raise InputError(
-            f"{total:,} cannot be shared out: there is room for {sum(room.values()):,}."
-        )
-    if bad := [name for name, value in weight.items() if not 0 <= value < math.inf]:
-        raise InputError(
-            f"The share of {bad[0]!r} is {weight[bad[0]]}, which is none. The training may have "
-            f"diverged: lower the learning rate, or go back to an earlier checkpoint."
-        )
-    shares: dict[str, Fraction] = {}
-    free = list(room)
-    while free:
-        left = total - sum(shares.values())
-        parts = {name: Fraction(weight[name]) for name in free}
-        if not any(parts.values()):
-            parts = {name: Fraction(room[name]) for name in free}
-        whole = sum(parts.values()) or 1
-        share = {name: left * part / whole for name, part in parts.items()}
-        full = {name: Fraction(room[name]) for name in free if share[name] > room[name]}
-        shares |= full or share
-        free = [name for name in free if name not in shares]
-    counts = {name: math.floor(shares[name]) for name in room}
-    short = total - sum(counts.values())
-    for name in sorted(room, key=lambda name: counts[name] - shares[name])[:short]:
-        counts[name] += 1
-    return counts
-
-
-def _check_floor(total: int, least: Collection[int]) -> None:
-    if total < sum(least):
-        raise InputError(
-            f"{total:,} may be kept in all, but the floor asks for {sum(least):,}: at least "
-            f"{max(least, default=0)} in each of {len(least)} layers. Ask for less "
-            f"sparsity, leave some layers dense, or lower floor."
-        )
-
-
-# --- exact top-k over layers, without a copy -------------------------------------------------
-
-_CHUNK = 1 << 20  # weights ranked at a time: 4 MB of keys, so that both passes stay near the cache
-_BUCKETS = 1 << 16
-_EXTREMES = 128  # at either end of the first histogram: infinity, and NaN beyond it
-
-
-def largest_with_floor(scores: Scores, k: int, floor: int) -> dict[str, Tensor]:
-    """Return masks of exactly ``k`` largest scores, at least ``floor`` of them in every layer.
-
-    A layer that would fall short keeps its ``floor`` largest, and the others share what is left.
-
-    Raises:
-        InputError: ``k`` is smaller than the floors of the layers together, or a score is NaN.
-    """
-    least = {name: min(floor, math.prod(shape)) for name, shape in scores.shapes.items()}
-    _check_floor(k, least.values())
-    held: dict[str, Tensor] = {}
-    while True:
-        free = [name for name in scores if name not in held]
-        masks = largest(scores.subset(free), k - sum(least[name] for name in held))
-        short = [n for n in free if least[n] and int(torch.count_nonzero(masks[n])) < least[n]]
-        if not short:
-            return {**masks, **held}
-        for name in short:
-            held |= largest(scores.subset([name]), least[name])
-
-
-def largest(scores: Scores, k: int) -> dict[str, Tensor]:
-    """Return masks that keep exactly the ``k`` largest scores of all tensors together.
-
-    Ties go to the earlier tensor and the lower flat index. Radix selection: the bits of a float,
-    read as an integer, sort like the float, so a histogram of the upper 16 bits over all tensors
-    finds the bucket of the k-th score, and one of the next 16 bits inside that bucket finds the
-    score itself (64-bit scores take four such passes). Beyond the scores of one tensor it needs a
-    chunk of keys and 512 KB of counts, whatever the size of the model, and work linear in it.
-
-    Args:
-        scores: Float tensors, asked for one at a time.
-        k: Number of scores to keep, from 0 to their number.
-
-    Raises:
-        InputError: A score is NaN.
-    """
-    numel = sum(math.prod(shape) for shape in scores.shapes.values())
-    if not 0 <= k <= numel:
-        raise InputError(f"{k:,} scores cannot be kept: there are {numel:,}.")
-    if k == 0:
-        return {name: torch.zeros_like(scores[name], dtype=torch.bool) for name in scores}
-    threshold, ties = _kth_key(scores, k)
-    masks: dict[str, Tensor] = {}
-    for name in scores:
-        score = scores[name]
-        mask = torch.empty(score.numel(), dtype=torch.bool, device=score.device)
-        parts = mask.split(_CHUNK)
-        for key, part in zip(_keys(score, scores.dtype), parts, strict=True):
-            torch.gt(key, threshold, out=part)
-            if ties:  # scores equal to the k-th: the first ones of them are kept
-                equal = torch.nonzero(key == threshold).flatten()[:ties]
-                part[equal] = True
-                ties -= equal.numel()
-        masks[name] = mask.view(score.shape)
-    return masks
-
-
-def _kth_key(scores: Scores, k: int) -> tuple[int, int]:
-    """Return the key of the k-th largest score, and how many scores equal to it are kept."""
-    width = torch.finfo(scores.dtype).bits
-    prefix, left = 0, k  # the upper bits found so far; how many to keep among the keys with them
-    for shift in range(width - 16, -1, -16):
-        histogram = torch.zeros(_BUCKETS, dtype=torch.int64)
-        first = shift == width - 16
-        for name in scores:
-            score = scores[name]
-            counts = torch.zeros(_BUCKETS, dtype=torch.int64, device=score.device)
-            for key in _keys(score, scores.dtype):
-                if first:
-                    digit = (
-                        key >> shift
-                    ) + _BUCKETS // 2  # the sign bit makes digits start below 0
-                else:
-                    digit = (key[(key >> (shift + 16)) == prefix] >> shift) & (_BUCKETS - 1)
-                counts += torch.bincount(digit, minlength=_BUCKETS)
-            if first and (counts[:_EXTREMES].any() or counts[-_EXTREMES:].any()):
-                _refuse_nan(name, score)
-            histogram += counts.cpu()
-        from_top = histogram.flip(0).cumsum(0)
-        place = int(torch.searchsorted(from_top, left))
-        left -= int(from_top[place - 1]) if place else 0
-        digit_of_kth = _BUCKETS - 1 - place
-        prefix = digit_of_kth - _BUCKETS // 2 if first else (prefix << 16) | digit_of_kth
-    return prefix, left
-
-
-def _keys(score: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield integers that sort like the scores read as ``dtype``, a chunk at a time."""
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
-    for chunk in score.detach().reshape(-1).split(_CHUNK):
-        bits = (chunk.to(dtype) + 0.0).view(integer)  # + 0.0: -0.0 and 0.0 are the same score
-        # Below zero, a larger magnitude is a smaller number: flip all bits but the sign.
-        yield bits ^ ((bits >> (torch.iinfo(integer).bits - 1)) & torch.iinfo(integer).max)
-
-
-def _refuse_nan(name: str, score: Tensor) -> None:
-    if bool(torch.isnan(score).any()):
-        raise InputError(
-            f"The score of {name!r} holds NaN, so its weights cannot be ranked. The training has "
-            f"diverged: lower the learning rate, or go back to an earlier checkpoint."
-        )

@@ -42,8 +42,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from acdc.engine.kept import KeptSteps
 from acdc.errors import InputError
+from acdc.hooks.kept_steps import KeptSteps
 from acdc.layers import has_peers, unwrapped
 from acdc.methods.base import Method, Past, Weights
 from acdc.pair import Pair

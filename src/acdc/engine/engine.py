@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acdc.engine.backends import kernels
 from acdc.engine.choice import Choice, Timings, table
 from acdc.engine.geometry import ConvGeometry
 from acdc.engine.graph import Untraceable
 from acdc.engine.host import UNREACHED, Host
-from acdc.engine.kept import Written
 from acdc.engine.layout import Shape
 from acdc.engine.native import Native
-from acdc.engine.ops import kernels
 from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
 from acdc.engine.segment import Workspace
+from acdc.engine.written import Written
 from acdc.errors import InputError
 from acdc.layers import has_peers, unwrapped
 

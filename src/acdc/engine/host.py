@@ -32,12 +32,12 @@ from acdc.engine.graph import (
     shape_of,
     trace,
 )
-from acdc.engine.kept import Written
 from acdc.engine.layout import Shape
+from acdc.engine.lowering import Program, value_of
 from acdc.engine.operations import Conv
-from acdc.engine.program import Program, value_of
 from acdc.engine.segment import Segment, Workspace
 from acdc.engine.tape import Value
+from acdc.engine.written import Written
 
 log = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from acdc.engine.graph import first_line
-from acdc.engine.kept import LARGE, Written
 from acdc.engine.layout import LINE, Buffer, Shape, allocate
+from acdc.engine.lowering import Program
 from acdc.engine.native import Call as NativeCall
 from acdc.engine.native import Native, advise_huge_pages
 from acdc.engine.operations import Conv
-from acdc.engine.program import Program
 from acdc.engine.tape import Call, Instruction, Slot, Tape, Value, Wants
+from acdc.engine.written import LARGE, Written
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from acdc.engine.layout import Buffer, Shape
 
 if TYPE_CHECKING:
+    from acdc.engine.lowering import Program
     from acdc.engine.operations import Conv, Op
-    from acdc.engine.program import Program
 
 
 @dataclass(eq=False)

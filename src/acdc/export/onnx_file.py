@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from acdc.errors import AcdcError, InputError, need
-from acdc.pair import Pair, Staging, Twin
+from acdc.files import Staging
+from acdc.pair import Pair, Twin
 
 # A protobuf message ends at 2 GiB. Larger weights go to a second file, "<name>.data".
 _ONE_FILE = 1_900_000_000

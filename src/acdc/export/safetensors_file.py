@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from acdc.pair import INDEX, Pair, Staging, Twin, serialize
+from acdc.bitmask import serialize
+from acdc.files import Staging
+from acdc.pair import INDEX, Pair, Twin
 
 
 def to_safetensors(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from acdc.layers import Layers
-from acdc.methods.base import Ramped, Reset
+from acdc.methods.base import Reset
+from acdc.methods.families import Ramped
 from acdc.pattern import Block, Unstructured
 from acdc.schedule import Plan, Schedule
 

@@ -7,7 +7,8 @@ from typing import ClassVar, final
 
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Evolving, Reset, Weights, exchange
+from acdc.methods.base import Reset, Weights
+from acdc.methods.families import Evolving, exchange
 from acdc.pattern import Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.support import Support

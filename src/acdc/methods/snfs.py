@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, final
 
 from acdc import score
+from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Evolving, Reset, Weights
-from acdc.pattern import Unstructured, apportion, largest
+from acdc.methods.base import Reset, Weights
+from acdc.methods.families import Evolving
+from acdc.pattern import Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.score import Scores
 from acdc.support import Support
+from acdc.topk import largest
 
 
 @final
@@ -106,3 +110,43 @@ class SNFS(Evolving):
         }
         room = {name: mask.numel() - rest.counts()[name] for name, mask in rest.items()}
         return apportion(support.nnz - rest.nnz, mean, room)
+
+
+def apportion(total: int, weight: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:
+    """Share out ``total`` in proportion to ``weight``, at most ``room`` to each.
+
+    What does not fit goes to the others in the same proportion. Shares are rounded by largest
+    remainder, ties to the earlier name, so that they sum up to ``total``.
+
+    >>> apportion(10, {"a": 3.0, "b": 1.0, "c": 1.0}, {"a": 4, "b": 9, "c": 9})
+    {'a': 4, 'b': 3, 'c': 3}
+
+    Raises:
+        InputError: There is not enough room, or a weight is negative or not finite.
+    """
+    if total > sum(room.values()):
+        raise InputError(
+            f"{total:,} cannot be shared out: there is room for {sum(room.values()):,}."
+        )
+    if bad := [name for name, value in weight.items() if not 0 <= value < math.inf]:
+        raise InputError(
+            f"The share of {bad[0]!r} is {weight[bad[0]]}, which is none. The training may have "
+            f"diverged: lower the learning rate, or go back to an earlier checkpoint."
+        )
+    shares: dict[str, Fraction] = {}
+    free = list(room)
+    while free:
+        left = total - sum(shares.values())
+        parts = {name: Fraction(weight[name]) for name in free}
+        if not any(parts.values()):
+            parts = {name: Fraction(room[name]) for name in free}
+        whole = sum(parts.values()) or 1
+        share = {name: left * part / whole for name, part in parts.items()}
+        full = {name: Fraction(room[name]) for name in free if share[name] > room[name]}
+        shares |= full or share
+        free = [name for name in free if name not in shares]
+    counts = {name: math.floor(shares[name]) for name in room}
+    short = total - sum(counts.values())
+    for name in sorted(room, key=lambda name: counts[name] - shares[name])[:short]:
+        counts[name] += 1
+    return counts

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Phased, Reset, Weights
+from acdc.methods.base import Reset, Weights
+from acdc.methods.families import Phased
 from acdc.pattern import Pattern
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.support import Support

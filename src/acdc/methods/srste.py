@@ -9,7 +9,8 @@ from torch import Tensor
 
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Renewed, Reset
+from acdc.methods.base import Reset
+from acdc.methods.families import Renewed
 from acdc.pattern import NM
 from acdc.schedule import Plan, Schedule
 

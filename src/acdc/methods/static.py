@@ -10,7 +10,8 @@ from torch import Tensor
 
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Phased, Reset, check_seed
+from acdc.methods.base import Reset
+from acdc.methods.families import Phased, check_seed
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support

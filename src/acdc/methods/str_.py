@@ -7,7 +7,8 @@ from typing import ClassVar, final
 
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Ramped, Reset, Weights
+from acdc.methods.base import Reset, Weights
+from acdc.methods.families import Ramped
 from acdc.pattern import Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.score import Scores

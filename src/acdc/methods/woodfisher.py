@@ -12,7 +12,8 @@ from torch import Tensor
 
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Past, Ramped, Reset, Weights
+from acdc.methods.base import Past, Reset, Weights
+from acdc.methods.families import Ramped
 from acdc.pattern import Block, Unstructured
 from acdc.schedule import Plan, Schedule
 from acdc.score import Scores

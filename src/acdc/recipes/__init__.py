@@ -14,8 +14,8 @@ import difflib
 from collections.abc import Callable
 
 from acdc.errors import InputError
-from acdc.lab.recipe import Recipe
 from acdc.recipes import methods, paper, small
+from acdc.runs.recipe import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     function.__name__: function for function in (small.digits, small.fashion_mnist, *paper.RECIPES)

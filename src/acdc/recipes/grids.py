@@ -12,12 +12,8 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+from acdc.compare.grid import Build, Candidate, Grid, GridMethod, Task, address
 from acdc.errors import InputError
-from acdc.lab.compare.grid import Build, Candidate, Grid, GridMethod, Task, address
-from acdc.lab.data import Augment, Cifar10, Digits, FashionMNIST, TinyShakespeare
-from acdc.lab.models import CifarResNet, SmallGPT, SmallResNet
-from acdc.lab.optim import SGD, AdamW, Cosine
-from acdc.lab.recipe import Recipe
 from acdc.methods import (
     ACDC,
     DPF,
@@ -38,6 +34,10 @@ from acdc.methods import (
     WoodFisher,
 )
 from acdc.pattern import NM, Pattern, Scope, Unstructured
+from acdc.runs.data import Augment, Cifar10, Digits, FashionMNIST, TinyShakespeare
+from acdc.runs.models import CifarResNet, SmallGPT, SmallResNet
+from acdc.runs.optim import SGD, AdamW, Cosine
+from acdc.runs.recipe import Recipe
 from acdc.schedule import Alternate, Constant, alternate, phases
 
 # --- how the methods train ----------------------------------------------------------------------

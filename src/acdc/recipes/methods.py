@@ -13,10 +13,10 @@ from dataclasses import fields, replace
 from fractions import Fraction
 from functools import partial
 
-from acdc.lab.compare.grid import Candidate, GridMethod
-from acdc.lab.recipe import Recipe
+from acdc.compare.grid import Candidate, GridMethod
 from acdc.methods.base import Method
 from acdc.recipes.grids import METHODS, compare_digits
+from acdc.runs.recipe import Recipe
 from acdc.schedule import phases
 
 

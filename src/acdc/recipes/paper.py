@@ -21,13 +21,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from acdc.lab.data import Cifar10, Cifar100, ImageNet
-from acdc.lab.models import CifarResNet, MobileNetV1, Model, ResNet50, WideResNet
-from acdc.lab.optim import SGD, Cosine, Steps
-from acdc.lab.recipe import Recipe
 from acdc.layers import Layers
 from acdc.methods.acdc import ACDC
 from acdc.pattern import NM, Pattern, Unstructured
+from acdc.runs.data import Cifar10, Cifar100, ImageNet
+from acdc.runs.models import CifarResNet, MobileNetV1, Model, ResNet50, WideResNet
+from acdc.runs.optim import SGD, Cosine, Steps
+from acdc.runs.recipe import Recipe
 from acdc.schedule import Alternate, alternate
 
 # --- phases -------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from acdc.lab.data import Augment, Digits, FashionMNIST
-from acdc.lab.models import SmallResNet
-from acdc.lab.optim import SGD, Cosine
-from acdc.lab.recipe import Recipe
 from acdc.methods.acdc import ACDC
 from acdc.pattern import Unstructured
+from acdc.runs.data import Augment, Digits, FashionMNIST
+from acdc.runs.models import SmallResNet
+from acdc.runs.optim import SGD, Cosine
+from acdc.runs.recipe import Recipe
 from acdc.schedule import alternate
 
 

@@ -1,0 +1,256 @@
+"""A whole training step: forward, loss, backward, and a step of SGD with momentum.
+
+Dense PyTorch in each memory format, beside the engine with its sparsifier at each sparsity, in a
+sparse phase from the first step on. Every pruned layer has the same sparsity unless another scope
+is asked for: on weights that were never trained a global cut would fall on the wide layers alone.
+Of a ResNet the first and the last layer stay dense, as the uniform scope has it; of a GPT the head.
+
+The memory of a step is that of a fresh process which trains this one network: its peak during a
+step, after two others, above what it held before the network was built.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import acdc
+from acdc.bench import networks
+from acdc.bench.networks import Network
+from acdc.bench.peers import TOLERANCE, Unable, reason, use_sparseprop
+from acdc.bench.race import Row, Turn, race, summary
+from acdc.cost import measure as flops_of
+from acdc.pattern import Scope
+from acdc.runs.models import CifarResNet
+from acdc.support import Support
+
+CASES = ("resnet20_w16_n128", "resnet14_w64_n64", "gpt_d768_l4_t512")
+PEERS = ("torch_csr", "sparseprop", "sparselab")
+NOT_HERE = "single layers only: see 'acdc bench layers'"
+WARM_UP = 2  # steps
+
+
+class Training:
+    """One network in training by dense PyTorch.
+
+    Args:
+        network: What to train.
+        memory_format: Of images and convolutions.
+    """
+
+    def __init__(
+        self, network: Network, memory_format: torch.memory_format = torch.channels_last
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.net = network.build()
+        self.x, self.y = network.data()
+        if network.images:
+            self.net = self.net.to(memory_format=memory_format)  # type: ignore[call-overload]
+            self.x = self.x.contiguous(memory_format=memory_format)
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> torch.optim.SGD:
+        # Small steps: it is the arithmetic that is timed, and it must not diverge.
+        return torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9)
+
+    def step(self) -> float:
+        """Take one optimizer step, and return the loss before it."""
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.net(self.x), self.y)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+class OnEngine(Training):
+    """The same by the engine, in a sparse phase.
+
+    Args:
+        network: What to train.
+        sparsity: Fraction of zeros.
+        scope: Over what the weights compete.
+
+    Attributes:
+        loss: Of the first step.
+        first: Seconds of the first compression, in which layers are timed and index lists built,
+            and of the step after it.
+    """
+
+    def __init__(self, network: Network, sparsity: float, scope: Scope) -> None:
+        super().__init__(network)
+        self.engine = acdc.Engine(self.net, self.x)
+        plan = acdc.constant("sparse", epochs=1).resolve(1_000_000)
+        method = acdc.ACDC(acdc.Unstructured(sparsity, scope=scope), plan, layers=network.layers)
+        began = time.perf_counter()
+        self.sparsifier = acdc.Sparsifier(method, self.net, self.optimizer, engine=self.engine)
+        self.loss = self.step()
+        self.first = time.perf_counter() - began
+
+    def again(self) -> float:
+        """Return the seconds of another compression, and of the step after it."""
+        began = time.perf_counter()
+        self.engine.compress(self.sparsifier.support)
+        self.step()
+        return time.perf_counter() - began
+
+
+class OnSparseProp(Training):
+    """The same with SparseProp's modules in place of all pruned layers.
+
+    Args:
+        network: What to train.
+        support: Which weights are kept.
+    """
+
+    def __init__(self, network: Network, support: Support) -> None:
+        super().__init__(network, torch.contiguous_format)
+        inputs: dict[str, Tensor] = {}
+        layers = {name.removesuffix(".weight"): mask for name, mask in support.items()}
+        for name in layers:
+            self.net.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: inputs.update({name: args[0]})
+            )
+        with torch.no_grad():
+            self.net(self.x)
+            for name, mask in layers.items():
+                layer = self.net.get_submodule(name)
+                assert isinstance(layer, nn.Conv2d | nn.Linear)
+                layer.weight.masked_fill_(~mask, 0.0)
+        for name in layers:
+            use_sparseprop(self.net, name, inputs[name].shape)
+        self.optimizer = self._optimizer()
+
+
+def measure(
+    chosen: Sequence[Network], sparsities: Sequence[float], rounds: int, scope: Scope
+) -> Iterator[Row]:
+    """Yield a row for every network and sparsity, as soon as the network has been timed.
+
+    Args:
+        chosen: What to train.
+        sparsities: Fractions of weights that are zero.
+        rounds: Steps of everybody, taken in turn.
+        scope: Over what the weights compete.
+    """
+    for network in chosen:
+        yield from _rows(network, sparsities, rounds, scope)
+
+
+def _rows(
+    network: Network, sparsities: Sequence[float], rounds: int, scope: Scope
+) -> Iterator[Row]:
+    formats = {"plain": torch.contiguous_format}
+    if network.images:
+        formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+    dense = {setting: Training(network, formats[setting]) for setting in formats}
+    engines = {sparsity: OnEngine(network, sparsity, scope) for sparsity in sparsities}
+    notes = {sparsity: dict.fromkeys(PEERS, NOT_HERE) for sparsity in sparsities}
+    everybody: dict[tuple[str, float | None], Training] = {}
+    everybody |= {(setting, None): training for setting, training in dense.items()}
+    for sparsity, engine in engines.items():
+        everybody["engine", sparsity] = engine
+        try:
+            everybody["sparseprop", sparsity] = _sparseprop(network, engine)
+            del notes[sparsity]["sparseprop"]
+        except Unable as error:
+            notes[sparsity]["sparseprop"] = str(error)
+        if engine.engine.off:
+            notes[sparsity]["engine"] = engine.engine.off
+    for training in everybody.values():
+        for _ in range(WARM_UP):
+            training.step()
+    seconds = race({key: Turn((training.step,)) for key, training in everybody.items()}, rounds)
+
+    by_setting = {setting: seconds[setting, None] for setting in dense}
+    cost = flops_of(network.build(), network.data()[0][:1])
+    dense_mb: float | None = None
+    for sparsity, engine in engines.items():
+        names = [name for name, zeros in seconds if zeros == sparsity]
+        row: Row = {"case": network.name, "sparsity": sparsity}
+        row |= summary(by_setting, {name: seconds[name, sparsity] for name in names}, PEERS)
+        row["flops_share"] = cost.inference_ratio(engine.sparsifier.support.counts())
+        row["compression_steps"] = 1000 * engine.first / row["engine_ms"] - 1
+        row["recompression_steps"] = 1000 * engine.again() / row["engine_ms"] - 1
+        dense_mb = dense_mb or peak_mb(network.name, formats[row["dense_setting"]])
+        row["dense_peak_mb"] = dense_mb
+        row["engine_peak_mb"] = peak_mb(network.name, sparsity, scope)
+        row["layers"] = choices(engine.engine)
+        yield row | {"notes": notes[sparsity]}
+
+
+def _sparseprop(network: Network, engine: OnEngine) -> Training:
+    """Return the training with SparseProp, if its first loss is the engine's."""
+    if importlib.util.find_spec("sparseprop") is None:
+        raise Unable("not installed")
+    try:
+        peer = OnSparseProp(network, engine.sparsifier.support)
+        loss = peer.step()
+    except Exception as error:  # whatever another library raises is its own affair
+        raise Unable(reason(error)) from error
+    if not abs(loss - engine.loss) < TOLERANCE * engine.loss:
+        raise Unable(f"its loss is {loss:.4f}, and the engine's {engine.loss:.4f}")
+    return peer
+
+
+def choices(engine: acdc.Engine) -> dict[str, str]:
+    """Return what every layer ran on."""
+    ran = {name: "sparse" if choice.sparse else "dense" for name, choice in engine.choices.items()}
+    return ran | {name: f"dense: {reason}" for name, reason in engine.refused.items()}
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_mb(name: str, *how: Any) -> float | None:
+    """Return the peak memory of a step in megabytes (10^6 bytes), measured in a fresh process.
+
+    ``None`` where the system does not tell, which is everywhere but on Linux.
+
+    Args:
+        name: Of the network.
+        how: The memory format of dense PyTorch; or sparsity and scope, for the engine.
+    """
+    if not (STATUS.exists() and FORGET.exists()):
+        return None
+    fresh = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+            return pool.submit(_peak_mb, name, *how).result()
+    except (BrokenProcessPool, OSError):  # killed for want of memory, or not allowed to look
+        return None
+
+
+def _peak_mb(name: str, *how: Any) -> float:
+    network = networks.parse(name)
+    assert network is not None
+    Training(networks.Network("", CifarResNet(depth=8, width=1).build, 1, images=True)).step()
+    before = _kilobytes("VmRSS")  # with all that PyTorch loads at a first step
+    training = OnEngine(network, *how) if len(how) > 1 else Training(network, *how)
+    for _ in range(WARM_UP):
+        training.step()
+    return peak_during(training.step) - before / 1e3
+
+
+def peak_during(call: Callable[[], object]) -> float:
+    """Return the peak memory of this process during a call, in megabytes."""
+    FORGET.write_text("5")  # the peak so far; see proc(5)
+    call()
+    return _kilobytes("VmHWM") / 1e3
+
+
+def _kilobytes(what: str) -> float:
+    lines = STATUS.read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f"{what}:"))
+    return int(line.split()[1]) * 1024 / 1000  # the kernel's kB are 1024 bytes

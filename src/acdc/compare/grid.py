@@ -1,0 +1,209 @@
+"""What is compared: a task, methods, sparsities, seeds, budgets. Values only; nothing is trained.
+
+A grid is written as a function that returns a :class:`Grid` (see ``acdc.recipes.grids``). A user's
+own model joins by a function that returns a :class:`Task`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from acdc.errors import InputError
+from acdc.methods.base import Method
+from acdc.methods.dense import Dense
+from acdc.runs.recipe import Recipe
+from acdc.support import check_sparsity
+
+Budget = Literal["epochs", "flops"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, whatever the method.
+
+    Args:
+        name: What it is called on the page, such as ``"Fashion-MNIST, small ResNet"``.
+        recipe: A dense run of the task: model, data, optimizer, learning rate. Its epochs are the
+            budget. Seed and threads are the grid's business.
+
+    Raises:
+        InputError: The recipe's method is not dense.
+    """
+
+    name: str
+    recipe: Recipe
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.recipe.method, Dense):
+            raise InputError(
+                f"The task {self.name!r} was given a recipe with the method "
+                f"{self.recipe.method.name!r}. Give the dense run of the task: "
+                f"method=Dense(constant('dense', epochs=...)). The grid puts the methods in."
+            )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the dense run."""
+        return self.recipe.epochs
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How one method trains one cell.
+
+    Args:
+        method: The method, holding a plan in epochs.
+        dense_epochs: Epochs of dense training that it needs beforehand, with the same seed: it
+            starts from the network that comes out. 0: it starts from fresh weights.
+        changes: Fields of the task's recipe that this method has otherwise, such as ``lr``.
+    """
+
+    method: Method
+    dense_epochs: int = 0
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+Build = Callable[[Task, float, int, int], Candidate]
+"""From task, sparsity, epochs in all and seed. Dense training beforehand is part of the epochs."""
+
+
+@dataclass(frozen=True)
+class GridMethod:
+    """One method of a grid: one line of its table.
+
+    Args:
+        name: A short word, as in the results: ``"rigl_erk"``.
+        label: What people read: ``"RigL, ERK"``.
+        build: Returns how it trains a cell, and what it needs beforehand. Raises ``InputError``
+            where it cannot: the cell is a hole, with that reason.
+        sparsities: Those of this method, in place of the grid's: ``(0.0,)`` for dense training,
+            ``(0.5,)`` for 2:4.
+    """
+
+    name: str
+    label: str
+    build: Build
+    sparsities: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Methods x sparsities x seeds on one task.
+
+    Args:
+        name: What it is called on the command line; the name of its folder.
+        about: One sentence for ``acdc list``.
+        task: What is trained.
+        methods: What is compared. One named ``"dense"`` is the reference of the page.
+        sparsities: Fractions of zeros.
+        seeds: Of weights, data order, augmentation and dropout: the same for all methods.
+        budgets: ``"epochs"``: all methods train as long as the task. ``"flops"``: all spend the
+            training FLOPs of the task's dense run; a method that spends a share of them in an epoch
+            trains longer by its inverse, rounded to whole epochs, as RigL's multipliers do. The
+            share is measured: it is that of the first seed's cell of equal epochs.
+        longest: No cell trains longer than so many times the epochs of the task.
+        remarks: Paragraphs for the page: what is to be known about the results, and why they are
+            as they are.
+
+    Raises:
+        InputError: Nothing to compare, or the same thing twice.
+    """
+
+    name: str
+    about: str
+    task: Task
+    methods: tuple[GridMethod, ...]
+    sparsities: tuple[float, ...] = (0.9,)
+    seeds: tuple[int, ...] = (0,)
+    budgets: tuple[Budget, ...] = ("epochs",)
+    longest: float = 5.0
+    remarks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [method.name for method in self.methods]
+        for what, values in (
+            ("methods", names),
+            ("sparsities", self.sparsities),
+            ("seeds", self.seeds),
+            ("budgets", self.budgets),
+        ):
+            if not values or len(set(values)) != len(values):
+                raise InputError(
+                    f"The grid {self.name!r} has {what}={list(values)}. Give at least one, and "
+                    f"each of them once."
+                )
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity)
+        if unknown := set(self.budgets) - set(get_args(Budget)):
+            raise InputError(
+                f"The grid {self.name!r} has the budget {min(unknown)!r}. It is one of: "
+                f"{', '.join(get_args(Budget))}."
+            )
+        if self.budgets[0] != "epochs":
+            raise InputError(
+                f"The grid {self.name!r} has budgets={list(self.budgets)}. Put 'epochs' first: how "
+                f"long a run of equal FLOPs is follows from the run of equal epochs."
+            )
+        if not self.longest >= 1:
+            raise InputError(f"longest is {self.longest!r}. It is a number from 1 up.")
+
+    def method(self, name: str) -> GridMethod:
+        """Return the method of this name."""
+        return next(method for method in self.methods if method.name == name)
+
+
+# --- finding a grid -----------------------------------------------------------------------------
+
+
+def address(function: Callable[[], Grid]) -> str:
+    """Return where a grid's function is, as :func:`locate` takes it."""
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def locate(where: str) -> Grid:
+    """Return the grid of a function, ``"package.module:function"`` or ``"file.py:function"``.
+
+    Raises:
+        InputError: There is no such file or function, or it returns no grid.
+    """
+    place, _, name = where.rpartition(":")
+    module = _module(place, where)
+    function = getattr(module, name, None)
+    if not callable(function):
+        have = [n for n, value in vars(module).items() if callable(value) and n[:1] != "_"]
+        raise InputError(
+            f"{place} has no function {name!r}. It has: {', '.join(have) or 'none'}. Write "
+            f"FILE.py:FUNCTION, where the function takes nothing and returns a Grid."
+        )
+    grid = function()
+    if not isinstance(grid, Grid):
+        raise InputError(
+            f"{where} returned a {type(grid).__name__}. It has to return an acdc.compare.Grid."
+        )
+    return grid
+
+
+def _module(place: str, where: str) -> ModuleType:
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise InputError(
+            f"There is no file {place!r}. Write FILE.py:FUNCTION, or a name of 'acdc list'."
+        )
+    spec = importlib.util.spec_from_file_location(f"grid_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # what lies beside the file can be imported
+    spec.loader.exec_module(module)
+    return module

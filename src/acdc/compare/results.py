@@ -1,0 +1,212 @@
+"""What came out of a grid: a row for every cell that has finished, a hole for every other one.
+
+A row stands for its run when the run's folder is gone: it names its origin, and ``origins.json``
+says of each origin what was trained, and on what. So a grid whose results were copied or committed
+goes on with the cells that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from acdc.compare.cells import Cell, Prepared
+from acdc.compare.grid import Grid, Task
+from acdc.errors import InputError
+from acdc.files import Staging
+from acdc.runs.recipe import BEFORE, Recipe, encode
+from acdc.runs.record import bits
+
+Json = dict[str, Any]
+Quality = Literal["accuracy", "bits"]
+
+NOT_YET = "Not trained yet."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Args:
+        cell: The cell.
+        row: Its results; ``None`` for a hole.
+        reason: Why there are none.
+        run: Its run, as far as it is known.
+        origin: What was trained in it, and on what: :func:`origin`.
+    """
+
+    cell: Cell
+    row: Json | None = None
+    reason: str = ""
+    run: Prepared | None = None
+    origin: Json | None = None
+
+
+def row(task: Task, origin: Json, run: Prepared, record: Json, before: Json | None) -> Json:
+    """Return the results of a finished cell.
+
+    Training FLOPs are those of the sparse network, what was trained beforehand included, as a share
+    of the task's dense run of ``task.epochs`` epochs. Seconds are the measured steps and the
+    building of the engine, without evaluation and without the fine-tuning of a dense twin; what was
+    trained beforehand is included, too. ``cpu_seconds`` are those of the processors: cells that are
+    trained side by side, or beside other work, wait for one another, and wall time counts that.
+
+    Args:
+        task: What was trained.
+        origin: What the row names as its origin: :func:`origin`.
+        run: The run.
+        record: Its record.
+        before: The record of the run that it started from.
+    """
+    cell, parts = run.cell, [record] if before is None else [before, record]
+    return {
+        "method": cell.method,
+        "sparsity": cell.sparsity,
+        "seed": cell.seed,
+        "sparse_quality": judged(task, record["sparse"]) if record["sparse"] else None,
+        "dense_quality": judged(task, record["dense"]) if record["dense"] else None,
+        "train_flops_ratio": sum(map(_spent, parts)) / _dense_run(task, record),
+        "inference_flops_ratio": record["inference_flops_ratio"],
+        "seconds": round(sum(map(_seconds, parts)), 3),
+        "cpu_seconds": round(sum(part["details"]["time"]["cpu"] for part in parts), 3),
+        "budget": cell.budget,
+        "epochs": run.epochs,
+        "sparsity_reached": record["sparse"]["sparsity"] if record["sparse"] else 0.0,
+        "beforehand": run.before.label if run.before else None,
+        "cell": run.label,
+        "prunable": record["details"]["prunable"],
+        "finished": record["details"]["finished"],
+        "origin": digest(origin),
+    }
+
+
+def origin(base: Recipe, record: Json) -> Json:
+    """Return what rows of the same origin share: the task, the data, the machine, the versions.
+
+    Args:
+        base: The task's recipe, as the cells of this grid have it.
+        record: The record of a run.
+    """
+    details = record["details"]
+    shared = ("data", "device", "machine", "versions", "command")
+    return {"task": encode(base)} | {name: details[name] for name in shared}
+
+
+def digest(origin: Json) -> str:
+    """Return the short name of an origin."""
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def judged(task: Task, evaluation: Json) -> float:
+    """Return test accuracy in percent, or minus the bits per character of the test text."""
+    if quality(task) == "bits":
+        return -bits(float(evaluation["loss"]))
+    return float(evaluation["accuracy"])
+
+
+def quality(task: Task) -> Quality:
+    """Return what the quality of a network of this task is."""
+    return task.recipe.data.quality
+
+
+def _spent(record: Json) -> int:
+    return int(record["details"]["train_flops"])
+
+
+def _dense_epoch(record: Json) -> float:
+    details = record["details"]
+    return int(details["train_flops_dense"]) / int(details["epochs"])
+
+
+def _dense_run(task: Task, record: Json) -> float:
+    return task.epochs * _dense_epoch(record)
+
+
+def _seconds(record: Json) -> float:
+    time = record["details"]["time"]
+    return float(time["dense"] + time["sparse"] + time["engine"])
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def write(folder: Path, outcomes: Iterable[Outcome]) -> None:
+    """Write ``origins.json``, ``results.jsonl`` and ``holes.jsonl``, each whole or not at all.
+
+    Raises:
+        InputError: The disk is full, or the folder cannot be written.
+    """
+    outcomes = list(outcomes)
+    rows = [o.row for o in outcomes if o.row is not None and o.cell.budget != "beforehand"]
+    holes = [hole(o) for o in outcomes if o.row is None]
+    origins = {o.row["origin"]: o.origin for o in outcomes if o.row is not None}
+    with Staging(folder, "the results") as staging:
+        staging.add("origins.json", (json.dumps(origins, indent=1) + "\n").encode())
+        staging.add("results.jsonl", _lines(rows))
+        staging.add("holes.jsonl", _lines(holes))
+        staging.commit()
+
+
+def read(folder: Path, base: Recipe) -> dict[str, tuple[Json, Json]]:
+    """Return the rows that stand for their runs, by the label of the run, each with its origin.
+
+    Those of another task are left out: its recipe, what it meant where it was silent included, has
+    to be the same. So are those that name no origin, as versions before this one wrote them.
+
+    Args:
+        folder: Of the grid.
+        base: The task's recipe, as the cells of this grid have it.
+
+    Raises:
+        InputError: A file is there and cannot be read.
+    """
+    results, origins = folder / "results.jsonl", folder / "origins.json"
+    if not (results.exists() and origins.exists()):
+        return {}
+    try:
+        rows = [json.loads(line) for line in results.read_text().splitlines()]
+        known: dict[str, Json] = json.loads(origins.read_text())
+        same = {name for name, one in known.items() if BEFORE | one["task"] == encode(base)}
+        return {
+            row["cell"]: (row, known[row["origin"]]) for row in rows if row.get("origin") in same
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"The results in {folder} cannot be read ({type(error).__name__}: {error}). Restore "
+            f"{results.name} and {origins.name} from a copy, or choose another folder with --out."
+        ) from error
+
+
+def hole(outcome: Outcome) -> Json:
+    """Return what is said of a cell that has no results."""
+    cell = outcome.cell
+    return {
+        "method": cell.method,
+        "sparsity": cell.sparsity,
+        "seed": cell.seed,
+        "budget": cell.budget,
+        "reason": outcome.reason,
+        "cell": outcome.run.label if outcome.run else None,
+    }
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def needs(grid: Grid, outcomes: Iterable[Outcome]) -> dict[str, Json]:
+    """Return, of each method that starts from a dense network, its epochs and their cost.
+
+    The cost is a share of the task's dense training FLOPs, exact for whole epochs.
+    """
+    found: dict[str, Json] = {}
+    for outcome in outcomes:
+        run = outcome.run
+        if run is not None and run.before is not None and run.cell.budget == "epochs":
+            epochs = run.before.epochs
+            found[run.cell.method] = {"epochs": epochs, "ratio": epochs / grid.task.epochs}
+    return found

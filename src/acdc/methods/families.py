@@ -1,0 +1,272 @@
+"""What methods share: the families, each an abstract class below :class:`Method`, and their tools.
+
+``Phased``: dense and sparse phases. ``Ramped``: the sparsity rises. ``Renewed``: the support is
+chosen again and again. ``Evolving``: kept weights are exchanged for others.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from torch import nn
+
+from acdc import score
+from acdc.errors import InputError
+from acdc.layers import Layers
+from acdc.methods.base import RESETS, Method, Weights, check_schedule
+from acdc.pattern import Block, Pattern, Unstructured
+from acdc.schedule import Phase, check_duration, cosine, ramp
+from acdc.score import Scores
+from acdc.support import Support, check_sparsity
+from acdc.topk import largest
+
+
+class Phased(Method):
+    """Keeps every weight in a dense phase; what a sparse phase keeps is for a subclass to say."""
+
+    patterns: ClassVar[tuple[type[Pattern], ...]] = (Pattern,)  # what it can keep
+
+    pattern: Pattern
+    layers: Layers | None
+
+    def __post_init__(self) -> None:
+        check_schedule(type(self).__name__, self.schedule)
+        self._check_pattern()
+        if not isinstance(self.layers, Layers | None):
+            raise InputError(
+                f"{type(self).__name__}(layers=...) is {self.layers!r}. Give acdc.Layers(...), or "
+                f"None for the pattern's default."
+            )
+        if self.reset not in RESETS:
+            raise InputError(f"reset is {self.reset!r}. It is one of {', '.join(RESETS)}.")
+
+    def _check_pattern(self) -> None:
+        given = f"{type(self).__name__}(pattern=...) is {self.pattern!r}"
+        if not isinstance(self.pattern, Pattern):
+            raise InputError(f"{given}. Give a pattern, such as acdc.Unstructured(sparsity=0.9).")
+        if not isinstance(self.pattern, self.patterns):
+            names = " or ".join(kind.__name__ for kind in self.patterns)
+            raise InputError(f"{given}, which this method cannot keep. Give {names}.")
+
+    def update(self, step: int, params: Weights, support: Support) -> Support:
+        """Keep all in a dense phase; ask ``begin`` and ``go_on`` in a sparse one."""
+        phase = self.resolved.phase_at(step)
+        if phase.kind == "dense":
+            return support if support.is_full else Support.full(params)
+        if step == phase.start:
+            return self.begin(step, params)
+        return self.go_on(step, phase, params, support)
+
+    @abstractmethod
+    def begin(self, step: int, params: Weights) -> Support:
+        """Return the support at the start of a sparse phase."""
+
+    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+        """Return the support later in a sparse phase: the same, if a subclass does not differ."""
+        return support
+
+    def wants_gradient(self, step: int) -> bool:
+        """Whether dense weights are trained behind sparse ones: in every sparse phase, then."""
+        return self.keeps_dense and self.resolved.phase_at(step).kind == "sparse"
+
+    def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+        """Return the weights that are pruned, and why others that were wanted stay dense."""
+        return choose(model, self.pattern, self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity that was asked for."""
+        return self.pattern.target
+
+
+class Ramped(Phased):
+    """Cuts little by little: the sparsity rises on a cubic from ``first`` at the start of a sparse
+    phase to that of the pattern, ``length`` later. Both are met exactly, and what is cut stays cut.
+
+    Source: Zhu and Gupta, 2017.
+    """
+
+    patterns: ClassVar[tuple[type[Pattern], ...]] = (Unstructured, Block)
+
+    pattern: Unstructured | Block
+    first: float
+    every: str
+    length: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_duration(self.every, "every")
+        check_duration(self.length, "length")
+        check_sparsity(self.first, "first")
+        if self.first > self.pattern.sparsity:
+            raise InputError(
+                f"{type(self).__name__}(first=...) is {self.first}, and the pattern ends at "
+                f"{self.pattern.sparsity}. The sparsity only rises: lower first."
+            )
+
+    def begin(self, step: int, params: Weights) -> Support:
+        """Cut to the first sparsity."""
+        return self._at(step).select(self.rank(params))
+
+    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+        """Cut further where it is due."""
+        if not self.cuts(step, phase):
+            return support
+        return self._at(step).select(score.among(self.rank(params), support))
+
+    def rank(self, params: Weights) -> Scores:
+        """Return non-negative scores, the largest of which are kept."""
+        return score.magnitude(params)
+
+    def cuts(self, step: int, phase: Phase) -> bool:
+        """Whether a cut is due at a step of a sparse phase."""
+        stop = self._stop(phase)
+        return step == stop or step in self.resolved.every(self.every, phase.start, stop)
+
+    def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+        """Return the weights that are pruned; refuse a phase too short for its last cut."""
+        for phase in self.resolved.phases:
+            if phase.kind == "sparse" and self._stop(phase) >= phase.stop:
+                raise InputError(
+                    f"{type(self).__name__} makes its last cut {self.length!r} after its first, at "
+                    f"step {self._stop(phase)}, and the sparse phase ends at {phase.stop}. Set a "
+                    f"shorter length."
+                )
+        return super().select(model)
+
+    def _stop(self, phase: Phase) -> int:
+        return self.resolved.after(self.length, phase.start)
+
+    def _at(self, step: int) -> Unstructured | Block:
+        """Return the pattern with its sparsity at a step."""
+        phase = self.resolved.phase_at(step)
+        reach = phase.start, self._stop(phase), self.first, self.pattern.sparsity
+        return self.pattern.at(ramp(step, *reach))
+
+
+class Renewed(Phased):
+    """Keeps the largest of all weights, and every so often chooses them anew."""
+
+    every: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_duration(self.every, "every")
+
+    def begin(self, step: int, params: Weights) -> Support:
+        """Keep the largest."""
+        return self.pattern.select(score.magnitude(params))
+
+    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+        """Choose anew where it is due."""
+        if step not in self.resolved.every(self.every, phase.start, phase.stop):
+            return support
+        return self.begin(step, params)
+
+
+class Evolving(Phased):
+    """Starts from a random support, and exchanges ever fewer weights for others until ``until``:
+    of the kept ones a share that falls from ``drop`` to 0 on half a cosine.
+    """
+
+    patterns = (Unstructured,)
+
+    pattern: Unstructured
+    drop: float
+    every: str
+    until: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.drop, int | float) or not 0 < self.drop <= 1:
+            raise InputError(
+                f"{type(self).__name__}(drop=...) is {self.drop!r}. It is the share of kept "
+                f"weights that is exchanged: a number above 0, up to 1, such as 0.3."
+            )
+        check_duration(self.every, "every")
+        check_duration(self.until, "until")
+        check_seed(self.seed)
+
+    def begin(self, step: int, params: Weights) -> Support:
+        """Draw the support."""
+        return self.pattern.select(self.draw(step, params))
+
+    def draw(self, step: int, params: Weights) -> Scores:
+        """Return random scores; seed and step alone decide."""
+        return score.random(params, hash((self.seed, step)))
+
+    def due(self, step: int, phase: Phase) -> bool:
+        """Whether a step of a sparse phase is among those of the exchanges, its first included."""
+        return step in self.resolved.every(self.every, phase.start, self._until(phase))
+
+    def share(self, step: int, phase: Phase) -> float:
+        """Return the share of kept weights to exchange at a step."""
+        return self.drop * cosine(step, phase.start, self._until(phase))
+
+    def _until(self, phase: Phase) -> int:
+        return min(self.resolved.after(self.until), phase.stop)
+
+
+def exchange(support: Support, drop: Scores, grow: Scores, share: float) -> Support:
+    """Let a share of the kept weights of every layer go, and as many others come.
+
+    Of ``n`` kept weights the ``int(share * n)`` with the smallest ``drop`` leave; of all that are
+    not kept then, those that left included, as many with the largest ``grow`` enter. Ties go to the
+    lower index, where the RigL code adds noise.
+
+    Args:
+        support: The support until now.
+        drop: Non-negative scores: the smallest of the kept ones leave.
+        grow: Non-negative scores: the largest of the others enter.
+        share: From 0 to 1. Where it is less than one weight of every layer, the support itself
+            comes back.
+
+    Source: Evci et al., RigL, ICML 2020, algorithm 1; google-research/rigl, sparse_optimizers_base.
+    """
+    leaving = {name: int(share * kept) for name, kept in support.counts().items()}
+    if not any(leaving.values()):
+        return support
+    masks = {}
+    for name, kept in support.counts().items():
+        rest = largest(score.among(drop.subset([name]), support), kept - leaving[name])
+        others = score.among(grow.subset([name]), {name: ~rest[name]})
+        masks[name] = rest[name] | largest(others, leaving[name])[name]
+    return Support(masks)
+
+
+def check_seed(seed: object) -> None:
+    """Raise InputError unless ``seed`` is a whole number from 0 up."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed is {seed!r}. Give a whole number from 0 up.")
+
+
+def choose(
+    model: nn.Module, pattern: Pattern, layers: Layers | None
+) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """Return the weights that ``layers`` selects and ``pattern`` admits, and why it refuses others.
+
+    Args:
+        model: The network.
+        pattern: May refuse layers by their shape (N:M and blocks that do not divide).
+        layers: The choice of layers; ``None``: the pattern's own default.
+
+    Raises:
+        InputError: No layer is left, or the pattern's counts cannot be met on those that are.
+    """
+    wanted = (layers or pattern.default_layers()).select(model)
+    refused = {
+        name: why
+        for name, param in wanted.items()
+        if (why := pattern.refuses(name, tuple(param.shape)))
+    }
+    params = {name: param for name, param in wanted.items() if name not in refused}
+    if not params:
+        raise InputError(
+            f"Nothing to prune: {pattern} refuses every chosen layer ("
+            + "; ".join(f"{name}: {why}" for name, why in refused.items())
+            + "). Choose another pattern or other layers."
+        )
+    pattern.total({name: tuple(param.shape) for name, param in params.items()})
+    return params, refused

@@ -1,0 +1,547 @@
+"""The page of a comparison: accuracy against sparsity and against what it costs, and every cell.
+
+Like the report of a run it holds its figures and its style, asks the network for nothing and runs
+no script. A comparison that was stopped, or has holes, shows what there is and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from acdc.compare import results
+from acdc.compare.grid import Budget, Grid
+from acdc.compare.results import Json, Outcome
+from acdc.pages.figure import (
+    DENSE,
+    GREY,
+    INK,
+    SHADE,
+    SPARSE,
+    Form,
+    Plate,
+    entry,
+    environment,
+    legend,
+    plate,
+    publish,
+)
+from acdc.pages.tables import percent, plural
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BUDGETS: dict[Budget, str] = {"epochs": "equal epochs", "flops": "equal training FLOPs"}
+
+# Dark enough to be read on white; who shares a hue has another marker.
+HUES = ("#2a7f62", "#8a4f9e", "#a6761d", "#c2407a", "#3a8fb7", "#6b4a2b", "#4d5d8c", "#5f7f1f")
+MARKERS = "osD^vPX<>p*h"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """All seeds of one method at one sparsity and one budget.
+
+    Args:
+        method: Its name.
+        sparsity: What was asked for.
+        budget: What its length was measured by.
+        sparse: Whether the networks are. Those of DSD are not, which has a sparsity on the way.
+        qualities: Of the seeds that have finished.
+        dense: Of their dense twins, where there are some.
+        seeds: Cells, holes included.
+        costs: Means over the seeds: ``"train_flops_ratio"``, ``"inference_flops_ratio"``,
+            ``"seconds"``, ``"epochs"``, ``"sparsity_reached"``.
+    """
+
+    method: str
+    sparsity: float
+    budget: Budget
+    sparse: bool
+    qualities: tuple[float, ...]
+    dense: tuple[float, ...]
+    seeds: int
+    costs: Mapping[str, float]
+
+    @property
+    def quality(self) -> float:
+        """The mean over the seeds."""
+        return fmean(self.qualities)
+
+
+COSTS = {
+    "train_flops_ratio": ("train", "training FLOPs, share of the dense run"),
+    "seconds": ("seconds", "training, measured seconds"),
+    "inference_flops_ratio": ("inference", "FLOPs of an inference, share of dense"),
+}
+
+
+def render(folder: Path, grid: Grid, outcomes: Sequence[Outcome]) -> Path:
+    """Write ``report.html`` into the folder of a comparison and return its path.
+
+    Args:
+        folder: Where.
+        grid: What was compared.
+        outcomes: What became of every cell.
+
+    Raises:
+        MissingDependency: matplotlib or jinja2 is not installed.
+        OSError: The folder cannot be written.
+    """
+    return publish(folder / "report.html", page(grid, outcomes))
+
+
+def page(grid: Grid, outcomes: Sequence[Outcome]) -> str:
+    """Return the page as the text of an HTML file."""
+    found = means(grid, outcomes)
+    fronts = {cost: front(found, cost) for cost in COSTS}
+    look = _Look(grid)
+    holes = [outcome for outcome in outcomes if outcome.row is None]
+    template = environment().get_template("compare.html.jinja")
+    return template.render(
+        grid=grid,
+        budgets=BUDGETS,
+        colours={"dense": DENSE, "sparse": SPARSE, "shade": SHADE, "ink": INK, "grey": GREY},
+        look=look,
+        quality=look.quality,
+        summary=_summary(grid, outcomes),
+        verdicts=_verdicts(grid, found, look),
+        notices=_notices(grid, outcomes),
+        plates=[
+            *(_by_sparsity(grid, found, budget, look) for budget in grid.budgets),
+            *(_by_cost(found, cost, fronts[cost], look) for cost in COSTS),
+        ],
+        rows=[_mean_row(mean, found, fronts, look) for mean in found],
+        needs=_needs(grid, outcomes),
+        cells=[_cell_row(outcome, look) for outcome in outcomes],
+        holes=holes,
+        origin=_origin(grid, outcomes),
+        command=_command(outcomes),
+    )
+
+
+# --- means and fronts ---------------------------------------------------------------------------
+
+
+def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
+    """Return what the seeds come to, in the order of the grid; all holes: left out."""
+    groups: dict[tuple[Budget, float, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        cell = outcome.cell
+        if cell.budget != "beforehand":
+            groups.setdefault((cell.budget, cell.sparsity, cell.method), []).append(outcome)
+    order = {method.name: place for place, method in enumerate(grid.methods)}
+    found = []
+    for (budget, sparsity, method), cells in groups.items():
+        rows = [outcome.row for outcome in cells if outcome.row is not None]
+        if rows:
+            costs = {
+                cost: fmean(row[cost] for row in rows)
+                for cost in (*COSTS, "epochs", "sparsity_reached")
+                if cost != "seconds"
+            }
+            costs["seconds"] = fmean(_seconds(outcome) for outcome in cells if outcome.row)
+            sparse = any(row["sparse_quality"] is not None for row in rows)
+            twins = tuple(_known(row["dense_quality"] for row in rows if sparse))
+            values = tuple(map(_quality, rows))
+            found.append(Mean(method, sparsity, budget, sparse, values, twins, len(cells), costs))
+    budgets = list(BUDGETS)
+    return sorted(
+        found, key=lambda m: (budgets.index(m.budget), m.sparse, m.sparsity, order[m.method])
+    )
+
+
+def _seconds(outcome: Outcome) -> float:
+    """The time that a cell took of its processors; elsewhere than on a CPU, by the clock."""
+    assert outcome.row is not None
+    on_cpu = outcome.origin is None or outcome.origin["device"] == "cpu"
+    return float(outcome.row["cpu_seconds" if on_cpu else "seconds"])
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _quality(row: Json) -> float:
+    """The quality of what a method is for: of its sparse network, if it leaves one."""
+    sparse, dense = row["sparse_quality"], row["dense_quality"]
+    return float(dense if sparse is None else sparse)
+
+
+def front(found: Sequence[Mean], cost: str) -> list[Mean]:
+    """Return the Pareto front: those that no other one beats in both quality and cost.
+
+    From cheap to dear. Of two that are equal in both, both are on it.
+    """
+
+    def beaten(one: Mean) -> bool:
+        return any(
+            other.quality >= one.quality
+            and other.costs[cost] <= one.costs[cost]
+            and (other.quality > one.quality or other.costs[cost] < one.costs[cost])
+            for other in found
+        )
+
+    return sorted((m for m in found if not beaten(m)), key=lambda m: (m.costs[cost], m.quality))
+
+
+def window(found: Sequence[Mean]) -> tuple[float, float, int]:
+    """Return where the quality axis starts and ends, and how many means lie below it.
+
+    A network that collapsed is not half as good as the best one; drawn in full it would take the
+    height that the differences between the others need.
+    """
+    best = max(mean.quality for mean in found)
+    least = best / 2 if best > 0 else 2 * best
+    shown = [mean for mean in found if mean.quality >= least]
+    low, high = (pick(pick(m.qualities) for m in shown) for pick in (min, max))
+    margin = 0.08 * (high - low) or 0.01 * abs(high)
+    return low - margin, high + margin, len(found) - len(shown)
+
+
+# --- how things look ----------------------------------------------------------------------------
+
+
+class _Look:
+    """Names, colours, markers and numbers of a grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.labels = {"dense": "Dense"} | {m.name: m.label for m in grid.methods}
+        others = [m.name for m in grid.methods if m.name not in ("dense", "acdc")]
+        self.colours = {"dense": DENSE, "acdc": SPARSE} | {
+            name: HUES[place % len(HUES)] for place, name in enumerate(others)
+        }
+        self.markers = {"dense": "s", "acdc": "o"} | {
+            name: MARKERS[(place + 2) % len(MARKERS)] for place, name in enumerate(others)
+        }
+        bits = results.quality(grid.task) == "bits"
+        self.quality = "−bits per character" if bits else "test accuracy, %"
+        self.digits = 3 if bits else 2
+
+    def number(self, value: float) -> str:
+        """Write a quality."""
+        return f"{value:.{self.digits}f}".replace("-", "−")
+
+    def spread(self, values: Sequence[float]) -> str:
+        """Write a mean, and lowest and highest where there are several."""
+        mean = self.number(fmean(values))
+        if len(values) == 1:
+            return mean
+        return f"{mean} ({self.number(min(values))} to {self.number(max(values))})"
+
+    def sparsity(self, value: float) -> str:
+        """Write a sparsity that was asked for."""
+        return f"{100 * value:g}\u202f%" if value else "–"
+
+    def keys(self, names: Iterable[str]) -> list[Any]:
+        """Return the legend's entries of these methods."""
+        return [
+            entry(self.colours[name], self.labels[name], marker=self.markers[name], markersize=4.5)
+            for name in names
+        ]
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look) -> Plate:
+    name = f"sparsity{list(BUDGETS).index(budget)}"
+    what = "Bits per character" if look.digits == 3 else "Accuracy"
+    heading = f"{what} against sparsity, {BUDGETS[budget]}"
+    mine = [mean for mean in found if mean.budget == budget and mean.sparse]
+    dense = [mean for mean in found if mean.budget == budget and not mean.sparse]
+    if not mine:
+        return Plate(name, heading, absent="No cell of a sparse network has finished.")
+    places = {s: place for place, s in enumerate(sorted({mean.sparsity for mean in mine}))}
+    methods = [m.name for m in grid.methods if any(mean.method == m.name for mean in mine)]
+    bottom, top, hidden = window([*mine, *dense])
+    several = any(len(mean.qualities) > 1 for mean in (*mine, *dense))
+
+    def draw(figure: Figure, form: Form) -> None:
+        axes = figure.subplots()
+        for across in dense:
+            low, high = min(across.qualities), max(across.qualities)
+            colour = look.colours[across.method]
+            axes.axhspan(low, high, facecolor=colour, alpha=0.12, edgecolor="none", zorder=0)
+            axes.axhline(across.quality, color=colour, linewidth=1.1, zorder=1)
+        for place, method in enumerate(methods):
+            points = sorted((m for m in mine if m.method == method), key=lambda m: m.sparsity)
+            # Side by side: the spreads of methods that are close would hide one another.
+            aside = 0.05 * (place - (len(methods) - 1) / 2)
+            _line(axes, points, [places[m.sparsity] + aside for m in points], look, filled=True)
+        axes.set_xticks(list(places.values()), [look.sparsity(s) for s in places])
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        axes.set_ylim(bottom, top)
+        axes.set_xlabel("sparsity")
+        axes.set_ylabel(look.quality)
+        lines = [entry(look.colours[m.method], look.labels[m.method]) for m in dense]
+        legend(axes, [*look.keys(methods), *lines], form, 5)
+
+    caption = "Mean over the seeds; bars reach from the lowest seed to the highest." * several
+    caption = caption or "One seed."
+    if dense:
+        line = "A line across is a dense network" if len(dense) > 1 else "The line across is dense"
+        caption += f" {line}{', its band the seeds' * several}."
+    caption += _hidden(hidden)
+    if budget == "flops":
+        caption += (
+            " Each method trains until it has spent what the dense run spends, but no longer than "
+            f"{grid.longest:g} times its epochs."
+        )
+    return plate(name, heading, caption, draw, {"wide": 3.6, "narrow": 3.9})
+
+
+def _by_cost(found: Sequence[Mean], cost: str, best: Sequence[Mean], look: _Look) -> Plate:
+    name, axis = COSTS[cost]
+    what = "Bits per character" if look.digits == 3 else "Accuracy"
+    heading = f"{what} against {axis.split(',')[0]}"
+    if name == "seconds":
+        heading = f"{what} against measured seconds"
+    if not found:
+        return Plate(name, heading, absent="No cell has finished.")
+    groups: dict[tuple[str, Budget], list[Mean]] = {}
+    for mean in found:
+        groups.setdefault((mean.method, mean.budget), []).append(mean)
+    methods = list(dict.fromkeys(method for method, _ in groups))
+    bottom, top, hidden = window(found)
+    both = len({budget for _, budget in groups}) > 1
+
+    def draw(figure: Figure, form: Form) -> None:
+        axes = figure.subplots()
+        x = [m.costs[cost] for m in best]
+        axes.plot(x, [m.quality for m in best], color=SHADE, linewidth=7, zorder=0)
+        axes.plot(
+            x, [m.quality for m in best], color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=1
+        )
+        for (_, budget), points in groups.items():
+            points = sorted(points, key=lambda m: m.sparsity)
+            _line(axes, points, [m.costs[cost] for m in points], look, filled=budget == "epochs")
+        if form == "wide" and len(found) <= 40:
+            for mean in (m for m in best if m.quality > bottom):
+                axes.annotate(
+                    look.sparsity(mean.sparsity) if mean.sparse else "dense",
+                    (mean.costs[cost], mean.quality), xytext=(5, -9), textcoords="offset points",
+                    fontsize=7, color=GREY,
+                )  # fmt: skip
+        values = [m.costs[cost] for m in found]
+        if min(values) > 0 and max(values) > 6 * min(values):
+            _log(axes)
+        axes.set_ylim(bottom, top)
+        axes.set_xlabel(axis)
+        axes.set_ylabel(look.quality)
+        front_key = entry(INK, "Pareto front", linewidth=0.8, linestyle=(0, (2, 2)))
+        legend(axes, [*look.keys(methods), front_key], form, 5)
+
+    caption = (
+        f"A point is the mean over the seeds of one method at one sparsity; bars reach from the "
+        f"lowest seed to the highest. The dashed line is the Pareto front: no point is both better "
+        f"and cheaper than {'one' if len(best) == 1 else 'those'} on it; sparsities are written "
+        f"beside {'it' if len(best) == 1 else 'them'}."
+    )
+    if both:
+        caption += " Filled: equal epochs; open: equal training FLOPs."
+    caption += _hidden(hidden)
+    if name != "inference":
+        caption += " What a method needs beforehand is included."
+    return plate(name, heading, caption, draw, {"wide": 3.6, "narrow": 3.9})
+
+
+def _line(
+    axes: Axes, points: Sequence[Mean], x: Sequence[float], look: _Look, filled: bool
+) -> None:
+    """Draw one method at rising sparsities: means, spreads, and the line that joins them."""
+    if not points:
+        return
+    colour = look.colours[points[0].method]
+    y = [m.quality for m in points]
+    spread = [[m.quality - min(m.qualities) for m in points],
+              [max(m.qualities) - m.quality for m in points]]  # fmt: skip
+    axes.errorbar(
+        x, y, yerr=spread, color=colour, marker=look.markers[points[0].method], markersize=4.5,
+        markerfacecolor=colour if filled else "white", linewidth=0.9, elinewidth=0.8, capsize=1.8,
+        zorder=3,
+    )  # fmt: skip
+
+
+def _hidden(count: int) -> str:
+    """Say that points lie below the axis."""
+    if not count:
+        return ""
+    verb = "lies" if count == 1 else "lie"
+    return f" {plural(count, 'point')}, not half as good as the best, {verb} below the axis."
+
+
+def _log(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+# --- what is said -------------------------------------------------------------------------------
+
+
+def _summary(grid: Grid, outcomes: Sequence[Outcome]) -> str:
+    cells = [outcome for outcome in outcomes if outcome.cell.budget != "beforehand"]
+    done = sum(outcome.row is not None for outcome in cells)
+    weights = max((o.row["prunable"] for o in outcomes if o.row), default=0)
+    size = f" of {weights:,} prunable weights" if weights else ""
+    sparsities = ", ".join(f"{100 * s:g}" for s in grid.sparsities)
+    return (
+        f"{grid.task.name}: {plural(len(grid.methods), 'method')} at {sparsities}\u202f% sparsity, "
+        f"{plural(len(grid.seeds), 'seed')} each, on a network{size}. The dense run takes "
+        f"{plural(grid.task.epochs, 'epoch')}. {done} of {plural(len(cells), 'cell')} have "
+        f"finished."
+    )
+
+
+def _verdicts(grid: Grid, found: Sequence[Mean], look: _Look) -> list[str]:
+    """Who is best at each sparsity; and where AC/DC is not, that it is not."""
+    said = []
+    for budget in grid.budgets:
+        mine = [m for m in found if m.budget == budget and m.sparse]
+        for sparsity in sorted({m.sparsity for m in mine}):
+            ranked = sorted((m for m in mine if m.sparsity == sparsity), key=lambda m: -m.quality)
+            if len(ranked) < 2:
+                continue
+            numbers = [look.number(m.quality) for m in ranked]
+            best = [m for m in ranked if look.number(m.quality) == numbers[0]]
+            names = " and ".join(look.labels[m.method] for m in best)
+            at = f"At {look.sparsity(sparsity)}, {BUDGETS[budget]}, {names}"
+            if len(best) == 1:
+                second = look.labels[ranked[1].method]
+                said.append(f"{at} is best with {numbers[0]}, before {second} with {numbers[1]}.")
+            else:
+                said.append(f"{at} are best, level at {numbers[0]}.")
+            ours = next((m for m in ranked if m.method == "acdc"), None)
+            if ours is not None and ours not in best:
+                said[-1] += (
+                    f" AC/DC does not win here: it has {look.number(ours.quality)}, place "
+                    f"{ranked.index(ours) + 1} of {len(ranked)}."
+                )
+    return said
+
+
+def _notices(grid: Grid, outcomes: Sequence[Outcome]) -> list[str]:
+    used = dict.fromkeys(str(outcome.origin["data"]) for outcome in outcomes if outcome.origin)
+    waiting = [o for o in outcomes if o.row is None and o.reason == results.NOT_YET]
+    holes = [o for o in outcomes if o.row is None and o.reason != results.NOT_YET]
+    said = []
+    if set(used) - {grid.task.recipe.data.name}:
+        said.append(f"All figures here are of {' and '.join(used)}.")
+    if waiting:
+        said.append(
+            f"This comparison is not complete: {plural(len(waiting), 'cell')} of {len(outcomes)} "
+            f"{'is' if len(waiting) == 1 else 'are'} still to be trained."
+        )
+    if holes:
+        said.append(
+            f"{plural(len(holes), 'cell')} of {len(outcomes)} without results; the table of cells "
+            f"says why."
+        )
+    return said
+
+
+def _mean_row(
+    mean: Mean, found: Sequence[Mean], fronts: Mapping[str, Sequence[Mean]], look: _Look
+) -> Json:
+    dense = [m for m in found if m.budget == mean.budget and m.method == "dense"]
+    gap = mean.quality - dense[0].quality if dense and mean is not dense[0] else None
+    costs = mean.costs
+    return {
+        "method": look.labels[mean.method],
+        "kind": {"dense": "dense", "acdc": "sparse"}.get(mean.method, ""),
+        "budget": BUDGETS[mean.budget],
+        "cells": [
+            look.sparsity(mean.sparsity) + ", then dense" * (mean.sparsity > 0 and not mean.sparse),
+            f"{costs['epochs']:g}",
+            f"{len(mean.qualities)} of {mean.seeds}",
+            look.spread(mean.qualities),
+            "–" if gap is None else f"{'+' if gap > 0 else ''}{look.number(gap)}",
+            look.spread(mean.dense) if mean.dense else "–",
+            percent(costs["train_flops_ratio"], 1) + "◆" * (mean in fronts["train_flops_ratio"]),
+            percent(costs["inference_flops_ratio"], 1)
+            + "◆" * (mean in fronts["inference_flops_ratio"]),
+            f"{costs['seconds']:,.1f}" + "◆" * (mean in fronts["seconds"]),
+        ],
+    }
+
+
+def _cell_row(outcome: Outcome, look: _Look) -> Json:
+    cell, row = outcome.cell, outcome.row
+    budget = f"beforehand, {cell.epochs} epochs"
+    said = {
+        "method": look.labels[cell.method],
+        "first": [
+            look.sparsity(cell.sparsity),
+            str(cell.seed),
+            budget
+            if cell.budget == "beforehand"
+            else BUDGETS[cell.budget].replace("training ", ""),
+        ],
+        "label": outcome.run.label.rpartition("-")[2] if outcome.run else "–",
+        "reason": outcome.reason,
+        "cells": [],
+    }
+    if row is None:
+        return said
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else look.number(value)
+
+    return said | {
+        "cells": [
+            str(row["epochs"]),
+            "–" if row["sparse_quality"] is None else f"{100 * row['sparsity_reached']:.2f}\u202f%",
+            number(row["sparse_quality"]),
+            number(row["dense_quality"]),
+            percent(row["train_flops_ratio"]),
+            percent(row["inference_flops_ratio"]),
+            f"{_seconds(outcome):,.1f}",
+        ]
+    }
+
+
+def _needs(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    needs = results.needs(grid, outcomes)
+    said = []
+    for method in grid.methods:
+        need = needs.get(method.name)
+        text = "Nothing: it starts from fresh weights."
+        if need is not None:
+            text = (
+                f"A dense network trained for {plural(need['epochs'], 'epoch')} with the same "
+                f"seed, {percent(need['ratio'], 1)} of the FLOPs of the dense run. It is trained "
+                f"once for all cells that start from it; each counts it in full."
+            )
+        said.append((method.label, text))
+    return said
+
+
+def _origin(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
+    """Where and with what the cells were trained; every value that occurs."""
+    origins = [outcome.origin for outcome in outcomes if outcome.origin]
+    said = [("Grid", grid.name)]
+    parts: tuple[tuple[str, Callable[[Json], str]], ...] = (
+        ("Data", lambda d: str(d["data"])),
+        ("Machine", lambda d: ", ".join(f"{k} {v}" for k, v in d["machine"].items())),
+        ("Versions", lambda d: ", ".join(f"{k} {v}" for k, v in d["versions"].items())),
+        ("Device", lambda d: str(d["device"])),
+    )
+    for label, of in parts:
+        if values := dict.fromkeys(map(of, origins)):
+            said.append((label, "; ".join(values)))
+    if when := sorted(str(outcome.row["finished"]) for outcome in outcomes if outcome.row):
+        said.append(("Finished", f"{when[0]} to {when[-1]}"))
+    return said
+
+
+def _command(outcomes: Sequence[Outcome]) -> str | None:
+    commands = [outcome.origin["command"] for outcome in outcomes if outcome.origin]
+    return str(commands[-1]) if commands else None

@@ -1,0 +1,369 @@
+"""The tables of the report: what is said, in which order, and how numbers are written.
+
+Every cell keeps the exact number beside its text, so that the page can be read by machines as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from acdc.pages.history import Run
+
+
+class Cell(NamedTuple):
+    """What a table shows (``text``, times 10 to ``power``), and the exact number behind it."""
+
+    text: str
+    value: Any = None
+    power: int | None = None
+
+
+NONE = Cell("–")
+
+# What a network is measured by: name, label, digits, unit of a difference. Bits for text alone.
+MEASURES = (
+    ("accuracy", "Test accuracy, %", 2, "points"),
+    ("bits", "Bits of a character", 3, "bits"),
+)
+
+
+class Row(NamedTuple):
+    """A line of a table."""
+
+    label: str
+    cells: tuple[Cell, ...]
+    kind: str = ""
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """Write a share in percent, with the thin space that does not break."""
+    return f"{100 * share:.{digits}f}\u202f%"
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a number of things."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _count(value: Any) -> Cell:
+    return NONE if value is None else Cell(f"{int(value):,}", int(value))
+
+
+def _share(value: Any, digits: int = 2) -> Cell:
+    return NONE if value is None else Cell(percent(float(value), digits), value)
+
+
+def _flops(value: Any) -> Cell:
+    """Three significant digits and a power of ten; small numbers in full."""
+    if value is None:
+        return NONE
+    if abs(value) < 1e5:
+        return Cell(f"{round(value):,}", round(value))
+    mantissa, power = f"{value:.2e}".split("e")
+    return Cell(f"{mantissa} × 10", round(value), int(power))
+
+
+def one_power(rows: Sequence[Row], *columns: int) -> tuple[list[Row], int | None]:
+    """Write the numbers of these columns as multiples of one power of ten, and return the power.
+
+    Numbers below each other can then be compared by eye.
+    """
+    values = [v for row in rows for c in columns if (v := row.cells[c].value)]
+    if not values or max(values) < 1e5:
+        return list(rows), None
+    power = math.floor(math.log10(max(values)))
+    digits = min(3, max(2, 1 + power - math.floor(math.log10(min(values)))))
+
+    def written(row: Row) -> Row:
+        cells = list(row.cells)
+        for c in columns:
+            if (value := cells[c].value) is not None:
+                cells[c] = Cell(f"{value / 10**power:.{digits}f}", value)
+        return row._replace(cells=tuple(cells))
+
+    return [written(row) for row in rows], power
+
+
+def _seconds(value: Any) -> Cell:
+    if value is None:
+        return NONE
+    return Cell(f"{value:,.1f}", round(float(value), 6))
+
+
+def _reached(*networks: Any) -> list[Row]:
+    """What the networks reach on the test data, and what the first has over the second."""
+    rows = []
+    for name, label, digits, unit in MEASURES:
+        if name not in networks[0]:
+            continue
+        values = [network[name] for network in networks]
+        cells = [Cell(f"{value:.{digits}f}", value) for value in values]
+        if len(values) == 2:
+            gap = values[0] - values[1]
+            sign = "+" if gap > 0 else "−" if gap < 0 else "±"
+            cells.append(Cell(f"{sign}{abs(gap):.{digits}f} {unit}", round(gap, 6)))
+        rows.append(Row(label, tuple(cells)))
+    return rows
+
+
+def twins(run: Run) -> list[Row]:
+    """Table 1: the twins side by side; one column for a run that made only one network."""
+    if run.record is None:
+        return []
+    sparse, dense, details = run.record["sparse"], run.record["dense"], run.details
+    prunable = details.get("prunable", run.prunable)
+    parameters, flops = details.get("parameters"), details.get("dense_flops", run.flops())
+    if sparse is None:
+        return [
+            *_reached(dense),
+            Row("Parameters", (_count(parameters),)),
+            Row("Weights of convolutions and linear layers", (_count(run.weights),)),
+            Row("Size on disk, bytes", (_count(dense["bytes"]),)),
+            Row("FLOPs of one inference", (_flops(flops),)),
+        ]
+    if dense is None:
+        return [
+            *_reached(sparse),
+            Row("Sparsity asked for", (_share(details.get("sparsity_asked")),)),
+            Row("Sparsity of the prunable weights", (_share(sparse["sparsity"]),)),
+            Row("Prunable weights kept", (_count(sparse["nnz"]),)),
+            Row("Size on disk, bytes", (_count(sparse["bytes"]),)),
+            Row("FLOPs of one inference", (_flops(details.get("sparse_flops")),)),
+        ]
+    ratio = run.record["inference_flops_ratio"]
+    sparse_flops = details.get("sparse_flops")
+    weights = sparse["nnz"] / prunable if prunable else None
+    small = sparse["bytes"] / dense["bytes"] if dense["bytes"] else None
+    return [
+        *_reached(sparse, dense),
+        Row("Sparsity asked for", (_share(details.get("sparsity_asked")), NONE, NONE)),
+        Row("Sparsity of the prunable weights", (_share(sparse["sparsity"]), _share(0), NONE)),
+        Row(
+            "Sparsity of all parameters",
+            (_share(details.get("sparsity_all_parameters")), _share(0), NONE),
+        ),
+        Row(
+            "Prunable weights kept",
+            (_count(sparse["nnz"]), _count(prunable), _share(weights)),
+        ),
+        Row(
+            "Size on disk, bytes",
+            (_count(sparse["bytes"]), _count(dense["bytes"]), _share(small)),
+        ),
+        Row("FLOPs of one inference", (_flops(sparse_flops), _flops(flops), _share(ratio))),
+    ]
+
+
+class Stretch(NamedTuple):
+    """Steps of one kind, and what they cost."""
+
+    steps: int
+    flops: float | None  # of training
+    share: float | None  # of training densely for the same steps
+    seconds: float | None
+    measured: int  # steps with a time
+
+
+def _stretch(run: Run, spans: Sequence[tuple[int, int]], branch: bool = False) -> Stretch:
+    assert run.schedule is not None
+    steps = run.branch if branch else run.steps
+    spans = [(a, min(b, run.reached if not branch else b)) for a, b in spans]
+    length = sum(max(0, b - a) for a, b in spans)
+    parts = [
+        float(b - a) if branch else run.spent(a, b) for a, b in spans if b > a
+    ]  # dense steps' worth
+    worth = None if any(part is None for part in parts) else sum(part or 0.0 for part in parts)
+    dense, samples = run.flops(), run.samples
+    per_step = 3 * dense * samples / run.schedule.total if dense and samples else None
+    times = np.concatenate([np.empty(0), *(steps.seconds[steps.within(a, b)] for a, b in spans)])
+    measured = int((~np.isnan(times)).sum())
+    return Stretch(
+        length,
+        worth * per_step if worth is not None and per_step is not None else None,
+        worth / length if worth is not None and length else None,
+        float(np.nansum(times)) if measured else None,
+        measured,
+    )
+
+
+def _stretch_cells(stretch: Stretch) -> tuple[Cell, ...]:
+    mean = stretch.seconds / stretch.measured if stretch.seconds and stretch.measured else None
+    return (
+        _flops(stretch.flops),
+        _share(stretch.share, 1),
+        _seconds(stretch.seconds),
+        NONE if mean is None else Cell(f"{1000 * mean:,.1f}", round(1000 * mean, 6)),
+    )
+
+
+def ledger(run: Run) -> list[Row]:
+    """Table 2: what training cost, by kind of phase."""
+    if run.schedule is None or not run.reached:
+        return []
+    rows = []
+    both = [(phase.start, phase.stop) for phase in run.schedule.phases]
+    for kind in ("dense", "sparse"):
+        spans = [(p.start, p.stop) for p in run.schedule.phases if p.kind == kind]
+        if spans:
+            stretch = _stretch(run, spans)
+            label = f"{kind.capitalize()} phases"
+            rows.append(Row(label, (_count(stretch.steps), *_stretch_cells(stretch)), kind))
+    total = _stretch(run, both)
+    if total.flops is None and run.record is not None:
+        total = total._replace(
+            flops=run.details.get("train_flops"), share=run.record.get("train_flops_ratio")
+        )
+    rows.append(Row("Training", (_count(total.steps), *_stretch_cells(total)), "total"))
+    if len(run.branch):
+        fork = run.schedule.last("dense")
+        start = fork.stop if fork is not None else 0
+        stretch = _stretch(run, [(start, int(run.branch.step[-1]))], branch=True)
+        rows.append(
+            Row("Fine-tuning of the dense twin", (_count(stretch.steps), *_stretch_cells(stretch)))
+        )
+    tests = [e["seconds"] for e in (*run.evals, *run.branch_evals) if e.get("seconds") is not None]
+    if tests:
+        rows.append(Row("Evaluation", (NONE, NONE, NONE, _seconds(sum(tests)), NONE)))
+    built = [e["seconds"] for e in run.engines if e.get("seconds") is not None]
+    if built:
+        rows.append(Row("Building of the engine", (NONE, NONE, NONE, _seconds(sum(built)), NONE)))
+    if run.record is not None and run.record.get("seconds") is not None:
+        whole = _seconds(run.record["seconds"])
+        rows.append(Row("Whole run, by the clock", (NONE, NONE, NONE, whole, NONE), "total"))
+    return rows
+
+
+def engine(run: Run) -> list[Row]:
+    """What the engine measured of each layer, in milliseconds, and what it chose."""
+
+    def time(value: Any) -> Cell:
+        return NONE if value is None else Cell(f"{value:.2f}", round(float(value), 6))
+
+    return [
+        Row(
+            choice["name"],
+            (
+                _share(choice["density"]),
+                time(choice["dense_ms"]),
+                time(choice["sparse_ms"]),
+                time(choice["convert_ms"]),
+                Cell("sparse" if choice["sparse"] else "dense"),
+            ),
+        )
+        for choice in run.engine.get("choices", ())
+    ]
+
+
+def phases(run: Run) -> list[Row]:
+    """Table 3: the schedule, phase by phase, with what each phase cost."""
+    if run.schedule is None:
+        return []
+    rows = []
+    texts = run.schedule.rows()
+    for phase, (kind, epochs, steps, share) in zip(run.schedule.phases, texts, strict=True):
+        nnz: int | None = None if phase.kind == "sparse" else run.prunable
+        for change in run.compressions:
+            if phase.start <= change["step"] < phase.stop:
+                nnz = int(change["nnz"])
+        density = nnz / run.prunable if nnz is not None and run.prunable else None
+        cells = (
+            Cell(epochs),
+            Cell(steps),
+            Cell(share.replace(" %", "\u202f%")),
+            _share(density),
+        )
+        cost = _stretch_cells(_stretch(run, [(phase.start, phase.stop)]))
+        rows.append(Row(kind, (*cells, *cost), kind))
+    return rows
+
+
+def compressions(run: Run) -> list[Row]:
+    """The changes to a sparse support: epoch, step, weights kept, changed, regrown."""
+    return [
+        Row(
+            f"{i}",
+            (
+                Cell(f"{float(run.epochs(c['step'])):.4g}"),
+                _count(c["step"]),
+                _count(c["nnz"]),
+                _share(c["churn"], 3),
+                _count(c.get("regrown")),
+            ),
+        )
+        for i, c in enumerate(run.compressions if run.schedule is not None else [], 1)
+    ]
+
+
+def layers(run: Run) -> list[Row]:
+    """The layers: shape, weights, kept, density, FLOPs of one inference dense and sparse."""
+    return [
+        Row(
+            short(layer.name),
+            (
+                Cell(" × ".join(str(n) for n in layer.shape)),
+                _count(layer.numel),
+                _count(layer.nnz),
+                _share(layer.density),
+                _flops(None if layer.positions is None else 2 * layer.numel * layer.positions),
+                _flops(
+                    None
+                    if layer.positions is None or layer.nnz is None
+                    else 2 * layer.nnz * layer.positions
+                ),
+            ),
+            "" if layer.prunable else "kept",
+        )
+        for layer in run.layers
+    ]
+
+
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of nested values; the type of a part stands at its own path."""
+    if isinstance(value, Mapping) and value:
+        if "type" in value and path:
+            yield path, value["type"]
+        for key, inner in value.items():
+            if key != "type":
+                yield from _flatten(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def values(run: Run) -> list[Row]:
+    """The recipe, value by value; what differs from the recipe's default has the kind "changed"."""
+    changed = run.recipe.get("changed") or {}
+
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    def differs(path: str) -> bool:
+        return any(path == c or path.startswith(f"{c}.") for c in changed)
+
+    return [
+        Row(path, (Cell(text(value)),), "changed" if differs(path) else "")
+        for path, value in _flatten(run.recipe.get("values") or {})
+    ]
+
+
+def training(run: Run) -> tuple[Cell, Cell, str] | None:
+    """Training FLOPs of the run that made both twins, their share of dense training, and a note."""
+    if run.record is None:
+        return None
+    note = "Of dense training for the same number of steps."
+    total = run.details.get("train_flops")
+    if run.schedule is not None and total and len(run.branch):
+        alone = _stretch(run, [(p.start, p.stop) for p in run.schedule.phases]).flops
+        if alone is not None:
+            inside = total > 1.001 * alone
+            note += f" Fine-tuning the dense twin is {'' if inside else 'not '}included."
+    return _flops(total), _share(run.record.get("train_flops_ratio")), note
+
+
+def short(name: str) -> str:
+    """Return the name of the layer that the parameter ``name`` is the weight of."""
+    return name.removesuffix(".weight")

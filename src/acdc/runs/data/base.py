@@ -1,0 +1,311 @@
+"""What every data set can do: steps of an epoch, batch number i of an epoch, evaluation batches."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from acdc.errors import InputError
+from acdc.runs.data.augment import Augment, stream
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+"""Images, float32 ``[N, C, H, W]``, normalised; and their labels, int64 ``[N]``. Or windows of a
+text, int64 ``[N, T]``, and what follows at each of their places, int64 ``[N, T]``."""
+
+
+class Data(ABC):
+    """Training and test images of one data set, ready for batches.
+
+    Attributes:
+        name: What to write beside a figure, e.g. ``"CIFAR-10"``; it says so where the files are not
+            the published ones.
+        channels: Channels of an image.
+        size: Height and width of an image, in pixels.
+        classes: Labels are ``0 .. classes - 1``.
+    """
+
+    def __init__(self, name: str, channels: int, size: int, classes: int) -> None:
+        self.name = name
+        self.channels = channels
+        self.size = size
+        self.classes = classes
+        self._last_order: tuple[tuple[int, int], Tensor] | None = None
+
+    @property
+    @abstractmethod
+    def train_samples(self) -> int:
+        """Training images."""
+
+    @property
+    @abstractmethod
+    def test_samples(self) -> int:
+        """Test images."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Return a sha256 (hex) that changes when the data change."""
+
+    @abstractmethod
+    def train_batch(
+        self, epoch: int, index: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> Batch:
+        """Return batch ``index`` of epoch ``epoch``, a pure function of the arguments.
+
+        With several ranks ``batch_size`` is the size on each rank. The ranks' batches together are
+        the images, with the augmentation, of batch ``index`` of one rank with a batch of
+        ``batch_size * world``. The last batch may be short. All ranks get equally many images: if
+        the last ones do not divide evenly, at most ``world - 1`` images from the start of the
+        epoch's order come again.
+
+        Raises:
+            InputError: The epoch has no such batch, or there is no such rank.
+        """
+
+    def train_batches(
+        self,
+        epoch: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Iterator[Batch]:
+        """Yield ``train_batch`` for ``index`` from ``start`` to the end of the epoch."""
+        for index in range(start, self.steps_per_epoch(batch_size, world)):
+            yield self.train_batch(epoch, index, batch_size, seed, rank, world)
+
+    @abstractmethod
+    def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
+        """Yield every image of a split once, in file order, without augmentation."""
+
+    def steps_per_epoch(self, batch_size: int, world: int = 1) -> int:
+        """Return the batches of an epoch on each rank; a short last one counts."""
+        return steps_per_epoch(self.train_samples, batch_size, world)
+
+    def _indices(
+        self, epoch: int, index: int, batch_size: int, seed: int, rank: int, world: int
+    ) -> tuple[Tensor, slice]:
+        """Return the images of one rank's batch and their places in the global batch."""
+        steps = self.steps_per_epoch(batch_size, world)
+        if epoch < 0 or not 0 <= index < steps:
+            raise InputError(
+                f"Batch {index} of epoch {epoch} was asked for. Epochs count from 0, and this one "
+                f"has batches 0 to {steps - 1} ({self.train_samples} images, {batch_size} a batch, "
+                f"{world} rank(s))."
+            )
+        if not 0 <= rank < world:
+            raise InputError(f"The rank is {rank}. With world={world} it is 0 to {world - 1}.")
+        n = self.train_samples
+        first = index * batch_size * world
+        last = min(first + batch_size * world, -(-n // world) * world)
+        share = (last - first) // world
+        place = slice(rank * share, (rank + 1) * share)
+        positions = torch.arange(first + place.start, first + place.stop) % n
+        return self._order(seed, epoch)[positions], place
+
+    def _order(self, seed: int, epoch: int) -> Tensor:
+        """Return the order of the training images in an epoch; the last one asked for is kept."""
+        key = (seed, epoch)
+        if self._last_order is None or self._last_order[0] != key:
+            order = torch.randperm(self.train_samples, generator=stream("order", seed, epoch))
+            self._last_order = (key, order)
+        return self._last_order[1]
+
+
+class Images(Data):
+    """A data set that lies in memory as bytes.
+
+    Args:
+        name: See ``Data``.
+        train: Images, uint8 ``[N, C, H, W]``, and labels, int64 ``[N]``.
+        test: The same for the test images.
+        classes: Labels are ``0 .. classes - 1``.
+        mean: Mean of each channel over the training pixels, on a scale where 255 is 1.
+        std: Their standard deviation, likewise.
+        augment: What is done to the training images.
+
+    Raises:
+        InputError: Shapes, types or labels do not fit together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Augment,
+    ) -> None:
+        for split, (x, y) in zip(SPLITS, (train, test), strict=True):
+            self._check(name, split, x, y, classes, train[0].shape[1:])
+        super().__init__(name, int(train[0].shape[1]), int(train[0].shape[2]), classes)
+        self.augment = augment
+        self._splits: dict[Split, tuple[Tensor, Tensor]] = {"train": train, "test": test}
+        self._mean = torch.tensor(mean).view(1, -1, 1, 1) * 255
+        self._std = torch.tensor(std).view(1, -1, 1, 1) * 255
+
+    @staticmethod
+    def _check(
+        name: str, split: Split, x: Tensor, y: Tensor, classes: int, shape: Sequence[int]
+    ) -> None:
+        if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1:] != shape or len(x) == 0:
+            raise InputError(
+                f"The {split} images of {name} are {x.dtype} of shape {tuple(x.shape)}. They must "
+                f"be uint8 [N, channels, height, width], at least one, the same in both splits."
+            )
+        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+            raise InputError(
+                f"The {split} labels of {name} are {y.dtype} of shape {tuple(y.shape)}. They must "
+                f"be int64, one for each of the {len(x)} images."
+            )
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= classes:
+            raise InputError(
+                f"The {split} labels of {name} go from {low} to {high}. They must lie between 0 "
+                f"and {classes - 1}."
+            )
+
+    @property
+    def train_samples(self) -> int:
+        """Training images."""
+        return len(self._splits["train"][1])
+
+    @property
+    def test_samples(self) -> int:
+        """Test images."""
+        return len(self._splits["test"][1])
+
+    def digest(self) -> str:
+        """Return the sha256 (hex) of all images and labels, in order."""
+        sha = hashlib.sha256()
+        for x, y in self._splits.values():
+            sha.update(repr(tuple(x.shape)).encode())
+            sha.update(x.numpy().tobytes())
+            sha.update(y.numpy().astype("<i8").tobytes())
+        return sha.hexdigest()
+
+    def train_batch(
+        self, epoch: int, index: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> Batch:
+        """Return batch ``index`` of epoch ``epoch``; see ``Data.train_batch``."""
+        picked, place = self._indices(epoch, index, batch_size, seed, rank, world)
+        images, labels = self._splits["train"]
+        generator = stream("augment", seed, epoch, index)
+        drawn = self.augment.draw(batch_size * world, generator)[place]
+        return self._normalised(self.augment.apply(images[picked], drawn)), labels[picked]
+
+    def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
+        """Yield every image of a split once, in file order, without augmentation."""
+        images, labels = self._splits[known_split(split)]
+        steps_per_epoch(len(labels), batch_size)  # refuses a batch size below 1
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            yield self._normalised(x), y
+
+    def _normalised(self, images_NCHW: Tensor) -> Tensor:
+        return images_NCHW.float().sub_(self._mean).div_(self._std)
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """Where a data set comes from; a recipe holds one.
+
+    Args:
+        train_examples: Use only so many training images: the first of a fixed random order. For
+            quick runs and tests. None means all.
+        test_examples: The same for the test images.
+
+    Raises:
+        InputError: More examples than the published data set has, or fewer than one.
+    """
+
+    train_examples: int | None = None
+    test_examples: int | None = None
+
+    name: ClassVar[str]
+    channels: ClassVar[int]
+    size: ClassVar[int]
+    published: ClassVar[tuple[int, int]]
+    quality: ClassVar[Literal["accuracy", "bits"]] = "accuracy"  # what a network is judged by
+
+    def __post_init__(self) -> None:
+        for split, asked, there in zip(
+            SPLITS, (self.train_examples, self.test_examples), self.published, strict=True
+        ):
+            if asked is not None and not 1 <= asked <= there:
+                raise InputError(
+                    f"{split}_examples is {asked}, and {self.name} has {there} {split} images. "
+                    f"Give a number from 1 to {there}, or leave it out for all of them."
+                )
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def train_samples(self) -> int:
+        """Training images that will be used, by the published numbers; no file is read."""
+        return self.published[0] if self.train_examples is None else self.train_examples
+
+    @property
+    def test_samples(self) -> int:
+        """Test images that will be used, likewise."""
+        return self.published[1] if self.test_examples is None else self.test_examples
+
+    def steps_per_epoch(self, batch_size: int, world: int = 1) -> int:
+        """Return the steps of an epoch before anything is loaded; see ``Data.steps_per_epoch``."""
+        return steps_per_epoch(self.train_samples, batch_size, world)
+
+    @abstractmethod
+    def load(self, root: Path | None = None, download: bool = False) -> Data:
+        """Find the files, check them and return the data.
+
+        Args:
+            root: The folder to look in, and in nothing else. None: the folder that the environment
+                variable ``ACDC_DATA`` names, then the usual places.
+            download: Fetch what is not found from the official place, where there is one.
+
+        Raises:
+            InputError: Nothing was found, or what was found is damaged. The message has a remedy.
+        """
+
+
+def steps_per_epoch(samples: int, batch_size: int, world: int = 1) -> int:
+    """Return how many batches of ``batch_size`` on each of ``world`` ranks cover ``samples``."""
+    if batch_size < 1 or world < 1:
+        raise InputError(
+            f"The batch size is {batch_size} and the number of ranks {world}. Both must be 1 or "
+            f"more."
+        )
+    return -(-samples // (batch_size * world))
+
+
+def first_of(samples: int, wanted: int | None, split: Split) -> Tensor | None:
+    """Return which ``wanted`` of ``samples`` images to keep; None means all, in file order."""
+    if wanted is None:
+        return None
+    if wanted > samples:
+        raise InputError(
+            f"{split}_examples is {wanted}, and there are only {samples} {split} images in the "
+            f"folder. Ask for at most {samples}."
+        )
+    return torch.randperm(samples, generator=stream("examples", split))[:wanted]
+
+
+def known_split(split: str) -> Split:
+    """Return ``split`` if there is such a split."""
+    if split not in SPLITS:
+        raise InputError(f"The split is {split!r}. It must be 'train' or 'test'.")
+    return split

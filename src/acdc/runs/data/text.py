@@ -1,0 +1,193 @@
+"""Text as characters: the network reads a window and says at each place what comes next."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from acdc.errors import InputError
+from acdc.runs.data.augment import stream
+from acdc.runs.data.base import Batch, Data, Source, Split, known_split, steps_per_epoch
+from acdc.runs.data.files import VARIABLE, candidates, find, not_found
+
+
+class Text(Data):
+    """A text in memory, as the numbers of its characters.
+
+    A sample is a window of ``context`` characters, int64 ``[context]``; its targets are the same
+    window one character further, of the same shape. Training windows begin anywhere, drawn anew
+    for every batch from seed, epoch and index. Test windows follow one another; what is left at
+    the end and fills none is not used.
+
+    Args:
+        name: See ``Data``.
+        train: Characters to train on, int64 ``[n]``, ``n > context``.
+        test: Characters to test on, likewise.
+        classes: Characters are ``0 .. classes - 1``.
+        context: Characters of a window.
+        windows: Training windows of an epoch.
+
+    Raises:
+        InputError: A part is shorter than a window and its targets.
+    """
+
+    def __init__(
+        self, name: str, train: Tensor, test: Tensor, classes: int, context: int, windows: int
+    ) -> None:
+        super().__init__(name, channels=1, size=context, classes=classes)
+        for split, part in (("training", train), ("test", test)):
+            if len(part) <= context:
+                raise InputError(
+                    f"The {split} part of {name} has {len(part)} characters, and a window with its "
+                    f"targets takes {context + 1}. Choose a smaller context."
+                )
+        self._train, self._windows = train, windows
+        count = (len(test) - 1) // context
+        inputs, targets = test[: count * context], test[1 : count * context + 1]
+        self._test = inputs.view(count, context), targets.view(count, context)
+        self._parts = train, test
+
+    @property
+    def train_samples(self) -> int:
+        """Training windows of an epoch."""
+        return self._windows
+
+    @property
+    def test_samples(self) -> int:
+        """Test windows."""
+        return len(self._test[0])
+
+    def digest(self) -> str:
+        """Return the sha256 (hex) of both parts, in order."""
+        sha = hashlib.sha256()
+        for part in self._parts:
+            sha.update(repr(tuple(part.shape)).encode())
+            sha.update(part.numpy().astype("<i8").tobytes())
+        return sha.hexdigest()
+
+    def train_batch(
+        self, epoch: int, index: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> Batch:
+        """Return batch ``index`` of epoch ``epoch``; see ``Data.train_batch``."""
+        picked, place = self._indices(epoch, index, batch_size, seed, rank, world)
+        generator = stream("windows", seed, epoch, index)
+        starts = torch.randint(
+            len(self._train) - self.size, (batch_size * world,), generator=generator
+        )
+        places = starts[place][: len(picked), None] + torch.arange(self.size + 1)
+        windows = self._train[places]
+        return windows[:, :-1], windows[:, 1:]
+
+    def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
+        """Yield every test window once, in order; of the training part, windows in order too."""
+        inputs, targets = self._test
+        if known_split(split) == "train":
+            count = (len(self._train) - 1) // self.size
+            inputs = self._train[: count * self.size].view(count, self.size)
+            targets = self._train[1 : count * self.size + 1].view(count, self.size)
+        steps_per_epoch(len(inputs), batch_size)  # refuses a batch size below 1
+        yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+
+
+@dataclass(frozen=True)
+class TinyShakespeare(Source):
+    """The plays of Shakespeare, 1,115,394 characters of 65 kinds, in one file.
+
+    The first nine tenths are for training, the rest is the test text. ``train_examples`` are the
+    windows of an epoch; None: as many as cover the training text once. ``test_examples``: use only
+    so many of the test windows, the first ones.
+
+    Args:
+        context: Characters that the network reads at a time.
+
+    Source: A. Karpathy, char-rnn, ``data/tinyshakespeare/input.txt``.
+    """
+
+    context: int = 128
+
+    name: ClassVar[str] = "tinyshakespeare"
+    channels: ClassVar[int] = 1
+    size: ClassVar[int] = 1
+    published: ClassVar[tuple[int, int]] = (1_003_854, 111_540)  # characters
+    quality: ClassVar[Literal["accuracy", "bits"]] = "bits"
+    sha256: ClassVar[str] = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.context < self.published[1]:
+            raise InputError(
+                f"context is {self.context}. It is a number of characters from 1 to "
+                f"{self.published[1] - 1}."
+            )
+        super().__post_init__()
+        if self.test_examples is not None and self.test_examples > self._windows(1):
+            raise InputError(
+                f"test_examples is {self.test_examples}, and the test text has "
+                f"{self._windows(1)} windows of {self.context} characters."
+            )
+
+    def _windows(self, part: int) -> int:
+        return (self.published[part] - 1) // self.context
+
+    @property
+    def classes(self) -> int:
+        """Number of different characters."""
+        return 65
+
+    @property
+    def train_samples(self) -> int:
+        """Training windows of an epoch."""
+        return self._windows(0) if self.train_examples is None else self.train_examples
+
+    @property
+    def test_samples(self) -> int:
+        """Test windows."""
+        return self._windows(1) if self.test_examples is None else self.test_examples
+
+    def load(self, root: Path | None = None, download: bool = False) -> Text:
+        """Find ``tinyshakespeare.txt`` and return its characters.
+
+        Args:
+            root: The folder to look in, and in nothing else. None: the folder that ``ACDC_DATA``
+                names, then the cache of earlier downloads.
+            download: Without effect: there is no official place to fetch it from.
+
+        Raises:
+            InputError: The file was not found, or it is of another length or alphabet.
+        """
+        names = ["tinyshakespeare.txt"]
+        folders = candidates(root, ("tinyshakespeare",))
+        files = find(names, folders)
+        if files is None:
+            way = (
+                f"set {VARIABLE} to the folder with {names[0]}, which is "
+                f"data/tinyshakespeare/input.txt of github.com/karpathy/char-rnn"
+            )
+            raise not_found(self.name, names, folders, (way,))
+        raw = files[0].read_bytes()
+        kinds = sorted(set(raw))
+        if len(raw) != sum(self.published) or len(kinds) > self.classes:
+            raise InputError(
+                f"{files[0]} has {len(raw):,} bytes of {len(kinds)} kinds. The text has "
+                f"{sum(self.published):,} of {self.classes}: fetch it anew."
+            )
+        official = hashlib.sha256(raw).hexdigest() == self.sha256
+        number = torch.zeros(256, dtype=torch.int64)
+        number[torch.tensor(kinds)] = torch.arange(len(kinds))
+        text = number[torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()]
+        train, test = text[: self.published[0]], text[self.published[0] :]
+        if self.test_examples is not None:
+            test = test[: self.test_examples * self.context + 1]
+        return Text(
+            self.name if official else f"{self.name} (not the published file)",
+            train,
+            test,
+            self.classes,
+            self.context,
+            self.train_samples,
+        )

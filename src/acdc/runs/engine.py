@@ -1,0 +1,88 @@
+"""The engine of a run: whether it has one, what it chose, and how long that took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from acdc.engine.choice import Choice
+from acdc.engine.engine import Engine
+from acdc.engine.native import available
+from acdc.engine.reference import Reference
+from acdc.runs.recipe import Computed
+from acdc.runs.record import Clocks
+
+Json = dict[str, Any]
+
+
+class RunEngine(Engine):
+    """An engine that notes how long it builds, and says what it chose.
+
+    Args:
+        model: The network, on a CPU.
+        example: A batch as the network is called with.
+        mode: ``"auto"`` or ``"reference"``, as in the recipe.
+
+    Attributes:
+        taken: What its compressions took so far: timing of layers, tracing, index lists.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, mode: Computed) -> None:
+        reference = Reference() if mode == "reference" else None
+        super().__init__(model, example, backend=reference, choose=reference is None)
+        self.taken = Clocks()
+        self.reason: str | None = None
+        if reference is None and not available():
+            self.reason = (
+                "the compiled kernels are missing: reinstall acdc where there is a C++ compiler"
+            )
+        self._told: dict[str, Choice] = {}
+
+    def compress(self, support: Mapping[str, Tensor]) -> None:
+        """Run sparse from here on."""
+        began = Clocks.now()
+        super().compress(support)
+        self.taken = self.taken.plus(Clocks.now().minus(began))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the choices of a checkpoint; they are no news."""
+        super().load_state_dict(state)
+        self._told = dict(self.choices)
+
+    # --- what is said of it -----------------------------------------------------------------------
+
+    def start(self) -> Json:
+        """Return what is known before the first compression."""
+        return {"kind": self.backend.isa, "reason": self.reason}
+
+    def chosen(self) -> Json:
+        """Return what was measured of each layer, and why others stay with PyTorch."""
+        choices = [
+            {"name": name} | {key: _rounded(value) for key, value in asdict(choice).items()}
+            for name, choice in self.choices.items()
+        ]
+        return {"choices": choices, "refused": dict(self.refused)}
+
+    def news(self) -> Json:
+        """Return the same, but nothing where it has been said."""
+        if self.choices == self._told:
+            return {}
+        self._told = dict(self.choices)
+        return self.chosen()
+
+
+def why_off(device: torch.device, precision: str) -> str | None:
+    """Return why a run has no engine that was to have one, or ``None`` where it can."""
+    if device.type != "cpu":
+        return f"the run is on {device}, and the kernels are for CPUs"
+    if precision != "32-true":
+        return f"the run computes in {precision}, and the kernels in 32-true"
+    return None
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value

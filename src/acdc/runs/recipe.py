@@ -1,0 +1,277 @@
+"""A recipe: everything about a run, as one value.
+
+A recipe is written as a function that returns a :class:`Recipe` (see ``acdc.recipes``). The command
+line changes single values by their path, ``method.pattern.sparsity=0.95``: the text is read by the
+type of the field, and a component is replaced by the name of another one, ``method=dense``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from acdc.errors import InputError, need
+from acdc.layers import Layers
+from acdc.methods.base import Method
+from acdc.methods.dense import Dense
+from acdc.pattern import NM, Block, Pattern, Unstructured
+from acdc.runs.data import Source
+from acdc.runs.models import Model
+from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, Steps
+from acdc.schedule import Constant
+
+Computed = Literal["auto", "off", "reference"]
+BEFORE = {"engine": "off", "start": None}  # what a recipe meant before it could say
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a run.
+
+    Args:
+        name: What it is called on the command line.
+        about: One sentence for ``acdc list``.
+        model: The network.
+        data: The data.
+        method: The method, holding a plan in epochs.
+        optimizer: How weights move.
+        lr: The learning-rate curve, through all phases.
+        batch_size: Samples of one optimizer step, over all processes.
+        accumulate: Parts a batch is computed in, to save memory; the step is the same, but that
+            BatchNorm takes its statistics over a part.
+        label_smoothing: Of the cross-entropy loss.
+        clip: Largest norm of the gradient, or ``None``.
+        dense_finetune: Train the dense twin on, from the end of the last dense phase over the rest
+            of the same learning-rate curve, while the sparse twin's last phase is left as it was.
+        bn_batches: Batches over which BatchNorm statistics of both twins are estimated anew after
+            training; 0: they stay as training left them.
+        eval_batch_size: Samples evaluated at a time.
+        checkpoint_steps: Steps between two checkpoints.
+        precision: Of Lightning Fabric: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``.
+        channels_last: Keep images and convolutions in PyTorch's channels-last layout.
+        devices: Processes, one a device. They share every batch, and BatchNorm sees the share.
+        threads: Threads of PyTorch in each process; ``None``: as PyTorch chooses. Results are
+            bitwise the same only for the same number of threads.
+        engine: How sparse phases are computed on a CPU. ``"auto"``: each layer as is faster here,
+            on the kernels or in PyTorch, as timed at the first compression. ``"off"``: in PyTorch.
+            ``"reference"``: by the engine, but in plain PyTorch and slowly, to check the kernels.
+            Two runs with ``"auto"`` may choose differently, and then differ in the last bits; a
+            resumed run goes on with what it had chosen, and stays bitwise the same.
+        seed: Of weights, data order, augmentation and dropout.
+        start: A finished run, by the name of its folder beside this run's, whose dense network
+            this run starts from; ``None``: fresh weights.
+    """
+
+    name: str
+    about: str
+    model: Model
+    data: Source
+    method: Method
+    optimizer: Optimizer = field(default_factory=SGD)
+    lr: Curve = field(default_factory=Cosine)
+    batch_size: int = 128
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    clip: float | None = None
+    dense_finetune: bool = False
+    bn_batches: int = 0
+    eval_batch_size: int = 1000
+    checkpoint_steps: int = 500
+    precision: str = "32-true"
+    channels_last: bool = True
+    devices: int = 1
+    threads: int | None = None
+    engine: Computed = "auto"
+    seed: int = 0
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "eval_batch_size", "checkpoint_steps", "devices"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}. It is a whole number from 1 up.")
+        if self.batch_size % (self.devices * self.accumulate):
+            raise InputError(
+                f"batch_size is {self.batch_size}, which {self.devices} devices and "
+                f"{self.accumulate} parts cannot share evenly. Choose a multiple of "
+                f"{self.devices * self.accumulate}."
+            )
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"threads is {self.threads}. It is a whole number from 1 up.")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"label_smoothing is {self.label_smoothing!r}. It is in [0, 1).")
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"clip is {self.clip!r}. It is a positive number, or none.")
+        if self.bn_batches < 0:
+            raise InputError(f"bn_batches is {self.bn_batches}. It is a number from 0 up.")
+        if self.engine not in (modes := get_args(Computed)):
+            raise InputError(f"engine is {self.engine!r}. It is one of: {', '.join(modes)}.")
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training data."""
+        return self.method.schedule.epochs
+
+
+# --- components that can be replaced by name ----------------------------------------------------
+
+_Component = Callable[[Any], Any]
+
+
+def _dense(old: Method) -> Method:
+    return Dense(Constant(old.schedule.epochs, "dense"))
+
+
+def _pattern(kind: type[Pattern]) -> _Component:
+    def build(old: Pattern) -> Pattern:
+        same = {"sparsity": old.target, "scope": getattr(old, "scope", "global")}
+        names = {f.name for f in fields(kind)}
+        return kind(**{name: value for name, value in same.items() if name in names})
+
+    return build
+
+
+COMPONENTS: dict[type, dict[str, _Component]] = {
+    Method: {"dense": _dense},
+    Pattern: {"unstructured": _pattern(Unstructured), "nm": _pattern(NM), "block": _pattern(Block)},
+    Optimizer: {"sgd": lambda _: SGD(), "adamw": lambda _: AdamW()},
+    Curve: {"cosine": lambda _: Cosine(), "steps": lambda _: Steps()},
+    Layers: {"all": lambda _: Layers(), "default": lambda _: None},
+}
+
+
+# --- changing values by their path --------------------------------------------------------------
+
+
+def change(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
+    """Return the recipe with the values at these paths replaced.
+
+    Args:
+        recipe: The recipe to start from.
+        settings: Path → text, as typed after ``--set``; applied in order.
+
+    Raises:
+        InputError: A path names no field, a text does not fit its type, or the value is refused.
+    """
+    for path, text in settings.items():
+        recipe = _change(recipe, path.split("."), text, path)
+    return recipe
+
+
+def _change(node: Any, path: list[str], text: str, whole: str) -> Any:
+    name, *rest = path
+    names = [f.name for f in fields(node)]
+    if name not in names or (node.__class__ is Recipe and name in ("name", "about")):
+        at = whole.rsplit(".", len(rest) + 1)[0] if whole.count(".") > len(rest) else "the recipe"
+        raise InputError(
+            f"--set {whole}={text}: {at} ({type(node).__name__}) has no field {name!r}. "
+            f"Its fields are: {', '.join(n for n in names if n not in ('name', 'about'))}."
+        )
+    old = getattr(node, name)
+    if rest:
+        if old is None and _kind(node, name) is Layers:
+            old = Layers()
+        if not is_dataclass(old):
+            raise InputError(
+                f"--set {whole}={text}: {name!r} is the value {old!r} and has no fields of its "
+                f"own. Write --set {whole.rsplit('.' + rest[0], 1)[0]}=VALUE."
+            )
+        new = _change(old, rest, text, whole)
+    elif (kind := _kind(node, name)) is not None:
+        makers = COMPONENTS[kind]
+        if text not in makers:
+            raise InputError(
+                f"--set {whole}={text}: {name} can be replaced by {', '.join(makers)}"
+                f"{f', and its fields set one by one ({whole}.FIELD=VALUE)' if old else ''}."
+            )
+        new = makers[text](old)
+    elif is_dataclass(old):
+        raise InputError(
+            f"--set {whole}={text}: {name} has fields of its own: "
+            f"{', '.join(f'{whole}.{f.name}' for f in fields(old))}. Set one of them."
+        )
+    else:
+        new = parse(text, get_type_hints(type(node))[name], whole)
+    return replace(node, **{name: new})
+
+
+def _kind(node: Any, name: str) -> type | None:
+    """Return the component type of a field, where it can be replaced by name."""
+    hint = get_type_hints(type(node))[name]
+    options = getattr(hint, "__args__", (hint,))
+    return next((kind for kind in COMPONENTS if kind in options), None)
+
+
+def parse(text: str, hint: Any, path: str) -> Any:
+    """Return the value that ``text`` stands for as the type ``hint``.
+
+    Raises:
+        InputError: The text does not fit the type.
+    """
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise need("jsonargparse", "lab") from error
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        value = parser.parse_args([f"--value={_yaml(text, hint)}"]).value
+    except Exception as error:
+        raise InputError(
+            f"--set {path}={text}: {text!r} is not of the type {_spell(hint)}."
+        ) from error
+    if isinstance(value, float) and math.isnan(value):
+        raise InputError(f"--set {path}={text}: NaN is no value.")
+    return value
+
+
+def _yaml(text: str, hint: Any) -> str:
+    """Return the text as the parser reads it: ``none`` and ``a,b`` are what people type."""
+    if text.lower() in ("none", "null"):
+        return "null"
+    if get_origin(hint) is tuple and text[:1] not in ("[", "("):
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return json.dumps(parts) if get_args(hint)[0] is str else f"[{', '.join(parts)}]"
+    return text
+
+
+def _spell(hint: Any) -> str:
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        return f"list of {_spell(get_args(hint)[0])}s (a,b,c)"
+    if hint in (int, float, str, bool):
+        return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]
+    if get_origin(hint) is Literal:
+        *others, last = map(str, get_args(hint))
+        return f"{', '.join(others)} or {last}"
+    return str(hint).replace("typing.", "").replace("NoneType", "none")
+
+
+# --- what a recipe is on disk -------------------------------------------------------------------
+
+
+def encode(value: Any) -> Any:
+    """Return what JSON can hold: a dataclass becomes its fields and its type."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"type": type(value).__name__} | {
+            f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def label(name: str, settings: Mapping[str, str]) -> str:
+    """Return the name of a run: its recipe, and the hash of what differs from the default."""
+    if not settings:
+        return name
+    text = json.dumps(dict(sorted(settings.items())))
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

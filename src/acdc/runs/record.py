@@ -1,0 +1,227 @@
+"""What a run leaves behind: its folder, its metrics, its record.
+
+=====================  ==================================================================
+``recipe.json``        every value of the recipe, and which ones were changed
+``metrics.jsonl``      one event a line: start, step, change, engine, eval
+``checkpoint/``        ``last.ckpt``, replaced as a whole
+``pair/``              the two twins and ``pair.json`` (``dense.safetensors`` for a dense run)
+``record.json``        what came out, written last
+``report.html``        the page
+``tensorboard/``       the same numbers for TensorBoard
+=====================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from acdc.errors import InputError
+from acdc.files import Staging
+
+Event = dict[str, Any]
+
+
+def bits(loss: float) -> float:
+    """Return a cross-entropy in bits: what a character of a text takes, by this network."""
+    return loss / math.log(2)
+
+
+class Clocks(NamedTuple):
+    """Seconds by the clock on the wall, and of the processors that this process was given.
+
+    The second tells what a step costs where other work shares the machine.
+    """
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @classmethod
+    def now(cls) -> Clocks:
+        """Return both clocks. Only differences mean something."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def plus(self, other: Clocks) -> Clocks:
+        """Return the sum."""
+        return Clocks(self.wall + other.wall, self.cpu + other.cpu)
+
+    def minus(self, other: Clocks) -> Clocks:
+        """Return the difference."""
+        return Clocks(self.wall - other.wall, self.cpu - other.cpu)
+
+    def event(self) -> Event:
+        """Return them as an event holds them, in microseconds at the finest."""
+        return {"seconds": round(self.wall, 6), "cpu_seconds": round(self.cpu, 6)}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """Every value of the recipe."""
+        return self.path / "recipe.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One event a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last checkpoint."""
+        return self.path / "checkpoint" / "last.ckpt"
+
+    @property
+    def pair(self) -> Path:
+        """The folder of the twins."""
+        return self.path / "pair"
+
+    @property
+    def record(self) -> Path:
+        """What came out."""
+        return self.path / "record.json"
+
+    def read(self, file: Path) -> dict[str, Any]:
+        """Return one of the JSON files.
+
+        Raises:
+            InputError: It is missing or damaged.
+        """
+        try:
+            data: dict[str, Any] = json.loads(file.read_text())
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.path} is not the folder of a finished run: it has no {file.name}. Name "
+                f"the folder that 'acdc run' printed, or finish the run with --resume."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file} cannot be read: {error}.") from error
+        return data
+
+    def write(self, file: Path, data: Mapping[str, Any]) -> None:
+        """Write one of the JSON files, as a whole or not at all."""
+        with Staging(file.parent, file.name) as staging:
+            staging.add(file.name, (json.dumps(data, indent=1) + "\n").encode())
+            staging.commit()
+
+
+class Metrics:
+    """Appends events to ``metrics.jsonl``; a resumed run continues where its checkpoint was.
+
+    Args:
+        path: The file.
+        size: Bytes that count, from the checkpoint; what was written after it is cut off, because
+            the resumed run writes it again.
+    """
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        self._file = path.open("ab")
+        if self._file.tell() < size:
+            raise InputError(
+                f"{path} has {self._file.tell()} bytes, and the checkpoint was taken when it had "
+                f"{size}: it was cut. Restore it, or start the run anew in another folder."
+            )
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def write(self, event: Event) -> None:
+        """Append one event."""
+        self._file.write((json.dumps(event) + "\n").encode())
+
+    def sync(self) -> int:
+        """Return the size of the file, once every event in it is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+
+
+def events(path: Path) -> Iterator[Event]:
+    """Yield the events of a run; a last line that was being written when it stopped is left out."""
+    with path.open() as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
+
+
+def times(path: Path) -> dict[str, float | None]:
+    """Return where the seconds of a run went, from its metrics, and what a step took on average.
+
+    A step is forward, loss, backward and the optimizer. What is not in it: loading of data,
+    evaluation, building of the engine, checkpoints. ``cpu`` has the seconds of the processors for
+    all steps and the building of the engine, but not for the fine-tuning of a dense twin.
+    """
+    seconds = dict.fromkeys(("dense", "sparse", "finetune", "evaluation", "engine"), 0.0)
+    steps = {"dense": 0, "sparse": 0}
+    parts = {"eval": "evaluation", "engine": "engine"}
+    cpu = 0.0
+    for event in events(path):
+        if event["event"] == "step":
+            part = "finetune" if "twin" in event else event["phase"]
+            seconds[part] += event["seconds"]
+            if part in steps:
+                steps[part] += 1
+        elif event["event"] in parts:
+            seconds[parts[event["event"]]] += event["seconds"]
+        if event["event"] in ("step", "engine") and "twin" not in event:
+            cpu += event.get("cpu_seconds", 0.0)  # runs of older versions have none
+    means = {
+        f"{k}_step_ms": round(1e3 * seconds[k] / n, 3) if n else None for k, n in steps.items()
+    }
+    return {name: round(value, 3) for name, value in (seconds | {"cpu": cpu}).items()} | means
+
+
+def peak_memory() -> int | None:
+    """Return the most memory this process has held so far, in bytes, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return what the figures were computed with."""
+    from importlib.metadata import version
+
+    names = ("acdc", "torch", "lightning", "numpy", "safetensors")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
