@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import acdc
 from acdc import score
-from acdc.engine import host, kept
+from acdc.engine import host
+from acdc.hooks import kept_steps as kept
 from acdc.engine.choice import Choice, Site
 from acdc.methods.acdc import ACDC
 from acdc.methods.dpf import DPF
