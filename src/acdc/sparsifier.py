@@ -34,7 +34,6 @@ from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin, on_cpu
 from acdc.layers import unwrapped
 from acdc.methods.base import Method, Weights
-from acdc.methods.training import Behind
 from acdc.pair import Pair
 from acdc.processes import agreed, from_rank_zero
 from acdc.schedule import Phase, Schedule
@@ -285,7 +284,9 @@ class Sparsifier:
                 + "; the sparse one is the end of the run."
             )
         sparse = on_cpu(self.model.state_dict())
-        use_twin = self.dense_twin is not None and (not dense or not self._has_dense_network)
+        use_twin = self.dense_twin is not None and (
+            not dense or not self.method.training.is_network
+        )
         twin = self.dense_twin if use_twin else None
         known = {"method": self.method.name, "step": self.step}
         known |= {"dense_step": self.step if twin is None else twin.step}
@@ -295,11 +296,6 @@ class Sparsifier:
             support=self.support.to("cpu"),
             facts={**known, "schedule": self.schedule.to_dict(), **facts},
         )
-
-    @property
-    def _has_dense_network(self) -> bool:
-        training = self.method.training
-        return isinstance(training, Behind) and training.is_network
 
     @torch.no_grad()
     def project(self, model: nn.Module) -> None:

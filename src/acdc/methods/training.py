@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from torch import Tensor
 
+from acdc.cost import Seen
 from acdc.support import Support
 
 if TYPE_CHECKING:
@@ -40,23 +41,29 @@ class Masked:
     instead: bool = False
     move: Callable[[Weights, Support, Any], Iterable[tuple[str, Tensor]]] | None = None
 
+    is_network: ClassVar[bool] = False  # there are no dense weights behind
+
     def wants_dense_gradient(self, step: int) -> bool:
         """Return whether the step that follows ``step`` executed ones has the dense gradient."""
         return self.dense_gradient is not None and self.dense_gradient(step)
 
-    def step_flops(self, step: int, sparse: int, dense: int) -> Fraction:
-        """Return the FLOPs of one training step on one sample in a sparse phase.
+    def flops(self, steps: range, seen: Seen, sparse: int, dense: int) -> Fraction:
+        """Return the FLOPs of training steps in a sparse phase.
 
         A training step is three passes: forward, gradients of the inputs, gradients of the weights.
         The last one is dense where the dense gradient is wanted.
 
         Args:
-            step: Executed steps before this one.
-            sparse: FLOPs of a forward pass on the kept weights.
-            dense: FLOPs of a forward pass on all weights.
+            steps: The steps, by the number of executed steps before each.
+            seen: Function from executed steps to the samples that they have seen.
+            sparse: FLOPs of a forward pass with the kept weights on one sample.
+            dense: FLOPs of a forward pass with all weights on one sample.
         """
-        last = dense if self.wants_dense_gradient(step) else sparse
-        return Fraction(2 * sparse + last)
+        spent = 3 * sparse * (seen(steps.stop) - seen(steps.start))
+        if self.dense_gradient is not None:
+            wanted = (step for step in steps if self.dense_gradient(step))
+            spent += (dense - sparse) * sum(seen(step + 1) - seen(step) for step in wanted)
+        return Fraction(spent)
 
 
 @final
@@ -90,27 +97,28 @@ class Behind:
     view: Callable[[str, Tensor, Any], Tensor] | None = None
     is_network: bool = True
 
-    instead = False
-    move = None
+    instead: ClassVar[bool] = False
+    move: ClassVar[None] = None
 
     def wants_dense_gradient(self, step: int) -> bool:
         """Return whether the next step has the dense gradient, if its phase is sparse."""
         return self.straight_through
 
-    def step_flops(self, step: int, sparse: int, dense: int) -> Fraction:
-        """Return the FLOPs of one training step on one sample in a sparse phase.
+    def flops(self, steps: range, seen: Seen, sparse: int, dense: int) -> Fraction:
+        """Return the FLOPs of training steps in a sparse phase.
 
         Two passes run on the view. The gradients of the weights are those of every trained weight;
-        how much they cost is taken from the costs at both ends, in proportion to the sparsity.
+        their cost is interpolated between ``sparse`` and ``dense``, in proportion to the sparsity.
 
         Args:
-            step: Executed steps before this one.
-            sparse: FLOPs of a forward pass on the kept weights.
-            dense: FLOPs of a forward pass on all weights.
+            steps: The steps, by the number of executed steps before each.
+            seen: Function from executed steps to the samples that they have seen.
+            sparse: FLOPs of a forward pass with the kept weights on one sample.
+            dense: FLOPs of a forward pass with all weights on one sample.
         """
-        if not self.straight_through:
-            return Fraction(3 * sparse)
-        return 2 * sparse + dense + self.trained_share * (sparse - dense)
+        last = dense + self.trained_share * (sparse - dense)
+        step = 2 * sparse + (last if self.straight_through else sparse)
+        return Fraction(step) * (seen(steps.stop) - seen(steps.start))
 
 
 Training = Masked | Behind
