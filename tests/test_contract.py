@@ -46,7 +46,7 @@ from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.schedule import Phase, Schedule, alternate, constant
 from acdc.sparsifier import Sparsifier
 from acdc.support import Support
-from helpers import (
+from support.helpers import (
     CUTS,
     REVIVAL,
     SCHEDULE,

@@ -42,7 +42,7 @@ from acdc.runs.data import (
 )
 from acdc.runs.data.augment import crop, flip, stream
 from acdc.runs.data.files import fetch, read_cifar, read_idx, unpack
-from runs import text_of_shakespeares_size
+from support.runs import text_of_shakespeares_size
 
 DEBIAN = FashionMNIST.installed
 needs_debian = pytest.mark.skipif(
