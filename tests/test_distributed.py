@@ -23,7 +23,7 @@ import acdc
 from acdc import score
 from acdc.engine import host
 from acdc.engine.choice import Choice, Site
-from acdc.hooks import kept_steps as kept
+from acdc.hooks import kept_steps
 from acdc.methods.acdc import ACDC
 from acdc.methods.dpf import DPF
 from acdc.methods.families import exchange
@@ -33,7 +33,7 @@ from acdc.methods.woodfisher import WoodFisher
 from acdc.pattern import NM, Unstructured
 from acdc.schedule import constant
 from acdc.sparsifier import Sparsifier
-from helpers import (
+from support.helpers import (
     CUTS,
     REVIVAL,
     SCHEDULE,
@@ -169,7 +169,7 @@ def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[
     example = batch(0)[0].double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "measure", measure)
-        patch.setattr(kept, "LARGE", 64)  # so that optimizer steps are of kept elements, too
+        patch.setattr(kept_steps, "LARGE", 64)  # so that optimizer steps are of kept elements, too
         engine = acdc.Engine(model, example) if on else None
         optimizer = sgd(model)
         wrapped = DDP(model, **ddp)

@@ -19,7 +19,7 @@ from acdc.methods.base import Reset
 from acdc.pattern import Unstructured
 from acdc.schedule import constant
 from acdc.sparsifier import Sparsifier
-from helpers import (
+from support.helpers import (
     CUTS,
     SCHEDULE,
     TOTAL,

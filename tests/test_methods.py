@@ -43,7 +43,19 @@ from acdc.schedule import constant, phases, ramp
 from acdc.score import Scores
 from acdc.sparsifier import Sparsifier
 from acdc.support import Support, kept
-from helpers import Net, adam, backward, batch, bind, build, is_plus_zero, same, sgd, steps, train
+from support.helpers import (
+    Net,
+    adam,
+    backward,
+    batch,
+    bind,
+    build,
+    is_plus_zero,
+    same,
+    sgd,
+    steps,
+    train,
+)
 
 STEPS = 12
 SPARSE = constant("sparse", 3).resolve(4)
