@@ -90,6 +90,7 @@ def test_the_kernels_pass_their_tests_on_a_cpu_without_avx():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout, done.stdout
+    assert re.search(r"kernels: all \d+ of the table were called", done.stdout), done.stdout
 
 
 def output(*command: str | Path) -> str:
