@@ -230,7 +230,7 @@ def exchanging(wrap_first: bool, accumulate: int) -> dict[str, Any]:
             with nullcontext() if last else wrapped.no_sync():  # type: ignore[operator]
                 backward(wrapped, index)
             backward(twin, index)
-        before, update = sparsifier.support, method.wants_gradient(step)
+        before, update = sparsifier.support, method.training.wants_dense_gradient(step)
         if update:
             named = {name: twin.get_parameter(name) for name in sparsifier.params}
             for p in named.values():
@@ -264,7 +264,7 @@ def viewing(kind: type[DPF] | type[STR]) -> dict[str, Any]:
         after = flat(iter(sparsifier.dense_weights.values()))
         seen["moved"].append(int((after != before)[outside].sum()))
         seen["dense"].append(after)
-        seen["learned"].append(sparsifier.state_dict()["thresholds"])
+        seen["learned"].append(sparsifier.state_dict()["method_state"] or {})
         seen["view"].append(flat(model.parameters()))
         seen["digests"].append(sparsifier.support.digest())
     return seen
@@ -299,9 +299,12 @@ def remembering() -> dict[str, Any]:
                 dist.all_reduce(grad)
                 averages.append(grad[mask] / WORLD)
             seen["expected"] = flat(iter(averages))
-            pre = optimizer.register_step_pre_hook(  # registered last: sees what was remembered
-                lambda *_: seen.update(past=flat(iter(sparsifier.state_dict()["past"].values())))
-            )
+
+            def look(*_: Any) -> None:  # registered last: sees what was remembered
+                memory = sparsifier._hooks._found.state
+                seen["past"] = flat(row for _, rows in memory.values() for row in rows)
+
+            pre = optimizer.register_step_pre_hook(look)
             optimizer.step()
             pre.remove()
         else:

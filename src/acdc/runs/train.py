@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
-from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType
@@ -250,7 +249,7 @@ class _Run:
         ends = self.schedule.phases[-1].kind
         if self.method.sparsity is None or (self.method.ends_dense and ends == "dense"):
             return "dense"
-        twins = self.schedule.last("dense") is not None or self.method.keeps_dense
+        twins = self.schedule.last("dense") is not None or self.method.training.is_network
         return "pair" if twins else "sparse"
 
     def _pair(self, dense: dict[str, Tensor]) -> Pair:
@@ -634,31 +633,30 @@ class _Run:
 
     def _costs(self) -> dict[str, Any]:
         counts = self.sparsifier.support.counts()
-        spent, whole = self._spent(1), 3 * self.network.flops() * self.schedule.total
         return {
             "inference_flops_ratio": self.network.inference_ratio(counts),
-            "train_flops_ratio": float(Fraction(spent, whole)),
+            "train_flops_ratio": self._ledger().ratio,
         }
 
-    def _spent(self, per_step: int, per_epoch: int | None = None) -> int:
-        """Return the FLOPs of the run, from the supports it had."""
-        supports = [(change.step, change.counts) for change in self.sparsifier.changes]
-        rule = self.method.step_flops
-        return self.network.flops_over(self.schedule, supports, per_step, per_epoch, rule)
+    def _ledger(self) -> cost.Ledger:
+        """Return the FLOPs of the run so far, from the supports it had."""
+        return cost.Ledger.of(
+            self.network,
+            self.schedule,
+            [(change.step, change.counts) for change in self.sparsifier.changes],
+            self.method.training.flops,
+            self.recipe.batch_size,
+            self.data.train_samples,
+        )
 
     def _details(self, command: str) -> dict[str, Any]:
-        support, network, samples = self.sparsifier.support, self.network, self.recipe.batch_size
+        support, network = self.sparsifier.support, self.network
         counts = support.counts()
         kept = network.kept(counts)
         parameters = sum(p.numel() for p in self.net.parameters())
-        epoch = self.data.train_samples
-        dense_phases: list[dict[str, int] | None] = [None] * len(self.schedule.phases)
-        dense = network.training_flops(self.schedule, dense_phases, samples, epoch)
-        tail = 0
-        if self.leg == "finetune":  # it took the steps of the last phase, densely
-            nothing = dict.fromkeys(network.shapes, 0)
-            rest = [*dense_phases[:-1], nothing]
-            tail = dense - network.training_flops(self.schedule, rest, samples, epoch)
+        ledger = self._ledger()
+        # The dense twin took the steps of the last phase, densely.
+        tail = ledger.phases[-1].dense_flops if self.leg == "finetune" else 0
         return {
             "recipe": self.recipe.name,
             "method": self.method.name,
@@ -677,8 +675,9 @@ class _Run:
             "prunable": support.numel,
             "dense_flops": network.flops(),
             "sparse_flops": network.flops(counts),
-            "train_flops": self._spent(samples, epoch),
-            "train_flops_dense": dense,
+            "train_flops": ledger.flops,
+            "train_flops_dense": ledger.dense_flops,
+            "ledger": ledger.to_dict(),
             "finetune_flops": tail,
             "phases": [vars(phase) for phase in self.schedule.phases],
             "layers": [
