@@ -1,6 +1,7 @@
 """Two processes that train one model: DDP over gloo on the CPU.
 
-The processes are started once. Each writes down what it saw, and the tests read it.
+The processes are started once. Each writes down what it saw, and the tests read it. The file takes
+about 15 seconds.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from support.helpers import (
     is_plus_zero,
     sgd,
 )
+
+pytestmark = pytest.mark.slow
 
 WORLD = 2
 PATTERN = Unstructured(0.8)
