@@ -7,8 +7,8 @@ One network trains on one batch on the engine: with gradients and steps of dense
 those of kept elements only (``acdc.hooks.kept_steps``). They take turns in a rotating order,
 some steps at a time, on one network. ``outside`` is the step without forward and backward: the
 optimizer and the projection; ``share`` is its part of the whole step. Masking the gradient happens
-within the backward pass. A ratio is that of medians, its spread that of the rounds. ``again`` is a second turn
-of dense size: how far from one a ratio may be and mean nothing.
+within the backward pass. A ratio is that of medians, its spread that of the rounds. ``again`` is a
+second turn of dense size: how far from one a ratio may be and mean nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import acdc
-from acdc.engine.written import Written
+from acdc.engine.gradients import Written
 from acdc.hooks.kept_steps import KeptSteps, pays
 from acdc.runs.models import CifarResNet
 from common import save, spread

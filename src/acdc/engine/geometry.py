@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from acdc.errors import InputError
 
-Pair = tuple[int, int]
+Size2 = tuple[int, int]  # rows, columns
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class ConvGeometry:
 
     in_channels: int
     out_channels: int
-    kernel: Pair
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
+    kernel: Size2
+    stride: Size2 = (1, 1)
+    padding: Size2 = (0, 0)
+    dilation: Size2 = (1, 1)
     groups: int = 1
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class ConvGeometry:
         """The shape of the dense weight."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)
 
-    def out_size(self, height: int, width: int) -> Pair:
+    def out_size(self, height: int, width: int) -> Size2:
         """Return the output's height and width; raise if the kernel is larger than the padded
         input.
         """

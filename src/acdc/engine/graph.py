@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.utils.parametrize import is_parametrized
 
-from acdc.engine.geometry import ConvGeometry, Pair
+from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.errors import InputError
 
 Kind = Literal[
@@ -193,9 +193,9 @@ class PoolSpec:
     """Max or average pooling. ``window`` None is the whole image."""
 
     kind: Literal["max", "avg"]
-    window: Pair | None
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
+    window: Size2 | None
+    stride: Size2 = (1, 1)
+    padding: Size2 = (0, 0)
     count_padding: bool = True
 
 
@@ -207,15 +207,15 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True)
-class SameSpec:
+class IdentitySpec:
     """Nothing: an identity, or a dropout that drops nothing."""
 
 
-Spec = ConvSpec | NormSpec | ReluSpec | AddSpec | PoolSpec | ActivationSpec | SameSpec
+Spec = ConvSpec | NormSpec | ReluSpec | AddSpec | PoolSpec | ActivationSpec | IdentitySpec
 
 
 @dataclass(frozen=True)
-class Known:
+class Recognised:
     """A node that the engine can run: what it is and how its result lies."""
 
     spec: Spec
@@ -239,14 +239,14 @@ def meta_of(node: fx.Node) -> TensorMetadata | None:
     return meta if isinstance(meta, TensorMetadata) else None
 
 
-def recognise(graph: fx.GraphModule) -> dict[fx.Node, Known | str]:
+def recognise(graph: fx.GraphModule) -> dict[fx.Node, Recognised | str]:
     """Return what each computing node is, or why it stays with PyTorch.
 
     Raises:
         Untraceable: the order of operations matters more than a graph can say.
 
     """
-    found: dict[fx.Node, Known | str] = {}
+    found: dict[fx.Node, Recognised | str] = {}
     for node in graph.graph.nodes:
         if node.op in ("call_module", "call_function", "call_method"):
             found[node] = _recognise(graph, node, found)
@@ -257,7 +257,7 @@ def recognise(graph: fx.GraphModule) -> dict[fx.Node, Known | str]:
     return found
 
 
-def _check_in_place(node: fx.Node, found: dict[fx.Node, Known | str]) -> None:
+def _check_in_place(node: fx.Node, found: dict[fx.Node, Recognised | str]) -> None:
     """See who else would notice that a tensor is changed in place.
 
     The kernels change nothing in place. That is the same if they also made the tensor, and nobody
@@ -269,7 +269,7 @@ def _check_in_place(node: fx.Node, found: dict[fx.Node, Known | str]) -> None:
         if len(source.users) > 1:
             raise Untraceable("a tensor that others read is changed in place")
         known = found.get(source)
-        made_here = isinstance(known, Known) and not isinstance(known.spec, SameSpec)
+        made_here = isinstance(known, Recognised) and not isinstance(known.spec, IdentitySpec)
         if not made_here:
             found[node] = "a tensor that PyTorch made is changed in place"
         source = source.args[0] if source.args else None  # which it may be a view of
@@ -296,11 +296,11 @@ def _in_place(node: fx.Node) -> bool:
     return bool(given.get("inplace", False))
 
 
-def _check_shared_norms(found: dict[fx.Node, Known | str]) -> None:
+def _check_shared_norms(found: dict[fx.Node, Recognised | str]) -> None:
     """A BatchNorm that is used twice moves its statistics twice, and in order: by PyTorch."""
     uses: dict[nn.Module, list[fx.Node]] = {}
     for node, known in found.items():
-        if isinstance(known, Known) and isinstance(known.spec, NormSpec):
+        if isinstance(known, Recognised) and isinstance(known.spec, NormSpec):
             uses.setdefault(known.spec.module, []).append(node)
     for nodes in uses.values():
         if len(nodes) > 1:
@@ -308,8 +308,8 @@ def _check_shared_norms(found: dict[fx.Node, Known | str]) -> None:
 
 
 def _recognise(
-    graph: fx.GraphModule, node: fx.Node, found: Mapping[fx.Node, Known | str]
-) -> Known | str:
+    graph: fx.GraphModule, node: fx.Node, found: Mapping[fx.Node, Recognised | str]
+) -> Recognised | str:
     meta = meta_of(node)
     if meta is None:
         return "its result is not one tensor"
@@ -331,12 +331,12 @@ def _recognise(
         return "its input lies otherwise in the layout: images and tokens do not mix"
     if kind == "images" and any(len(shape_of(source) or ()) != 4 for source in inputs):
         return "images have four dimensions"
-    return Known(spec, kind)
+    return Recognised(spec, kind)
 
 
-def _known_kind(node: fx.Node, found: Mapping[fx.Node, Known | str]) -> Kind | None:
+def _known_kind(node: fx.Node, found: Mapping[fx.Node, Recognised | str]) -> Kind | None:
     known = found.get(node)
-    return known.kind if isinstance(known, Known) else None
+    return known.kind if isinstance(known, Recognised) else None
 
 
 def _kind(spec: Spec, inputs: list[Kind | None], dimensions: int) -> Kind | None:
@@ -410,7 +410,7 @@ def _module_spec(module: nn.Module, name: str) -> Spec:
     if kind is nn.Identity or (
         isinstance(module, nn.Dropout | nn.Dropout2d) and (module.p == 0 or not module.training)
     ):
-        return SameSpec()
+        return IdentitySpec()
     raise InputError(f"{kind.__name__} is not one of the engine's operations")
 
 
@@ -485,7 +485,7 @@ def _gelu(approximate: str) -> ActivationSpec:
     return ActivationSpec("gelu_tanh" if approximate == "tanh" else "gelu")
 
 
-def _pair(value: Any) -> Pair:
+def _pair(value: Any) -> Size2:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 

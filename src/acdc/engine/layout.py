@@ -6,7 +6,6 @@ and a block is 8 columns of ``lanes`` tokens. ``docs/engine.md`` says why.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -160,26 +159,3 @@ def allocate(
         buffers.append(Buffer(shape, data[start : start + shape.numel]))
         start += shape.numel
     return buffers
-
-
-class Pool:
-    """Buffers that are free, by shape: taking one back keeps its halo, so it need not be
-    cleared.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[Shape, list[Buffer]] = defaultdict(list)
-
-    def take(self, shape: Shape) -> Buffer:
-        """Return a buffer of this shape; its interior holds anything."""
-        free = self._free[shape]
-        return free.pop() if free else Buffer.zeros(shape)
-
-    def give(self, *buffers: Buffer) -> None:
-        """Hand buffers back: the caller reads and writes them no more."""
-        for buffer in buffers:
-            self._free[buffer.shape].append(buffer)
-
-    def clear(self) -> None:
-        """Free the memory."""
-        self._free.clear()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from acdc.engine.geometry import ConvGeometry, Pair
+from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.layout import Shape
 
 # What a panel may take of the first-level cache: all of it, in most machines.
@@ -57,7 +57,7 @@ class Tile:
         return self if geometry.kernel == (1, 1) else Tile(4, self.columns, self.channels)
 
 
-def _pixels(geometry: ConvGeometry, size: Pair, channels: int, lanes: int) -> Pair:
+def _pixels(geometry: ConvGeometry, size: Size2, channels: int, lanes: int) -> Size2:
     """Return a tile of 8 to 12 accumulators: they hide each other's latency."""
     height, width = size
     if geometry.kernel == (1, 1):
@@ -69,7 +69,7 @@ def _pixels(geometry: ConvGeometry, size: Pair, channels: int, lanes: int) -> Pa
     return max(1, min(most, height, 12 // columns)), columns
 
 
-def _read(pixels: Pair, step: Pair, taps: Pair, dilation: Pair) -> int:
+def _read(pixels: Size2, step: Size2, taps: Size2, dilation: Size2) -> int:
     """Return how many pixels of a channel a tile reads."""
     sides = zip(pixels, step, taps, dilation, strict=True)
     return math.prod((p - 1) * s + (t - 1) * d + 1 for p, s, t, d in sides)
