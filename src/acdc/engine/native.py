@@ -345,7 +345,8 @@ class Native(Kernels):
         self, plan: KernelPlan, x: Buffer, dy: Buffer, grad: Tensor, *, accumulate: bool = False
     ) -> None:
         call = self.weight_grad_call(plan, x, dy, accumulate=accumulate)
-        call.into(grad, _aligned(call.scratch, x.shape.dtype))
+        scratch = _aligned(call.scratch, x.shape.dtype)  # must live until the call is done
+        call.into(grad, scratch)
         call()
 
     def weight_grad_call(
