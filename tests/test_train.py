@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from acdc import ACDC, Pair, Unstructured, constant, phases
-from acdc.engine import host
+from acdc.engine import choice
 from acdc.engine.backends import kernels
 from acdc.engine.choice import Choice
 from acdc.engine.engine import Engine
@@ -336,8 +336,8 @@ def sparse_by(choose: Callable[[str], bool]) -> Callable[..., Choice]:
 
 def pinned(monkeypatch: pytest.MonkeyPatch, choose: Callable[[str], bool]) -> None:
     """Let the engine choose by name and not by the clock."""
-    monkeypatch.setattr(host, "measure", sparse_by(choose))
-    monkeypatch.setattr(host, "run_pays", lambda *_: True)
+    monkeypatch.setattr(choice, "measure", sparse_by(choose))
+    monkeypatch.setattr(choice, "segment_pays", lambda *_: True)
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
@@ -391,7 +391,7 @@ def test_stopped_in_a_sparse_phase_it_goes_on_with_what_was_chosen(
     train.run(recipe, tmp_path / "whole", device="cpu")
     with pytest.raises(train.Interrupted):
         train.run(recipe, tmp_path / "run", device="cpu", watch=stop_at(6, signal.SIGTERM))
-    monkeypatch.setattr(host, "measure", lambda *_: pytest.fail("it chose again"))
+    monkeypatch.setattr(choice, "measure", lambda *_: pytest.fail("it chose again"))
     train.run(recipe, tmp_path / "run", device="cpu", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     chosen = {
