@@ -4,7 +4,7 @@
 ``recipe.json``        every value of the recipe, and which ones were changed
 ``metrics.jsonl``      one event a line: start, step, change, engine, eval
 ``checkpoint/``        ``last.ckpt``, replaced as a whole
-``pair/``              the two twins and ``pair.json`` (``dense.safetensors`` for a dense run)
+``pair/``              the trained networks and their index (:mod:`acdc.result`)
 ``record.json``        what came out, written last
 ``report.html``        the page
 ``tensorboard/``       the same numbers for TensorBoard
@@ -86,8 +86,8 @@ class Folder:
         return self.path / "checkpoint" / "last.ckpt"
 
     @property
-    def pair(self) -> Path:
-        """The folder of the twins."""
+    def result(self) -> Path:
+        """The folder of the trained networks."""
         return self.path / "pair"
 
     @property
