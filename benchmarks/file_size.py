@@ -14,7 +14,7 @@ import torch
 
 import acdc
 from acdc import score
-from acdc.pair import sizes
+from acdc.result import sizes
 from acdc.runs.models import CifarResNet, Model, ResNet50, SmallResNet
 from common import save
 

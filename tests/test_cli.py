@@ -592,8 +592,9 @@ def test_a_missing_extra_is_its_install_line(
 ) -> None:
     import acdc.runs
 
-    monkeypatch.delattr(acdc.runs, "train")
-    monkeypatch.delitem(sys.modules, "acdc.runs.train")
+    for name in ("train", "setup"):
+        monkeypatch.delattr(acdc.runs, name)
+        monkeypatch.delitem(sys.modules, f"acdc.runs.{name}")
     monkeypatch.setitem(sys.modules, "lightning.fabric", None)
     assert main(typed(tmp_path)) == 2
     assert 'pip install "acdc[lab]"' in said(capsys)[1]

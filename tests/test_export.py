@@ -110,7 +110,7 @@ def test_the_pair_can_be_a_folder_or_a_run(pair, tmp_path):
         path = to_safetensors(place, tmp_path / "model.safetensors")
         loaded = safetensors.torch.load_file(path)
         assert all(torch.equal(loaded[k], v) for k, v in pair.sparse.items())
-    with pytest.raises(InputError, match=r"There is no pair.json"):
+    with pytest.raises(InputError, match=r"There is no result in"):
         to_safetensors(tmp_path / "nothing", tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r'"sparse" or "dense"'):
         to_safetensors(pair, tmp_path / "model.safetensors", "both")
@@ -127,7 +127,7 @@ def test_a_path_that_cannot_be_written_is_a_sentence(pair, tmp_path):
 
 @pytest.mark.parametrize("twin", ["sparse", "dense"])
 def test_onnxruntime_agrees_with_pytorch_at_every_batch_size(net, pair, tmp_path, twin):
-    path = to_onnx(net, torch.zeros(1, 3, 8, 8), tmp_path / "m.onnx", pair=pair, twin=twin)
+    path = to_onnx(net, torch.zeros(1, 3, 8, 8), tmp_path / "m.onnx", result=pair, twin=twin)
     assert os.listdir(tmp_path) == ["m.onnx"]
     reference = copy_of(net, pair, twin)
     for batch in (1, 2, 5):
@@ -138,7 +138,7 @@ def test_onnxruntime_agrees_with_pytorch_at_every_batch_size(net, pair, tmp_path
 
 
 def test_every_zero_is_in_the_file(net, pair, tmp_path):
-    path = to_onnx(net, torch.zeros(2, 3, 8, 8), tmp_path / "m.onnx", pair=pair)
+    path = to_onnx(net, torch.zeros(2, 3, 8, 8), tmp_path / "m.onnx", result=pair)
     expected = sorted(
         (sorted(mask.shape), mask.numel() - int(mask.sum())) for mask in pair.support.values()
     )
@@ -172,7 +172,7 @@ def test_export_says_nothing_and_leaves_the_loggers_alone(net, tmp_path, capfd, 
 
 def test_large_weights_go_beside_the_graph(net, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(acdc.export.onnx_file, "_ONE_FILE", 100)
-    path = to_onnx(net, torch.zeros(2, 3, 8, 8), tmp_path / "m.onnx", pair=pair)
+    path = to_onnx(net, torch.zeros(2, 3, 8, 8), tmp_path / "m.onnx", result=pair)
     assert sorted(os.listdir(tmp_path)) == ["m.onnx", "m.onnx.data"]
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_what_cannot_be_exported_is_a_sentence(model, example, sentence, tmp_pat
 
 def test_a_pair_of_another_model_and_an_unwritable_path_are_sentences(net, pair, tmp_path):
     with pytest.raises(InputError, match=r"The pair is of another model"):
-        to_onnx(nn.Linear(3, 4), torch.zeros(2, 3), tmp_path / "m.onnx", pair=pair)
+        to_onnx(nn.Linear(3, 4), torch.zeros(2, 3), tmp_path / "m.onnx", result=pair)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"Cannot write m.onnx to "):
         to_onnx(nn.Linear(3, 4), torch.zeros(2, 3), tmp_path / "file" / "m.onnx")

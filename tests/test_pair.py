@@ -20,9 +20,12 @@ from torch import nn
 
 import acdc.pair
 from acdc.errors import InputError
-from acdc.pair import DENSE, INDEX, SPARSE, Pair, sizes
+from acdc.index import FILES, PAIR
+from acdc.pair import Pair
+from acdc.result import sizes
 from acdc.support import Support, kept
 
+DENSE, SPARSE, INDEX = FILES["dense"], FILES["sparse"], PAIR.name
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -616,7 +619,7 @@ M = torch.tensor([[True, False], [False, True]])
         ({"w": -W}, {"w": W}, {"w": M}, r"2 weights of 'w' are pruned"),
         ({"w": M.int()}, {"w": M.int()}, {"w": M}, r"Only floating point weights are pruned"),
         ({"w": 3}, {"w": W}, {}, r"entry 'w' of the sparse twin is a int"),
-        ({"w": W.to_sparse()}, {"w": W}, {}, r"torch.sparse_coo. A pair holds ordinary tensors"),
+        ({"w": W.to_sparse()}, {"w": W}, {}, r"torch.sparse_coo. Only ordinary tensors"),
         ({"w": W}, {"w": W.to("meta")}, {}, r"on meta"),
         ({"w": W.to(torch.complex128)}, {"w": W}, {}, r"is torch.complex128"),
     ],

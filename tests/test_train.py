@@ -29,7 +29,7 @@ from acdc.engine.choice import Choice
 from acdc.engine.engine import Engine
 from acdc.errors import InputError
 from acdc.methods import DPF, Static, TopKAST
-from acdc.pair import load_sparse
+from acdc.result import DenseNetwork, SparseNetwork
 from acdc.runs import train
 from acdc.runs.engine import why_off
 from acdc.runs.models import Model
@@ -171,7 +171,8 @@ def test_the_dense_method_leaves_one_network(tmp_path: Path) -> None:
     )
     assert made["sparse"] is None
     assert made["train_flops_ratio"] == made["inference_flops_ratio"] == 1
-    assert list(files(tmp_path / "run")) == ["dense.safetensors"]
+    assert list(files(tmp_path / "run")) == ["dense.json", "dense.safetensors"]
+    assert DenseNetwork.load(tmp_path / "run" / "pair").facts["seed"] == 0
     assert made["dense"]["bytes"] == len(files(tmp_path / "run")["dense.safetensors"])
     assert made["dense"]["accuracy"] == events(tmp_path / "run", "eval")[-1]["accuracy"]
     assert not events(tmp_path / "run", "change")
@@ -507,18 +508,18 @@ def test_a_run_that_began_before_there_was_an_engine_goes_on_without(
 def test_the_time_of_a_step_is_training_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compress, evaluate = Engine.compress, train._Run._evaluate
+    compress, evaluate = Engine.compress, train.evaluate
 
     def slow_compress(self: Engine, support: Any) -> None:
         time.sleep(0.5)
         compress(self, support)
 
-    def slow_evaluate(self: Any) -> tuple[float, float]:
+    def slow_evaluate(run: Any) -> dict[str, float]:
         time.sleep(0.5)  # no work: the processors are not asked
-        return evaluate(self)
+        return evaluate(run)
 
     monkeypatch.setattr(Engine, "compress", slow_compress)
-    monkeypatch.setattr(train._Run, "_evaluate", slow_evaluate)
+    monkeypatch.setattr(train, "evaluate", slow_evaluate)
     made = train.run(tiny(engine="auto"), tmp_path / "run", device="cpu")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     steps = [e for e in lines if e["event"] == "step"]
@@ -607,14 +608,12 @@ def test_a_run_that_is_sparse_throughout_leaves_a_sparse_network_alone(tmp_path:
     assert result["dense"] is None
     assert result["sparse"]["sparsity"] == pytest.approx(0.75, abs=1e-3)
     assert result["train_flops_ratio"] == pytest.approx(result["inference_flops_ratio"])
-    state, support = load_sparse(tmp_path / "run" / "pair")
+    left = SparseNetwork.load(tmp_path / "run" / "pair")
+    state, support = left.sparse, left.support
     assert support.nnz == result["sparse"]["nnz"]
     assert all(not state[name][~mask].any() for name, mask in support.items())
     with pytest.raises(InputError, match="left no dense network"):
         train.run(replace(tiny(), start="run"), tmp_path / "next", device="cpu")
-    (tmp_path / "run" / "pair" / "sparse.safetensors").write_bytes(b"x")
-    with pytest.raises(InputError, match="is damaged"):
-        load_sparse(tmp_path / "run" / "pair")
 
 
 def test_the_dense_weights_behind_a_sparse_network_outlive_an_evaluation(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
-"""What ``acdc run`` and ``acdc compare`` show: a line that moves, and what came out at the end."""
+"""The display of ``acdc run`` and ``acdc compare``: a moving line, and a table at the end."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from acdc.errors import need
+from acdc.index import Twin
+from acdc.runs.record import networks
 
 try:
     from rich.console import Console
@@ -121,7 +122,7 @@ class Watcher(_Bar):
         return "  ".join(part for part in parts if part)
 
     def _evaluated(self, event: Mapping[str, Any]) -> None:
-        text = f"  {_bits(event)} bits" if "bits" in event else ""
+        text = f"  {_bits(event['bits'])} bits" if "bits" in event else ""
         self._accuracy = f"test {event['accuracy']:.2f} %{text}"
         if not self._live:
             phase = "dense twin" if "twin" in event else event["phase"]
@@ -243,36 +244,48 @@ def engine(state: Mapping[str, Any]) -> str:
 
 
 def outcome(record: Mapping[str, Any]) -> Table:
-    """Return the table at the end of a run: its twins side by side, or the one it made."""
-    sparse, dense, details = record["sparse"], record["dense"], record["details"]
-    prunable = details["prunable"]
+    """Return the table at the end of a run, with a column for each of its networks."""
+    found = networks(record)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column("")
-    if sparse is None:
-        table.add_column("dense network", justify="right", style=COLOURS["dense"])
-        rows = [
-            ("test accuracy", percent(dense["accuracy"])),
-            *([("bits of a character", _bits(dense))] if "bits" in dense else []),
-            ("parameters", f"{details['parameters']:,}"),
-            ("bytes on disk", f"{dense['bytes']:,}"),
-        ]
-        for row in rows:
-            table.add_row(*row)
-        return table
-    twin = dense is not None
-    dense = dense or {"accuracy": math.nan, "bits": math.nan, "bytes": 0}  # its column is not shown
+    for twin in found:
+        name = f"{twin} {'twin' if len(found) == 2 else 'network'}"
+        table.add_column(name, justify="right", style=COLOURS[twin])
+    for label, values in _rows(record, found):
+        table.add_row(label, *(values[twin] for twin in found))
+    return table
+
+
+def _rows(
+    record: Mapping[str, Any], found: Mapping[Twin, Mapping[str, Any]]
+) -> Iterator[tuple[str, Mapping[Twin, str]]]:
+    """Yield the rows of the table: a label, and a text for each network."""
+    details = record["details"]
+
+    def each(write: Callable[[Any], str], key: str) -> dict[Twin, str]:
+        return {twin: write(network[key]) for twin, network in found.items()}
+
+    yield "test accuracy", each(percent, "accuracy")
+    if all("bits" in network for network in found.values()):
+        yield "bits of a character", each(_bits, "bits")
+    if "sparse" not in found:
+        yield "parameters", {"dense": f"{details['parameters']:,}"}
+    else:
+        yield from _sparse_rows(record, found["sparse"])
+    yield "bytes on disk", each("{:,}".format, "bytes")
+
+
+def _sparse_rows(
+    record: Mapping[str, Any], sparse: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[Twin, str]]]:
+    """Yield the rows of a run that left a sparse network, with a dense twin or without."""
+    details = record["details"]
     tuned = details["finetune_flops"] / details["train_flops_dense"]
     spent = details.get("time") or {}
-    name = "sparse twin" if twin else "sparse network"
-    table.add_column(name, justify="right", style=COLOURS["sparse"])
-    if twin:
-        table.add_column("dense twin", justify="right", style=COLOURS["dense"])
     for label, left, right in (
-        ("test accuracy", percent(sparse["accuracy"]), percent(dense["accuracy"])),
-        *([("bits of a character", _bits(sparse), _bits(dense))] if "bits" in sparse else []),
         ("sparsity asked", percent(100 * details["sparsity_asked"]), ""),
         ("sparsity reached", percent(100 * sparse["sparsity"]), percent(0)),
-        ("weights kept", f"{sparse['nnz']:,}", f"{prunable:,}"),
+        ("weights kept", f"{sparse['nnz']:,}", f"{details['prunable']:,}"),
         (
             "inference FLOPs, share of dense",
             percent(100 * record["inference_flops_ratio"]),
@@ -288,10 +301,8 @@ def outcome(record: Mapping[str, Any]) -> Table:
             milliseconds(spent.get("sparse_step_ms")),
             milliseconds(spent.get("dense_step_ms")),
         ),
-        ("bytes on disk", f"{sparse['bytes']:,}", f"{dense['bytes']:,}"),
     ):
-        table.add_row(label, left, *([right] if twin else []))
-    return table
+        yield label, {"sparse": left, "dense": right}
 
 
 def percent(value: float) -> str:
@@ -299,9 +310,9 @@ def percent(value: float) -> str:
     return f"{value:.2f} %"
 
 
-def _bits(network: Mapping[str, Any]) -> str:
-    """Write what a character of the test text takes."""
-    return f"{network['bits']:.3f}"
+def _bits(value: float) -> str:
+    """Write the bits of a character of the test text."""
+    return f"{value:.3f}"
 
 
 def milliseconds(value: float | None) -> str:

@@ -28,7 +28,6 @@ from acdc.errors import AcdcError, InputError
 if TYPE_CHECKING:
     from acdc.bench.table import Table
     from acdc.bench.where import Table as Where
-    from acdc.runs.models import Model
     from acdc.runs.recipe import Recipe
 
 RECORD = ("sparse", "dense", "inference_flops_ratio", "train_flops_ratio", "seconds", "run")
@@ -633,57 +632,21 @@ def _report(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from acdc.export import to_onnx, to_safetensors
-    from acdc.pair import DENSE, INDEX, Pair
+    from acdc.result import load
+    from acdc.runs.recipe import decode_model
     from acdc.runs.record import Folder
 
-    place = Folder(args.run)
-    recipe = place.read(place.recipe)
+    folder = Folder(args.run)
+    recipe = folder.read(folder.recipe)
     path = args.out or args.run / f"{args.twin}.{args.to}"
-    dense_only = not (place.pair / INDEX).exists() and (place.pair / DENSE).exists()
-    if dense_only and args.twin == "sparse":
-        raise InputError(
-            f"The run in {args.run} trained a dense network and has no sparse twin. Add "
-            f"--twin dense."
-        )
-    if args.to == "safetensors" and not dense_only:
-        to_safetensors(Pair.load(place.pair), path, args.twin)
-    elif args.to == "safetensors":
-        from acdc.files import Staging
-
-        with Staging(path.parent, path.name) as staging:
-            staging.add(path.name, (place.pair / DENSE).read_bytes())
-            staging.commit()
+    if args.to == "safetensors":
+        to_safetensors(load(folder.result), path, args.twin)
     else:
-        spec = _model(recipe["values"]["model"])
-        model = spec.build()
-        pair = None
-        if dense_only:
-            from safetensors.torch import load_file
-
-            model.load_state_dict(load_file(place.pair / DENSE))
-        else:
-            pair = Pair.load(place.pair)
+        spec = decode_model(recipe["values"]["model"])
         with _quiet_libraries():
-            to_onnx(model, spec.example(1), path, pair, args.twin)
+            to_onnx(spec.build(), spec.example(1), path, load(folder.result), args.twin)
     print(f"{path} ({path.stat().st_size:,} bytes)")
     return 0
-
-
-def _model(values: Mapping[str, Any]) -> Model:
-    """Return the specification that ``recipe.json`` holds."""
-    from acdc.runs import models
-
-    rest = {key: value for key, value in values.items() if key != "type"}
-    kind = getattr(models, str(values.get("type")), None)
-    try:
-        if not (isinstance(kind, type) and issubclass(kind, models.Model)):
-            raise TypeError("it is none of acdc.runs.models")
-        return kind(**rest)
-    except TypeError as error:
-        raise InputError(
-            f"The run's model {values.get('type')!r} is not known to this version of acdc "
-            f"({error}). Build it in Python, and use acdc.export.to_onnx."
-        ) from error
 
 
 # --- cite ---------------------------------------------------------------------------------------

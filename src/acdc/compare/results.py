@@ -18,7 +18,7 @@ from acdc.compare.cells import Cell, Prepared
 from acdc.compare.grid import Grid, Task
 from acdc.errors import InputError
 from acdc.files import Staging
-from acdc.runs.recipe import BEFORE, Recipe, encode
+from acdc.runs.recipe import Recipe, complete, encode
 from acdc.runs.record import bits
 
 Json = dict[str, Any]
@@ -170,7 +170,7 @@ def read(folder: Path, base: Recipe) -> dict[str, tuple[Json, Json]]:
     try:
         rows = [json.loads(line) for line in results.read_text().splitlines()]
         known: dict[str, Json] = json.loads(origins.read_text())
-        same = {name for name, one in known.items() if BEFORE | one["task"] == encode(base)}
+        same = {name for name, one in known.items() if complete(one["task"]) == encode(base)}
         return {
             row["cell"]: (row, known[row["origin"]]) for row in rows if row.get("origin") in same
         }

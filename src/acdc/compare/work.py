@@ -50,6 +50,7 @@ from acdc.compare.results import Outcome
 from acdc.errors import AcdcError, InputError
 from acdc.runs import train
 from acdc.runs.record import Folder
+from acdc.runs.signals import stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def _work(board: _Board, trainer: _Trainer, jobs: int) -> None:
     Raises:
         Interrupted: Asked to stop. The processes have ended.
     """
-    with train.stop_signals() as stop:
+    with stop_signals() as stop:
         try:
             board.settle()
             while True:

@@ -1,4 +1,4 @@
-"""Take a twin elsewhere: one plain safetensors file, or ONNX."""
+"""Take a trained network elsewhere: one plain safetensors file, or ONNX."""
 
 from acdc.export.onnx_file import to_onnx
 from acdc.export.safetensors_file import to_safetensors

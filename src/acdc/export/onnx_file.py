@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from acdc.errors import AcdcError, InputError, need
 from acdc.files import Staging
-from acdc.pair import Pair, Twin
+from acdc.index import Twin
+from acdc.result import Result
+from acdc.states import load_into
 
 # A protobuf message ends at 2 GiB. Larger weights go to a second file, "<name>.data".
 _ONE_FILE = 1_900_000_000
@@ -26,7 +28,7 @@ def to_onnx(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...],
     path: str | os.PathLike[str],
-    pair: Pair | None = None,
+    result: Result | None = None,
     twin: Twin = "sparse",
 ) -> Path:
     """Write ``model`` in evaluation mode to the ONNX file ``path``, and return the path.
@@ -41,21 +43,20 @@ def to_onnx(
         model: The model. Neither its weights nor its mode change.
         example: One input, or a tuple of them, each with the batch first; the values do not matter.
         path: The file to write. One that is there is replaced.
-        pair: Where to take the weights from. None: those of ``model``.
-        twin: Which twin of the pair.
+        result: The result of training to take the weights from. None: those of ``model``.
+        twin: Which network of the result.
 
     Raises:
         MissingDependency: onnx or onnxscript is not installed.
-        InputError: The model cannot be exported, the pair is of another model, or the file cannot
-            be written.
+        InputError: The model cannot be exported, the result is of another model or does not have
+            that network, or the file cannot be written.
         AcdcError: The exporter lost zeros. No file is written.
     """
     onnx = _onnx()
     path = Path(path)
     model = copy.deepcopy(model).to("cpu")
-    if pair is not None:
-        sparse = pair.state(twin) is pair.sparse
-        model = pair.sparse_model(model) if sparse else pair.dense_model(model)
+    if result is not None:
+        model = load_into(model, result.state(twin), result.index.noun)
     model.eval()
     program = _export(model, example if isinstance(example, tuple) else (example,))
     with Staging(path.parent, path.name) as staging:

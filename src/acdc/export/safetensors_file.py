@@ -1,4 +1,4 @@
-"""One twin as one ordinary safetensors file, which any program that knows the format can read."""
+"""One network as one ordinary safetensors file, for any program that reads the format."""
 
 from __future__ import annotations
 
@@ -7,37 +7,45 @@ from pathlib import Path
 
 from acdc.bitmask import serialize
 from acdc.files import Staging
-from acdc.pair import INDEX, Pair, Twin
+from acdc.index import INDICES, Twin
+from acdc.pair import Pair
+from acdc.result import DenseNetwork, Result, SparseNetwork, load
 
 
 def to_safetensors(
-    pair: Pair | str | os.PathLike[str], path: str | os.PathLike[str], twin: Twin = "sparse"
+    result: Result | str | os.PathLike[str], path: str | os.PathLike[str], twin: Twin = "sparse"
 ) -> Path:
-    """Write the state dict of one twin to ``path``, every tensor dense, and return the path.
+    """Write the state dict of one network to ``path``, every tensor dense, and return the path.
 
-    The sparse twin has its zeros written out: it is as large as the dense one. The small file is
-    the ``sparse.safetensors`` of :meth:`acdc.Pair.save`.
+    A sparse network has its zeros written out: the file is as large as that of a dense one. The
+    small file is the ``sparse.safetensors`` that :meth:`acdc.Pair.save` writes.
 
     Args:
-        pair: A pair, the folder of one, or the folder of a run that has one in ``pair/``.
+        result: A result of training, its folder, or the folder of a run that has one in ``pair/``.
         path: The file to write. One that is there is replaced.
         twin: ``"sparse"`` or ``"dense"``.
 
     Raises:
-        InputError: There is no such pair, or the file cannot be written.
+        InputError: There is no such result, it does not have that network, or the file cannot be
+            written.
     """
     path = Path(path)
-    state = _load(pair).state(twin)
+    state = _load(result).state(twin)
     with Staging(path.parent, path.name) as staging:
         staging.add(path.name, serialize(state, {"format": "pt"}))
         staging.commit()
     return path
 
 
-def _load(pair: Pair | str | os.PathLike[str]) -> Pair:
-    if isinstance(pair, Pair):
-        return pair
-    folder = Path(pair)
-    if not (folder / INDEX).exists() and (folder / "pair" / INDEX).exists():
-        folder = folder / "pair"
-    return Pair.load(folder)
+def _load(result: Result | str | os.PathLike[str]) -> Result:
+    if isinstance(result, Pair | SparseNetwork | DenseNetwork):
+        return result
+    folder = Path(result)
+    nested = folder / "pair"
+    if not _holds_one(folder) and _holds_one(nested):
+        folder = nested
+    return load(folder)
+
+
+def _holds_one(folder: Path) -> bool:
+    return any((folder / index.name).exists() for index in INDICES)

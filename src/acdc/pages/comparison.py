@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from acdc.compare import results
 from acdc.compare.grid import Budget, Grid
 from acdc.compare.results import Json, Outcome
+from acdc.index import Twin
 from acdc.pages.figure import (
     DENSE,
     GREY,
@@ -145,8 +146,9 @@ def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
                 if cost != "seconds"
             }
             costs["seconds"] = fmean(_seconds(outcome) for outcome in cells if outcome.row)
-            sparse = any(row["sparse_quality"] is not None for row in rows)
-            twins = tuple(_known(row["dense_quality"] for row in rows if sparse))
+            sparse = any("sparse" in _qualities(row) for row in rows)
+            found_dense = [_qualities(row).get("dense") for row in rows if sparse]
+            twins = tuple(quality for quality in found_dense if quality is not None)
             values = tuple(map(_quality, rows))
             found.append(Mean(method, sparsity, budget, sparse, values, twins, len(cells), costs))
     budgets = list(BUDGETS)
@@ -162,14 +164,16 @@ def _seconds(outcome: Outcome) -> float:
     return float(outcome.row["cpu_seconds" if on_cpu else "seconds"])
 
 
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+def _qualities(row: Json) -> dict[Twin, float]:
+    """Return the qualities of the networks that a cell left: one or two of them."""
+    twins: tuple[Twin, ...] = ("sparse", "dense")
+    values = {twin: row[f"{twin}_quality"] for twin in twins}
+    return {twin: float(value) for twin, value in values.items() if value is not None}
 
 
 def _quality(row: Json) -> float:
-    """The quality of what a method is for: of its sparse network, if it leaves one."""
-    sparse, dense = row["sparse_quality"], row["dense_quality"]
-    return float(dense if sparse is None else sparse)
+    """Return the quality of the sparse network if a cell left one, else of the dense one."""
+    return next(iter(_qualities(row).values()))
 
 
 def front(found: Sequence[Mean], cost: str) -> list[Mean]:
@@ -492,15 +496,17 @@ def _cell_row(outcome: Outcome, look: _Look) -> Json:
     if row is None:
         return said
 
-    def number(value: float | None) -> str:
-        return "–" if value is None else look.number(value)
+    qualities = _qualities(row)
+
+    def number(twin: Twin) -> str:
+        return look.number(qualities[twin]) if twin in qualities else "–"
 
     return said | {
         "cells": [
             str(row["epochs"]),
-            "–" if row["sparse_quality"] is None else f"{100 * row['sparsity_reached']:.2f}\u202f%",
-            number(row["sparse_quality"]),
-            number(row["dense_quality"]),
+            f"{100 * row['sparsity_reached']:.2f}\u202f%" if "sparse" in qualities else "–",
+            number("sparse"),
+            number("dense"),
             percent(row["train_flops_ratio"]),
             percent(row["inference_flops_ratio"]),
             f"{_seconds(outcome):,.1f}",

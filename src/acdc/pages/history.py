@@ -1,13 +1,12 @@
-"""What a run left behind in its folder, read back.
+"""The history of a run, from the files in its folder.
 
 The folder holds ``recipe.json``, ``metrics.jsonl`` and ``record.json``. A run may have been killed
-at any moment: half a line at the end of the metrics, steps that a resumed run said twice, a record
-that was never written are read for what they are worth.
+at any moment. Half a line at the end of the metrics, a step that a resumed run wrote twice, and a
+missing record are accepted.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acdc.errors import InputError
+from acdc.index import Twin
+from acdc.runs.record import Folder, events, networks
 from acdc.schedule import Schedule
 
 Json = dict[str, Any]
@@ -100,6 +101,11 @@ class Run:
         """The record's details, empty for a run that stopped."""
         return dict((self.record or {}).get("details") or {})
 
+    @property
+    def networks(self) -> dict[Twin, Json]:
+        """The numbers of the networks that the run left; none for a run that stopped."""
+        return {} if self.record is None else networks(self.record)
+
     @cached_property
     def schedule(self) -> Schedule | None:
         """The phases, or ``None`` for a run that wrote no start event."""
@@ -148,7 +154,7 @@ class Run:
         for layer in self.details.get("layers", []):
             named[str(layer["name"])] = {**named.get(str(layer["name"]), {}), **layer}
         last = self.compressions[-1]["counts"] if self.compressions else None
-        sparse = self.record["sparse"] is not None if self.record else last is not None
+        sparse = "sparse" in self.networks if self.record else last is not None
 
         def one(name: str, layer: Json) -> Layer:
             numel = int(layer["numel"])
@@ -219,23 +225,24 @@ def read(run: Path) -> Run:
     """
     if not run.is_dir():
         raise InputError(f"There is no folder {str(run)!r}. Give the folder of a run.")
-    recipe = _json(run / "recipe.json")
+    folder = Folder(run)
+    recipe = folder.find(folder.recipe)
     if recipe is None:
         raise InputError(
             f"The folder {str(run)!r} holds no recipe.json, so it is not the folder of a run. "
             f"Give the folder that training wrote into: one level below --out."
         )
-    events, damaged = _events(run / "metrics.jsonl")
+    written, damaged = events(folder.metrics)
 
     def pick(event: str, twin: str | None) -> list[Json]:
-        # A run that was killed and resumed may say a step twice: what it said last is what counts.
-        found = {e["step"]: e for e in events if e.get("event") == event and e.get("twin") == twin}
+        # A run that was killed and resumed may have written a step twice: the last one counts.
+        found = {e["step"]: e for e in written if e.get("event") == event and e.get("twin") == twin}
         return [found[step] for step in sorted(found)]
 
-    starts = [e for e in events if e.get("event") == "start"]
+    starts = [e for e in written if e.get("event") == "start"]
     return Run(
         recipe=recipe,
-        record=_json(run / "record.json"),
+        record=folder.find(folder.record),
         start=starts[-1] if starts else None,
         steps=Steps.of(pick("step", None)),
         branch=Steps.of(pick("step", "dense")),
@@ -245,35 +252,3 @@ def read(run: Path) -> Run:
         engines=tuple(pick("engine", None)),
         damaged=damaged,
     )
-
-
-def _json(path: Path) -> Json | None:
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{str(path)!r} is damaged ({error}). Run the training again with --resume: it "
-            f"writes the file anew."
-        ) from error
-    if not isinstance(value, dict):
-        raise InputError(f"{str(path)!r} holds no JSON object. Is this the folder of a run?")
-    return value
-
-
-def _events(path: Path) -> tuple[list[Json], int]:
-    """Read the events, and count the lines that are none: a killed run may leave half a line."""
-    events, damaged = [], 0
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in filter(str.strip, lines):
-                try:
-                    event = json.loads(line)
-                    if not isinstance(event, dict):
-                        raise ValueError("not an object")
-                except ValueError:
-                    damaged += 1
-                else:
-                    events.append(event)
-    return events, damaged

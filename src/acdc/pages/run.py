@@ -164,7 +164,7 @@ def _accuracy(run: Run) -> Plate:
     low, hidden = _floor(y)
     rings: list[tuple[float, float, str]] = []
     if run.finished:
-        if run.record is not None and run.record["sparse"] is not None:
+        if "sparse" in run.networks:
             rings.append((x[-1], y[-1], SPARSE))
         if len(tail_x):
             rings.append((tail_x[-1], tail_y[-1], DENSE))
@@ -395,9 +395,8 @@ def _density(run: Run) -> Plate:
     layers = [layer for layer in run.layers if layer.density is not None]
     if not layers:
         reason = "The run stopped before its first compression."
-        if (run.record is not None and run.record["sparse"] is None) or (
-            run.schedule is not None and run.schedule.last("sparse") is None
-        ):
+        stays_dense = run.schedule is not None and run.schedule.last("sparse") is None
+        if stays_dense or list(run.networks) == ["dense"]:
             reason = "The network is dense: every layer keeps all its weights."
         elif run.compressions or run.finished:
             reason = "The run recorded no count of kept weights by layer."
@@ -468,6 +467,7 @@ def page(run: Run) -> str:
         summary=_summary(run),
         notices=_notices(run),
         plates=[draw(run) for draw in (_accuracy, _loss, _churn, _density)],
+        networks=list(run.networks),
         twins=tables.twins(run),
         training=tables.training(run),
         ledger=tables.one_power(tables.ledger(run), 1),
@@ -490,7 +490,7 @@ def _method(run: Run) -> str:
 
 def _subtitle(run: Run) -> list[str]:
     parts = []
-    asked, sparse = run.details.get("sparsity_asked"), (run.record or {}).get("sparse")
+    asked, sparse = run.details.get("sparsity_asked"), run.networks.get("sparse")
     if sparse is not None:
         asked_text = "" if asked is None else f"{percent(asked)} sparsity asked for, "
         parts.append(f"{asked_text}{percent(sparse['sparsity'])} reached")
@@ -519,9 +519,9 @@ def _reached(network: Mapping[str, Any]) -> str:
 
 def _summary(run: Run) -> str:
     """The report in a few sentences."""
-    said = []
-    details, schedule = run.details, run.schedule
-    parameters = details.get("parameters")
+    sentences = []
+    schedule = run.schedule
+    parameters = run.details.get("parameters")
     if schedule is not None:
         network = "A network" if parameters is None else f"A network of {parameters:,} parameters"
         if run.prunable:
@@ -537,32 +537,34 @@ def _summary(run: Run) -> str:
             else f"{network} was to be trained for {plural(schedule.epochs, 'epoch')} "
             f"({plural(schedule.total, 'step')})"
         )
-        said.append(sentence + (f", {percent(share, 1)} of them sparse." if share else "."))
+        sentences.append(sentence + (f", {percent(share, 1)} of them sparse." if share else "."))
     if run.record is not None:
-        sparse, dense = run.record["sparse"], run.record["dense"]
-        if sparse is None:
-            said.append(f"It reaches {_reached(dense)} on the test set.")
-        elif dense is None:
-            said.append(
-                f"It keeps {sparse['nnz']:,} weights and reaches {_reached(sparse)} "
-                f"on the test set. An inference takes "
-                f"{percent(run.record['inference_flops_ratio'], 1)} of the dense FLOPs, and the "
-                f"training took {percent(run.record['train_flops_ratio'], 1)} of those of dense "
-                f"training of the same length."
-            )
-        else:
-            twin = "taken at the end of the last dense phase"
-            if details.get("dense_finetuned") or len(run.branch):
-                twin += " and fine-tuned on the tail of the learning-rate curve"
-            said.append(
-                f"The sparse twin keeps {sparse['nnz']:,} weights and reaches "
-                f"{_reached(sparse)} on the test set; the dense twin, {twin}, reaches "
-                f"{_reached(dense)}. An inference of the sparse twin takes "
-                f"{percent(run.record['inference_flops_ratio'], 1)} of the dense FLOPs, and the "
-                f"training of both took {percent(run.record['train_flops_ratio'], 1)} of the "
-                f"FLOPs of dense training of the same length."
-            )
-    return " ".join(said)
+        sentences.append(_left(run, run.record))
+    return " ".join(sentences)
+
+
+def _left(run: Run, record: Mapping[str, Any]) -> str:
+    """The networks that a run left, and their costs, in a sentence or two."""
+    sparse, dense = run.networks.get("sparse"), run.networks.get("dense")
+    inference = percent(record["inference_flops_ratio"], 1)
+    training = percent(record["train_flops_ratio"], 1)
+    if sparse is not None and dense is not None:
+        twin = "taken at the end of the last dense phase"
+        if run.details.get("dense_finetuned") or len(run.branch):
+            twin += " and fine-tuned on the tail of the learning-rate curve"
+        return (
+            f"The sparse twin keeps {sparse['nnz']:,} weights and reaches {_reached(sparse)} on "
+            f"the test set; the dense twin, {twin}, reaches {_reached(dense)}. An inference of "
+            f"the sparse twin takes {inference} of the dense FLOPs, and the training of both took "
+            f"{training} of the FLOPs of dense training of the same length."
+        )
+    if sparse is not None:
+        return (
+            f"It keeps {sparse['nnz']:,} weights and reaches {_reached(sparse)} on the test set. "
+            f"An inference takes {inference} of the dense FLOPs, and the training took {training} "
+            f"of those of dense training of the same length."
+        )
+    return f"It reaches {_reached(run.networks['dense'])} on the test set."
 
 
 def _notices(run: Run) -> list[str]:

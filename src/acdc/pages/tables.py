@@ -1,4 +1,4 @@
-"""The tables of the report: what is said, in which order, and how numbers are written.
+"""The tables of the report: their rows, and how numbers are written.
 
 Every cell keeps the exact number beside its text, so that the page can be read by machines as well.
 """
@@ -96,7 +96,7 @@ def _seconds(value: Any) -> Cell:
 
 
 def _reached(*networks: Any) -> list[Row]:
-    """What the networks reach on the test data, and what the first has over the second."""
+    """Return rows with the quality on the test data, and the difference of two networks."""
     rows = []
     for name, label, digits, unit in MEASURES:
         if name not in networks[0]:
@@ -112,50 +112,53 @@ def _reached(*networks: Any) -> list[Row]:
 
 
 def twins(run: Run) -> list[Row]:
-    """Table 1: the twins side by side; one column for a run that made only one network."""
-    if run.record is None:
+    """Table 1: the trained networks, a column each; two of them are compared in a third column."""
+    networks, details = run.networks, run.details
+    if not networks:
         return []
-    sparse, dense, details = run.record["sparse"], run.record["dense"], run.details
+    sparse = networks.get("sparse")
     prunable = details.get("prunable", run.prunable)
-    parameters, flops = details.get("parameters"), details.get("dense_flops", run.flops())
-    if sparse is None:
-        return [
-            *_reached(dense),
-            Row("Parameters", (_count(parameters),)),
-            Row("Weights of convolutions and linear layers", (_count(run.weights),)),
-            Row("Size on disk, bytes", (_count(dense["bytes"]),)),
-            Row("FLOPs of one inference", (_flops(flops),)),
+    flops = {"sparse": details.get("sparse_flops"), "dense": details.get("dense_flops")}
+    flops["dense"] = flops["dense"] or run.flops()
+    both = len(networks) == 2
+
+    def row(label: str, of_sparse: Cell, of_dense: Cell, sparse_to_dense: Cell = NONE) -> Row:
+        cells = {"sparse": of_sparse, "dense": of_dense}
+        columns = [cells[twin] for twin in networks]
+        return Row(label, (*columns, *([sparse_to_dense] if both else [])))
+
+    rows = _reached(*networks.values())
+    if sparse is not None:
+        asked, whole = details.get("sparsity_asked"), details.get("sparsity_all_parameters")
+        kept = sparse["nnz"] / prunable if prunable else None
+        rows += [
+            row("Sparsity asked for", _share(asked), NONE),
+            row("Sparsity of the prunable weights", _share(sparse["sparsity"]), _share(0)),
+            row("Sparsity of all parameters", _share(whole), _share(0)),
+            row("Prunable weights kept", _count(sparse["nnz"]), _count(prunable), _share(kept)),
         ]
-    if dense is None:
-        return [
-            *_reached(sparse),
-            Row("Sparsity asked for", (_share(details.get("sparsity_asked")),)),
-            Row("Sparsity of the prunable weights", (_share(sparse["sparsity"]),)),
-            Row("Prunable weights kept", (_count(sparse["nnz"]),)),
-            Row("Size on disk, bytes", (_count(sparse["bytes"]),)),
-            Row("FLOPs of one inference", (_flops(details.get("sparse_flops")),)),
+    else:
+        rows += [
+            row("Parameters", NONE, _count(details.get("parameters"))),
+            row("Weights of convolutions and linear layers", NONE, _count(run.weights)),
         ]
-    ratio = run.record["inference_flops_ratio"]
-    sparse_flops = details.get("sparse_flops")
-    weights = sparse["nnz"] / prunable if prunable else None
-    small = sparse["bytes"] / dense["bytes"] if dense["bytes"] else None
+    size = {twin: network["bytes"] for twin, network in networks.items()}
+    small = size["sparse"] / size["dense"] if both and size["dense"] else None
+    ratio = run.record["inference_flops_ratio"] if run.record else None
     return [
-        *_reached(sparse, dense),
-        Row("Sparsity asked for", (_share(details.get("sparsity_asked")), NONE, NONE)),
-        Row("Sparsity of the prunable weights", (_share(sparse["sparsity"]), _share(0), NONE)),
-        Row(
-            "Sparsity of all parameters",
-            (_share(details.get("sparsity_all_parameters")), _share(0), NONE),
-        ),
-        Row(
-            "Prunable weights kept",
-            (_count(sparse["nnz"]), _count(prunable), _share(weights)),
-        ),
-        Row(
+        *rows,
+        row(
             "Size on disk, bytes",
-            (_count(sparse["bytes"]), _count(dense["bytes"]), _share(small)),
+            _count(size.get("sparse")),
+            _count(size.get("dense")),
+            _share(small),
         ),
-        Row("FLOPs of one inference", (_flops(sparse_flops), _flops(flops), _share(ratio))),
+        row(
+            "FLOPs of one inference",
+            _flops(flops["sparse"]),
+            _flops(flops["dense"]),
+            _share(ratio),
+        ),
     ]
 
 

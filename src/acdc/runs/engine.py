@@ -1,4 +1,4 @@
-"""The engine of a run: whether it has one, what it chose, and how long that took."""
+"""The engine of a run: whether a run has one, its choices, and the time they took."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 
 class RunEngine(Engine):
-    """An engine that notes how long it builds, and says what it chose.
+    """An engine that measures how long it builds, and reports its choices.
 
     Args:
         model: The network, on a CPU.
@@ -28,7 +28,7 @@ class RunEngine(Engine):
         mode: ``"auto"`` or ``"reference"``, as in the recipe.
 
     Attributes:
-        taken: What its compressions took so far: timing of layers, tracing, index lists.
+        taken: Time that its compressions took so far: timing of layers, tracing, index lists.
     """
 
     def __init__(self, model: nn.Module, example: Tensor, mode: Computed) -> None:
@@ -40,7 +40,7 @@ class RunEngine(Engine):
             self.reason = (
                 "the compiled kernels are missing: reinstall acdc where there is a C++ compiler"
             )
-        self._told: dict[str, Choice] = {}
+        self._written: dict[str, Choice] = {}
 
     def compress(self, support: Mapping[str, Tensor]) -> None:
         """Run sparse from here on."""
@@ -49,11 +49,11 @@ class RunEngine(Engine):
         self.taken = self.taken.plus(Clocks.now().minus(began))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the choices of a checkpoint; they are no news."""
+        """Take over the choices of a checkpoint. Their event has been written."""
         super().load_state_dict(state)
-        self._told = dict(self.choices)
+        self._written = dict(self.choices)
 
-    # --- what is said of it -----------------------------------------------------------------------
+    # --- for events and records -------------------------------------------------------------------
 
     def start(self) -> Json:
         """Return what is known before the first compression."""
@@ -67,16 +67,16 @@ class RunEngine(Engine):
         ]
         return {"choices": choices, "refused": dict(self.refused)}
 
-    def news(self) -> Json:
-        """Return the same, but nothing where it has been said."""
-        if self.choices == self._told:
+    def new_choices(self) -> Json:
+        """Return the choices if they differ from those returned last; otherwise nothing."""
+        if self.choices == self._written:
             return {}
-        self._told = dict(self.choices)
+        self._written = dict(self.choices)
         return self.chosen()
 
 
 def why_off(device: torch.device, precision: str) -> str | None:
-    """Return why a run has no engine that was to have one, or ``None`` where it can."""
+    """Return why a run cannot have the engine that its recipe asks for; ``None``: it can."""
     if device.type != "cpu":
         return f"the run is on {device}, and the kernels are for CPUs"
     if precision != "32-true":

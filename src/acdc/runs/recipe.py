@@ -21,13 +21,13 @@ from acdc.layers import Layers
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
 from acdc.pattern import NM, Block, Pattern, Unstructured
+from acdc.runs import models
 from acdc.runs.data import Source
 from acdc.runs.models import Model
 from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, Steps
 from acdc.schedule import Constant
 
 Computed = Literal["auto", "off", "reference"]
-BEFORE = {"engine": "off", "start": None}  # what a recipe meant before it could say
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,30 @@ def encode(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
+
+
+def complete(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe.json with the fields that older versions did not have."""
+    return {"engine": "off", "start": None, **values}
+
+
+def decode_model(values: Mapping[str, Any]) -> Model:
+    """Return the model whose encoded values these are: the other way round of :func:`encode`.
+
+    Raises:
+        InputError: This version has no such model.
+    """
+    rest = {key: value for key, value in values.items() if key != "type"}
+    kind = getattr(models, str(values.get("type")), None)
+    try:
+        if not (isinstance(kind, type) and issubclass(kind, Model)):
+            raise TypeError("it is none of acdc.runs.models")
+        return kind(**rest)
+    except TypeError as error:
+        raise InputError(
+            f"The run's model {values.get('type')!r} is not known to this version of acdc "
+            f"({error}). Build it in Python, and use acdc.export.to_onnx."
+        ) from error
 
 
 def label(name: str, settings: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@
 ``recipe.json``        every value of the recipe, and which ones were changed
 ``metrics.jsonl``      one event a line: start, step, change, engine, eval
 ``checkpoint/``        ``last.ckpt``, replaced as a whole
-``pair/``              the two twins and ``pair.json`` (``dense.safetensors`` for a dense run)
+``pair/``              the trained networks and their index (:mod:`acdc.result`)
 ``record.json``        what came out, written last
 ``report.html``        the page
 ``tensorboard/``       the same numbers for TensorBoard
@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ import torch
 
 from acdc.errors import InputError
 from acdc.files import Staging
+from acdc.index import Twin
 
 Event = dict[str, Any]
 
@@ -86,8 +87,8 @@ class Folder:
         return self.path / "checkpoint" / "last.ckpt"
 
     @property
-    def pair(self) -> Path:
-        """The folder of the twins."""
+    def result(self) -> Path:
+        """The folder of the trained networks."""
         return self.path / "pair"
 
     @property
@@ -95,21 +96,37 @@ class Folder:
         """What came out."""
         return self.path / "record.json"
 
+    def find(self, file: Path) -> dict[str, Any] | None:
+        """Return one of the JSON files, or ``None`` if the run has not written it.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{str(file)!r} is damaged ({error}). Restore the file from a copy. A damaged "
+                f"record.json can be removed: the run writes it anew with --resume."
+            ) from error
+        if not isinstance(data, dict):
+            raise InputError(f"{str(file)!r} holds no JSON object. Is this the folder of a run?")
+        return data
+
     def read(self, file: Path) -> dict[str, Any]:
         """Return one of the JSON files.
 
         Raises:
-            InputError: It is missing or damaged.
+            InputError: The file is missing or damaged.
         """
-        try:
-            data: dict[str, Any] = json.loads(file.read_text())
-        except FileNotFoundError as error:
+        data = self.find(file)
+        if data is None:
             raise InputError(
                 f"{self.path} is not the folder of a finished run: it has no {file.name}. Name "
                 f"the folder that 'acdc run' printed, or finish the run with --resume."
-            ) from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} cannot be read: {error}.") from error
+            )
         return data
 
     def write(self, file: Path, data: Mapping[str, Any]) -> None:
@@ -153,13 +170,31 @@ class Metrics:
         self._file.close()
 
 
-def events(path: Path) -> Iterator[Event]:
-    """Yield the events of a run; a last line that was being written when it stopped is left out."""
-    with path.open() as lines:
-        for line in lines:
-            if not line.endswith("\n"):
-                return
-            yield json.loads(line)
+def events(path: Path) -> tuple[list[Event], int]:
+    """Return the events of a run, and the number of lines that are no events.
+
+    A run that was killed may leave half a line at the end. A run without the file has no events.
+    """
+    found: list[Event] = []
+    damaged = 0
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in filter(str.strip, lines):
+                try:
+                    event = json.loads(line)
+                    if not isinstance(event, dict):
+                        raise ValueError("not an object")
+                except ValueError:
+                    damaged += 1
+                else:
+                    found.append(event)
+    return found, damaged
+
+
+def networks(record: Mapping[str, Any]) -> dict[Twin, dict[str, Any]]:
+    """Return the numbers of the networks that a run left, from its record: one or two of them."""
+    twins: tuple[Twin, ...] = ("sparse", "dense")
+    return {twin: record[twin] for twin in twins if record[twin] is not None}
 
 
 def times(path: Path) -> dict[str, float | None]:
@@ -173,7 +208,7 @@ def times(path: Path) -> dict[str, float | None]:
     steps = {"dense": 0, "sparse": 0}
     parts = {"eval": "evaluation", "engine": "engine"}
     cpu = 0.0
-    for event in events(path):
+    for event in events(path)[0]:
         if event["event"] == "step":
             part = "finetune" if "twin" in event else event["phase"]
             seconds[part] += event["seconds"]

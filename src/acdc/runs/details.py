@@ -1,0 +1,100 @@
+"""The numbers of a record beside those of the networks: costs, counts, and where a run was made."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from acdc.cost import Ledger
+from acdc.runs.record import machine, peak_memory, versions
+from acdc.runs.setup import Setup
+
+
+def ledger(run: Setup) -> Ledger:
+    """Return the training FLOPs of the run so far, from the supports it had."""
+    return Ledger.of(
+        run.network,
+        run.schedule,
+        [(change.step, change.counts) for change in run.sparsifier.changes],
+        run.method.training.flops,
+        run.recipe.batch_size,
+        run.data.train_samples,
+        until=run.sparsifier.step,
+    )
+
+
+def costs(run: Setup) -> dict[str, Any]:
+    """Return the FLOPs of inference and of training, as shares of the dense ones."""
+    return {
+        "inference_flops_ratio": run.network.inference_ratio(run.sparsifier.support.counts()),
+        "train_flops_ratio": ledger(run).ratio,
+    }
+
+
+def details(run: Setup, command: str, finetuned: bool) -> dict[str, Any]:
+    """Return everything else that a record holds.
+
+    Args:
+        run: The run.
+        command: What was typed.
+        finetuned: Whether the dense twin was trained on.
+    """
+    support = run.sparsifier.support
+    parameters = sum(p.numel() for p in run.net.parameters())
+    return {
+        "recipe": run.recipe.name,
+        "method": run.method.name,
+        "data": run.data.name,
+        "seed": run.recipe.seed,
+        "epochs": run.schedule.epochs,
+        "command": command,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(),
+        "device": str(run.fabric.device),
+        "devices": run.fabric.world_size,
+        "sparsity_asked": run.method.sparsity,
+        "sparsity_all_parameters": (support.numel - support.nnz) / parameters,
+        "parameters": parameters,
+        "prunable": support.numel,
+        "dense_flops": run.network.flops(),
+        "sparse_flops": run.network.flops(support.counts()),
+        **_training_flops(run, finetuned),
+        "phases": [vars(phase) for phase in run.schedule.phases],
+        "layers": _layers(run),
+        "refused": run.sparsifier.refused,
+        "engine": run.engine_start | (run.engine.chosen() if run.engine else {}),
+        "peak_memory": peak_memory(),
+        "dense_finetuned": finetuned,
+        "bn_reestimated": bool(run.recipe.bn_batches),
+    }
+
+
+def _layers(run: Setup) -> list[dict[str, Any]]:
+    counts = run.sparsifier.support.counts()
+    kept = run.network.kept(counts)
+    return [
+        {
+            "name": layer.name,
+            "shape": list(layer.shape),
+            "numel": layer.weights,
+            "nnz": kept[layer.name],
+            "positions": layer.positions,
+            "macs": layer.macs,
+            "density": kept[layer.name] / layer.weights,
+            "pruned": layer.name in counts,
+        }
+        for layer in run.network.layers
+    ]
+
+
+def _training_flops(run: Setup, finetuned: bool) -> dict[str, Any]:
+    """Return the FLOPs of training: of the run, of dense training, and of fine-tuning."""
+    spent = ledger(run)
+    return {
+        "train_flops": spent.flops,
+        "train_flops_dense": spent.dense_flops,
+        # The dense twin took the steps of the last phase, densely.
+        "finetune_flops": spent.phases[-1].dense_flops if finetuned else 0,
+        "ledger": spent.to_dict(),
+    }

@@ -1,0 +1,115 @@
+"""The events of a run: what they say, and where they go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from acdc.result import DenseNetwork
+from acdc.runs.checkpoint import Leg
+from acdc.runs.record import Event, Metrics
+from acdc.runs.setup import Setup
+
+Watch = Callable[[Event], None]
+
+
+class Journal:
+    """Writes events to ``metrics.jsonl``, to TensorBoard if it is there, and to the watcher.
+
+    Only the first process of a run writes.
+
+    Args:
+        run: The run.
+        watch: Called with every event.
+        size: Bytes of the metrics file that count; the rest is cut off.
+    """
+
+    def __init__(self, run: Setup, watch: Watch, size: int) -> None:
+        self._run, self._watch = run, watch
+        zero = run.fabric.is_global_zero
+        self._metrics = Metrics(run.folder.metrics, size) if zero else None
+        self._group = "dense" if run.leaves is DenseNetwork else "sparse"
+
+    def write(self, event: Event) -> None:
+        """Write an event everywhere."""
+        if self._metrics is None:
+            return
+        self._metrics.write(event)
+        self._watch(event)
+        if event["event"] in ("step", "eval"):
+            group = event.get("twin", self._group)
+            numbers = {k: event[k] for k in ("loss", "lr", "accuracy", "sparsity") if k in event}
+            self._run.fabric.log_dict(
+                {f"{event['event']}/{group}/{k}": v for k, v in numbers.items()}, event["step"]
+            )
+
+    def sync(self) -> int:
+        """Return the size of the metrics file, once every event in it is on the disk."""
+        return 0 if self._metrics is None else self._metrics.sync()
+
+    def close(self) -> None:
+        """Flush and close. The run may have stopped."""
+        if self._metrics is not None:
+            self._metrics.close()
+            for logger in self._run.fabric.loggers:
+                logger.finalize("success")
+
+
+def start(run: Setup) -> Event:
+    """Return the event at the start of a run: its schedule and its layers."""
+    pruned = run.sparsifier.params
+    return {
+        "event": "start",
+        "step": 0,
+        "total_steps": run.schedule.total,
+        **run.schedule.to_dict(),
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "numel": layer.weights,
+                "positions": layer.positions,
+                "prunable": layer.name in pruned,
+            }
+            for layer in run.network.layers
+        ],
+        "refused": run.sparsifier.refused,
+        "engine": run.engine_start,
+    }
+
+
+def step(run: Setup, leg: Leg, before: int, loss: float, lr: float) -> Event:
+    """Return the event of the step after ``before`` executed steps; its times are added later."""
+    return {
+        "event": "step",
+        "step": before + 1,
+        "epoch": math.floor(run.schedule.epoch_at(before)),
+        "phase": phase_of(run, leg, before),
+        "loss": loss,
+        "lr": lr,
+    }
+
+
+def evaluation(run: Setup, leg: Leg, after: int, found: dict[str, float]) -> Event:
+    """Return the event of an evaluation after ``after`` executed steps."""
+    support, dense = run.sparsifier.support, leg == "finetune"
+    return {
+        "event": "eval",
+        "step": after,
+        "epoch": math.floor(run.schedule.epoch_at(after)),
+        "phase": phase_of(run, leg, after - 1),
+        "split": "test",
+        **found,
+        "nnz": support.numel if dense else support.nnz,
+        "sparsity": 0.0 if dense else support.sparsity,
+    }
+
+
+def mark(leg: Leg) -> Event:
+    """Return what tells the events of fine-tuning from those of the run itself."""
+    return {"twin": "dense"} if leg == "finetune" else {}
+
+
+def phase_of(run: Setup, leg: Leg, step: int) -> str:
+    """Return the kind of phase that the step after ``step`` executed steps belongs to."""
+    return "dense" if leg == "finetune" else run.schedule.phase_at(step).kind
