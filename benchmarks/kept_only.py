@@ -7,8 +7,8 @@ One network trains on one batch on the engine: with gradients and steps of dense
 those of kept elements only (``acdc.hooks.kept_steps``). They take turns in a rotating order,
 some steps at a time, on one network. ``outside`` is the step without forward and backward: the
 optimizer and the projection; ``share`` is its part of the whole step. Masking the gradient happens
-within the backward pass. A ratio is that of medians, its spread that of the rounds. ``again`` is a second turn
-of dense size: how far from one a ratio may be and mean nothing.
+within the backward pass. A ratio is that of medians, its spread that of the rounds. ``again`` is a
+second turn of dense size: how far from one a ratio may be and mean nothing.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Bench:
             layers=acdc.Layers(skip_first=False, skip_last=False),
         )
         self.sparsifier = acdc.Sparsifier(method, self.net, self.optimizer, engine=self.engine)
-        assert self.sparsifier._kept_steps is not None
-        self.kept_steps: KeptSteps = self.sparsifier._kept_steps
+        assert self.sparsifier._masking._kept_steps is not None
+        self.kept_steps: KeptSteps = self.sparsifier._masking._kept_steps
         self.written = self.engine.written
         params, support = self.sparsifier.params, self.sparsifier.support
         self.masks = [(params[name], mask) for name, mask in support.items()]

@@ -34,7 +34,16 @@ from acdc.recipes import grids
 from acdc.runs import train
 from acdc.runs.data import FashionMNIST, TinyShakespeare
 from acdc.runs.models import SmallGPT
-from runs import STEPS, TINY, assert_same_run, events, files, text_of_shakespeares_size, tiny, words
+from support.runs import (
+    STEPS,
+    TINY,
+    assert_same_run,
+    events,
+    files,
+    text_of_shakespeares_size,
+    tiny,
+    words,
+)
 
 Capture = pytest.CaptureFixture[str]
 

@@ -22,7 +22,6 @@ import pytest
 import torch
 from rich.console import Console
 
-import compare_grids
 from acdc.cli import main
 from acdc.compare import results, work
 from acdc.compare.cells import Cell, base_recipe, cells, epochs_at_equal_flops, prepare
@@ -34,9 +33,10 @@ from acdc.errors import InputError
 from acdc.pages import comparison as page
 from acdc.recipes import grids
 from acdc.runs import record, train
-from compare_grids import EPOCHS
-from runs import assert_same_run
-from test_report import Reader
+from support import compare_grids
+from support.compare_grids import EPOCHS
+from support.reader import Reader
+from support.runs import assert_same_run
 
 ROOT = Path(__file__).parent.parent
 GRIDS = str(Path(compare_grids.__file__))

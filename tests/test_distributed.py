@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import acdc
 from acdc import score
-from acdc.engine import host, kept
+from acdc.engine import host
 from acdc.engine.choice import Choice, Site
+from acdc.hooks import kept_steps
 from acdc.methods.acdc import ACDC
 from acdc.methods.dpf import DPF
 from acdc.methods.families import exchange
@@ -32,7 +33,7 @@ from acdc.methods.woodfisher import WoodFisher
 from acdc.pattern import NM, Unstructured
 from acdc.schedule import constant
 from acdc.sparsifier import Sparsifier
-from helpers import (
+from support.helpers import (
     CUTS,
     REVIVAL,
     SCHEDULE,
@@ -168,7 +169,7 @@ def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[
     example = batch(0)[0].double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "measure", measure)
-        patch.setattr(kept, "LARGE", 64)  # so that optimizer steps are of kept elements, too
+        patch.setattr(kept_steps, "LARGE", 64)  # so that optimizer steps are of kept elements, too
         engine = acdc.Engine(model, example) if on else None
         optimizer = sgd(model)
         wrapped = DDP(model, **ddp)
@@ -226,7 +227,7 @@ def exchanging(wrap_first: bool, accumulate: int) -> dict[str, Any]:
             with nullcontext() if last else wrapped.no_sync():  # type: ignore[operator]
                 backward(wrapped, index)
             backward(twin, index)
-        before, update = sparsifier.support, method.wants_gradient(step)
+        before, update = sparsifier.support, method.training.wants_dense_gradient(step)
         if update:
             named = {name: twin.get_parameter(name) for name in sparsifier.params}
             for p in named.values():
@@ -260,7 +261,7 @@ def viewing(kind: type[DPF] | type[STR]) -> dict[str, Any]:
         after = flat(iter(sparsifier.dense_weights.values()))
         seen["moved"].append(int((after != before)[outside].sum()))
         seen["dense"].append(after)
-        seen["learned"].append(sparsifier.state_dict()["thresholds"])
+        seen["learned"].append(sparsifier.state_dict()["method_state"] or {})
         seen["view"].append(flat(model.parameters()))
         seen["digests"].append(sparsifier.support.digest())
     return seen
@@ -295,9 +296,12 @@ def remembering() -> dict[str, Any]:
                 dist.all_reduce(grad)
                 averages.append(grad[mask] / WORLD)
             seen["expected"] = flat(iter(averages))
-            pre = optimizer.register_step_pre_hook(  # registered last: sees what was remembered
-                lambda *_: seen.update(past=flat(iter(sparsifier.state_dict()["past"].values())))
-            )
+
+            def look(*_: Any) -> None:  # registered last: sees what was remembered
+                memory = sparsifier._hooks._found.state
+                seen["past"] = flat(row for _, rows in memory.values() for row in rows)
+
+            pre = optimizer.register_step_pre_hook(look)
             optimizer.step()
             pre.remove()
         else:

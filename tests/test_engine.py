@@ -11,7 +11,7 @@ from torch import nn
 
 from acdc.engine import segment
 from acdc.runs.models import CifarResNet
-from engine_nets import BACKENDS, NETWORKS, Gpt, Pair, in_place_late, segments
+from support.engine_nets import BACKENDS, NETWORKS, Gpt, Pair, in_place_late, segments
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 backends = pytest.mark.parametrize("backend", BACKENDS)

@@ -23,7 +23,7 @@ from acdc.engine import host, segment
 from acdc.engine.choice import Choice
 from acdc.errors import InputError
 from acdc.runs.models import SmallResNet
-from helpers import CUTS, SCHEDULE, TOTAL
+from support.helpers import CUTS, SCHEDULE, TOTAL
 
 SHAPE = (1, 8, 8)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from acdc.engine import segment
-from engine_nets import BACKENDS, Pair, backward, tensors
+from support.engine_nets import BACKENDS, Pair, backward, tensors
 
 # Derandomized: the same every time, in half a minute on one thread. What fails is shown as it was
 # found: to look for a smaller network takes minutes.

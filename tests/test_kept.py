@@ -19,7 +19,7 @@ from acdc.methods.base import Reset
 from acdc.pattern import Unstructured
 from acdc.schedule import constant
 from acdc.sparsifier import Sparsifier
-from helpers import (
+from support.helpers import (
     CUTS,
     SCHEDULE,
     TOTAL,
@@ -84,7 +84,7 @@ class Run:
         self.engine = Engine(self.model, torch.zeros(8, 3, 4, 4), choose=False)
         method = ACDC(Unstructured(0.8), SCHEDULE, reset=reset)
         self.sparsifier = Sparsifier(method, self.model, self.optimizer, engine=self.engine)
-        steps = self.sparsifier._kept_steps
+        steps = self.sparsifier._masking._kept_steps
         assert steps is not None
         self.steps = steps
         steps._worth = lambda *_: kept
@@ -382,8 +382,8 @@ def test_on_the_engine_no_mask_of_what_is_dropped_stays_and_no_vector() -> None:
         optimizer.zero_grad()
         model(x).square().sum().backward()
         optimizer.step()
-    assert not sparsifier._dropped._masks
-    weights = sparsifier._kept_steps._weights.values()
+    assert not sparsifier._masking._dropped._masks
+    weights = sparsifier._masking._kept_steps._weights.values()
     assert [weight.vector.numel() for weight in weights] == [0, 0]
 
 

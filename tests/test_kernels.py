@@ -22,11 +22,9 @@ from acdc.engine.layout import Buffer, Pool, Shape
 from acdc.engine.native import Native
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
+from support.kernel_calls import CALLED, verdict
 
 BACKENDS = [*native.instruction_sets(), "reference"]
-# What the tests below really called: (kernel row, instruction set, is double), noted by `recorder`.
-CALLED: set[tuple[str, str, bool]] = set()
-
 backends = pytest.mark.parametrize("name", BACKENDS)
 # Derandomized: the same every time. 100 examples keep the file under a minute on one thread.
 EXAMPLES = int(os.environ.get("ACDC_EXAMPLES", "100"))
@@ -59,9 +57,11 @@ MEMORY = {
 memories = st.sampled_from(list(MEMORY))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def recorder():
-    """Note every kernel that runs, where the compiled code is called."""
+    """Note every kernel that runs, where the compiled code is called. When all tests are over, a
+    kernel of the table that none of these tests called fails the run.
+    """
     run = native.Call.__call__
 
     def noting(call):
@@ -699,19 +699,18 @@ def test_buffers_that_do_not_fit_a_plan_are_refused(isa):
         )
 
 
-def test_every_kernel_of_every_instruction_set_here_was_called(request):
-    if not native.available():
-        pytest.skip("installed without a compiler")
-    here = {item.originalname for item in request.session.items if item.path == request.path}
-    tests = {name for name in globals() if name.startswith("test_")}
-    alone = hasattr(request.config, "workerinput") or request.config.getoption("keyword")
-    if alone or here != tests:
-        pytest.skip("counts only when the whole file ran in one process")
-    table = native.kernel_names()
-    wanted = {
-        (row, isa, wide)
-        for row in table
-        for isa in native.instruction_sets()
-        for wide in (False, True)
-    }
-    assert wanted == CALLED
+def test_the_check_of_the_called_kernels_can_fail():
+    """The check itself runs when all tests are over: see ``support/kernel_calls.py``."""
+    relu, add = ("relu", "avx2", False), ("add", "avx2", True)
+    assert verdict([relu, add], [relu, add], []) == (
+        False,
+        "kernels: all 2 of the table were called",
+    )
+    assert verdict([relu, add], [relu], []) == (
+        True,
+        "kernels: 1 of 2 were never called: add (avx2, f64)",
+    )
+    assert verdict([relu], [relu, add], [])[0]
+    fails, sentence = verdict([relu, add], [relu], ["test_b", "test_a"])
+    assert not fails
+    assert sentence == "kernels: NOT CHECKED, because test_a and 1 more did not run and pass"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -22,7 +22,7 @@ from acdc import score
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.methods import METHODS
-from acdc.methods.base import Past, Weights
+from acdc.methods.base import Method, Weights
 from acdc.methods.dpf import DPF
 from acdc.methods.dsd import DSD
 from acdc.methods.families import exchange
@@ -35,16 +35,27 @@ from acdc.methods.snfs import SNFS, apportion
 from acdc.methods.snip import SNIP
 from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
-from acdc.methods.str_ import STR
+from acdc.methods.str_ import STR, SoftThreshold
 from acdc.methods.topkast import TopKAST
-from acdc.methods.woodfisher import WoodFisher
+from acdc.methods.woodfisher import Memory, WoodFisher
 from acdc.pattern import NM, Block, Unstructured
 from acdc.schedule import constant, phases, ramp
 from acdc.score import Scores
 from acdc.sparsifier import Sparsifier
 from acdc.support import Support, kept
-from acdc.threshold import SoftThreshold
-from helpers import Net, adam, backward, batch, bind, build, is_plus_zero, same, sgd, steps, train
+from support.helpers import (
+    Net,
+    adam,
+    backward,
+    batch,
+    bind,
+    build,
+    is_plus_zero,
+    same,
+    sgd,
+    steps,
+    train,
+)
 
 STEPS = 12
 SPARSE = constant("sparse", 3).resolve(4)
@@ -242,23 +253,35 @@ def test_a_removed_rigl_leaves_the_optimizer_alone() -> None:
     assert not optimizer._optimizer_step_pre_hooks
 
 
+def step_flops(method: Method[Any], sparse: int, dense: int) -> Fraction:
+    """Return the mean FLOPs of a step of the method's sparse phases, on one sample."""
+    steps = [range(p.start, p.stop) for p in method.resolved.phases if p.kind == "sparse"]
+    spent = sum(method.training.flops(r, lambda step: step, sparse, dense) for r in steps)
+    return Fraction(spent, sum(map(len, steps)))
+
+
 def test_flops_of_rigl_are_those_of_the_paper() -> None:
     # ResNet-50, ERK 80 %: f_S/f_D = .4154, an update each 100 steps (appendix H; README: .42).
     dense, sparse = 10_000, 4154
     method = RigL(ERK, constant("sparse", 100).resolve(100), until="100%")
-    ours = method.step_flops(sparse, dense) / (3 * dense)
+    ours = step_flops(method, sparse, dense) / (3 * dense)
     theirs = Fraction(3 * sparse * 100 + 2 * sparse + dense, 101 * 3 * dense)
     assert f"{float(ours):.4f}" == f"{float(theirs):.4f}" == "0.4173"
     short = RigL(ERK, constant("sparse", 100).resolve(100), until="50%")
-    assert short.step_flops(sparse, dense) == 3 * sparse + Fraction(50, 10_000) * (dense - sparse)
+    assert step_flops(short, sparse, dense) == 3 * sparse + Fraction(50, 10_000) * (dense - sparse)
 
 
 def test_flops_of_the_others() -> None:
     f_s, f_d = 100, 1000
-    for kind in (Static, OneShot, GMP, Gradual, WoodFisher, SNIP, DSD, acdc.ACDC):
-        assert kind(ERK, SPARSE).step_flops(f_s, f_d) == 3 * f_s
-    assert SET(ERK, SPARSE).step_flops(f_s, f_d) == 3 * f_s
-    assert SNFS(ERK, SPARSE).step_flops(f_s, f_d) == 2 * f_s + f_d
+    for kind in (Static, OneShot, GMP, Gradual, WoodFisher, DSD, acdc.ACDC):
+        assert step_flops(kind(ERK, SPARSE), f_s, f_d) == 3 * f_s
+    assert step_flops(SET(ERK, SPARSE), f_s, f_d) == 3 * f_s
+    assert step_flops(SNFS(ERK, SPARSE), f_s, f_d) == 2 * f_s + f_d
+    # The one measurement of SNIP has all weights in all three passes: all are kept then.
+    measured = SNIP(ERK, SPARSE).training.flops(range(1), lambda step: step, f_d, f_d)
+    assert measured == 3 * f_d
+    later = SNIP(ERK, SPARSE).training.flops(range(1, 10), lambda step: step, f_s, f_d)
+    assert later == 9 * 3 * f_s
 
 
 # --- SET -----------------------------------------------------------------------------------------
@@ -269,12 +292,12 @@ def test_set_keeps_the_largest_by_magnitude_and_draws_the_rest() -> None:
     method = SET(Unstructured(0.5), SPARSE, drop=0.5, every="1st", until="8st", seed=5)
     w = torch.cat([torch.tensor([-1.0, 1.0]).repeat(10) * torch.arange(1, 21), torch.zeros(20)])
     weights, support = Weights({"w": w}, {}.get), Support({"w": w != 0})
-    new = method.update(4, weights, support)
+    new, _ = method.update(4, weights, support, None)
     # Half a cosine at its middle: a quarter of twenty leave, the smallest five.
     rest = w.abs() > 5
     draws = score.random(weights, hash((5, 4)))["w"].masked_fill(rest, -1)
     assert torch.equal(new["w"], rest | top(draws, 5))
-    assert method.update(8, weights, support) is support
+    assert method.update(8, weights, support, None)[0] is support
 
 
 def test_what_is_random_depends_on_the_seed_and_the_step_alone() -> None:
@@ -348,7 +371,7 @@ def test_places_go_to_the_layers_with_the_most_momentum_by_hand() -> None:
         a: {"momentum_buffer": torch.tensor([3.0, -3, 3, 3, 0.1, -0.4, 0.3, 0.2])},
         b: {"momentum_buffer": torch.tensor([1.0, -1, 1, 1, 0.1, 0.2, 0.3, -9.0])},
     }
-    new = method.update(6, Weights({"a": a, "b": b}, state.get), support)
+    new, _ = method.update(6, Weights({"a": a, "b": b}, state.get), support, None)
     # Half way, a share of 1/4: one weight of four leaves each layer (3 of a, 0 of b). Of the two
     # places 3/4 are a's: 1.5 against .5, equal remainders, so the earlier layer has both.
     assert torch.equal(new["a"], mask(1, 1, 1, 1, 0, 1, 0, 0))  # 3 comes back: momentum 3
@@ -449,7 +472,7 @@ def test_what_is_cut_stays_cut_even_among_zeros() -> None:
     method = GMP(Unstructured(0.5), SPARSE, first=0.25, every="2st", length="8st")
     support = Support({"w": mask(0, 0, 1, 1, 1, 1, 1, 1)})
     w = torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 1])  # zeros that are kept rank as those that are cut
-    new = method.update(8, Weights({"w": w}, {}.get), support)
+    new, _ = method.update(8, Weights({"w": w}), support, None)
     assert torch.equal(new["w"], mask(0, 0, 1, 1, 1, 0, 0, 1))
 
 
@@ -493,8 +516,6 @@ def test_one_shot_cuts_the_trained_weights_once() -> None:
         assert torch.equal(model.get_parameter(name), trained.get_parameter(name).where(m, 0))
     train(model, optimizer, 0, STEPS)
     assert [c.step for c in sparsifier.changes] == [0]
-    pretrained = {name for name, kind in METHODS.items() if kind.pretrained}
-    assert pretrained == {"oneshot", "gradual", "woodfisher"}
 
 
 def test_dsd_brings_all_weights_back_at_zero_and_ends_dense() -> None:
@@ -533,6 +554,14 @@ def woodfisher(**fields: Any) -> WoodFisher:
     return WoodFisher(Unstructured(0.8), SPARSE, **fields)
 
 
+def moves(
+    method: WoodFisher, weights: Weights, support: Mapping[str, Tensor], memory: Memory
+) -> dict[str, Tensor]:
+    move = method.training.move
+    assert move is not None
+    return dict(move(weights, Support(support), memory))
+
+
 @pytest.mark.parametrize("damping", [1e-5, 0.1])
 @pytest.mark.parametrize("block", [3, 4, 100])
 def test_scores_and_moves_of_woodfisher_are_those_of_the_inverse(
@@ -542,9 +571,9 @@ def test_scores_and_moves_of_woodfisher_are_those_of_the_inverse(
     w, g = (torch.randn(n, 10, generator=draw) for n in (1, 5))
     kept_until_now = mask(1, 0, 1, 1, 1, 1, 1, 0, 1, 1)[None]
     rows = g[:, kept_until_now[0]]
-    past = Past(kept_until_now, list(rows))
+    memory = {"w": (kept_until_now, list(rows))}
     method = woodfisher(block=block, damping=damping, compensation=0.5)
-    params = Weights({"w": w}, {}.get, {"w": past})
+    params = Weights({"w": w})
 
     live = rows.shape[1]
     inverse = torch.zeros(live, live, dtype=torch.float64)
@@ -555,35 +584,30 @@ def test_scores_and_moves_of_woodfisher_are_those_of_the_inverse(
         inverse[part, part] = torch.linalg.inv(f)
         torch.testing.assert_close(fisher_inverse(rows[:, part], damping), inverse[part, part])
 
-    score = method.rank(params)["w"]
+    score = method.rank(params, memory)["w"]
     expected = w[kept_until_now].double().square() / inverse.diagonal()
     torch.testing.assert_close(score[kept_until_now], expected.float())
 
     stays = mask(1, 0, 0, 1, 1, 0, 1, 0, 0, 1)[None]  # of the kept ones 2, 5 and 8 leave
     v = (w[kept_until_now] / inverse.diagonal()).where(~stays[kept_until_now], 0)
-    move = method.adjust(params, "w", stays)
-    assert move is not None
+    move = moves(method, params, {"w": stays}, memory)["w"]
     torch.testing.assert_close(move[kept_until_now], (-0.5 * inverse @ v).float())
     assert is_plus_zero(move[~kept_until_now])
-    assert woodfisher(compensation=0.0).adjust(params, "w", stays) is None
+    assert not moves(woodfisher(compensation=0.0), params, {"w": stays}, memory)
 
 
 def test_by_hand_woodfisher_cuts_what_the_loss_feels_least_and_others_make_up_for_it() -> None:
     # Two gradients (√2, √2, 0) and λ = 1 make F = [[3, 2, 0], [2, 3, 0], [0, 0, 1]].
-    params = Weights(
-        {"w": torch.tensor([1.0, 2.0, 1.1])},
-        {}.get,
-        {"w": Past(mask(1, 1, 1), [torch.tensor([2**0.5, 2**0.5, 0])] * 2)},
-    )
+    params = Weights({"w": torch.tensor([1.0, 2.0, 1.1])})
+    memory = {"w": (mask(1, 1, 1), [torch.tensor([2**0.5, 2**0.5, 0])] * 2)}
     method = woodfisher(damping=1.0)
     f = torch.tensor([[3.0, 2, 0], [2, 3, 0], [0, 0, 1]])
     torch.testing.assert_close(torch.linalg.inv(f).diagonal(), torch.tensor([0.6, 0.6, 1.0]))
-    score = method.rank(params)["w"]
+    score = method.rank(params, memory)["w"]
     torch.testing.assert_close(score, torch.tensor([1 / 0.6, 4 / 0.6, 1.21]))
     assert score.argmin() == 2  # and not the smallest weight
     # Without weight 0, weight 1 takes over 2/3 of it, as it does in the minimum of dᵀ F d.
-    move = method.adjust(params, "w", mask(0, 1, 1))
-    assert move is not None
+    move = moves(method, params, {"w": mask(0, 1, 1)}, memory)["w"]
     torch.testing.assert_close(move, torch.tensor([-1.0, 2 / 3, 0.0]))
     assert move @ f @ move < f[0, 0]  # what the cut alone would cost
     torch.testing.assert_close(move @ f @ move, score[0])
@@ -627,10 +651,12 @@ def test_woodfisher_remembers_the_gradients_of_executed_steps_before_a_cut(how: 
                 held.append(grad[support[name]])
         if sparsifier.support is not support:
             rows = {name: [] for name in rows}
-        past = sparsifier.state_dict()["past"]
-        assert len(past) == (len(rows) if rows["fc1.weight"] else 0)
-        for name, held in past.items():
-            torch.testing.assert_close(held, torch.stack(rows[name]), rtol=1e-5, atol=1e-7)
+        memory = sparsifier.state_dict()["method_state"]
+        assert len(memory) == (len(rows) if rows["fc1.weight"] else 0)
+        for name, (kept_here, held) in memory.items():
+            assert torch.equal(kept_here, support[name])
+            expected = torch.stack(rows[name])
+            torch.testing.assert_close(torch.stack(held), expected, rtol=1e-5, atol=1e-7)
         lengths.append(len(rows["fc1.weight"]))
     assert lengths[:3] == ([0, 0, 1] if how == "scaler" else [0, 1, 0])
     assert [c.step for c in sparsifier.changes] == [0, 3, 6]
@@ -647,28 +673,26 @@ def test_a_cut_of_woodfisher_takes_the_lowest_scores_and_moves_the_rest() -> Non
     train(bare, other, 0, 2)
     twin, third, _ = bind(GMP(Unstructured(0.3), SPARSE, 0.3, "3st", "6st"), sgd)
     train(twin, third, 0, 3)  # its cut at 3 takes nothing more: what a cut at 3 finds
-    before, old = sparsifier.state_dict()["past"], sparsifier.support
+    before, old = sparsifier.state_dict()["method_state"], sparsifier.support
     train(model, optimizer, 2, 3)
     train(bare, other, 2, 3)
-    grads = {n: [*before[n], twin.get_parameter(n).grad[old[n]]] for n in old}  # type: ignore[index]
-    params = Weights(
-        dict(twin.named_parameters()), {}.get, {n: Past(old[n], grads[n]) for n in old}
-    )
+    last = {n: twin.get_parameter(n).grad[old[n]] for n in old}  # type: ignore[index]
+    memory = {n: (old[n], [*before[n][1], last[n]]) for n in old}
+    params = Weights({n: twin.get_parameter(n) for n in old})
     new = sparsifier.support
-    ranks = woodfisher().rank(Weights({n: params[n] for n in old}, {}.get, params._past))
+    ranks = woodfisher().rank(params, memory)
     pattern = Unstructured(0.8).at(ramp(3, 0, 6, 0.3, 0.8))
     assert new == alone.support == pattern.select(score.among(ranks, old))
     assert new != pattern.select(score.magnitude({n: params[n] for n in old}))
-    moved = False
+    moved, found = False, moves(woodfisher(), params, new, memory)
     for name, stays in new.items():
         expected = params[name].detach().where(stays, 0)
         assert torch.equal(bare.get_parameter(name), expected)
-        move = woodfisher().adjust(params, name, stays)
-        assert move is not None
+        move = found[name]
         moved |= bool(move[stays].any())
         assert torch.equal(model.get_parameter(name), (params[name] + move).where(stays, 0))
     assert moved
-    assert not sparsifier.state_dict()["past"]
+    assert not sparsifier.state_dict()["method_state"]
 
 
 def test_a_gradient_that_is_not_a_number_is_refused_in_a_sentence() -> None:
@@ -843,7 +867,7 @@ def test_what_top_kast_does_not_train_stays_and_its_sets_have_their_sizes() -> N
     model, optimizer, sparsifier = bind(method, sgd)  # with momentum and weight decay
     for _ in range(3):
         start = {n: w.clone() for n, w in sparsifier.dense_weights.items()}
-        first, second = sparsifier.support, sparsifier._reach
+        first, second = sparsifier.support, sparsifier._store.trained
         assert second is not None
         assert (first.nnz, second.nnz) == (kept(888, 0.8), kept(888, 0.4))
         assert all((second[n] | ~first[n]).all() for n in first)  # A lies in B
@@ -902,11 +926,11 @@ def test_a_skipped_step_leaves_view_and_dense_weights_as_they_were(name: str, fu
         plain.step()
         for n, w in sparsifier.dense_weights.items():
             torch.testing.assert_close(w, reference.dense_weights[n], rtol=1e-4, atol=1e-6)
-        learned, expected = (s.state_dict()["thresholds"] for s in (sparsifier, reference))
+        learned, expected = (s.state_dict()["method_state"] or {} for s in (sparsifier, reference))
         assert learned.keys() == expected.keys()
         assert bool(learned) == (name == "str")
         for n, threshold in learned.items():
-            assert not torch.equal(threshold, before[1]["thresholds"][n])
+            assert not torch.equal(threshold, before[1]["method_state"][n])
             torch.testing.assert_close(threshold, expected[n], rtol=1e-5, atol=1e-6)
 
 
@@ -951,7 +975,9 @@ def test_an_engine_runs_what_thresholds_leave_and_they_learn_the_same() -> None:
         assert sparsifier.support == reference.support
         for name, dense in sparsifier.dense_weights.items():
             torch.testing.assert_close(dense, reference.dense_weights[name], rtol=1e-4, atol=1e-6)
-            learned, expected = (s.state_dict()["thresholds"] for s in (sparsifier, reference))
+            learned, expected = (
+                s.state_dict()["method_state"] or {} for s in (sparsifier, reference)
+            )
             torch.testing.assert_close(learned[name], expected[name], rtol=1e-4, atol=1e-6)
             view, plainly = model.get_parameter(name), plain.get_parameter(name)
             assert torch.equal(view == 0, plainly == 0)
@@ -959,10 +985,11 @@ def test_an_engine_runs_what_thresholds_leave_and_they_learn_the_same() -> None:
 
 def test_flops_of_views() -> None:
     f_s, f_d = 200, 1000
-    assert DPF(ERK, SPARSE).step_flops(f_s, f_d) == 2 * f_s + f_d
-    assert SRSTE(NM(2, 4), SPARSE).step_flops(f_s, f_d) == 2 * f_s + f_d
+    assert step_flops(DPF(ERK, SPARSE), f_s, f_d) == 2 * f_s + f_d
+    assert step_flops(SRSTE(NM(2, 4), SPARSE), f_s, f_d) == 2 * f_s + f_d
     # B at half the sparsity of A costs half way between A and all.
-    assert TopKAST(ERK, SPARSE, backward=0.4).step_flops(f_s, f_d) == 2 * f_s + 600
+    assert step_flops(TopKAST(ERK, SPARSE, backward=0.4), f_s, f_d) == 2 * f_s + 600
+    assert step_flops(STR(Unstructured(0.8), SPARSE), f_s, f_d) == 3 * f_s
 
 
 # --- STR -----------------------------------------------------------------------------------------
@@ -987,7 +1014,7 @@ def test_str_learns_thresholds_behind_exact_supports() -> None:
     model, optimizer, sparsifier = bind(LEARNING, sgd)
     apart = set()
     for step in steps(model, optimizer, 0, STEPS):
-        learned = sparsifier._learned
+        learned = sparsifier._state
         apart.add(tuple(float(learned[n][0] - learned["conv1.weight"][0]) for n in learned))
         chosen = min(step, 7) if step >= 7 else step - step % 2
         assert sparsifier.support.nnz == Unstructured(ramp(chosen, 0, 7, 0.3, 0.8)).total(
@@ -1004,4 +1031,3 @@ def test_str_learns_thresholds_behind_exact_supports() -> None:
     assert len(apart) == STEPS  # parted by their gradients in every step
     with pytest.raises(InputError, match=r"cannot keep. Give the scope \"global\""):
         STR(ERK, SPARSE)
-    assert STR(Unstructured(0.8), SPARSE).step_flops(200, 1000) == 600

@@ -142,7 +142,7 @@ def torchvision_keys(blocks: tuple[int, ...], convs: int, first_downsample: bool
         (CifarResNet(), torchvision_keys((3, 3, 3), 2, False)),
         (SmallResNet(), torchvision_keys((1, 1, 1), 2, False)),
     ],
-    ids=str,
+    ids=["ResNet-50", "ResNet-18", "ResNet-20", "SmallResNet"],
 )
 def test_resnets_have_torchvision_names(spec: Model, keys: set[str]) -> None:
     assert set(on_meta(spec).state_dict()) == keys

@@ -32,8 +32,8 @@ from acdc.runs.engine import why_off
 from acdc.runs.models import Model
 from acdc.runs.recipe import Recipe
 from acdc.runs.record import Metrics
-from helpers import same
-from runs import BRANCH, STEPS, TINY, assert_same_run, events, files, record, tiny, words
+from support.helpers import same
+from support.runs import BRANCH, STEPS, TINY, assert_same_run, events, files, record, tiny, words
 
 TESTS = Path(__file__).parent
 
@@ -77,7 +77,8 @@ DEATHS: list[dict[str, Any]] = [
 
 def killed(folder: Path, settings: dict[str, str], deaths: list[dict[str, Any]]) -> list[int]:
     """Run ``killed.py`` and return how each attempt ended."""
-    words = [sys.executable, "killed.py", str(folder), json.dumps(settings), json.dumps(deaths)]
+    program = [sys.executable, "-m", "support.killed"]
+    words = [*program, str(folder), json.dumps(settings), json.dumps(deaths)]
     done = subprocess.run(words, cwd=TESTS, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     ends: list[int] = json.loads(done.stdout.splitlines()[-1])

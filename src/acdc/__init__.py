@@ -6,6 +6,8 @@ AC/DC, Alternating Compressed/DeCompressed training (Peste et al., NeurIPS 2021)
 from typing import TYPE_CHECKING, Any
 
 from acdc.errors import AcdcError, InputError, MissingDependency
+from acdc.hooks.changes import Change
+from acdc.hooks.twin import DenseTwin
 from acdc.layers import Layers
 from acdc.methods import (
     ACDC,
@@ -28,7 +30,7 @@ from acdc.methods import (
 from acdc.pair import Pair
 from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.schedule import Phase, Plan, Schedule, alternate, constant, phases
-from acdc.sparsifier import Change, DenseTwin, Sparsifier
+from acdc.sparsifier import Sparsifier
 from acdc.support import Support, kept
 
 if TYPE_CHECKING:

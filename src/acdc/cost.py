@@ -24,15 +24,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from acdc.errors import InputError
-from acdc.schedule import Schedule
+from acdc.schedule import Kind, Schedule
 from acdc.support import Support
 
 Kept = Mapping[str, int] | Support
@@ -133,72 +133,6 @@ class Network:
         """Return the FLOPs with these weights kept as a share of the dense network's."""
         return self.flops(counts) / self.flops()
 
-    def training_flops(
-        self,
-        schedule: Schedule,
-        counts: Kept | Sequence[Kept | None],
-        samples_per_step: int,
-        samples_per_epoch: int | None = None,
-    ) -> int:
-        """Return the FLOPs of a whole training run, each phase at its own density.
-
-        Args:
-            schedule: The phases in executed optimizer steps.
-            counts: Kept weights in the sparse phases: one mapping for all of them, or a sequence
-                with an entry per phase of the schedule, ``None`` where it is dense.
-            samples_per_step: Samples an optimizer step sees, over all its batches and processes.
-            samples_per_epoch: Size of the training set, where the last step of an epoch sees the
-                samples that are left; ``None`` where every step is full.
-
-        Raises:
-            InputError: The counts do not belong to the schedule, or the samples do not.
-        """
-        seen = _samples_seen(schedule, samples_per_step, samples_per_epoch)
-        per_sample = [3 * self.flops(kept) for kept in _by_phase(schedule, counts)]
-        return sum(
-            flops * (seen(phase.stop) - seen(phase.start))
-            for phase, flops in zip(schedule.phases, per_sample, strict=True)
-        )
-
-    def flops_over(
-        self,
-        schedule: Schedule,
-        supports: Sequence[tuple[int, Kept | None]],
-        samples_per_step: int,
-        samples_per_epoch: int | None = None,
-        step: Callable[[int, int], Fraction | int] = lambda sparse, dense: 3 * sparse,
-    ) -> int:
-        """Return the FLOPs of a training run whose support changes at any step.
-
-        Args:
-            schedule: The phases; only their steps and epochs count here.
-            supports: ``(step, kept weights)`` of every change, ``None`` for dense, in order. Before
-                the first one the network is dense.
-            samples_per_step: As in :meth:`training_flops`.
-            samples_per_epoch: Likewise.
-            step: FLOPs of a training step on one sample, from those of a forward pass with the
-                weights that are kept then, and of a dense one.
-        """
-        seen = _samples_seen(schedule, samples_per_step, samples_per_epoch)
-        marks: list[tuple[int, Kept | None]] = [(0, None), *supports]
-        ends = [start for start, _ in supports] + [schedule.total]
-        dense = self.flops()
-        spent = Fraction(0)
-        for (start, kept), stop in zip(marks, ends, strict=True):
-            flops = 3 * dense if kept is None else step(self.flops(kept), dense)
-            spent += flops * (seen(stop) - seen(start))
-        return round(spent)
-
-    def training_ratio(self, schedule: Schedule, counts: Kept | Sequence[Kept | None]) -> float:
-        """Return the training FLOPs as a share of a dense run of the same number of steps.
-
-        Args:
-            schedule: The phases in executed optimizer steps, all of which weigh the same.
-            counts: As in :meth:`training_flops`.
-        """
-        dense = 3 * self.flops() * schedule.total
-        return float(Fraction(self.training_flops(schedule, counts, samples_per_step=1), dense))
-
     def rows(self, counts: Kept | None = None) -> list[tuple[str, str, str, str, str, str]]:
         """Return the layers as text: layer, shape, weights, kept, density, MACs of one sample."""
         kept = self.kept(counts)
@@ -234,26 +168,137 @@ def _row(
     return (name, shape, f"{weights:,}", f"{kept:,}", f"{kept / weights:.4f}", f"{macs:,}")
 
 
-def _by_phase(schedule: Schedule, counts: Kept | Sequence[Kept | None]) -> list[Kept | None]:
-    """Return the kept weights of every phase of the schedule, ``None`` where it is dense."""
-    if isinstance(counts, Mapping):
-        return [counts if phase.kind == "sparse" else None for phase in schedule.phases]
-    if len(counts) != len(schedule.phases):
-        raise InputError(
-            f"Counts of {len(counts)} phases were given, and the schedule has "
-            f"{len(schedule.phases)}. Give one entry per phase, None for a dense one."
-        )
-    for phase, kept in zip(schedule.phases, counts, strict=True):
-        if phase.kind == "dense" and kept is not None:
-            raise InputError(
-                f"The phase [{phase.start}, {phase.stop}) is dense, and counts were given for it. "
-                f"A dense phase has the dense cost, also while revived weights are still zero: "
-                f"give None."
+# --- the FLOPs of training ----------------------------------------------------------------------
+
+Seen = Callable[[int], int]
+"""Function from executed steps to the training samples that they have seen."""
+
+StepsFlops = Callable[[range, Seen, int, int], Fraction]
+"""Function from steps of a sparse phase, the samples seen, and the FLOPs of a sparse and of a dense
+forward pass on one sample to the FLOPs of these steps (``Training.flops``)."""
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """Training FLOPs of one phase.
+
+    Args:
+        kind: ``"dense"`` or ``"sparse"``.
+        start: First step.
+        stop: Step after the last one.
+        samples: Training samples that the phase sees.
+        flops: Training FLOPs.
+        dense_flops: Training FLOPs of as many steps of the dense network.
+    """
+
+    kind: Kind
+    start: int
+    stop: int
+    samples: int
+    flops: int
+    dense_flops: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Training FLOPs of a run, by phase. The only place that counts them.
+
+    Args:
+        phases: Costs of the phases, in order. The phase in which a run stopped is cut short.
+        exact: Whether the counts are those of the run; ``False`` for an estimate before it.
+    """
+
+    phases: tuple[PhaseCost, ...]
+    exact: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        network: Network,
+        schedule: Schedule,
+        supports: Sequence[tuple[int, Kept | None]],
+        sparse_steps: StepsFlops,
+        samples_per_step: int,
+        samples_per_epoch: int | None = None,
+        until: int | None = None,
+        exact: bool = True,
+    ) -> Ledger:
+        """Count the FLOPs of a run.
+
+        Args:
+            network: What is trained.
+            schedule: The phases in executed optimizer steps.
+            supports: ``(step, kept weights)`` of every change of the support, in order; ``None``
+                for dense. Before the first one the network is dense. The supports of a run are its
+                ``Sparsifier.changes``; those of a run to come are ``Method.forecast``.
+            sparse_steps: The cost of steps in a sparse phase: ``method.training.flops``.
+            samples_per_step: Samples that an optimizer step sees, over all its batches and
+                processes.
+            samples_per_epoch: Size of the training set, where the last step of an epoch sees the
+                samples that are left; ``None`` where every step is full.
+            until: Executed steps so far; ``None``: the whole schedule.
+            exact: Whether ``supports`` are certain.
+
+        Raises:
+            InputError: The supports do not belong to the network, or the samples do not belong to
+                the schedule.
+        """
+        seen = _samples_seen(schedule, samples_per_step, samples_per_epoch)
+        end = schedule.total if until is None else until
+        dense = network.flops()
+        starts = [0, *(step for step, _ in supports)]
+        counts = [None, *(kept for _, kept in supports)]
+        stops = [*starts[1:], schedule.total]
+        segments = [
+            (start, stop, dense if kept is None else network.flops(kept), kept is None)
+            for start, stop, kept in zip(starts, stops, counts, strict=True)
+        ]
+        phases = []
+        for phase in schedule.phases:
+            stop = min(phase.stop, end)
+            if phase.start >= stop:
+                break
+            spent = Fraction(0)
+            for first, last, sparse, is_dense in segments:
+                first, last = max(first, phase.start), min(last, stop)
+                if first >= last:
+                    continue
+                if is_dense:
+                    spent += 3 * dense * (seen(last) - seen(first))
+                else:
+                    spent += sparse_steps(range(first, last), seen, sparse, dense)
+            samples = seen(stop) - seen(phase.start)
+            phases.append(
+                PhaseCost(phase.kind, phase.start, stop, samples, round(spent), 3 * dense * samples)
             )
-    return list(counts)
+        return cls(tuple(phases), exact)
+
+    @property
+    def flops(self) -> int:
+        """Training FLOPs in total."""
+        return sum(phase.flops for phase in self.phases)
+
+    @property
+    def dense_flops(self) -> int:
+        """Training FLOPs of as many steps of the dense network."""
+        return sum(phase.dense_flops for phase in self.phases)
+
+    @property
+    def ratio(self) -> float:
+        """Training FLOPs as a share of those of dense training for as many steps."""
+        return self.flops / self.dense_flops if self.dense_flops else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ledger as plain values, for a record."""
+        return {"exact": self.exact, "phases": [asdict(phase) for phase in self.phases]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Ledger:
+        """Inverse of :meth:`to_dict`."""
+        return cls(tuple(PhaseCost(**phase) for phase in data["phases"]), data["exact"])
 
 
-def _samples_seen(schedule: Schedule, per_step: int, per_epoch: int | None) -> Callable[[int], int]:
+def _samples_seen(schedule: Schedule, per_step: int, per_epoch: int | None) -> Seen:
     """Return the function from executed steps to the samples they have seen."""
     if per_step < 1:
         raise InputError(f"samples_per_step is {per_step}. Give a whole number from 1 up.")

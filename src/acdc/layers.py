@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import cast
 
-from torch import distributed, nn
+from torch import nn
 
 from acdc.errors import InputError
 
@@ -122,10 +122,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
-
-
-def has_peers() -> bool:
-    """Return whether this is one of several processes that train the same model."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return int(distributed.get_world_size()) > 1

@@ -28,9 +28,7 @@ from acdc.errors import AcdcError, InputError
 if TYPE_CHECKING:
     from acdc.bench.table import Table
     from acdc.bench.where import Table as Where
-    from acdc.cost import Network
     from acdc.runs.recipe import Recipe
-    from acdc.schedule import Schedule
 
 RECORD = ("sparse", "dense", "inference_flops_ratio", "train_flops_ratio", "seconds", "run")
 
@@ -386,7 +384,9 @@ def _show(args: argparse.Namespace) -> int:
             raise InputError("--set is for recipes. Change a grid in its function.")
         return _show_grid(args.recipe)
     recipe, changed = _recipe(args)
-    view = _View(recipe)
+    from acdc.runs.preview import Preview
+
+    view = Preview(recipe)
     print(f"{recipe.name}: {recipe.about}\n")
     print("Values, each to be changed by --set PATH=VALUE:\n")
     _print_rows(
@@ -409,7 +409,7 @@ def _show(args: argparse.Namespace) -> int:
     _print_rows(rows, left=2, last_left=True)
     print("\nSize and cost:\n")
     inference = view.network.inference_ratio(view.counts) if view.counts else 1.0
-    estimate = f", {view.estimate}" if view.estimate else ""
+    estimate = "" if view.ledger.exact else ", estimated on untrained weights"
     _print_rows(
         [
             ("  parameters", f"{view.parameters:,}", ""),
@@ -423,8 +423,8 @@ def _show(args: argparse.Namespace) -> int:
             ),
             (
                 "  FLOPs of training",
-                f"{view.train_flops:.3e}",
-                f"{100 * view.train_ratio:.2f} % of dense training{estimate}",
+                f"{view.ledger.flops:.3e}",
+                f"{100 * view.ledger.ratio:.2f} % of dense training{estimate}",
             ),
         ],
         left=1,
@@ -459,130 +459,37 @@ def _values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield here, value
 
 
-class _View:
-    """What a recipe amounts to, without training and without data."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        import torch
-
-        from acdc.cost import measure
-
-        self.recipe = recipe
-        self.method = recipe.method.resolve(recipe.data.steps_per_epoch(recipe.batch_size))
-        self.schedule: Schedule = self.method.resolved
-        with torch.device("meta"):
-            self.model = recipe.model.build()
-            self.network: Network = measure(self.model, recipe.model.example(1))
-        self.pruned, self.refused = self.method.select(self.model)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.prunable = sum(p.numel() for p in self.pruned.values())
-        self.counts, self.estimate = self._counts()
-        self.kept = sum(self.counts.values())
-
-    def _counts(self) -> tuple[dict[str, int], str]:
-        """Return the weights kept of every pruned layer, and what to say if that is a guess."""
-        import torch
-
-        from acdc import score
-
-        pattern = getattr(self.method, "pattern", None)
-        if pattern is None:
-            return {}, ""
-        exact = pattern.counts({name: tuple(p.shape) for name, p in self.pruned.items()})
-        if exact is not None:
-            return exact, ""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.seed)
-            model = self.recipe.model.build()
-        params, _ = self.method.select(model)
-        counts = pattern.select(score.magnitude(params)).counts()
-        return counts, "estimated on untrained weights"
-
-    @property
-    def _by_phase(self) -> list[dict[str, int] | None]:
-        return [self.counts if p.kind == "sparse" else None for p in self.schedule.phases]
-
-    def _trained(self, by_phase: list[dict[str, int] | None]) -> int:
-        recipe = self.recipe
-        samples = recipe.data.train_samples
-        return self.network.training_flops(self.schedule, by_phase, recipe.batch_size, samples)
-
-    @property
-    def train_flops(self) -> int:
-        """FLOPs of the run."""
-        return self._trained(self._by_phase)
-
-    @property
-    def train_flops_dense(self) -> int:
-        """FLOPs of a dense run of the same length."""
-        return self._trained([None] * len(self.schedule.phases))
-
-    @property
-    def train_ratio(self) -> float:
-        """FLOPs of the run as a share of a dense one."""
-        return self.network.training_ratio(self.schedule, self._by_phase)
-
-    def phase_flops(self) -> list[int]:
-        """FLOPs of every phase."""
-        recipe, step = self.recipe, self.schedule.steps_per_epoch[0]
-
-        def seen(at: int) -> int:
-            epochs, steps = divmod(at, step)
-            return epochs * recipe.data.train_samples + steps * recipe.batch_size
-
-        return [
-            3 * self.network.flops(counts) * (seen(phase.stop) - seen(phase.start))
-            for phase, counts in zip(self.schedule.phases, self._by_phase, strict=True)
-        ]
-
-    def why_dense(self, name: str) -> str:
-        """Return why a layer is not pruned."""
-        from acdc.layers import Layers, matches
-
-        if name in self.refused:
-            return self.refused[name]
-        pattern = getattr(self.method, "pattern", None)
-        if pattern is None:
-            return f"the method {self.method.name} prunes nothing"
-        layers: Layers = getattr(self.method, "layers", None) or pattern.default_layers()
-        names = [layer.name for layer in self.network.layers]
-        if matches(name, layers.exclude):
-            return "excluded by name"
-        if layers.skip_first and name == names[0]:
-            return "the first layer"
-        if layers.skip_last and name == names[-1]:
-            return "the last layer"
-        return "not among the chosen layers"
-
-
 # --- cost ---------------------------------------------------------------------------------------
 
 
 def _cost(args: argparse.Namespace) -> int:
+    from acdc.runs.preview import Preview
+
     recipe, _ = _recipe(args)
-    view = _View(recipe)
+    view = Preview(recipe)
     out = sys.stderr if args.json else sys.stdout
-    dense_total = view.train_flops_dense
+    ledger = view.ledger
+    dense_total = ledger.dense_flops
     print(f"{recipe.name}: {recipe.about}\n", file=out)
     print(textwrap.fill(CONVENTION, 100), file=out)
-    if view.estimate:
+    if not ledger.exact:
         note = (
             "Which layers a global pattern cuts most depends on the trained weights: the sparse "
             "figures are estimated on untrained ones. The record of a run has the exact ones."
         )
         print("\n" + textwrap.fill(note, 100), file=out)
     print("\nTraining, by phase:\n", file=out)
-    per_phase = view.phase_flops()
     rows = [("  phase", "epochs", "steps", "FLOPs", "of dense training")]
-    for (kind, epochs, steps, _share), flops in zip(view.schedule.rows(), per_phase, strict=True):
-        rows.append((f"  {kind}", epochs, steps, f"{flops:,}", _percent(flops, dense_total)))
+    for (kind, epochs, steps, _), cost in zip(view.schedule.rows(), ledger.phases, strict=True):
+        share = _percent(cost.flops, dense_total)
+        rows.append((f"  {kind}", epochs, steps, f"{cost.flops:,}", share))
     rows.append(
         (
             "  total",
             str(view.schedule.epochs),
             f"{view.schedule.total:,}",
-            f"{view.train_flops:,}",
-            _percent(view.train_flops, dense_total),
+            f"{ledger.flops:,}",
+            _percent(ledger.flops, dense_total),
         )
     )
     _print_rows(rows, left=3, file=out)
@@ -596,10 +503,6 @@ def _cost(args: argparse.Namespace) -> int:
         file=out,
     )
     if args.json:
-        phases = [
-            {"kind": p.kind, "start": p.start, "stop": p.stop, "flops": flops}
-            for p, flops in zip(view.schedule.phases, per_phase, strict=True)
-        ]
         kept = view.network.kept(view.counts)
         layers = [
             {"name": x.name, "weights": x.weights, "kept": kept[x.name], "macs": x.macs}
@@ -608,14 +511,14 @@ def _cost(args: argparse.Namespace) -> int:
         _print_json(
             {
                 "recipe": recipe.name,
-                "estimated": bool(view.estimate),
+                "estimated": not ledger.exact,
                 "dense_flops": dense,
                 "sparse_flops": sparse,
                 "inference_flops_ratio": view.network.inference_ratio(view.counts),
-                "train_flops": view.train_flops,
+                "train_flops": ledger.flops,
                 "train_flops_dense": dense_total,
-                "train_flops_ratio": view.train_ratio,
-                "phases": phases,
+                "train_flops_ratio": ledger.ratio,
+                "phases": ledger.to_dict()["phases"],
                 "layers": layers,
             }
         )

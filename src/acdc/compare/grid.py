@@ -65,7 +65,7 @@ class Candidate:
         changes: Fields of the task's recipe that this method has otherwise, such as ``lr``.
     """
 
-    method: Method
+    method: Method[Any]
     dense_epochs: int = 0
     changes: Mapping[str, Any] = field(default_factory=dict)
 

@@ -30,7 +30,8 @@ from acdc.engine.reference import Reference
 from acdc.engine.segment import Workspace
 from acdc.engine.written import Written
 from acdc.errors import InputError
-from acdc.layers import has_peers, unwrapped
+from acdc.layers import unwrapped
+from acdc.processes import has_peers
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from acdc.engine.written import LARGE
+from acdc.hooks.steps import closed
 
 # Every element for itself, all state zero at the start: what is done to a vector of some elements
 # is what is done to them among all.
@@ -122,10 +123,8 @@ class KeptSteps:
         if self._twin is None or not self._is_last or self._is_special:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is not None:  # it makes the gradients, and once is enough
-            with torch.enable_grad():
-                loss = closure()
-            args, kwargs = (self.optimizer, lambda: loss), {}
+        if closure is not None:
+            args, kwargs = (self.optimizer, closed(closure)), {}
         with torch.no_grad():
             self._step(self._twin)
         return args, kwargs

@@ -1,5 +1,7 @@
 """Methods: when the support changes, and to what. One final class per paper and file."""
 
+from typing import Any
+
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
@@ -39,7 +41,7 @@ __all__ = [
     "WoodFisher",
 ]
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, type[Method[Any]]] = {
     cls.name: cls
     for cls in (
         ACDC,

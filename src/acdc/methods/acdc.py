@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Reset
+from acdc.methods.base import Reset, Weights
 from acdc.methods.families import Phased
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
@@ -19,7 +16,7 @@ from acdc.support import Support
 
 @final
 @dataclass(frozen=True)
-class ACDC(Phased):
+class ACDC(Phased[None]):
     """Train dense, cut to the largest weights, train only those, bring all back, and again.
 
     At the first step of a sparse phase the pattern selects the largest magnitudes of the dense
@@ -38,6 +35,7 @@ class ACDC(Phased):
     """
 
     name: ClassVar[str] = "acdc"
+    label: ClassVar[str] = "AC/DC"
     citation: ClassVar[str] = """\
 @inproceedings{peste2021acdc,
   title     = {{AC/DC}: Alternating Compressed/DeCompressed Training of Deep Neural Networks},
@@ -54,6 +52,6 @@ class ACDC(Phased):
     reset: Reset = "all"
     layers: Layers | None = None
 
-    def begin(self, step: int, params: Mapping[str, Tensor]) -> Support:
+    def begin(self, step: int, weights: Weights, state: None) -> Support:
         """Keep the largest weights, to the full sparsity at once."""
-        return self.pattern.select(score.magnitude(params))
+        return self.pattern.select(score.magnitude(weights))

@@ -1,58 +1,71 @@
-"""What a method is: it decides when the support changes, and to what."""
+"""What a method is: it decides when the support changes, and to what.
+
+A method owns its state, and the state goes in and comes out: ``init`` makes it, ``observe`` and
+``update`` return the next one. A method that needs nothing has the state ``None``. The sparsifier
+carries the state, and saves it with ``Sparsifier.state_dict``.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from fractions import Fraction
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from acdc.errors import InputError
+from acdc.methods.training import Masked, Training
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support
-from acdc.threshold import SoftThreshold
 
 Reset = Literal["all", "entered", "none"]
 RESETS: tuple[Reset, ...] = ("all", "entered", "none")
 
-
-class Past(NamedTuple):
-    """What a method had remembered of a layer.
-
-    Args:
-        kept: Bool mask of the weights that the support kept meanwhile.
-        gradients: Their gradients, ``[kept]``, one for each step.
-    """
-
-    kept: Tensor
-    gradients: list[Tensor]
+State = TypeVar("State")
+"""What a method carries from step to step: tensors, numbers, and lists, tuples and dicts of them,
+so that a checkpoint can hold it."""
 
 
 class Weights(Mapping[str, Tensor]):
-    """The prunable weights by name, and what is known of their training.
+    """The prunable weights by name, and what their optimizer knows about them.
 
     Args:
         params: The weights.
-        state: What returns the optimizer's state of a weight, if there is any. (Not the state
+        state: Function from a weight to its optimizer state, if there is any. (Not the state
             itself: loading a checkpoint into an optimizer puts another mapping in its place.)
-        past: What was remembered of them by name.
-
-    Attributes:
-        thresholds: State of the threshold of each, while there are any: :mod:`acdc.threshold`.
+        rate: Function from a weight to its learning rate.
+        scale: Function that returns the factor of all gradients, where a GradScaler leaves the
+            unscaling to a fused optimizer; otherwise ``None``.
     """
 
     def __init__(
         self,
         params: Mapping[str, Tensor],
-        state: Callable[[Tensor], Mapping[str, Any] | None],
-        past: Mapping[str, Past] = MappingProxyType({}),
+        state: Callable[[Tensor], Mapping[str, Any] | None] = lambda weight: None,
+        rate: Callable[[Tensor], float] = lambda weight: 1.0,
+        scale: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
-        self._params, self._state, self._past = params, state, past
-        self.thresholds: Mapping[str, Tensor] = {}
+        self._params, self._state, self._rate, self._scale = params, state, rate, scale
+
+    @classmethod
+    def of(cls, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Weights:
+        """Return the weights as ``optimizer`` trains them."""
+
+        # By the place of the group: loading a checkpoint puts other groups there.
+        group = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+
+        def rate(weight: Tensor) -> float:
+            return float(optimizer.param_groups[group[id(weight)]]["lr"])
+
+        return cls(
+            params,
+            lambda weight: optimizer.state.get(weight),
+            rate,
+            lambda: getattr(optimizer, "grad_scale", None),
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         return self._params[name]
@@ -63,9 +76,24 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._params)
 
+    def gradient(self, name: str) -> Tensor | None:
+        """Return the gradient of a weight as the optimizer applies it, or ``None`` without one.
+
+        The gradient is accumulated over batches, reduced over processes, unscaled and clipped.
+        """
+        grad, scale = self._params[name].grad, self._scale()
+        return grad if grad is None or scale is None else grad / scale
+
+    def rate(self, name: str) -> float:
+        """Return the learning rate of a weight."""
+        return self._rate(self._params[name])
+
     def momentum(self, name: str) -> Tensor:
         """Return where the optimizer would move a weight by itself: the momentum of SGD, the
         normalised first moment of Adam and its like, or the gradient where there is neither.
+
+        Raises:
+            InputError: There is neither momentum nor gradient.
         """
         param = self._params[name]
         state = self._state(param) or {}
@@ -83,107 +111,84 @@ class Weights(Mapping[str, Tensor]):
             )
         return buffer
 
-    def past(self, name: str) -> Past | None:
-        """Return the gradients that were remembered since the support last changed, if any were."""
-        return self._past.get(name)
+
+@dataclass(frozen=True)
+class Forecast:
+    """The supports of a run before it has begun.
+
+    Args:
+        supports: ``(step, kept weights by name)`` of every change, ``None`` for dense.
+        exact: Whether the run will have just these counts. ``False``: they depend on the training,
+            and these are the counts on the weights that were given.
+    """
+
+    supports: tuple[tuple[int, dict[str, int] | None], ...]
+    exact: bool = True
 
 
-class Method(ABC):
-    """A pure decision: the step, the weights and the support in, the next support out.
+class Method(ABC, Generic[State]):
+    """A decision: the step, the weights, the support and the state in; support and state out.
 
-    A method holds no state and touches no weight; the sparsifier does what it decides. Every
-    subclass is a final frozen dataclass: one paper, one class, one file.
+    A method changes nothing by itself: not the weights, not the support and not the state that it
+    is given. The sparsifier does what the method decides. Every subclass is a final frozen
+    dataclass: one paper, one class, one file.
     """
 
     name: ClassVar[str]
+    label: ClassVar[str]  # the name as people write it: on pages and in tables
     citation: ClassVar[str]  # BibTeX
-    pretrained: ClassVar[bool] = False  # whether it starts from a trained dense model
-    skips_steps: ClassVar[bool] = False  # no optimizer step where the dense gradient is wanted
-    keeps_dense: ClassVar[bool] = False  # trains a dense network behind a model that is its view
-    has_memory: ClassVar[bool] = False  # it remembers gradients until the support changes
     ends_dense: ClassVar[bool] = False  # the network it is for is dense; sparsity is a means
 
     schedule: Plan | Schedule
     reset: Reset = "none"  # optimizer state that is cleared when pruned weights come back
 
-    @abstractmethod
-    def update(self, step: int, params: Weights, support: Support) -> Support:
-        """Return the support for the steps from ``step`` on.
-
-        Args:
-            step: Executed optimizer steps so far. Called with 0 before training, then after each.
-            params: The prunable weights by name, as they are now. Where ``wants_gradient`` of the
-                step just taken was true, their ``.grad`` is that of every weight.
-            support: The support until now. Returned itself where nothing changes.
-        """
-
-    def wants_gradient(self, step: int) -> bool:
-        """Whether the step that follows ``step`` executed ones shall have a dense gradient.
-
-        It is then left as it is: accumulated over batches, reduced over processes, unscaled and
-        clipped as the optimizer would get it.
-        """
-        return False
-
-    def reach(self, params: Weights, support: Support) -> Support | None:
-        """Return the weights that are trained, where that is more than the support and not all.
-
-        Only for a method that ``keeps_dense``, and asked once for every support.
-        """
-        return None
-
-    def pull(self, weight: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:
-        """Return what is added to the gradient of the dense weights before the optimizer steps.
-
-        Only for a method that ``keeps_dense``.
-
-        Args:
-            weight: The dense weights of a layer.
-            kept: Their part of the support.
-            trained: Their part of ``reach``; ``None`` where all are trained.
-        """
-        return None
-
-    def remembers(self, step: int) -> bool:
-        """Whether the gradient of the step that follows ``step`` executed ones is remembered.
-
-        Only for a method that ``has_memory``. The gradient is that of the kept weights, as the
-        optimizer gets it; ``Weights.past`` returns it until the support has changed.
-        """
-        return False
-
-    def adjust(self, params: Weights, name: str, kept: Tensor) -> Tensor | None:
-        """Return what is added to the weights of a layer when the support changes, if anything is.
-
-        Args:
-            params: The weights before the change. What is not kept is zero after it in any case.
-            name: Of the weight.
-            kept: Its part of the new support.
-        """
-        return None
-
     @property
-    def threshold(self) -> SoftThreshold | None:
-        """How the thresholds are learned that shrink what the model sees of the dense weights."""
-        return None
+    def training(self) -> Training:
+        """How weights are trained in a sparse phase."""
+        return Masked()
 
-    def step_flops(self, sparse: int, dense: int) -> Fraction:
-        """Return the mean FLOPs of a step in the sparse phases, per sample.
+    def init(self, weights: Weights) -> State:
+        """Return the state before the first step: ``None``, unless a method needs one."""
+        return cast(State, None)
 
-        Forward, gradients of inputs and gradients of weights are a pass each; the last is dense
-        where the dense gradient is wanted. Convention: :mod:`acdc.cost`.
+    def observe(self, step: int, weights: Weights, support: Support, state: State) -> State:
+        """Return the state after looking at the gradients of a step.
+
+        Called before every optimizer step, of a method that overrides it. The new state counts
+        only if the step is executed: a GradScaler may skip it.
 
         Args:
-            sparse: FLOPs of a forward pass on the kept weights.
-            dense: FLOPs of one on all weights.
-
-        Source: Evci et al., RigL, ICML 2020, appendix H, whose update is a step beside the others
-        and not one of them: (3 f_S ΔT + 2 f_S + f_D) / (ΔT + 1).
+            step: Executed optimizer steps before this one.
+            weights: The prunable weights as the forward pass saw them. ``weights.gradient(name)``
+                is the gradient as the optimizer will apply it.
+            support: The support of this step.
+            state: The state until now.
         """
-        phases = (phase for phase in self.resolved.phases if phase.kind == "sparse")
-        steps = [step for phase in phases for step in range(phase.start, phase.stop)]
-        wanted = Fraction(sum(map(self.wants_gradient, steps)), max(1, len(steps)))
-        return 3 * sparse + wanted * (dense - sparse)
+        return state
+
+    @abstractmethod
+    def update(
+        self, step: int, weights: Weights, support: Support, state: State
+    ) -> tuple[Support, State]:
+        """Return the support for the steps from ``step`` on, and the state.
+
+        Args:
+            step: Executed optimizer steps. Called with 0 before training, then after each step.
+            weights: The prunable weights by name, as they are now: the dense ones, if ``training``
+                is :class:`~acdc.methods.training.Behind`. Where the dense gradient of the last step
+                was wanted, their ``.grad`` is the gradient of every weight.
+            support: The support until now. Returned itself where nothing changes.
+            state: The state until now.
+        """
+
+    def forecast(self, weights: Mapping[str, Tensor]) -> Forecast:
+        """Return the supports that a run of this method will have.
+
+        Args:
+            weights: The prunable weights. Where the number of kept weights of a layer depends on
+                their values, these values make an estimate.
+        """
+        return Forecast(())
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights this method prunes, and why others that were wanted stay dense.
@@ -220,12 +225,6 @@ class Method(ABC):
         resolved = copy(self)
         object.__setattr__(resolved, "schedule", self.schedule.resolve(steps_per_epoch))
         return resolved
-
-
-# --- for methods that drop weights and grow others -----------------------------------------------
-
-
-# --- checks ---------------------------------------------------------------------------------------
 
 
 def check_schedule(method: str, schedule: object) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
-from acdc.methods.base import Method, check_schedule
+from acdc.methods.base import Method, Weights, check_schedule
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support
 
 
 @final
 @dataclass(frozen=True)
-class Dense(Method):
+class Dense(Method[None]):
     """Train every weight in every step.
 
     Args:
@@ -23,6 +20,7 @@ class Dense(Method):
     """
 
     name: ClassVar[str] = "dense"
+    label: ClassVar[str] = "Dense"
     citation: ClassVar[str] = ""
 
     schedule: Plan | Schedule
@@ -30,6 +28,8 @@ class Dense(Method):
     def __post_init__(self) -> None:
         check_schedule("Dense", self.schedule)
 
-    def update(self, step: int, params: Mapping[str, Tensor], support: Support) -> Support:
+    def update(
+        self, step: int, weights: Weights, support: Support, state: None
+    ) -> tuple[Support, None]:
         """Change nothing."""
-        return support
+        return support, state

@@ -8,6 +8,7 @@ from typing import ClassVar, final
 from acdc.layers import Layers
 from acdc.methods.base import Reset, Weights
 from acdc.methods.families import Ramped
+from acdc.methods.training import Behind
 from acdc.pattern import Block, Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.support import Support
@@ -15,7 +16,7 @@ from acdc.support import Support
 
 @final
 @dataclass(frozen=True)
-class DPF(Ramped):
+class DPF(Ramped[None]):
     """Compute with the largest weights, and apply the gradient to all of them.
 
     The gradient is taken at the pruned network and moves the dense weights behind it, so a weight
@@ -37,6 +38,7 @@ class DPF(Ramped):
     """
 
     name: ClassVar[str] = "dpf"
+    label: ClassVar[str] = "DPF"
     citation: ClassVar[str] = """\
 @inproceedings{lin2020dpf,
   title     = {Dynamic Model Pruning with Feedback},
@@ -47,7 +49,6 @@ class DPF(Ramped):
   note      = {arXiv:2006.07253}
 }
 """
-    keeps_dense: ClassVar[bool] = True
 
     pattern: Unstructured | Block
     schedule: Plan | Schedule
@@ -57,6 +58,15 @@ class DPF(Ramped):
     reset: Reset = "none"
     layers: Layers | None = None
 
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+    @property
+    def training(self) -> Behind:
+        """Dense weights, all of them trained, behind their largest."""
+        return Behind()
+
+    def go_on(
+        self, step: int, phase: Phase, weights: Weights, support: Support, state: None
+    ) -> Support:
         """Choose among all dense weights where it is due."""
-        return self._at(step).select(self.rank(params)) if self.cuts(step, phase) else support
+        return (
+            self._at(step).select(self.rank(weights, state)) if self.cuts(step, phase) else support
+        )

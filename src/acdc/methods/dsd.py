@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Reset
+from acdc.methods.base import Reset, Weights
 from acdc.methods.families import Phased
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
@@ -19,7 +16,7 @@ from acdc.support import Support
 
 @final
 @dataclass(frozen=True)
-class DSD(Phased):
+class DSD(Phased[None]):
     """Train dense, cut the smallest weights, train the rest, bring all back at zero and train on.
 
     What comes out is the dense network; sparsity is a means, and a moderate one (25 to 50 % in the
@@ -39,6 +36,7 @@ class DSD(Phased):
     """
 
     name: ClassVar[str] = "dsd"
+    label: ClassVar[str] = "DSD"
     citation: ClassVar[str] = """\
 @inproceedings{han2017dsd,
   title     = {{DSD}: Dense-Sparse-Dense Training for Deep Neural Networks},
@@ -57,6 +55,6 @@ class DSD(Phased):
     reset: Reset = "all"
     layers: Layers | None = None
 
-    def begin(self, step: int, params: Mapping[str, Tensor]) -> Support:
+    def begin(self, step: int, weights: Weights, state: None) -> Support:
         """Keep the largest weights."""
-        return self.pattern.select(score.magnitude(params))
+        return self.pattern.select(score.magnitude(weights))

@@ -7,14 +7,15 @@ chosen again and again. ``Evolving``: kept weights are exchanged for others.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import RESETS, Method, Weights, check_schedule
+from acdc.methods.base import RESETS, Forecast, Method, State, Weights, check_schedule
 from acdc.pattern import Block, Pattern, Unstructured
 from acdc.schedule import Phase, check_duration, cosine, ramp
 from acdc.score import Scores
@@ -22,8 +23,8 @@ from acdc.support import Support, check_sparsity
 from acdc.topk import largest
 
 
-class Phased(Method):
-    """Keeps every weight in a dense phase; what a sparse phase keeps is for a subclass to say."""
+class Phased(Method[State]):
+    """Keeps every weight in a dense phase; a subclass says which weights a sparse phase keeps."""
 
     patterns: ClassVar[tuple[type[Pattern], ...]] = (Pattern,)  # what it can keep
 
@@ -49,26 +50,53 @@ class Phased(Method):
             names = " or ".join(kind.__name__ for kind in self.patterns)
             raise InputError(f"{given}, which this method cannot keep. Give {names}.")
 
-    def update(self, step: int, params: Weights, support: Support) -> Support:
+    def update(
+        self, step: int, weights: Weights, support: Support, state: State
+    ) -> tuple[Support, State]:
         """Keep all in a dense phase; ask ``begin`` and ``go_on`` in a sparse one."""
         phase = self.resolved.phase_at(step)
         if phase.kind == "dense":
-            return support if support.is_full else Support.full(params)
-        if step == phase.start:
-            return self.begin(step, params)
-        return self.go_on(step, phase, params, support)
+            chosen = support if support.is_full else Support.full(weights)
+        elif step == phase.start:
+            chosen = self.begin(step, weights, state)
+        else:
+            chosen = self.go_on(step, phase, weights, support, state)
+        return chosen, state if chosen is support else self.settle(weights, chosen, state)
 
     @abstractmethod
-    def begin(self, step: int, params: Weights) -> Support:
+    def begin(self, step: int, weights: Weights, state: State) -> Support:
         """Return the support at the start of a sparse phase."""
 
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
-        """Return the support later in a sparse phase: the same, if a subclass does not differ."""
+    def go_on(
+        self, step: int, phase: Phase, weights: Weights, support: Support, state: State
+    ) -> Support:
+        """Return the support later in a sparse phase: the same, unless a subclass overrides it."""
         return support
 
-    def wants_gradient(self, step: int) -> bool:
-        """Whether dense weights are trained behind sparse ones: in every sparse phase, then."""
-        return self.keeps_dense and self.resolved.phase_at(step).kind == "sparse"
+    def settle(self, weights: Weights, support: Support, state: State) -> State:
+        """Return the state after a change to ``support``: the same, unless overridden."""
+        return state
+
+    def forecast(self, weights: Mapping[str, Tensor]) -> Forecast:
+        """Return the supports of a run, estimated on ``weights`` where their values decide."""
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        supports: list[tuple[int, dict[str, int] | None]] = []
+        exact = True
+        for phase in self.resolved.phases:
+            if phase.kind == "dense":
+                supports.append((phase.start, None))
+                continue
+            patterns = dict(self.kept_in(phase))
+            counts = {step: pattern.counts(shapes) for step, pattern in patterns.items()}
+            if None in counts.values():
+                exact = False
+                counts = _estimated(patterns, weights)
+            supports += counts.items()
+        return Forecast(tuple(supports), exact)
+
+    def kept_in(self, phase: Phase) -> Iterator[tuple[int, Pattern]]:
+        """Yield the steps of a sparse phase at which the kept counts change, and the pattern."""
+        yield phase.start, self.pattern
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights that are pruned, and why others that were wanted stay dense."""
@@ -80,7 +108,7 @@ class Phased(Method):
         return self.pattern.target
 
 
-class Ramped(Phased):
+class Ramped(Phased[State]):
     """Cuts little by little: the sparsity rises on a cubic from ``first`` at the start of a sparse
     phase to that of the pattern, ``length`` later. Both are met exactly, and what is cut stays cut.
 
@@ -105,24 +133,34 @@ class Ramped(Phased):
                 f"{self.pattern.sparsity}. The sparsity only rises: lower first."
             )
 
-    def begin(self, step: int, params: Weights) -> Support:
+    def begin(self, step: int, weights: Weights, state: State) -> Support:
         """Cut to the first sparsity."""
-        return self._at(step).select(self.rank(params))
+        return self._at(step).select(self.rank(weights, state))
 
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+    def go_on(
+        self, step: int, phase: Phase, weights: Weights, support: Support, state: State
+    ) -> Support:
         """Cut further where it is due."""
         if not self.cuts(step, phase):
             return support
-        return self._at(step).select(score.among(self.rank(params), support))
+        return self._at(step).select(score.among(self.rank(weights, state), support))
 
-    def rank(self, params: Weights) -> Scores:
+    def rank(self, weights: Weights, state: State) -> Scores:
         """Return non-negative scores, the largest of which are kept."""
-        return score.magnitude(params)
+        return score.magnitude(weights)
 
     def cuts(self, step: int, phase: Phase) -> bool:
         """Whether a cut is due at a step of a sparse phase."""
         stop = self._stop(phase)
         return step == stop or step in self.resolved.every(self.every, phase.start, stop)
+
+    def kept_in(self, phase: Phase) -> Iterator[tuple[int, Pattern]]:
+        """Yield every cut of a sparse phase, with the pattern at its sparsity."""
+        stop = self._stop(phase)
+        for step in sorted(
+            {phase.start, *self.resolved.every(self.every, phase.start, stop), stop}
+        ):
+            yield step, self._at(step)
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights that are pruned; refuse a phase too short for its last cut."""
@@ -141,11 +179,11 @@ class Ramped(Phased):
     def _at(self, step: int) -> Unstructured | Block:
         """Return the pattern with its sparsity at a step."""
         phase = self.resolved.phase_at(step)
-        reach = phase.start, self._stop(phase), self.first, self.pattern.sparsity
-        return self.pattern.at(ramp(step, *reach))
+        start, stop = phase.start, self._stop(phase)
+        return self.pattern.at(ramp(step, start, stop, self.first, self.pattern.sparsity))
 
 
-class Renewed(Phased):
+class Renewed(Phased[None]):
     """Keeps the largest of all weights, and every so often chooses them anew."""
 
     every: str
@@ -154,18 +192,20 @@ class Renewed(Phased):
         super().__post_init__()
         check_duration(self.every, "every")
 
-    def begin(self, step: int, params: Weights) -> Support:
+    def begin(self, step: int, weights: Weights, state: None) -> Support:
         """Keep the largest."""
-        return self.pattern.select(score.magnitude(params))
+        return self.pattern.select(score.magnitude(weights))
 
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+    def go_on(
+        self, step: int, phase: Phase, weights: Weights, support: Support, state: None
+    ) -> Support:
         """Choose anew where it is due."""
         if step not in self.resolved.every(self.every, phase.start, phase.stop):
             return support
-        return self.begin(step, params)
+        return self.begin(step, weights, state)
 
 
-class Evolving(Phased):
+class Evolving(Phased[None]):
     """Starts from a random support, and exchanges ever fewer weights for others until ``until``:
     of the kept ones a share that falls from ``drop`` to 0 on half a cosine.
     """
@@ -189,13 +229,13 @@ class Evolving(Phased):
         check_duration(self.until, "until")
         check_seed(self.seed)
 
-    def begin(self, step: int, params: Weights) -> Support:
+    def begin(self, step: int, weights: Weights, state: None) -> Support:
         """Draw the support."""
-        return self.pattern.select(self.draw(step, params))
+        return self.pattern.select(self.draw(step, weights))
 
-    def draw(self, step: int, params: Weights) -> Scores:
+    def draw(self, step: int, weights: Weights) -> Scores:
         """Return random scores; seed and step alone decide."""
-        return score.random(params, hash((self.seed, step)))
+        return score.random(weights, hash((self.seed, step)))
 
     def due(self, step: int, phase: Phase) -> bool:
         """Whether a step of a sparse phase is among those of the exchanges, its first included."""
@@ -270,3 +310,31 @@ def choose(
         )
     pattern.total({name: tuple(param.shape) for name, param in params.items()})
     return params, refused
+
+
+# --- forecasts ------------------------------------------------------------------------------------
+
+_ESTIMATES = 16  # selections in a phase at most; between them counts are interpolated
+
+
+def _estimated(
+    patterns: Mapping[int, Pattern], weights: Mapping[str, Tensor]
+) -> dict[int, dict[str, int] | None]:
+    """Return the kept weights at every step, by the magnitudes of ``weights``.
+
+    A rising sparsity may have thousands of cuts: the counts of a few are selected, and those of the
+    others interpolated.
+    """
+    steps = list(patterns)
+    count = min(len(steps), _ESTIMATES)
+    anchors = sorted({round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)})
+    found: dict[int, dict[str, int] | None] = {}
+    low: dict[str, int] | None = None
+    for before, place in zip([0, *anchors], anchors, strict=False):
+        high = patterns[steps[place]].select(score.magnitude(weights)).counts()
+        for between in range(before + 1, place):
+            assert low is not None
+            share = (between - before) / (place - before)
+            found[steps[between]] = {n: round(low[n] + share * (high[n] - low[n])) for n in high}
+        found[steps[place]] = low = high
+    return dict(sorted(found.items()))

@@ -14,7 +14,7 @@ from acdc.schedule import Plan, Schedule
 
 @final
 @dataclass(frozen=True)
-class GMP(Ramped):
+class GMP(Ramped[None]):
     """In one run, cut the smallest weights little by little; what is cut does not come back.
 
     The sparsity rises on a cubic, from ``first`` at the first step of the sparse phase to that of
@@ -35,6 +35,7 @@ class GMP(Ramped):
     """
 
     name: ClassVar[str] = "gmp"
+    label: ClassVar[str] = "GMP"
     citation: ClassVar[str] = """\
 @article{zhu2017gmp,
   title   = {To prune, or not to prune: exploring the efficacy of pruning for model compression},

@@ -14,7 +14,7 @@ from acdc.schedule import Plan, Schedule
 
 @final
 @dataclass(frozen=True)
-class Gradual(Ramped):
+class Gradual(Ramped[None]):
     """Cut a trained dense model in a few large steps, with epochs between them to recover, and
     fine-tune what is left.
 
@@ -36,6 +36,7 @@ class Gradual(Ramped):
     """
 
     name: ClassVar[str] = "gradual"
+    label: ClassVar[str] = "Gradual"
     citation: ClassVar[str] = """\
 @article{zhu2017gmp,
   title   = {To prune, or not to prune: exploring the efficacy of pruning for model compression},
@@ -44,7 +45,6 @@ class Gradual(Ramped):
   year    = {2017}
 }
 """
-    pretrained: ClassVar[bool] = True
 
     pattern: Unstructured | Block
     schedule: Plan | Schedule

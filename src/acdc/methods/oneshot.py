@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Reset
+from acdc.methods.base import Reset, Weights
 from acdc.methods.families import Phased
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
@@ -19,7 +16,7 @@ from acdc.support import Support
 
 @final
 @dataclass(frozen=True)
-class OneShot(Phased):
+class OneShot(Phased[None]):
     """Cut a trained dense model once, to its largest weights, and fine-tune them.
 
     The model must be trained: load its checkpoint before the sparsifier is built, and count its
@@ -37,6 +34,7 @@ class OneShot(Phased):
     """
 
     name: ClassVar[str] = "oneshot"
+    label: ClassVar[str] = "One-shot"
     citation: ClassVar[str] = """\
 @inproceedings{han2015learning,
   title     = {Learning both Weights and Connections for Efficient Neural Networks},
@@ -47,13 +45,12 @@ class OneShot(Phased):
   note      = {arXiv:1506.02626}
 }
 """
-    pretrained: ClassVar[bool] = True
 
     pattern: Pattern
     schedule: Plan | Schedule
     reset: Reset = "all"
     layers: Layers | None = None
 
-    def begin(self, step: int, params: Mapping[str, Tensor]) -> Support:
+    def begin(self, step: int, weights: Weights, state: None) -> Support:
         """Keep the largest weights."""
-        return self.pattern.select(score.magnitude(params))
+        return self.pattern.select(score.magnitude(weights))

@@ -9,6 +9,7 @@ from acdc import score
 from acdc.layers import Layers
 from acdc.methods.base import Reset, Weights
 from acdc.methods.families import Evolving, exchange
+from acdc.methods.training import Masked
 from acdc.pattern import Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.support import Support
@@ -44,6 +45,7 @@ class RigL(Evolving):
     """
 
     name: ClassVar[str] = "rigl"
+    label: ClassVar[str] = "RigL"
     citation: ClassVar[str] = """\
 @inproceedings{evci2020rigl,
   title     = {Rigging the Lottery: Making All Tickets Winners},
@@ -54,7 +56,6 @@ class RigL(Evolving):
   note      = {arXiv:1911.11134}
 }
 """
-    skips_steps: ClassVar[bool] = True
 
     pattern: Unstructured
     schedule: Plan | Schedule
@@ -65,14 +66,20 @@ class RigL(Evolving):
     reset: Reset = "entered"
     layers: Layers | None = None
 
-    def wants_gradient(self, step: int) -> bool:
-        """Whether an update takes the place of this step."""
+    @property
+    def training(self) -> Masked:
+        """Kept weights alone; an update, on the dense gradient, replaces the optimizer's step."""
+        return Masked(dense_gradient=self._updates, instead=True)
+
+    def _updates(self, step: int) -> bool:
         phase = self.resolved.phase_at(step)
         return phase.kind == "sparse" and self.due(step, phase)
 
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+    def go_on(
+        self, step: int, phase: Phase, weights: Weights, support: Support, state: None
+    ) -> Support:
         """Exchange weights where the step before was an update."""
         if not self.due(step - 1, phase):
             return support
-        drop, grow = score.magnitude(params), score.gradient(params)
+        drop, grow = score.magnitude(weights), score.gradient(weights)
         return exchange(support, drop, grow, self.share(step - 1, phase))

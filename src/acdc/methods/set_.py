@@ -41,6 +41,7 @@ class SET(Evolving):
     """
 
     name: ClassVar[str] = "set"
+    label: ClassVar[str] = "SET"
     citation: ClassVar[str] = """\
 @article{mocanu2018set,
   title   = {Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity
@@ -64,9 +65,11 @@ class SET(Evolving):
     reset: Reset = "entered"
     layers: Layers | None = None
 
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+    def go_on(
+        self, step: int, phase: Phase, weights: Weights, support: Support, state: None
+    ) -> Support:
         """Replace the smallest weights where an exchange is due."""
         if not self.due(step, phase):
             return support
-        drop, grow = score.magnitude(params), self.draw(step, params)
+        drop, grow = score.magnitude(weights), self.draw(step, weights)
         return exchange(support, drop, grow, self.share(step, phase))

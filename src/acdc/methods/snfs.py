@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, final
+
+from torch import Tensor
 
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Reset, Weights
+from acdc.methods.base import Forecast, Reset, Weights
 from acdc.methods.families import Evolving
+from acdc.methods.training import Masked
 from acdc.pattern import Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.score import Scores
@@ -52,6 +55,7 @@ class SNFS(Evolving):
     """
 
     name: ClassVar[str] = "snfs"
+    label: ClassVar[str] = "SNFS"
     citation: ClassVar[str] = """\
 @article{dettmers2019snfs,
   title   = {Sparse Networks from Scratch: Faster Training without Losing Performance},
@@ -70,17 +74,24 @@ class SNFS(Evolving):
     reset: Reset = "none"
     layers: Layers | None = None
 
-    def wants_gradient(self, step: int) -> bool:
-        """Whether the phase is sparse: momentum is of all weights."""
-        return self.resolved.phase_at(step).kind == "sparse"
+    @property
+    def training(self) -> Masked:
+        """Kept weights alone, with the gradient of all weights in every step: momentum is dense."""
+        return Masked(dense_gradient=lambda step: True)
 
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+    def forecast(self, weights: Mapping[str, Tensor]) -> Forecast:
+        """Return the supports at the start of each phase: updates move weights between layers."""
+        return replace(super().forecast(weights), exact=False)
+
+    def go_on(
+        self, step: int, phase: Phase, weights: Weights, support: Support, state: None
+    ) -> Support:
         """Drop, share out and grow where an update is due."""
         if not self.due(step, phase):
             return support
-        shapes = {name: tuple(weight.shape) for name, weight in params.items()}
-        momentum = Scores(shapes, lambda name: params.momentum(name).abs())
-        rest = self._rest(self.share(step, phase), params, support)
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        momentum = Scores(shapes, lambda name: weights.momentum(name).abs())
+        rest = self._rest(self.share(step, phase), weights, support)
         places = self._places(momentum, support, rest)
         masks = {}
         for name, mask in rest.items():
@@ -88,9 +99,9 @@ class SNFS(Evolving):
             masks[name] = mask | largest(others, places[name])[name]
         return Support(masks)
 
-    def _rest(self, share: float, params: Weights, support: Support) -> Support:
+    def _rest(self, share: float, weights: Weights, support: Support) -> Support:
         """Return what stays of every layer."""
-        magnitude = score.among(score.magnitude(params), support)
+        magnitude = score.among(score.magnitude(weights), support)
         masks = {}
         for name, kept in support.counts().items():
             zeros = support[name].numel() - kept

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar, final
 
 from torch import Tensor
 
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Reset, Weights
+from acdc.methods.base import Forecast, Reset, Weights
 from acdc.methods.families import Phased
+from acdc.methods.training import Masked
 from acdc.pattern import Pattern
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.support import Support
@@ -20,7 +20,7 @@ from acdc.support import Support
 
 @final
 @dataclass(frozen=True)
-class SNIP(Phased):
+class SNIP(Phased[None]):
     """Keep the weights whose removal would change the loss of one batch most; train only those.
 
     The first step of a sparse phase is a measurement: gradients are computed on all weights, the
@@ -40,6 +40,7 @@ class SNIP(Phased):
     """
 
     name: ClassVar[str] = "snip"
+    label: ClassVar[str] = "SNIP"
     citation: ClassVar[str] = """\
 @inproceedings{lee2019snip,
   title     = {{SNIP}: Single-shot Network Pruning based on Connection Sensitivity},
@@ -49,28 +50,38 @@ class SNIP(Phased):
   note      = {arXiv:1810.02340}
 }
 """
-    skips_steps: ClassVar[bool] = True
 
     pattern: Pattern
     schedule: Plan | Schedule
     reset: Reset = "all"
     layers: Layers | None = None
 
-    def wants_gradient(self, step: int) -> bool:
-        """Whether this is the first step of a sparse phase."""
+    @property
+    def training(self) -> Masked:
+        """Kept weights alone; the measurement replaces the first step of a sparse phase."""
+        return Masked(dense_gradient=self._measures, instead=True)
+
+    def _measures(self, step: int) -> bool:
         phase = self.resolved.phase_at(step)
         return phase.kind == "sparse" and step == phase.start
 
-    def step_flops(self, sparse: int, dense: int) -> Fraction:
-        """Return the FLOPs of a step; in the measurement all weights are kept."""
-        return Fraction(3 * sparse)
-
-    def begin(self, step: int, params: Mapping[str, Tensor]) -> Support:
+    def begin(self, step: int, weights: Weights, state: None) -> Support:
         """Keep all weights for the measurement."""
-        return Support.full(params)
+        return Support.full(weights)
 
-    def go_on(self, step: int, phase: Phase, params: Weights, support: Support) -> Support:
+    def go_on(
+        self, step: int, phase: Phase, weights: Weights, support: Support, state: None
+    ) -> Support:
         """Cut once the gradient is there."""
         if step != phase.start + 1:
             return support
-        return self.pattern.select(score.saliency(params))
+        return self.pattern.select(score.saliency(weights))
+
+    def forecast(self, weights: Mapping[str, Tensor]) -> Forecast:
+        """Return the supports of a run: in the measurement all weights are kept."""
+        forecast = super().forecast(weights)
+        full = {name: weight.numel() for name, weight in weights.items()}
+        supports: list[tuple[int, dict[str, int] | None]] = []
+        for step, counts in forecast.supports:
+            supports += [(step, None)] if counts is None else [(step, full), (step + 1, counts)]
+        return Forecast(tuple(supports), forecast.exact)

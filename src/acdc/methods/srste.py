@@ -11,6 +11,7 @@ from acdc.errors import InputError
 from acdc.layers import Layers
 from acdc.methods.base import Reset
 from acdc.methods.families import Renewed
+from acdc.methods.training import Behind
 from acdc.pattern import NM
 from acdc.schedule import Plan, Schedule
 
@@ -37,6 +38,7 @@ class SRSTE(Renewed):
     """
 
     name: ClassVar[str] = "srste"
+    label: ClassVar[str] = "SR-STE"
     citation: ClassVar[str] = """\
 @inproceedings{zhou2021srste,
   title     = {Learning {N:M} Fine-grained Structured Sparse Neural Networks From Scratch},
@@ -48,7 +50,6 @@ class SRSTE(Renewed):
 }
 """
     patterns = (NM,)
-    keeps_dense: ClassVar[bool] = True
 
     pattern: NM
     schedule: Plan | Schedule
@@ -62,6 +63,10 @@ class SRSTE(Renewed):
         if not self.decay >= 0:
             raise InputError(f"SRSTE(decay=...) is {self.decay!r}. Give a number from 0 up.")
 
-    def pull(self, weight: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:
-        """Return the decay of the weights that are cut."""
+    @property
+    def training(self) -> Behind:
+        """Dense weights behind the kept ones; those that are cut decay."""
+        return Behind(pull=self._decay)
+
+    def _decay(self, weight: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:
         return (self.decay * weight).masked_fill(kept, 0.0) if self.decay else None

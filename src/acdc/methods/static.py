@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import Tensor
-
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Reset
+from acdc.methods.base import Reset, Weights
 from acdc.methods.families import Phased, check_seed
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
@@ -19,7 +16,7 @@ from acdc.support import Support
 
 @final
 @dataclass(frozen=True)
-class Static(Phased):
+class Static(Phased[None]):
     """Draw the support at random, and train that network to the end.
 
     The floor of what every dynamic method has to beat. Initial weights are not scaled up for the
@@ -37,6 +34,7 @@ class Static(Phased):
     """
 
     name: ClassVar[str] = "static"
+    label: ClassVar[str] = "Static"
     citation: ClassVar[str] = """\
 @inproceedings{evci2020rigl,
   title     = {Rigging the Lottery: Making All Tickets Winners},
@@ -58,6 +56,6 @@ class Static(Phased):
         super().__post_init__()
         check_seed(self.seed)
 
-    def begin(self, step: int, params: Mapping[str, Tensor]) -> Support:
+    def begin(self, step: int, weights: Weights, state: None) -> Support:
         """Draw the support; step and seed alone decide."""
-        return self.pattern.select(score.random(params, hash((self.seed, step))))
+        return self.pattern.select(score.random(weights, hash((self.seed, step))))

@@ -14,6 +14,7 @@ from acdc.errors import InputError
 from acdc.layers import Layers
 from acdc.methods.base import Reset, Weights
 from acdc.methods.families import Renewed
+from acdc.methods.training import Behind
 from acdc.pattern import Block, Unstructured
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support, check_sparsity
@@ -49,6 +50,7 @@ class TopKAST(Renewed):
     """
 
     name: ClassVar[str] = "topkast"
+    label: ClassVar[str] = "Top-KAST"
     citation: ClassVar[str] = """\
 @inproceedings{jayakumar2020topkast,
   title     = {{Top-KAST}: Top-K Always Sparse Training},
@@ -61,7 +63,6 @@ class TopKAST(Renewed):
 }
 """
     patterns = (Unstructured, Block)
-    keeps_dense: ClassVar[bool] = True
 
     pattern: Unstructured | Block
     schedule: Plan | Schedule
@@ -82,24 +83,21 @@ class TopKAST(Renewed):
         if not self.penalty >= 0:
             raise InputError(f"TopKAST(penalty=...) is {self.penalty!r}. Give a number from 0 up.")
 
-    def reach(self, params: Weights, support: Support) -> Support | None:
+    @property
+    def training(self) -> Behind:
+        """Dense weights behind set A; the optimizer moves set B."""
+        share = self.backward / self.pattern.sparsity if self.pattern.sparsity else 0.0
+        return Behind(trained=self._set_b, trained_share=Fraction(share), pull=self._penalty)
+
+    def _set_b(self, weights: Weights, support: Support) -> Support | None:
         """Choose set B, which holds A."""
         if support.is_full:
             return None
-        return self.pattern.at(self.backward).select(score.magnitude(params))
+        return self.pattern.at(self.backward).select(score.magnitude(weights))
 
-    def pull(self, weight: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:
+    def _penalty(self, weight: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:
         """Return the gradient of the exploration penalty."""
         if not self.penalty or trained is None:
             return None
         outside = self.penalty / (1 - self.pattern.sparsity)
         return weight * torch.where(kept, self.penalty, outside).masked_fill(~trained, 0.0)
-
-    def step_flops(self, sparse: int, dense: int) -> Fraction:
-        """Return the FLOPs of a step: two passes with A, and the gradients of the weights in B.
-
-        How much a pass with B costs is taken from those with A and with all weights, in proportion
-        to the sparsity.
-        """
-        share = self.backward / self.pattern.sparsity if self.pattern.sparsity else 0.0
-        return 2 * sparse + dense + Fraction(share) * (sparse - dense)

@@ -12,16 +12,24 @@ from torch import Tensor
 
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Past, Reset, Weights
+from acdc.methods.base import Reset, Weights
 from acdc.methods.families import Ramped
+from acdc.methods.training import Masked
 from acdc.pattern import Block, Unstructured
 from acdc.schedule import Plan, Schedule
 from acdc.score import Scores
+from acdc.support import Support
+
+Remembered = tuple[Tensor, list[Tensor]]
+"""A bool mask of the weights that were kept, and their gradients, ``[kept]``, one for each step."""
+
+Memory = dict[str, Remembered]
+"""What is remembered since the support last changed, by the name of the weight."""
 
 
 @final
 @dataclass(frozen=True)
-class WoodFisher(Ramped):
+class WoodFisher(Ramped[Memory]):
     """Cut a trained dense model as :class:`~acdc.Gradual` does, but by what a cut costs the loss to
     second order, and move the other weights to make up for it.
 
@@ -57,6 +65,7 @@ class WoodFisher(Ramped):
     """
 
     name: ClassVar[str] = "woodfisher"
+    label: ClassVar[str] = "WoodFisher"
     citation: ClassVar[str] = """\
 @inproceedings{singh2020woodfisher,
   title     = {{WoodFisher}: Efficient Second-Order Approximation for Neural Network Compression},
@@ -67,8 +76,6 @@ class WoodFisher(Ramped):
   note      = {arXiv:2004.14340}
 }
 """
-    pretrained: ClassVar[bool] = True
-    has_memory: ClassVar[bool] = True
 
     pattern: Unstructured | Block
     schedule: Plan | Schedule
@@ -100,42 +107,69 @@ class WoodFisher(Ramped):
                 f"WoodFisher(compensation=...) is {self.compensation!r}. Give a number from 0 up."
             )
 
-    def remembers(self, step: int) -> bool:
-        """Whether a cut is due within as many steps as F has gradients."""
+    @property
+    def training(self) -> Masked:
+        """Kept weights alone; a cut moves them."""
+        return Masked(move=self._moves)
+
+    def init(self, weights: Weights) -> Memory:
+        """Return an empty memory."""
+        return {}
+
+    def observe(self, step: int, weights: Weights, support: Support, state: Memory) -> Memory:
+        """Remember the gradients of the kept weights, if a cut is due soon."""
+        if not self._remembers(step):
+            return state
+        memory = {}
+        for name, weight in weights.items():
+            kept, rows = state.get(name, (support[name], []))
+            gradient = weights.gradient(name)
+            row = (torch.zeros_like(weight) if gradient is None else gradient)[kept]
+            memory[name] = (kept, [*rows, row])
+        return memory
+
+    def _remembers(self, step: int) -> bool:
+        """Return whether a cut is due within as many steps as F has gradients."""
         ahead = range(step + 1, step + self.gradients + 1)
         return any(self.cuts(at, self.resolved.phase_at(at)) for at in ahead)
 
-    def rank(self, params: Weights) -> Scores:
-        """Return ``w² / [F⁻¹]_qq``, of all layers at once: they are read several times."""
-        return Scores.of({name: self._score(params, name) for name in params})
+    def settle(self, weights: Weights, support: Support, state: Memory) -> Memory:
+        """Forget: the gradients were those of another support."""
+        return {}
 
-    def _score(self, params: Weights, name: str) -> Tensor:
-        weight = params[name].detach()
-        score, past = self.damping * weight.double().square(), params.past(name)
-        if past is not None:
-            score[past.kept] /= torch.cat([_diagonal(root) for root in self._roots(past)])
+    def rank(self, weights: Weights, state: Memory) -> Scores:
+        """Return ``w² / [F⁻¹]_qq``, of all layers at once: they are read several times."""
+        return Scores.of({n: self._score(weights[n].detach(), state.get(n)) for n in weights})
+
+    def _score(self, weight: Tensor, memory: Remembered | None) -> Tensor:
+        score = self.damping * weight.double().square()
+        if memory is not None:
+            kept, rows = memory
+            score[kept] /= torch.cat([_diagonal(root) for root in self._roots(rows)])
         return score.to(torch.promote_types(weight.dtype, torch.float32))
 
-    def adjust(self, params: Weights, name: str, kept: Tensor) -> Tensor | None:
-        """Return ``-F⁻¹ v``."""
-        past = params.past(name)
-        if past is None or not self.compensation:
-            return None
-        weight = params[name]
-        leaving = weight.double().masked_fill(kept, 0.0)[past.kept].split(self.block)
-        moves = []
-        for w, root in zip(leaving, self._roots(past), strict=True):
-            v = w / _diagonal(root)
-            moves.append(root.T @ (root @ v) - v)
-        move = torch.zeros_like(weight)
-        move[past.kept] = self.compensation * torch.cat(moves).to(weight.dtype)
-        return move
+    def _moves(
+        self, weights: Weights, support: Support, state: Memory
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``-F⁻¹ v`` of every layer with a memory."""
+        if not self.compensation:
+            return
+        for name, (kept, rows) in state.items():
+            weight = weights[name]
+            leaving = weight.double().masked_fill(support[name], 0.0)[kept].split(self.block)
+            moves = []
+            for w, root in zip(leaving, self._roots(rows), strict=True):
+                v = w / _diagonal(root)
+                moves.append(root.T @ (root @ v) - v)
+            move = torch.zeros_like(weight)
+            move[kept] = self.compensation * torch.cat(moves).to(weight.dtype)
+            yield name, move
 
-    def _roots(self, past: Past) -> Iterator[Tensor]:
+    def _roots(self, gradients: list[Tensor]) -> Iterator[Tensor]:
         """Yield ``R``, [steps, block] in double precision, of every block:
         ``λ F⁻¹ = I - RᵀR``, from ``F = λ I + GᵀG / N``, ``L Lᵀ = N λ I + G Gᵀ`` and ``L R = G``.
         """
-        for rows in zip(*(row.split(self.block) for row in past.gradients), strict=True):
+        for rows in zip(*(row.split(self.block) for row in gradients), strict=True):
             g = torch.stack(rows).double()
             gram = g @ g.T
             gram.diagonal().add_(len(rows) * self.damping)

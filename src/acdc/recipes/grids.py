@@ -78,7 +78,7 @@ def alternation(epochs: int) -> Alternate:
     )
 
 
-def _sparse(kind: type[Method], scope: Scope = SCOPE, every: str | None = None) -> Build:
+def _sparse(kind: type[Method[Any]], scope: Scope = SCOPE, every: str | None = None) -> Build:
     """Return how a method trains that is sparse from the first step to the last."""
     more = {} if every is None else {"every": every}
 
@@ -110,7 +110,7 @@ def _dsd(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
     return Candidate(DSD(Unstructured(sparsity, "uniform"), plan))
 
 
-def _pretrained(kind: type[Method]) -> Build:
+def _pretrained(kind: type[Method[Any]]) -> Build:
     """Return how a method trains that starts from a dense network, which has half of the epochs.
 
     Fine-tuning runs through a learning-rate curve of its own, from the same peak.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 from acdc.compare.grid import Candidate, GridMethod
 from acdc.methods.base import Method
@@ -34,7 +35,7 @@ def _recipe(method: GridMethod) -> Recipe:
     )
 
 
-def _in_one_run(candidate: Candidate) -> Method:
+def _in_one_run(candidate: Candidate) -> Method[Any]:
     """Return the method with the dense training that it needs as the first phase of its plan.
 
     What it writes as shares of its run are shares of the sparse phase, and become smaller.

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from fractions import Fraction
 from typing import Any
 
+from acdc.cost import Ledger
 from acdc.runs.record import machine, peak_memory, versions
 from acdc.runs.setup import Setup
+
+
+def ledger(run: Setup) -> Ledger:
+    """Return the FLOPs of training, from the supports that the run had."""
+    return Ledger.of(
+        run.network,
+        run.schedule,
+        [(change.step, change.counts) for change in run.sparsifier.changes],
+        run.method.training.flops,
+        run.recipe.batch_size,
+        run.data.train_samples,
+    )
 
 
 def costs(run: Setup) -> dict[str, Any]:
     """Return the FLOPs of inference and of training, as shares of the dense ones."""
     counts = run.sparsifier.support.counts()
-    spent, whole = _spent(run, 1), 3 * run.network.flops() * run.schedule.total
     return {
         "inference_flops_ratio": run.network.inference_ratio(counts),
-        "train_flops_ratio": float(Fraction(spent, whole)),
+        "train_flops_ratio": ledger(run).ratio,
     }
 
 
@@ -28,7 +39,7 @@ def details(run: Setup, command: str, finetuned: bool) -> dict[str, Any]:
         command: What was typed.
         finetuned: Whether the dense twin was trained on.
     """
-    support = run.sparsifier.support
+    support, spent = run.sparsifier.support, ledger(run)
     parameters = sum(p.numel() for p in run.net.parameters())
     return {
         "recipe": run.recipe.name,
@@ -48,7 +59,11 @@ def details(run: Setup, command: str, finetuned: bool) -> dict[str, Any]:
         "prunable": support.numel,
         "dense_flops": run.network.flops(),
         "sparse_flops": run.network.flops(support.counts()),
-        **_training_flops(run, finetuned),
+        "train_flops": spent.flops,
+        "train_flops_dense": spent.dense_flops,
+        "ledger": spent.to_dict(),
+        # The dense twin took the steps of the last phase, densely.
+        "finetune_flops": spent.phases[-1].dense_flops if finetuned else 0,
         "phases": [vars(phase) for phase in run.schedule.phases],
         "layers": _layers(run),
         "refused": run.sparsifier.refused,
@@ -75,28 +90,3 @@ def _layers(run: Setup) -> list[dict[str, Any]]:
         }
         for layer in run.network.layers
     ]
-
-
-def _training_flops(run: Setup, finetuned: bool) -> dict[str, int]:
-    """Return the FLOPs of training: of the run, of dense training, and of fine-tuning."""
-    network, schedule = run.network, run.schedule
-    samples, epoch = run.recipe.batch_size, run.data.train_samples
-    dense_phases: list[dict[str, int] | None] = [None] * len(schedule.phases)
-    dense = network.training_flops(schedule, dense_phases, samples, epoch)
-    tail = 0
-    if finetuned:  # it took the steps of the last phase, densely
-        nothing = dict.fromkeys(network.shapes, 0)
-        rest = [*dense_phases[:-1], nothing]
-        tail = dense - network.training_flops(schedule, rest, samples, epoch)
-    return {
-        "train_flops": _spent(run, samples, epoch),
-        "train_flops_dense": dense,
-        "finetune_flops": tail,
-    }
-
-
-def _spent(run: Setup, per_step: int, per_epoch: int | None = None) -> int:
-    """Return the FLOPs of the run, from the supports it had."""
-    supports = [(change.step, change.counts) for change in run.sparsifier.changes]
-    rule = run.method.step_flops
-    return run.network.flops_over(run.schedule, supports, per_step, per_epoch, rule)

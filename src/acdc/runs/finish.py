@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
+from acdc.hooks.twin import on_cpu
 from acdc.index import Twin
 from acdc.pair import Pair
 from acdc.result import DenseNetwork, Result, SparseNetwork, load, sizes
@@ -14,23 +13,12 @@ from acdc.runs.batchnorm import reestimate
 from acdc.runs.checkpoint import Progress
 from acdc.runs.evaluate import evaluate
 from acdc.runs.setup import Setup
-from acdc.states import load_into, on_cpu
+from acdc.states import load_into
 
 
-def trained_pair(run: Setup, step: int, dense: dict[str, Tensor]) -> Pair:
-    """Return the twins at the end of the main leg.
-
-    Args:
-        run: The run.
-        step: Executed steps.
-        dense: The dense weights of a method that keeps them: they make the dense twin. Empty: the
-            dense twin is the network at the end of the last dense phase.
-    """
-    if not dense:
-        return run.sparsifier.pair(**_facts(run))
-    state = on_cpu(run.net.state_dict())
-    facts = _facts(run) | {"method": run.method.name, "step": step}
-    return Pair(state, state | on_cpu(dense), run.sparsifier.support.to("cpu"), facts)
+def trained_pair(run: Setup) -> Pair:
+    """Return the twins at the end of the main leg."""
+    return run.sparsifier.pair(**_facts(run))
 
 
 def finish(run: Setup, progress: Progress) -> dict[Twin, dict[str, Any]]:

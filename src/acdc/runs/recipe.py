@@ -13,7 +13,8 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from acdc.errors import InputError, need
 from acdc.layers import Layers
@@ -71,7 +72,7 @@ class Recipe:
     about: str
     model: Model
     data: Source
-    method: Method
+    method: Method[Any]
     optimizer: Optimizer = field(default_factory=SGD)
     lr: Curve = field(default_factory=Cosine)
     batch_size: int = 128
@@ -123,7 +124,7 @@ class Recipe:
 _Component = Callable[[Any], Any]
 
 
-def _dense(old: Method) -> Method:
+def _dense(old: Method[Any]) -> Method[Any]:
     return Dense(Constant(old.schedule.epochs, "dense"))
 
 
@@ -203,8 +204,9 @@ def _change(node: Any, path: list[str], text: str, whole: str) -> Any:
 def _kind(node: Any, name: str) -> type | None:
     """Return the component type of a field, where it can be replaced by name."""
     hint = get_type_hints(type(node))[name]
-    options = getattr(hint, "__args__", (hint,))
-    return next((kind for kind in COMPONENTS if kind in options), None)
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [get_origin(option) or option for option in options]
+    return next((kind for kind in COMPONENTS if kind in kinds), None)
 
 
 def parse(text: str, hint: Any, path: str) -> Any:

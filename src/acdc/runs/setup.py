@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,7 @@ class Setup:
     engine_start: Event
 
     @property
-    def method(self) -> Method:
+    def method(self) -> Method[Any]:
         """The method, with its schedule in steps."""
         return self.sparsifier.method
 
@@ -96,7 +95,7 @@ class Setup:
         return _on_device(x, self.fabric, self.recipe)
 
 
-def leaves(method: Method) -> type[Result]:
+def leaves(method: Method[Any]) -> type[Result]:
     """Return what a method leaves at the end of its schedule.
 
     Args:
@@ -106,7 +105,7 @@ def leaves(method: Method) -> type[Result]:
     ends_dense = method.ends_dense and schedule.phases[-1].kind == "dense"
     if method.sparsity is None or ends_dense:
         return DenseNetwork
-    twins = schedule.last("dense") is not None or method.keeps_dense
+    twins = schedule.last("dense") is not None or method.training.is_network
     return Pair if twins else SparseNetwork
 
 
@@ -134,9 +133,7 @@ def make_fabric(recipe: Recipe, device: str, folder: Path) -> Fabric:
         ) from error
 
 
-def set_up(
-    recipe: Recipe, folder: Folder, fabric: Fabric, data: Data, after_step: Callable[[], None]
-) -> Setup:
+def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
     """Build the network, the optimizer, the engine and the sparsifier of a run.
 
     Args:
@@ -144,7 +141,6 @@ def set_up(
         folder: The folder of the run.
         fabric: Devices, processes and precision.
         data: The data.
-        after_step: Called after every executed step, before the sparsifier sees the step.
 
     Raises:
         InputError: The recipe cannot be run.
@@ -164,8 +160,6 @@ def set_up(
         )
     optimizer = recipe.optimizer.build(net.parameters())
     model, stepper = fabric.setup(net, optimizer)
-    # Before the sparsifier's own hook, so that a phase is measured before the next one begins.
-    optimizer.register_step_post_hook(lambda *_: after_step())
     engine, engine_start = _engine(recipe, fabric, net, method.resolved)
     return Setup(
         recipe=recipe,
@@ -176,7 +170,8 @@ def set_up(
         model=model,
         optimizer=optimizer,
         stepper=stepper,
-        sparsifier=Sparsifier(method, net, optimizer, engine=engine),
+        # The loop lets it change the support: a phase is evaluated before the next one begins.
+        sparsifier=Sparsifier(method, net, optimizer, engine=engine, automatic=False),
         network=cost.measure(net, recipe.model.example(1).to(fabric.device)),
         engine=engine,
         engine_start=engine_start,

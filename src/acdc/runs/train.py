@@ -117,10 +117,10 @@ class _Loop:
     ) -> None:
         self.stop, self.watch = stop, watch
         self.progress = Progress()
-        self.run = set_up(recipe, folder, fabric, data, self._after_executed_step)
+        self.run = set_up(recipe, folder, fabric, data)
         self.epoch_ends = set(accumulate(self.run.schedule.steps_per_epoch))
-        self.evaluated: Event | None = None  # of the step that was just taken, if one was due
-        self.testing = Clocks()  # time that evaluation took during that step
+        self.executed = 0  # steps that a GradScaler did not skip
+        self.run.optimizer.register_step_post_hook(self._count)
 
     def go(self, command: str, resume: bool) -> dict[str, Any]:
         """Train both legs and return the record."""
@@ -149,12 +149,11 @@ class _Loop:
     def _end_main(self) -> None:
         """Save the pair as it is now; go back to the dense twin if it is to be trained on."""
         run = self.run
-        dense = run.sparsifier.dense_weights
         run.sparsifier.remove()
         if run.leaves is not Pair:
             return
         if run.fabric.is_global_zero:
-            trained_pair(run, self.progress.step, dense).save(run.folder.result)
+            trained_pair(run).save(run.folder.result)
         twin = run.sparsifier.dense_twin
         if run.recipe.dense_finetune and twin is not None:
             twin.restore(run.net, run.optimizer)
@@ -201,8 +200,8 @@ class _Loop:
     def _train_step(self, x: Tensor, y: Tensor) -> None:
         """Take one optimizer step and everything that is due after it."""
         run, progress = self.run, self.progress
-        began, before, changes = Clocks.now(), progress.step, len(run.sparsifier.changes)
-        built, self.testing = self._built, Clocks()
+        before, changes, built = progress.step, len(run.sparsifier.changes), self._built
+        began, executed = Clocks.now(), self.executed
         lr = run.recipe.optimizer.lr * run.recipe.lr.factor(before, run.schedule)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -215,19 +214,22 @@ class _Loop:
         if run.recipe.clip is not None:
             run.fabric.clip_gradients(run.model, run.stepper, max_norm=run.recipe.clip)
         run.stepper.step()
+        taken = Clocks.now().minus(began)
+        evaluation = None
+        if self.executed > executed:
+            evaluation, advancing = self._after_executed_step()
+            taken = taken.plus(advancing)
         run.stepper.zero_grad()
         progress.batches += 1
         if progress.step == before:
             return  # the GradScaler found an overflow and skipped the step
         compressing = self._built.minus(built)
-        taken = Clocks.now().minus(began).minus(compressing).minus(self.testing)
-        mark = events.mark(progress.leg)
         step = events.step(run, progress.leg, before, loss, lr)
-        self.journal.write(step | taken.event() | mark)
-        if self.evaluated is not None:
-            self.journal.write(self.evaluated | self.testing.event() | mark)
-            self._check_finite(self.evaluated["loss"])
-            self.evaluated = None
+        mark = events.mark(progress.leg)
+        self.journal.write(step | taken.minus(compressing).event() | mark)
+        if evaluation is not None:
+            self.journal.write(evaluation | mark)
+            self._check_finite(evaluation["loss"])
         chosen = self._write_changes(changes, compressing)
         twin = run.sparsifier.dense_twin
         if twin is not None and twin.step == progress.step and progress.leg == "main":
@@ -243,21 +245,32 @@ class _Loop:
                 stop,
             )
 
-    def _after_executed_step(self) -> None:
-        """Count the step; at the end of an epoch evaluate the network as the step left it.
+    def _count(self, *_: Any) -> None:
+        self.executed += 1
 
-        The sparsifier changes the support only after this.
+    def _after_executed_step(self) -> tuple[Event | None, Clocks]:
+        """Evaluate the network at the end of an epoch; then let the sparsifier change its support.
+
+        Returns:
+            The event of the evaluation, if one was due, and the time that the sparsifier took.
         """
         run, progress = self.run, self.progress
         progress.step += 1
-        if progress.step in self.epoch_ends:
-            began = Clocks.now()
-            # The step has not reached the sparsifier yet: its view is the network as it is used.
-            with run.sparsifier.view() if progress.leg == "main" else nullcontext():
-                found = evaluate(run)
-                self.testing = Clocks.now().minus(began)
-                self.evaluated = events.evaluation(run, progress.leg, progress.step, found)
-            run.net.train()
+        evaluation = self._evaluation() if progress.step in self.epoch_ends else None
+        began = Clocks.now()
+        if progress.leg == "main":
+            run.sparsifier.advance()
+        return evaluation, Clocks.now().minus(began)
+
+    def _evaluation(self) -> Event:
+        """Evaluate the network as the step left it."""
+        run, progress = self.run, self.progress
+        began = Clocks.now()
+        with run.sparsifier.view() if progress.leg == "main" else nullcontext():
+            found = evaluate(run)
+        run.net.train()
+        taken = Clocks.now().minus(began)
+        return events.evaluation(run, progress.leg, progress.step, found) | taken.event()
 
     def _check_finite(self, loss: float) -> None:
         """Raise InputError where training diverged."""

@@ -22,7 +22,7 @@ from acdc.files import Staging
 from acdc.pair import Pair
 from acdc.runs import record, train
 from acdc.runs.recipe import Recipe
-from runs import tiny
+from support.runs import tiny
 
 
 def die() -> None:

@@ -1,0 +1,176 @@
+"""Weights and gradients outside the support are zero.
+
+In a sparse phase, a hook on every pruned weight clears the gradient outside the support as soon as
+it is accumulated, so that clipping norms and moments never see it. An engine, if there is one, runs
+the model with the support, and ``KeptSteps`` lets the optimizer step only the kept elements of
+large weights. In a dense phase there is no hook, and training is bitwise what it would be without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from acdc.errors import InputError
+from acdc.hooks.kept_steps import KeptSteps
+from acdc.layers import unwrapped
+from acdc.support import Support
+
+if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
+    from acdc.engine.engine import Engine
+
+
+class Masking:
+    """Holds a support on a model.
+
+    Args:
+        params: The prunable weights by name.
+        optimizer: The optimizer that steps them.
+        engine: What runs sparse phases sparsely, if anything does.
+
+    Attributes:
+        support: The support that is held.
+        dense_gradient: Whether the gradient of the next step is that of every weight: it is not
+            cleared, and the engine runs the step dense.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        engine: Engine | None,
+    ) -> None:
+        self._params, self.engine = params, engine
+        self.support = Support.full(params)
+        self.dense_gradient = False
+        self._dropped = _Dropped({}, params)
+        self._hooks: list[RemovableHandle] = []
+        self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
+        self._run_by_engine: Support | None = None
+
+    def hold(self, support: Support, whole_steps: bool) -> None:
+        """Hold ``support`` from here on: gradients and weights outside it are zero.
+
+        Args:
+            support: True where a weight is kept.
+            whole_steps: Whether the optimizer must step every element of a weight. (Without a
+                reset, moments of pruned weights may move them when they come back.)
+        """
+        self._remove_hooks()
+        self.support = support
+        self._dropped = _Dropped({} if support.is_full else support, self._params)
+        for name in self._dropped:
+            param = self._params[name]
+            trained = param.requires_grad
+            param.requires_grad_(True)  # a frozen weight takes no hook, and may thaw in this phase
+            clear = self._clear_gradient(name)
+            self._hooks.append(param.register_post_accumulate_grad_hook(clear))
+            param.requires_grad_(trained)
+        if not self.dense_gradient:
+            self.clear_gradients()
+        self.project()
+        self._dropped.forget()
+        if self._kept_steps is not None:
+            kept = {} if whole_steps or support.is_full else support
+            self._kept_steps.start((self._params[name], mask) for name, mask in kept.items())
+
+    def project(self) -> None:
+        """Set the weights outside the support to zero."""
+        # Not a product with the mask: that leaves -0.0 for -1 and NaN for infinity.
+        for name in self._dropped:
+            param = self._params[name]
+            if self._kept_steps is None or not self._kept_steps.left_zeros(param):
+                param.masked_fill_(self._dropped[name], 0.0)
+
+    def project_copy(self, model: nn.Module) -> None:
+        """Set the weights outside the support to zero in another copy of the model.
+
+        Raises:
+            InputError: The model lacks one of the weights.
+        """
+        if isinstance(model, torch.optim.swa_utils.AveragedModel):
+            model = model.module
+        params = dict(unwrapped(model).named_parameters())
+        if strangers := [name for name in self._dropped if name not in params]:
+            raise InputError(
+                f"The model to project has no parameter {strangers[0]!r}. Give a copy of the model "
+                f"that the sparsifier is bound to."
+            )
+        for name in self._dropped:
+            params[name].masked_fill_(self._dropped[name].to(params[name].device), 0.0)
+
+    def clear_gradients(self) -> None:
+        """Clear the gradients outside the support that were accumulated before now."""
+        for name in self._dropped:
+            grad = self._params[name].grad
+            if grad is not None:
+                grad.masked_fill_(self._dropped[name], 0.0)
+
+    def tell_engine(self) -> None:
+        """Let the engine run the support. A step with a dense gradient runs dense."""
+        support = None if self.support.is_full or self.dense_gradient else self.support
+        if self.engine is None or support is self._run_by_engine:
+            return
+        self._run_by_engine = support
+        if support is None:
+            self.engine.decompress()
+        else:
+            self.engine.compress(support)
+
+    def remove(self) -> None:
+        """Take all hooks off, and the engine."""
+        self._remove_hooks()
+        if self._kept_steps is not None:
+            self._kept_steps.remove()
+        if self.engine is not None:
+            self.engine.decompress()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _clear_gradient(self, name: str) -> Callable[[Tensor], None]:
+        dropped, kept, engine = self._dropped, self.support.counts()[name], self.engine
+
+        def clear(param: Tensor) -> None:
+            if self.dense_gradient:
+                return
+            if engine is not None and engine.written.all_of(param, kept):
+                return  # zero there already
+            if param.grad is not None:
+                param.grad.masked_fill_(dropped[name], 0.0)
+
+        return clear
+
+
+class _Dropped(Iterable[str]):
+    """The masks of the weights outside a support, made when they are first asked for: where an
+    engine leaves zeros by itself, they never are.
+
+    Args:
+        support: Name of a weight → bool mask, True where it is kept.
+        params: The weights. A mask has the memory layout of its weight (channels_last, say), so
+            that a fill is one sweep.
+    """
+
+    def __init__(self, support: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+        self._support, self._params = support, params
+        self._masks: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._support)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._masks:
+            mask = torch.empty_like(self._params[name], dtype=torch.bool)
+            self._masks[name] = torch.logical_not(self._support[name], out=mask)
+        return self._masks[name]
+
+    def forget(self) -> None:
+        """Free the masks until they are asked for again."""
+        self._masks.clear()

@@ -1,0 +1,94 @@
+"""Hooks before and after every step of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was found before a step.
+
+    Args:
+        hide: Whether the optimizer must move nothing in this step.
+        state: The method's state, if the step is executed.
+    """
+
+    hide: bool
+    state: Any
+
+
+class StepHooks:
+    """Calls a function before every step of an optimizer, and one after it.
+
+    Args:
+        optimizer: The user's.
+        needed: Returns whether ``before`` has something to do in the next step. If not, a closure
+            stays with the optimizer.
+        before: Called with the gradients in place. If it says so, all gradients are hidden from
+            the optimizer, which passes over parameters without a gradient.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        needed: Callable[[], bool],
+        before: Callable[[], Before],
+    ) -> None:
+        self._optimizer, self._needed, self._before = optimizer, needed, before
+        self._found: Before | None = None
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._handles = [optimizer.register_step_pre_hook(self._pre_hook)]
+
+    def call_after(self, function: Callable[[bool, Before | None], None]) -> None:
+        """Call ``function`` after every step, with whether the step was executed, and with what
+        was found before it, if anything was needed.
+        """
+
+        def post_hook(*_: Any) -> None:
+            for param, grad in self._hidden:
+                param.grad = grad
+            self._hidden = []
+            # A GradScaler calls a fused optimizer also for a step that the optimizer then skips.
+            found_inf = getattr(self._optimizer, "found_inf", None)
+            found, self._found = self._found, None
+            function(found_inf is None or not bool(found_inf), found)
+
+        self._handles.append(self._optimizer.register_step_post_hook(post_hook))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _pre_hook(
+        self, _: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        if not self._needed():
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
+            args, kwargs = (self._optimizer, closed(closure)), {}
+        self._found = self._before()
+        if self._found.hide:
+            params = [p for group in self._optimizer.param_groups for p in group["params"]]
+            self._hidden = [(p, p.grad) for p in params if p.grad is not None]
+            for param in params:
+                param.grad = None
+        return args, kwargs
+
+
+def closed(closure: Callable[[], Any]) -> Callable[[], Any]:
+    """Call a closure, which makes the gradients, and return a function that returns its loss.
+
+    An optimizer that is given the result does not make the gradients a second time.
+    """
+    with torch.enable_grad():
+        loss = closure()
+    return lambda: loss

@@ -1,0 +1,120 @@
+"""The dense weights behind a sparse view, for a method that trains them (Top-KAST, DPF, SR-STE,
+STR).
+
+Nothing is wrapped: between steps a parameter holds the view, zeros included, and its dense weights
+wait in the store. ``put_in`` copies them into the parameters for the optimizer's step, and
+``take_over`` copies the result back. The model is sparse whenever the user looks at it, evaluates
+it or saves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acdc.methods.base import Weights
+from acdc.methods.training import Behind, Training
+from acdc.support import Support
+
+
+class DenseStore:
+    """Holds the dense weights of a sparse phase. Of a ``Masked`` method it stays empty.
+
+    Args:
+        params: The prunable weights by name.
+        training: How they are trained.
+
+    Attributes:
+        dense: The dense weights by name; empty in a dense phase.
+        trained: The weights that the optimizer may move; ``None``: all of them.
+        dense_now: Whether the parameters hold the dense weights now, and not their view. Every
+            method of this class asserts the value that it needs.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], training: Training) -> None:
+        self._params = params
+        self._training = training if isinstance(training, Behind) else None
+        self.dense: dict[str, Tensor] = {}
+        self.trained: Support | None = None
+        self.dense_now = False
+
+    def put_in(self, support: Support, scale: Tensor | None) -> None:
+        """Put the dense weights into the parameters, and prepare their gradients, before a step.
+
+        Args:
+            support: The support now.
+            scale: Factor of all gradients, which a fused optimizer undoes by itself.
+        """
+        assert not self.dense_now
+        for name, dense in self.dense.items():
+            param = self._params[name]
+            param.copy_(dense)
+            trained = None if self.trained is None else self.trained[name]
+            if param.grad is None:
+                continue
+            if trained is not None:
+                param.grad.masked_fill_(~trained, 0.0)
+            pull = self._pull(dense, support[name], trained)
+            if pull is not None:
+                param.grad.add_(pull if scale is None else pull * scale)
+        self.dense_now = bool(self.dense)
+
+    def clear_gradients_of_zeros(self) -> None:
+        """Clear the gradient where the view is zero, unless it passes straight through."""
+        assert not self.dense_now
+        if self._training is None or self._training.straight_through:
+            return
+        for name in self.dense:
+            param = self._params[name]
+            if param.grad is not None:
+                param.grad.masked_fill_(param == 0, 0.0)
+
+    def take_over(self) -> None:
+        """Take over what the step made of the weights that are trained; the others stay."""
+        assert self.dense_now == bool(self.dense)
+        for name, dense in self.dense.items():
+            param = self._params[name]
+            if self.trained is not None:
+                param.copy_(torch.where(self.trained[name], param, dense))
+            dense.copy_(param)
+
+    def fill(self, weights: Weights, support: Support) -> None:
+        """Store the weights as they are, dense, because the support changes to ``support``."""
+        assert self.dense_now == bool(self.dense)
+        if self._training is None:
+            return
+        choose = self._training.trained
+        self.trained = None if choose is None else choose(weights, support)
+        self.dense = {} if support.is_full else self.clones()
+        self.dense_now = bool(self.dense)
+
+    def show(self, state: Any) -> None:
+        """Turn the parameters, whose weights outside the support are zero, into the view."""
+        if self._training is not None and self._training.view is not None:
+            for name in self.dense:
+                param = self._params[name]
+                param.copy_(self._training.view(name, param, state))
+        self.dense_now = False
+
+    def put_back(self, values: Mapping[str, Tensor]) -> None:
+        """Put dense values back that were shown for a while."""
+        assert not self.dense_now
+        for name, value in values.items():
+            self._params[name].copy_(value)
+        self.dense_now = bool(values)
+
+    def clones(self) -> dict[str, Tensor]:
+        """Return copies of the parameters as they are now."""
+        return {name: param.detach().clone() for name, param in self._params.items()}
+
+    def load(self, dense: Mapping[str, Tensor], trained: Support | None) -> None:
+        """Hold dense weights from a checkpoint. The parameters hold their view."""
+        self.dense = {n: dense[n].to(self._params[n], copy=True) for n in dense}
+        self.trained, self.dense_now = trained, False
+
+    def _pull(self, dense: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:
+        assert self._training is not None
+        return self._training.pull and self._training.pull(dense, kept, trained)

@@ -1,0 +1,19 @@
+"""Settings of every test run: the plugin of the kernels, and the threads of parallel workers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from support.kernel_calls import KernelCalls
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(KernelCalls(config))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # two workers of two threads on two cores wait for one another
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that a test starts
