@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from acdc.methods import METHODS
 from acdc.pages import tables
 from acdc.pages.figure import (
     DENSE,
@@ -483,9 +484,11 @@ def page(run: Run) -> str:
 
 
 def _method(run: Run) -> str:
+    """Return the name of the method as people write it."""
     method = (run.recipe.get("values") or {}).get("method")
     kind = method.get("type") if isinstance(method, Mapping) else method
-    return {"ACDC": "AC/DC", "Dense": "Dense training", None: "Training"}.get(kind, str(kind))
+    labels = {cls.__name__: cls.label for cls in METHODS.values()} | {"Dense": "Dense training"}
+    return "Training" if kind is None else labels.get(kind, str(kind))
 
 
 def _subtitle(run: Run) -> list[str]:
