@@ -37,8 +37,9 @@ lint: install  ## style and format
 types: install  ## mypy, strict
 	$(BIN)/mypy
 
+# worksteal keeps the tests of a file together for as long as both workers have work.
 unit: install  ## tests and doctests
-	$(BIN)/pytest --doctest-modules $(DOCTEST) tests
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal --doctest-modules $(DOCTEST) tests
 
 # The sanitized module lies in a place of its own. `-S` keeps the editable install's import hook out, which
 # would put the plain module first; what else .venv holds comes by PYTHONPATH. The sanitizers' library must

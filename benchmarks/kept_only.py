@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import acdc
-from acdc.engine.written import Written
+from acdc.engine.gradients import Written
 from acdc.hooks.kept_steps import KeptSteps, pays
 from acdc.runs.models import CifarResNet
 from common import save, spread

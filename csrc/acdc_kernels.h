@@ -3,11 +3,11 @@
  * Every activation lies in one layout, [block][channel][row][column][lane]: a block is as many samples
  * as a SIMD register has lanes, so one register holds one pixel of one channel of all of them, and a
  * kept weight is a broadcast and a few multiply-adds, whatever its position in the filter. Around each
- * channel lies a halo of zeros that belongs to the buffer and is never written: padding needs no code.
+ * channel lies a halo of zeros. It belongs to the buffer and is never written, so padding needs no code.
  *
  * A kernel takes one struct of pointers, pitches and integers. Pitches and strides count elements, not
  * bytes. All pointers into layout buffers are aligned to 64 bytes at pixel (-halo, -halo).
- * docs/engine.md tells the whole story.
+ * docs/engine.md explains the design.
  */
 #ifndef ACDC_KERNELS_H
 #define ACDC_KERNELS_H
@@ -19,20 +19,20 @@ extern "C" {
 #endif
 
 /* A buffer in the layout. For images a block is `lanes` samples. For tokens (linear layers) a block is
- * 8 columns of `lanes` tokens, height 1: the panel that a tile reads is then one run of memory. */
+ * 8 columns of `lanes` tokens, height 1, so that the panel of a tile is contiguous in memory. */
 typedef struct acdc_image {
     void* origin;                 /* pixel (0, 0) of channel 0 of block 0, inside the halo */
     int64_t row, channel, block;  /* pitches */
     int32_t blocks, channels, height, width;
-    int32_t samples;              /* live samples (tokens); the lanes after the last one hold zeros */
+    int32_t samples;              /* samples (tokens); the lanes after the last one hold zeros */
     int32_t per_block;            /* samples in a block */
-    int32_t per_column;           /* how much the sample number grows from column to column: 0 or lanes */
-    int32_t per_thread;           /* there is one block for each thread, whatever `blocks` says */
+    int32_t per_column;           /* samples from a column to the next: 0 (images) or lanes (tokens) */
+    int32_t per_thread;           /* the memory has one block per thread, whatever `blocks` says */
 } acdc_image;
 
-/* Which share of its work a kernel does. Null: all of it, on its threads. Otherwise a caller that goes
- * through several kernels block by block asks first for BEGIN, then, on every thread, for WORK on its
- * blocks, and, when all are done, for END. See acdc_run. */
+/* The share of its work that a kernel does. Null means all of it, on all threads. A caller that runs
+ * several kernels block by block first asks for BEGIN, then, on every thread, for WORK on the thread's
+ * blocks, and finally, when all threads are done, for END. See acdc_run. */
 typedef struct acdc_share {
     int32_t stage;
     int32_t thread;
@@ -40,8 +40,8 @@ typedef struct acdc_share {
 } acdc_share;
 enum { ACDC_BEGIN, ACDC_WORK, ACDC_END };
 
-/* A plain tensor seen as [block][lane][channel][row][column], through strides of any order. Either a
- * plane is dense (column == 1, row == width) or channels are (channel == 1). */
+/* A plain tensor seen as [block][lane][channel][row][column], with strides in any order. Either its planes
+ * are dense (column == 1, row == width), or its channels are (channel == 1). */
 typedef struct acdc_plain {
     void* data;
     int64_t block, lane, channel, row, column;
@@ -52,9 +52,8 @@ typedef struct acdc_entry_f64 { int32_t offset; double value; } acdc_entry_f64;
 
 /* The kept weights in the order in which one pass reads them: by tile of input channels (the panel of a
  * tile fits into the first-level cache), by output channel, by position. A *row* is one output channel
- * inside one tile; the rows of a tile go by their number of entries, longest first. Rows that have
- * nothing to add are left out, except in the first tile (which starts the sums) and in the last (which
- * ends them). */
+ * inside one tile. The rows of a tile are sorted by length, longest first. Empty rows are left out,
+ * except in the first tile, which starts the sums, and in the last tile, which ends them. */
 typedef struct acdc_list {
     int32_t tiles;
     int32_t in_channels;
@@ -62,7 +61,7 @@ typedef struct acdc_list {
     const int32_t* channel;   /* [rows] the output channel of a row */
     const int32_t* begin;     /* [rows + 1] its first entry */
     const void* entries;      /* [nnz + 16] acdc_entry_f32 or _f64 */
-    const int32_t* source;    /* [nnz] place in the dense weight's memory */
+    const int32_t* source;    /* [nnz] index into the dense weight's memory */
     int64_t nnz;
     int32_t out_row, out_column;       /* first output pixel this list computes (its phase) */
     int32_t top, bottom, left, right;  /* input pixels reached, relative to a tile; for prefetching */
@@ -122,10 +121,10 @@ typedef struct acdc_norm_args {
 
 /* First pass of the backward of acdc_norm_args: dz = grad where the ReLU passed, and its sums
  *   sums[0][c] = sum dz, sums[1][c] = sum dz*(y - mean), sums[2][c] = sum dz*(y2 - mean2).
- * dz is stored if dz.origin is not null (it may be grad itself: the residual's gradient). */
+ * dz is stored if dz.origin is not null. It may be grad itself, as the residual's gradient. */
 typedef struct acdc_norm_reduce_args {
     acdc_image grad, y, out, y2, dz; /* out is read only if relu */
-    const void *scale, *offset;      /* if relu without out: it passed where scale*y + offset > 0 */
+    const void *scale, *offset;      /* with relu and without out: the mask is scale*y + offset > 0 */
     const void *mean, *mean2;
     int32_t relu;
     double* sums;
@@ -143,7 +142,7 @@ typedef struct acdc_norm_grad_args {
 } acdc_norm_grad_args;
 
 /* sums[0][c] = sum of x - shift, sums[1][c] = sum of its square, over samples and pixels: the statistics
- * of a batch where no convolution can gather them on its way. */
+ * of a batch, if no convolution computes them. */
 typedef struct acdc_statistics_args {
     acdc_image x;
     const void* shift; /* [channels] or null */
@@ -152,8 +151,8 @@ typedef struct acdc_statistics_args {
     int32_t threads;
 } acdc_statistics_args;
 
-/* What acdc_norm_args needs of a BatchNorm, one number a channel: from the sums of the batch (which also
- * move the running statistics), or, without sums, from the running statistics.
+/* The scale and the offset that acdc_norm_args needs, one number per channel. They follow from the sums of
+ * the batch, which also update the running statistics, or, without sums, from the running statistics.
  *   scale = weight / sqrt(variance + eps),  offset = bias - mean * scale [+ other_offset] */
 typedef struct acdc_norm_fold_args {
     int32_t channels;
@@ -181,7 +180,7 @@ typedef struct acdc_norm_unfold_args {
     int32_t threads;
 } acdc_norm_unfold_args;
 
-/* out = op(a, b): see the kernel table for which. */
+/* out = op(a, b), where op is the row of the kernel table. */
 typedef struct acdc_pointwise_args {
     acdc_image a, b, out;
     int32_t threads;
@@ -195,8 +194,8 @@ typedef struct acdc_pool_args {
     int32_t threads;
 } acdc_pool_args;
 
-/* The one list of kernels: it makes the dispatch table, the binding, and what the tests and the
- * benchmarks must cover. row(name, arguments) */
+/* The one list of kernels. The dispatch table, the binding and the list of kernels that the tests must
+ * cover are made from it. row(name, arguments) */
 #define ACDC_KERNELS(row)                        \
     row(to_layout, acdc_convert_args)            \
     row(from_layout, acdc_convert_args)          \
@@ -223,7 +222,7 @@ typedef struct acdc_pool_args {
     row(avg_pool, acdc_pool_args)                \
     row(avg_pool_grad, acdc_pool_args)
 
-/* One table for each instruction set compiled in; `f64` is there for gradient checks, not for speed. */
+/* One table for each compiled instruction set. `f64` serves gradient checks, not speed. */
 typedef struct acdc_table {
     const char* isa;
     int32_t lanes;
@@ -240,25 +239,25 @@ const acdc_table* acdc_table_at(int32_t index); /* from the most portable to the
 
 enum { ACDC_PAD = 16 };
 
-/* Pitch of one thread's weight gradients: whole cache lines, and room for one register too many. */
+/* Pitch of one thread's weight gradients: whole cache lines, and room for one more register. */
 static inline int64_t acdc_grad_pitch(int64_t nnz) { return (nnz + 2 * ACDC_PAD - 1) / ACDC_PAD * ACDC_PAD; }
 
 /* ---- sequences of kernels ---- */
 
-/* A kernel and its arguments, whatever their type: `call` casts `kernel` and `args` back. */
+/* A kernel and its arguments without their types. `call` casts `kernel` and `args` back. */
 typedef struct acdc_call {
     void (*call)(void (*kernel)(void), const void* args, const acdc_share* share);
     void (*kernel)(void);
     const void* args;
-    int32_t alone; /* needs what all blocks left behind: a BatchNorm's statistics */
+    int32_t alone; /* needs the results of all blocks, such as a BatchNorm's statistics */
 } acdc_call;
 
-/* Runs calls in order. All calls between two that stand alone go block by block: a thread takes a block
- * through all of them before it takes the next, so that what one kernel writes is still in the cache
- * when the next reads it. Their images have `blocks` blocks, and workspaces of their own.
+/* Runs calls in order. All calls between two that stand alone run block by block: a thread takes a block
+ * through all of them before it takes the next block. The output of one kernel is then still in the cache
+ * when the next kernel reads it. All their images have `blocks` blocks, and each call has its own workspace.
  *
- * `seconds` is null, or [1 + threads][count], which what each call takes is added to: in the first row what
- * it does for all threads at once, or while they wait; in the others what it does on each thread. */
+ * `seconds` is null, or [1 + threads][count]. The time of each call is added to it: in the first row the
+ * work that is done once, while all threads wait; in the others the work of each thread. */
 void acdc_run(const acdc_call* calls, int64_t count, int64_t blocks, int32_t threads, double* seconds);
 
 /* ---- plans: the index structures of one layer, for one support and one pair of buffer shapes ---- */

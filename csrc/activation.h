@@ -1,14 +1,14 @@
-// GELU and SiLU: x times a share of it that lies between 0 and 1, forward, and backward from x alone.
+// GELU and SiLU: x times a share between 0 and 1. The backward pass needs x alone.
 //
-// In float the exponential and the normal distribution are polynomials, which compile to vectors; double,
-// which serves gradient checks, asks the C library lane by lane.
+// In float, the exponential and the normal distribution are polynomials, which compile to vector code. In
+// double, which serves gradient checks, the C library computes them lane by lane.
 #pragma once
 #include "norm.h"
 
 namespace ACDC_ISA {
 namespace {
 
-// The polynomial with these coefficients, that of the highest power first.
+// The polynomial with these coefficients, the highest power first.
 template <int count> inline vec<float> polynomial(vec<float> x, const float (&coefficients)[count]) {
     vec<float> sum = splat(coefficients[0]);
     ACDC_UNROLL
@@ -37,8 +37,8 @@ inline vec<double> exp_of(vec<double> x) {
 // The share of one number in x, and its slope there.
 template <class real> struct Share { vec<real> value, slope; };
 
-// What of the normal distribution lies beyond z >= 0, given exp(-z*z/2): a polynomial in 1 / (1 + 0.35 z)
-// for the rest, fitted to a relative error of 3e-8.
+// The tail of the normal distribution beyond z >= 0, given bell = exp(-z*z/2): bell times a polynomial in
+// 1 / (1 + 0.35 z), fitted to a relative error of 3e-8.
 inline vec<float> normal_tail(vec<float> z, vec<float> bell) {
     const vec<float> t = 1.0f / (1.0f + 0.35f * z);
     const float fitted[] = {-0.0291653162f, 0.144067707f, -0.255916449f, 0.159409978f, -0.0232758953f,

@@ -1,8 +1,8 @@
 // Sparse convolution, forward and input gradient: both are "y[out] += value * x[in + offset]".
 //
 // A tile of rows x columns output pixels of one output channel stays in registers. Each kept weight is
-// one broadcast and rows*columns multiply-adds that read x straight from the first-level cache, where
-// neighbouring pixels share the lines of their halo. The index list is read once per tile, in order.
+// one broadcast and rows*columns multiply-adds. These read x from the first-level cache, where
+// neighbouring pixels share cache lines. The index list is read once per tile, in order.
 #pragma once
 #include "simd.h"
 
@@ -13,24 +13,24 @@ template <class real> struct entry_of { using type = acdc_entry_f32; };
 template <> struct entry_of<double> { using type = acdc_entry_f64; };
 template <class real> using Entry = typename entry_of<real>::type;
 
-// Calls body(address) once for each cache line of a run of `bytes`, but for the line before the first
-// boundary: the tile to the left has touched it.
+// Calls body(address) once for each cache line of a range of `bytes`, without the first partial line:
+// the previous tile has fetched that one already.
 template <int bytes, class Body> inline void each_line(const char* p, Body body) {
     ACDC_UNROLL
     for (int byte = 0; byte < bytes; byte += 64) body(p + least(byte + 60, bytes - 4));
 }
 
-// Fetches, a little with every row of the index list, what the next tile will read and write. Few
-// instructions and hardly a branch: a row is short, and foreseeing its end is worth more.
+// Prefetches the memory of the next tile, a part of it with every row of the index list. It uses few
+// instructions and almost no branch: rows are short, and the branch predictor must learn their ends.
 struct NextTile {
-    int64_t y = 0;                // bytes from what this tile writes to what the next one does
-    const char* x = nullptr;      // first pixel reached, in the columns this tile has not read already
-    int64_t x_row, x_channel;     // in bytes; x_channel from the last row of a channel to the next channel
-    int rows, row = 0;            // of the panel, in each channel
+    int64_t y = 0;                // bytes from this tile's output to the next tile's; 0: do not fetch
+    const char* x = nullptr;      // first input pixel, in the columns that this tile has not read
+    int64_t x_row, x_channel;     // in bytes; x_channel: from the last row of a channel to the next channel
+    int rows, row = 0;            // rows of the panel in each channel, and the present one
     int per_row = 0;              // rows of the panel to fetch with each row of the list
-    int64_t left = 0;             // how many are left
+    int64_t left = 0;             // rows of the panel that are left to fetch
 
-    // What lies at `here` in this tile, TH rows of `bytes`.
+    // Prefetches TH rows of `bytes` of the next tile, at the position that is `here` in this tile.
     template <int TH, int bytes, class real, class Body> void fetch_y(const real* here, int64_t pitch, Body body) const {
         if (!y) return;
         const char* p = (const char*)here + y;
@@ -38,7 +38,7 @@ struct NextTile {
         for (int i = 0; i < TH; ++i, p += pitch * int64_t(sizeof(real))) each_line<bytes>(p, body);
     }
 
-    // `bytes` of every row of the panel.
+    // Prefetches `bytes` of the next `per_row` rows of the panel.
     template <int bytes> void fetch_x() {
         if (left <= 0) return;
         left -= per_row;
@@ -56,13 +56,14 @@ template <class real> struct ConvTile {
     const real* x;
     real* y;
     int64_t x_row, y_row, y_channel;
-    int64_t x_column, y_column;  // used where the step is not known at compile time
+    int64_t x_column, y_column;  // used if the step is not known at compile time
     const int32_t *channel, *begin;
     int rows;
     const Entry<real>* entries;
     bool accumulate;
-    bool stream;                 // past the caches
-    const real *bias, *live;     // live: 1 or 0 for each lane, a vector for each column `live_column` apart
+    bool stream;                 // write around the caches
+    const real *bias, *live;     // live: 1 for each lane that holds a sample, else 0; one vector for
+                                 // each column, `live_column` apart
     int64_t live_column;
     const real* shift;
     real* sums;                  // [channels][2][lanes] or null
@@ -79,7 +80,7 @@ inline void each_pixel_of(pointer p, int64_t row, int64_t column, Body body) {
     }
 }
 
-// The sums of y - shift and of its square, in two chains each, which hides some of their latency.
+// Adds y - shift and its square to the partial sums, in two chains each to hide some latency.
 template <class real, int COUNT> inline void add_statistics(const vec<real>* y, vec<real> shift, real* partial) {
     vec<real> s[2] = {}, q[2] = {};
     ACDC_UNROLL
@@ -133,8 +134,8 @@ template <class real, int TH, int TW, int IN, int OUT> void conv_tile(const Conv
 
 template <class real> using ConvTileKernel = void (*)(const ConvTile<real>&);
 
-// How many vectors a tile may keep in registers, of which AVX-512 has 32, the others 16. The double
-// kernels serve gradient checks: fewer tiles, so that they compile fast.
+// How many vectors a tile may keep in registers. AVX-512 has 32 registers, the others have 16. The double
+// kernels serve gradient checks, so they have fewer tiles and compile fast.
 template <class real> constexpr int conv_tile_limit = sizeof(real) == 8 ? 4 : lanes == 16 ? 16 : 14;
 constexpr int64_t stream_bytes = 16 << 20;  // about half of a large last-level cache
 
@@ -166,14 +167,14 @@ template <class real> ConvTileKernel<real> conv_tile_for(int in, int out, int ro
 
 struct TileShape { int rows, columns; };
 
-// The largest tile that exists within the one asked for.
+// The largest existing tile within the one asked for.
 inline TileShape tile_within(int rows, int columns, int limit, bool known_step) {
     columns = least(least(columns, 8), limit);
     rows = known_step ? least(least(rows, 4), limit / columns) : 1;
     return {rows, columns};
 }
 
-// Where a tile lies: tiles are numbered along a row, then down, then from block to block.
+// The first pixel of a tile. Tiles are numbered along a row, then down, then from block to block.
 struct Place { int64_t block; int row, column; };
 struct Grid {
     TileShape tile;
@@ -201,7 +202,7 @@ template <class real> struct Conv {
     Grid grid;
     const real *all_live, *last_live;
 
-    // What to fetch while one tile is computed: the next one.
+    // What to prefetch while the tile `here` is computed: the memory of the next tile `p`.
     NextTile next_tile(const Place& here, const Place& p) const {
         const acdc_list& list = a.lists[0];
         NextTile next;
@@ -252,11 +253,11 @@ template <class real> struct Conv {
             t.accumulate = a.accumulate || tile > 0;
             t.sums = tile == list.tiles - 1 ? sums : nullptr;
             kernel(t);
-            if (next) next->y = 0;  // fetched with the first tile of channels, once
+            if (next) next->y = 0;  // the output was prefetched with the first tile of channels
         }
     }
 
-    // An output that the caches cannot hold, and that is written once, goes straight to memory.
+    // An output that is written once and does not fit into the caches is written around them.
     bool streams() const {
         const int64_t bytes = a.y.block * a.y.blocks * int64_t(sizeof(real));
         return bytes > stream_bytes && !a.y.per_thread && !a.accumulate && a.phases == 1 && a.lists[0].tiles == 1;
@@ -310,7 +311,7 @@ template <class real> struct ConvKernel {
 };
 
 template <class real> void conv(const acdc_conv_args* a, const acdc_share* share) {
-    // What is alive: everything, but for the last block, which may be short of samples.
+    // All lanes hold samples, except in the last block, which may have fewer samples than lanes.
     constexpr int widest = 64;
     alignas(64) real all_live[widest * lanes], last_live[widest * lanes];
     const int columns = a->y.per_column ? least<int>(a->y.width, widest) : 1;

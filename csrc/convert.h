@@ -9,7 +9,7 @@ template <class real> inline const real* plain_at(const acdc_plain& p, int64_t b
     return static_cast<const real*>(p.data) + block * p.block + channel * p.channel;
 }
 
-// The next `count` pixels of a plane, walked in the order of memory of a dense plane.
+// Walks the pixels of a plane in the memory order of a dense plane.
 template <class real> struct Walk {
     real* row;
     int64_t pitch;
@@ -58,8 +58,9 @@ template <class real> void plane_from_layout(const acdc_convert_args& a, int64_t
     }
 }
 
-// Channels are dense: one pixel of `lanes` samples is a lanes x lanes block, a cache line of channels at
-// a time, so that a line of the plain tensor is used whole even where its rows share one cache set.
+// Channels are dense: one pixel of `lanes` samples and `lanes` channels is one transpose. A cache line of
+// channels is converted at a time, so that every line of the plain tensor is used whole, even if its rows
+// share one cache set.
 constexpr int line = 16;
 
 template <class real>

@@ -1,4 +1,4 @@
-// The tables that were compiled in, from the most portable to the widest. Built for the baseline.
+// The compiled tables, from the most portable to the widest. This file is compiled for the baseline.
 #include "acdc_kernels.h"
 
 extern "C" {

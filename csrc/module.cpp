@@ -1,6 +1,6 @@
 // The compiled module acdc._kernels: the structs of acdc_kernels.h and one function per kernel row.
-// Pointers cross as integers (tensor.data_ptr()); acdc/engine/native.py keeps the tensors alive, checks
-// shapes, and is the only caller.
+// Pointers are passed as integers (tensor.data_ptr()). acdc/engine/native.py is the only caller. It keeps
+// the tensors alive and checks shapes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -28,7 +28,7 @@ const acdc_table& table(int index) {
     return *acdc_table_at(index);
 }
 
-// Fields of a struct of arguments are set by name, so that the Python side reads like the header.
+// The fields of a struct are set by name, so that the Python code reads like the header.
 template <class T> void set_field(nb::class_<T>& cls, const char* name, void* T::*field) {
     cls.def_prop_rw(
         name, [field](const T& self) { return Address(self.*field); },
@@ -84,7 +84,7 @@ template <class Args> void call(Kernel<Args> kernel, const Args& args) {
     kernel(&args, nullptr);
 }
 
-// A list of calls for acdc_run. The structs of arguments belong to Python, which keeps them alive.
+// A list of calls for acdc_run. Python owns the structs of arguments and keeps them alive.
 struct Sequence {
     std::vector<acdc_call> calls;
 
@@ -105,7 +105,7 @@ struct Sequence {
 #define FIELD(field) set_field(cls, #field, &Struct::field)
 
 NB_MODULE(_kernels, m) {
-    // A process may end while frames still hold their structs: that is no leak worth a report.
+    // A process may end while frames still hold their structs. This leak needs no warning.
     nb::set_leak_warnings(false);
     {
         using Struct = acdc_image;

@@ -1,6 +1,6 @@
-// BatchNorm with the statistics of the batch, ReLU and the addition of a residual: what lies between two
-// convolutions, in as few passes over memory as the arithmetic allows: one forward (the statistics come
-// out of the convolution), two backward (its sums must be complete before anything can be computed).
+// BatchNorm, ReLU and the addition of a residual, in as few passes over memory as possible. The forward
+// pass takes one, since the convolution before it computes the statistics. The backward pass takes two,
+// since its sums must be complete before any gradient can be computed.
 #pragma once
 #include <cmath>
 
@@ -58,7 +58,7 @@ template <class real> void norm(const acdc_norm_args* args, const acdc_share* sh
     });
 }
 
-// Where the ReLU of a normalisation let a number pass: by its output, or by what went into it.
+// Masks a gradient by the ReLU of a normalisation. The mask follows from the ReLU's output or its input.
 template <class real> struct Passed {
     vec<real> scale, offset;
     vec<real> operator()(const real* out, const real* y, vec<real> grad) const {

@@ -1,5 +1,5 @@
-// Plans: the sorted index lists of one layer, built by counting: one pass over the kept weights to count
-// the entries of each row, one to place them.
+// Plans: the sorted index lists of one layer. They are built by counting: one pass over the kept weights
+// counts the entries of each row, a second one places the entries.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -16,11 +16,11 @@ namespace {
 
 int floor_div(int a, int b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 
-// A kept weight by its place in the filter. `in` counts the input channels of all groups.
+// The position of a kept weight. `in` counts the input channels of all groups.
 struct Kept { int out, in, in_group, tap; };
 
-// Calls body(kept weight) in the order of the support. That is ascending, so the output channel moves
-// along; what is left of the index fits 32 bits, which divide faster than 64.
+// Calls body(kept weight) in the order of the support. The order is ascending, so the output channel is
+// advanced step by step. The rest of the index fits into 32 bits, which divide faster than 64.
 template <class Body> void each_kept(const acdc_plan_args& a, Body body) {
     const uint32_t taps = uint32_t(a.kernel_rows * a.kernel_columns);
     const int per_group = a.in_channels / a.groups, outs_per_group = a.out_channels / a.groups;
@@ -36,12 +36,13 @@ template <class Body> void each_kept(const acdc_plan_args& a, Body body) {
     }
 }
 
-// The lists of one pass, one for each phase: one array of rows and one of entries for all of them.
+// The lists of one pass, one list per phase. All of them share one array of rows and one of entries.
+// Call order: shape, fits, bin for each weight (counts), lay_out, place for each weight, seal.
 struct Lists {
     int count, tiles, rows;
     std::vector<int32_t> list_of, offset_of;  // by tap
-    int64_t pitch;                            // of the channels that are read
-    int tile;                                 // how many of them
+    int64_t pitch;                            // of the input channels
+    int tile;                                 // input channels in a tile
     std::vector<int32_t> bin_of;              // first bin of the tile of a channel
     std::vector<int32_t> next;                // by bin: number of entries, then where the next one goes
     std::vector<int32_t> tile_rows, channel, begin;
@@ -50,7 +51,7 @@ struct Lists {
     std::unique_ptr<acdc_entry_f64[]> f64;
     std::vector<acdc_list> views;
 
-    // `written` channels get sums over tiles of `tile_` of the `read` channels.
+    // Each of the `written` channels gets sums over tiles of `tile_` of the `read` channels.
     void shape(int lists, int taps, int written, int read, int tile_, int64_t channel_pitch) {
         count = lists;
         rows = written;
@@ -76,8 +77,8 @@ struct Lists {
         return next[size_t(list_of[size_t(tap)]) * tiles * rows + size_t(bin_of[size_t(read)]) + size_t(written)];
     }
 
-    // Lays out the rows. Inside a tile they go by their number of entries: rows of one length in a
-    // row, and the end of the loop over the entries is foreseen.
+    // Lays out the rows. The rows of a tile are sorted by length, so that the branch predictor learns the
+    // trip count of the loop over the entries.
     void lay_out(int64_t nnz, bool is_double) {
         std::vector<int32_t> order(static_cast<size_t>(rows)), first;
         begin.assign(1, 0);

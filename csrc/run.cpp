@@ -1,5 +1,5 @@
-// Runs a sequence of kernels, block by block between the calls that need all blocks. Built for the
-// baseline: the kernels that it calls are those of any instruction set.
+// Runs a sequence of kernels, block by block between the calls that need all blocks. This file is compiled
+// for the baseline only; the kernels that it calls may be of any instruction set.
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -14,7 +14,7 @@ double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Calls [first, last), which have their number in `seconds`, if anybody counts.
+// The calls [first, last). `seconds` has one number for each call, or is null if nothing is timed.
 struct Calls {
     const acdc_call *first, *last;
     double* seconds;
@@ -28,8 +28,8 @@ struct Calls {
     }
 };
 
-// The blocks [begin, end) of one thread, forwards or backwards: every other group goes backwards, so
-// that a thread starts with the block that it left in the cache.
+// Runs the blocks of one thread, forwards or backwards. Every other group goes backwards, so that a thread
+// starts with the block that is still in its cache.
 void work(const Calls& calls, acdc_share share, bool backwards) {
     const int64_t begin = share.first_block, count = share.last_block - begin;
     for (int64_t i = 0; i < count; ++i) {
@@ -39,7 +39,7 @@ void work(const Calls& calls, acdc_share share, bool backwards) {
     }
 }
 
-// `alone` counts what one thread does while the others wait; `seconds` has a row of `pitch` for each.
+// `alone` times the work of one thread while the others wait. `seconds` has a row of `pitch` per thread.
 void run_group(const Calls& alone, double* seconds, int64_t pitch, int64_t blocks, int threads, bool backwards) {
     const acdc_share begin{ACDC_BEGIN, 0, 0, 0}, end{ACDC_END, 0, 0, 0};
     alone.run(&begin);

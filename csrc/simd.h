@@ -1,10 +1,10 @@
 // Vectors of `lanes` numbers, through the vector extensions that GCC and Clang share: the compiler maps
 // them to SSE, AVX, AVX-512 or NEON registers, or to several of them (double).
 //
-// This file and everything it is used by is compiled once per instruction set, into a namespace of its
-// own: a function that two of those builds shared would be kept once by the linker, perhaps the one with
-// instructions that this CPU does not have. For the same reason nothing here comes from the C++ library
-// but index sequences, which leave no code behind.
+// This file and every file that includes it is compiled once per instruction set, into a namespace of its
+// own. The linker would keep a function that two builds share only once, perhaps with instructions that
+// this CPU does not have. For the same reason nothing here comes from the C++ library, except index
+// sequences, which generate no code.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -29,17 +29,17 @@ constexpr int lanes = ACDC_LANES;
 
 template <class real> struct vector_of { typedef real type __attribute__((vector_size(lanes * sizeof(real)))); };
 template <class real> using vec = typename vector_of<real>::type;
-// The result of a comparison: all bits set in the lanes where it holds.
+// The result of a comparison: all bits are set in the lanes where it is true.
 template <class real> using mask = decltype(vec<real>() > vec<real>());
-// The same vector at an address that is aligned to one number only.
+// The same vector at an address that is only aligned to one number.
 template <class real> struct loose_of {
     typedef real type __attribute__((vector_size(lanes * sizeof(real)), aligned(alignof(real)), may_alias));
 };
 
 template <class real> inline vec<real> load(const real* p) { return *reinterpret_cast<const vec<real>*>(p); }
 template <class real> inline void store(real* p, vec<real> v) { *reinterpret_cast<vec<real>*>(p) = v; }
-// Stores around the caches: what is written comes back from memory when it is read. Every other store of
-// a line that is not in the cache reads it first.
+// Stores around the caches. A later read then comes from memory. An ordinary store would first read a
+// cache line that is not in the cache.
 inline void stream(float* p, vec<float> v) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(p, (__m512)v);
@@ -52,7 +52,7 @@ inline void stream(float* p, vec<float> v) {
 #endif
 }
 inline void stream(double* p, vec<double> v) { store(p, v); }
-// Before other threads may read what was streamed.
+// Must run before other threads read the streamed memory.
 inline void end_stream() {
 #if defined(__SSE__)
     _mm_sfence();
@@ -64,7 +64,8 @@ template <class real> inline vec<real> load_loose(const real* p) {
 template <class real> inline void store_loose(real* p, vec<real> v) {
     *reinterpret_cast<typename loose_of<real>::type*>(p) = v;
 }
-// Written out, so that it is one broadcast from memory: zero plus a value would also be an addition.
+// All lanes are written out, so that it compiles to one broadcast from memory. Adding a value to zero
+// would cost an addition, too.
 template <class real, std::size_t... i> inline vec<real> splat(real value, std::index_sequence<i...>) {
     return vec<real>{((void)i, value)...};
 }
@@ -120,7 +121,7 @@ template <class real, int s = lanes / 2> inline void transpose(vec<real>* rows) 
 }
 
 // Lane j of the result is the sum of the lanes of rows[j]. Every step halves the number of vectors by
-// adding two halves of each, which costs a third of adding up one vector after the other.
+// adding two halves of each. This costs a third of summing one vector after the other.
 template <class real, int count = lanes> inline vec<real> sums_of(vec<real>* rows) {
     constexpr int half = count / 2;
     ACDC_UNROLL
@@ -136,9 +137,9 @@ template <class real, int count = lanes> inline vec<real> sums_of(vec<real>* row
 }
 
 // ---- threads ----
-// Runs body(thread, first, last) on `threads` threads, each with its own run of [0, total). The split
-// depends on nothing else, so a thread finds the data it left in its cache in the kernel before, and a
-// sum over threads is bitwise the same every time.
+// Runs body(thread, first, last) on `threads` threads, each with its own range of [0, total). The split
+// depends on nothing else. So a thread finds the data of the previous kernel in its cache, and a sum over
+// threads is bitwise the same every time.
 template <class Body> inline void split(int64_t total, int threads, Body body) {
 #ifdef _OPENMP
     if (threads > 1) {
@@ -154,8 +155,8 @@ template <class Body> inline void split(int64_t total, int threads, Body body) {
     body(0, int64_t(0), total);
 }
 
-// A kernel is `begin`, `work` on numbered items, `end`; every block of its images has `items` of them.
-// Either all at once, or the share that a caller asks for who goes block by block.
+// A kernel consists of `begin`, `work` on numbered items, and `end`. Every block has `items` items. Runs
+// everything at once, or only the share that a caller going block by block asks for.
 template <class Kernel>
 inline void run(Kernel& kernel, int64_t blocks, int64_t items, int threads, const acdc_share* share) {
     if (!share) {
@@ -173,7 +174,7 @@ inline void run(Kernel& kernel, int64_t blocks, int64_t items, int threads, cons
     }
 }
 
-// A kernel that is all work.
+// A kernel that has nothing to do in `begin` and `end`.
 template <class Work>
 inline void each(int64_t blocks, int64_t items, int threads, const acdc_share* share, Work body) {
     struct {

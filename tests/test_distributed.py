@@ -1,6 +1,7 @@
 """Two processes that train one model: DDP over gloo on the CPU.
 
-The processes are started once. Each writes down what it saw, and the tests read it.
+The processes are started once. Each writes down what it saw, and the tests read it. The file takes
+about 15 seconds.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import acdc
 from acdc import score
-from acdc.engine import host
-from acdc.engine.choice import Choice, Site
+from acdc.engine import choice
+from acdc.engine.choice import Choice
+from acdc.engine.timing import Candidate
 from acdc.hooks import kept_steps
 from acdc.methods.acdc import ACDC
 from acdc.methods.dpf import DPF
@@ -46,6 +48,8 @@ from support.helpers import (
     is_plus_zero,
     sgd,
 )
+
+pytestmark = pytest.mark.slow
 
 WORLD = 2
 PATTERN = Unstructured(0.8)
@@ -161,14 +165,14 @@ MINE = ({"conv1", "fc1"}, {"conv2", "fc2"})  # what each rank measures to be fas
 def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[str, Any]:
     """Train under DDP with or without an engine; every rank would choose other layers."""
 
-    def measure(site: Site, *_: Any) -> Choice:
-        gains = site.name in {"head", *MINE[dist.get_rank()]}
+    def measure(layer: Candidate, *_: Any) -> Choice:
+        gains = layer.name in {"head", *MINE[dist.get_rank()]}
         return Choice(gains, 0.2, 1e6 if gains else 1.0, 1.0, 1.0)
 
     model = build(EngineNet).double().to(memory_format=memory_format)
     example = batch(0)[0].double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host, "measure", measure)
+        patch.setattr(choice, "measure", measure)
         patch.setattr(kept_steps, "LARGE", 64)  # so that optimizer steps are of kept elements, too
         engine = acdc.Engine(model, example) if on else None
         optimizer = sgd(model)

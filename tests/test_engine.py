@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from acdc.engine import segment
+from acdc.engine import memory, segment
 from acdc.runs.models import CifarResNet
 from support.engine_nets import BACKENDS, NETWORKS, Gpt, Pair, in_place_late, segments
 
@@ -97,10 +97,10 @@ def test_an_activation_goes_block_by_block_and_is_not_kept(activation: nn.Module
     assert not any(instruction.alone for instruction in tape.forward + tape.backward)
     kept = [slot for slot in tape.slots if tape.is_kept(slot)]
     assert kept == [tape.value(first.x), tape.value(act.x)]
-    assert tape.value(act.out).is_passing
+    assert tape.value(act.out).is_transient
 
 
-def frames(pair: Pair) -> list[segment.Frame]:
+def frames(pair: Pair) -> list[memory.Frame]:
     """The frames of all runs of layers, of one batch size each."""
     arenas = [a for run in segments(pair.engine) for free in run._free.values() for a in free]
     return [frame for arena in arenas for frame in arena._frames.values()]
@@ -114,9 +114,9 @@ def test_runs_share_what_lives_on_one_way_only() -> None:
     kept, shared = [], []
     for run, frame in zip(segments(pair.engine), frames(pair), strict=True):
         (tape,) = run._tapes.values()
-        memory = {s: frame.buffer(s).data.untyped_storage().data_ptr() for s in tape.slots}
-        kept.append({memory[slot] for slot in tape.slots if tape.is_kept(slot)})
-        shared.append(set(memory.values()) - kept[-1])
+        address = {s: frame.buffer(s).data.untyped_storage().data_ptr() for s in tape.slots}
+        kept.append({address[slot] for slot in tape.slots if tape.is_kept(slot)})
+        shared.append(set(address.values()) - kept[-1])
     assert shared[0]
     assert shared[0] == shared[1] == shared[2]
     assert len(set.union(*kept)) == 3

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import acdc
-from acdc.engine import choice as timing
-from acdc.engine import host, segment
+from acdc.engine import choice, memory, segment, timing
 from acdc.engine.choice import Choice
 from acdc.errors import InputError
 from acdc.runs.models import SmallResNet
@@ -203,7 +202,7 @@ def test_without_memory_pytorch_computes(
     def full(*_: object) -> None:
         raise RuntimeError("not enough memory: you tried to allocate 1 byte.")
 
-    monkeypatch.setattr(segment, "allocate", full)
+    monkeypatch.setattr(memory, "allocate", full)
     same(loss_of(model), loss_of(plain))
     assert not ran
     assert "no memory for its buffers" in caplog.text
@@ -354,8 +353,8 @@ def test_a_forward_that_is_computed_again_for_the_way_back(reentrant: bool, ran:
 
 def test_a_loss_that_is_dropped_gives_its_buffers_back(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    allocate = segment.allocate
-    monkeypatch.setattr(segment, "allocate", lambda *a: made.append(1) or allocate(*a))
+    allocate = memory.allocate
+    monkeypatch.setattr(memory, "allocate", lambda *a: made.append(1) or allocate(*a))
     model, *_ = on_engine()
     for _ in range(5):
         loss_of(model)
@@ -377,7 +376,7 @@ def measured(dense_ms: float, sparse_ms: float) -> Callable[..., Choice]:
 def test_where_no_layer_gains_nothing_is_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(host, "measure", measured(1.0, 2.0))
+    monkeypatch.setattr(choice, "measure", measured(1.0, 2.0))
     caplog.set_level(logging.INFO, "acdc.engine")
     model = net()
     engine = acdc.Engine(model, batch()[0])
@@ -389,7 +388,7 @@ def test_where_no_layer_gains_nothing_is_replaced(
 
 
 def test_choices_that_were_loaded_are_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "measure", measured(1e6, 1.0))
+    monkeypatch.setattr(choice, "measure", measured(1e6, 1.0))
     model = net()
     engine = acdc.Engine(model, batch()[0])
     engine.compress(sparse(model))
@@ -399,7 +398,7 @@ def test_choices_that_were_loaded_are_not_measured_again(monkeypatch: pytest.Mon
     def never(*_: object) -> None:
         raise AssertionError("it was measured again")
 
-    monkeypatch.setattr(host, "measure", never)
+    monkeypatch.setattr(choice, "measure", never)
     other = net()
     resumed = acdc.Engine(other, batch()[0])
     resumed.load_state_dict(state)
@@ -418,7 +417,7 @@ def test_a_network_that_became_much_sparser_is_measured_anew(
         seen.append(given[3])
         return Choice(given[3] < 0.5, given[3], 1e6, 1.0 if given[3] < 0.5 else 2e6, 0.1)
 
-    monkeypatch.setattr(host, "measure", gains_below_half)
+    monkeypatch.setattr(choice, "measure", gains_below_half)
     model = net()
     engine = acdc.Engine(model, batch()[0])
     masks = sparse(model)
@@ -463,8 +462,8 @@ def test_what_was_chosen_stays_when_a_graph_of_another_mode_is_built(
             x = self.body(x)
             return x if self.training else self.probe(x)
 
-    monkeypatch.setattr(host, "measure", measured(2.0, 1.0))
-    monkeypatch.setattr(host, "run_pays", lambda *_: model.training)
+    monkeypatch.setattr(choice, "measure", measured(2.0, 1.0))
+    monkeypatch.setattr(choice, "segment_pays", lambda *_: model.training)
     model = Probed()
     x = torch.randn(2, 8)
     engine = acdc.Engine(model, x)
@@ -484,7 +483,7 @@ def test_a_layer_is_really_timed_both_ways() -> None:
     assert engine.choices
     for c in engine.choices.values():
         assert min(c.dense_ms, c.sparse_ms, c.convert_ms) > 0
-    assert timing.table(engine.choices, engine.refused) == engine.table()
+    assert choice.table(engine.choices, engine.refused) == engine.table()
     assert len(engine.table().splitlines()) == 1 + len(engine.choices)
 
 
@@ -612,9 +611,9 @@ def test_a_support_that_changes_often(ran: list[int]) -> None:
 def test_a_later_compression_computes_in_the_buffers_of_the_first() -> None:
     model, _, engine = on_engine()
 
-    def buffers() -> list[segment.Memory]:
+    def buffers() -> list[memory.Arena]:
         runs = [run for host in engine._hosts for run in host.segments()]
-        return [arena.memory for run in runs for free in run._free.values() for arena in free]
+        return [arena for run in runs for free in run._free.values() for arena in free]
 
     loss_of(model).backward()
     first, late = buffers(), loss_of(model)  # whose graph lives on

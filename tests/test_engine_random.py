@@ -182,6 +182,7 @@ def rounding_errors(pair: Pair, samples: int, seed: int) -> set[str]:
     return {name for name, t in found.items() if t is not None and t.double().norm() < 1e-12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @many
 @given(data=st.data())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from acdc.engine.engine import Engine
-from acdc.engine.written import LARGE
+from acdc.engine.gradients import LARGE
 from acdc.hooks.kept_steps import ELEMENTWISE, pays
 from acdc.methods.acdc import ACDC
 from acdc.methods.base import Reset

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from acdc.bench import single_layer as ops
 from acdc.engine import native
+from acdc.engine.contract import DTYPES, Fold
 from acdc.engine.geometry import ConvGeometry
-from acdc.engine.layout import Buffer, Pool, Shape
+from acdc.engine.layout import Buffer, Shape
 from acdc.engine.native import Native
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
@@ -30,7 +30,7 @@ backends = pytest.mark.parametrize("name", BACKENDS)
 EXAMPLES = int(os.environ.get("ACDC_EXAMPLES", "100"))
 many = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
-dtypes = st.sampled_from(native.DTYPES)
+dtypes = st.sampled_from(DTYPES)
 batches = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 61, 130]) | st.integers(1, 130)
 densities = st.sampled_from([0.0, 0.05, 1.0]) | st.floats(0.0, 1.0)
 empties = st.sampled_from(["nothing", "output channels", "input channels"])
@@ -62,14 +62,14 @@ def recorder():
     """Note every kernel that runs, where the compiled code is called. When all tests are over, a
     kernel of the table that none of these tests called fails the run.
     """
-    run = native.Call.__call__
+    run = native.NativeCall.__call__
 
     def noting(call):
         run(call)
         CALLED.add((call.function.__name__, native._kernels.isa(call.index), call.is_double))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native.Call, "__call__", noting)
+        patch.setattr(native.NativeCall, "__call__", noting)
         yield
 
 
@@ -84,13 +84,9 @@ def exact_memory():
         assert buffer.data.data_ptr() % 64 == 0
         return buffer
 
-    def scratch(self, count, dtype):
-        exact = torch.empty(count, dtype=dtype)
-        if self._bound is None:
-            self._workspace[dtype] = exact
-        else:
-            self._own = (exact,)  # the bound call keeps it
-        return exact.data_ptr()
+    def scratch(self, rows, buffer):
+        count = torch.get_num_threads() * buffer.shape.channels * rows * self.lanes
+        return torch.empty(count, dtype=buffer.shape.dtype)  # the call keeps it alive
 
     with pytest.MonkeyPatch.context() as patch:
         if native.available() and native._kernels.sanitized:
@@ -210,7 +206,7 @@ def test_a_sparse_convolution_equals_the_masked_dense_one(
     dy = k.to_layout(grad, Buffer.zeros(y_shape))
     y, dx = Buffer.zeros(y_shape), Buffer.zeros(x_shape)
     for buffer in (y, dx):
-        buffer.pixels().fill_(7)  # a buffer from the pool holds anything
+        buffer.pixels().fill_(7)  # a buffer that was used before holds anything
 
     sums = k.conv(plan, x_buffer, y, bias=bias, statistics=True, shift=bias)
     close(k.from_layout(y), want.detach(), dtype)
@@ -235,7 +231,7 @@ def test_a_sparse_convolution_equals_the_masked_dense_one(
 
 
 @backends
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", [(3, 2), (1, 1)])
 def test_a_plan_reads_and_writes_weights_by_their_strides(name, dtype, kernel):
     torch.manual_seed(0)
@@ -268,17 +264,70 @@ def test_a_plan_reads_and_writes_weights_by_their_strides(name, dtype, kernel):
             k.conv_weight_grad(plan, x_buffer, y, torch.zeros_like(weight))
 
 
-def agree(got, want, support, leaves, wants, dtype, terms):
+class Layer:
+    """One layer on the kernels, with plain tensors at both ends. A plan serves all batch sizes."""
+
+    def __init__(self, k, g, support, x):
+        self.k, self.g = k, g
+        flat = support.reshape(-1).nonzero()[:, 0]
+        self.plan = k.plan(g, flat, *self.shapes(x))
+
+    def shapes(self, x):
+        """Return the shapes of the buffers of input and output, for this input."""
+        lanes, g = self.k.lanes, self.g
+        if x.dim() == 2:
+            shape = Shape.of_tokens(*x.shape, lanes, x.dtype)
+            return shape, shape.with_channels(g.out_channels)
+        size, halo = g.out_size(*x.shape[2:]), g.grad_halo(*x.shape[2:])
+        return (
+            Shape.of_images(x.shape, lanes, g.halo, x.dtype),
+            Shape(len(x), g.out_channels, *size, lanes, halo, False, x.dtype),
+        )
+
+    def forward(self, x, weight, bias=None):
+        k, (x_shape, y_shape) = self.k, self.shapes(x)
+        self.plan.refresh(weight)
+        y = Buffer.zeros(y_shape)
+        k.conv(self.plan, k.to_layout(x, Buffer.zeros(x_shape)), y, bias=bias)
+        return k.from_layout(y)
+
+    def backward(self, x, weight, grad):
+        """Return the gradients of input, weight and bias."""
+        k, (x_shape, y_shape) = self.k, self.shapes(x)
+        self.plan.refresh(weight, True)
+        x_buffer, dy = Buffer.zeros(x_shape), k.to_layout(grad, Buffer.zeros(y_shape))
+        dx, dw = torch.empty_like(x), torch.zeros(weight.shape, dtype=weight.dtype)
+        k.conv_weight_grad(self.plan, k.to_layout(x, x_buffer), dy, dw)
+        k.conv_input_grad(self.plan, dy, x_buffer)
+        return k.from_layout(x_buffer, dx), dw, k.channel_sums(dy)
+
+
+class OnKernels(torch.autograd.Function):
+    """The same for autograd, which differentiates it by numbers."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, layer):
+        ctx.save_for_backward(x, weight)
+        ctx.layer = layer
+        return layer.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *ctx.layer.backward(*ctx.saved_tensors, grad), None
+
+
+def agree(layer, tensors, support, wants, want, terms):
     """Compare a layer's output and the gradients of its input, weight and bias. The gradient of a
     weight is a sum of ``terms``: of one channel of the input.
     """
-    close(got.detach(), want.detach(), dtype)
-    got.sum().backward()  # its gradient is one number, expanded
-    want.sum().backward()
-    for leaf, ideal, mask, sums in zip(
-        leaves, wants, (1, support, 1), (None, terms, None), strict=True
+    x, weight, bias = tensors
+    close(layer.forward(x, weight, bias), want.detach(), x.dtype)
+    grad = torch.ones((), dtype=x.dtype).expand(want.shape)  # one number, expanded
+    want.backward(grad.double())
+    for got, ideal, mask, sums in zip(
+        layer.backward(x, weight, grad), wants, (1, support, 1), (None, terms, None), strict=True
     ):
-        close(leaf.grad, ideal.grad * mask, dtype, terms=sums)
+        close(got, ideal.grad * mask, x.dtype, terms=sums)
 
 
 @backends
@@ -292,25 +341,24 @@ def agree(got, want, support, leaves, wants, dtype, terms):
     weight_memory=memories,
     seed=st.integers(0, 99),
 )
-def test_the_operator_equals_the_masked_dense_one_for_one_batch_after_another(
+def test_one_plan_serves_one_batch_after_another(
     name, layer, dtype, density, empty, x_memory, weight_memory, seed
 ):
     g = layer[0]
     x, weight, support, _, bias = tensors(seed, layer, dtype, density, empty)
-    sparse = ops.SparseLayer(g, support, backend(name))
+    sparse = Layer(backend(name), g, support, x)
     weight = MEMORY[weight_memory](weight)
     for batch in (x, x[: seed % len(x) + 1]):
-        leaves = [t.detach().requires_grad_() for t in (MEMORY[x_memory](batch), weight, bias)]
         wants = [t.double().clone().requires_grad_() for t in (batch, weight * support, bias)]
         want = F.conv2d(*wants, g.stride, g.padding, g.dilation, g.groups)
-        got = ops.sparse_conv2d(leaves[0], leaves[1], sparse, leaves[2])
-        agree(got, want, support, leaves, wants, dtype, batch[:, 0])
+        batch = MEMORY[x_memory](batch)
+        agree(sparse, (batch, weight, bias), support, wants, want, batch[:, 0])
 
 
 @backends
 @many
 @given(
-    leading=st.tuples(batches) | st.tuples(st.integers(1, 13), st.integers(1, 10)),
+    tokens=batches,
     features=st.tuples(st.integers(1, 150), st.integers(1, 40)),
     dtype=dtypes,
     density=densities,
@@ -318,30 +366,24 @@ def test_the_operator_equals_the_masked_dense_one_for_one_batch_after_another(
     transposed=st.booleans(),
     seed=st.integers(0, 99),
 )
-@example((130,), (150, 37), torch.float32, 0.0, "nothing", False, 0)
-@example((130,), (150, 37), torch.float32, 1.0, "nothing", True, 0)
+@example(130, (150, 37), torch.float32, 0.0, "nothing", False, 0)
+@example(130, (150, 37), torch.float32, 1.0, "nothing", True, 0)
 def test_a_sparse_linear_layer_equals_the_masked_dense_one(
-    name, leading, features, dtype, density, empty, transposed, seed
+    name, tokens, features, dtype, density, empty, transposed, seed
 ):
     g = ConvGeometry.linear(*features)
-    x, weight, support, _, bias = tensors(
-        seed, (g, math.prod(leading), 1, 1), dtype, density, empty
-    )
-    x, weight, support = x.reshape(*leading, -1), weight[:, :, 0, 0], support[:, :, 0, 0]
+    x, weight, support, _, bias = tensors(seed, (g, tokens, 1, 1), dtype, density, empty)
+    x, weight, support = x[:, :, 0, 0], weight[:, :, 0, 0], support[:, :, 0, 0]
     if transposed:
-        x = strided(x, tuple(reversed(range(x.dim()))))
-    layer = ops.SparseLayer(g, support, backend(name))
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        x = strided(x, (1, 0))
+    layer = Layer(backend(name), g, support, x)
     wants = [t.double().clone().requires_grad_() for t in (x, weight * support, bias)]
-    got = ops.sparse_linear(leaves[0], leaves[1], layer, leaves[2])
-    agree(got, F.linear(*wants), support, leaves, wants, dtype, x[..., 0])
-    tokens = x.reshape(-1, features[0])
-    shape, _ = layer.shapes(tokens)
-    dead_lanes_are_zero(layer.backend.to_layout(tokens, Buffer.zeros(shape)))
+    agree(layer, (x, weight, bias), support, wants, F.linear(*wants), x[:, 0])
+    dead_lanes_are_zero(layer.k.to_layout(x, Buffer.zeros(layer.shapes(x)[0])))
 
 
 @backends
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("samples", [1, 5, 8, 19])
 def test_plain_tensors_of_any_strides_survive_a_round_trip(name, dtype, samples):
     k = backend(name)
@@ -360,7 +402,7 @@ def test_plain_tensors_of_any_strides_survive_a_round_trip(name, dtype, samples)
 
 
 @backends
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("samples", [1, 6, 16, 61])
 def test_batchnorm_with_relu_and_residual_equals_autograd(name, dtype, samples):
     torch.manual_seed(samples)
@@ -410,7 +452,7 @@ def test_batchnorm_with_relu_and_residual_equals_autograd(name, dtype, samples):
 
 
 @backends
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_batchnorm_folds_into_scale_and_offset_and_back(name, dtype, momentum, affine):
@@ -421,9 +463,9 @@ def test_a_batchnorm_folds_into_scale_and_offset_and_back(name, dtype, momentum,
     plain = copy.deepcopy(norm)
     shape = Shape.of_images((11, 5, 3, 4), k.lanes, dtype=dtype)
     y, out, grad, dy = (Buffer.zeros(shape) for _ in range(4))
-    fold = native.Fold(5, dtype)
+    fold = Fold(5, dtype)
     sums2, sums3 = torch.zeros(2, 5).double(), torch.zeros(3, 5).double()
-    statistics = k.bind("statistics", y, shift=norm.running_mean, sums=sums2)
+    statistics = k.bind(k.statistics, y, shift=norm.running_mean, sums=sums2)
     settings = {
         "weight": norm.weight,
         "bias": norm.bias,
@@ -437,7 +479,7 @@ def test_a_batchnorm_folds_into_scale_and_offset_and_back(name, dtype, momentum,
         "batches": norm.num_batches_tracked,
         "momentum": momentum,
     }
-    training = k.bind("norm_fold", fold, y, **in_training, **settings)
+    training = k.bind(k.norm_fold, fold, y, **in_training, **settings)
     for _ in range(2):  # bound once, run twice: on new numbers, with new running statistics
         x = (torch.randn(11, 5, 3, 4, dtype=dtype) * 3 + 2).requires_grad_()
         want = plain(x)
@@ -461,7 +503,7 @@ def test_a_batchnorm_folds_into_scale_and_offset_and_back(name, dtype, momentum,
             close(fold.bias_grad, plain.bias.grad, dtype)
             plain.zero_grad()
 
-    other = native.Fold(5, dtype)
+    other = Fold(5, dtype)
     other.offset.fill_(2.0)
     k.norm_fold(fold, y, other=other, **settings)
     k.norm(y, fold.scale, fold.offset, out)
@@ -474,7 +516,7 @@ def test_a_batchnorm_folds_into_scale_and_offset_and_back(name, dtype, momentum,
 
 
 @backends
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_relu_and_add_equal_pytorch_and_keep_nan(name, dtype):
     k = backend(name)
     shape = Shape(5, 3, 4, 6, k.lanes, 1, False, dtype)
@@ -485,11 +527,11 @@ def test_relu_and_add_equal_pytorch_and_keep_nan(name, dtype):
         k.to_layout(y, Buffer.zeros(shape)),
         Buffer.zeros(shape),
     )
-    k.relu(b_x, out)
+    k.pointwise("relu", b_x, out=out)
     torch.testing.assert_close(k.from_layout(out), x.relu(), rtol=0, atol=0, equal_nan=True)
-    k.relu_grad(b_y, out, out)
+    k.pointwise("relu_grad", b_y, out, out=out)
     assert torch.equal(k.from_layout(out), y * (x > 0))
-    k.add(b_x, b_y, out)
+    k.pointwise("add", b_x, b_y, out=out)
     torch.testing.assert_close(k.from_layout(out), x + y, rtol=0, atol=0, equal_nan=True)
 
 
@@ -497,7 +539,7 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
 
 
 @backends
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", ACTIVATIONS)
 def test_activations_equal_pytorch_number_by_number(name, dtype, function):
     k, kernel = backend(name), ACTIVATIONS[function]
@@ -509,8 +551,8 @@ def test_activations_equal_pytorch_number_by_number(name, dtype, function):
     shape = Shape.of_tokens(len(x), 1, k.lanes, dtype)
     b_x, out, grad = k.to_layout(x, Buffer.zeros(shape)), Buffer.zeros(shape), Buffer.zeros(shape)
     k.to_layout(torch.ones_like(x), grad)
-    getattr(k, function)(b_x, out)
-    getattr(k, f"{function}_grad")(grad, b_x, grad)  # in place
+    k.pointwise(function, b_x, out=out)
+    k.pointwise(f"{function}_grad", grad, b_x, out=grad)  # in place
     # Relative to the number itself, down to a tenth: below, its terms cancel. In float, so they do
     # in PyTorch's sums of one and erf or tanh, which the reference has.
     limit = 1e-12 if dtype == torch.float64 else 2e-5 if name == "reference" else 1e-6
@@ -521,7 +563,7 @@ def test_activations_equal_pytorch_number_by_number(name, dtype, function):
 
 
 @backends
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", ACTIVATIONS)
 def test_activations_of_nan_and_infinity_are_those_of_pytorch(name, dtype, function):
     k, kernel = backend(name), ACTIVATIONS[function]
@@ -532,15 +574,15 @@ def test_activations_of_nan_and_infinity_are_those_of_pytorch(name, dtype, funct
     want.sum().backward()
     shape = Shape.of_tokens(4, 1, k.lanes, dtype)
     b_x, out, grad = k.to_layout(x, Buffer.zeros(shape)), Buffer.zeros(shape), Buffer.zeros(shape)
-    getattr(k, function)(b_x, out)
-    getattr(k, f"{function}_grad")(k.to_layout(torch.ones_like(x), grad), b_x, grad)
+    k.pointwise(function, b_x, out=out)
+    k.pointwise(f"{function}_grad", k.to_layout(torch.ones_like(x), grad), b_x, out=grad)
     for got, ideal in ((out, want), (grad, leaf.grad)):
         got = k.from_layout(got).to(exact)
         torch.testing.assert_close(got, ideal.detach(), equal_nan=True, rtol=1e-6, atol=0)
 
 
 @backends
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("window", "stride", "padding"),
     [
@@ -581,56 +623,30 @@ def test_pooling_equals_pytorch(name, dtype, window, stride, padding):
 
 
 @backends
-def test_the_operators_pass_opcheck_and_gradcheck(name):
+def test_the_gradients_of_a_layer_pass_gradcheck(name):
     torch.manual_seed(0)
-    g = ConvGeometry(4, 6, (3, 2), (2, 1), (1, 1), (1, 2), 2)
-    support = torch.rand(g.weight_shape) < 0.4
-    layer = ops.SparseLayer(g, support, backend(name))
-    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(g.weight_shape, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda *t: ops.sparse_conv2d(t[0], t[1], layer, t[2]), (x, weight, bias)
-    )
-    for sample in (x, x.detach().to(memory_format=torch.channels_last).requires_grad_()):
-        torch.library.opcheck(
-            torch.ops.acdc.sparse_conv2d.default, (sample, weight, bias, layer.handle)
-        )
-    linear = ops.SparseLayer(ConvGeometry.linear(5, 6), torch.rand(6, 5, 1, 1) < 0.4, backend(name))
-    tokens = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda *t: ops.sparse_linear(t[0], t[1], linear, t[2]), (tokens, weight, bias)
-    )
-
-
-def test_a_second_derivative_is_refused_in_words():
-    layer = ops.SparseLayer(ConvGeometry.linear(3, 2), torch.ones(2, 3, dtype=torch.bool))
-    x = torch.randn(4, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad(
-        ops.sparse_linear(x, torch.randn(2, 3, requires_grad=True), layer).square().sum(),
-        x,
-        create_graph=True,
-    )
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        grad.sum().backward()
+    convolution = ConvGeometry(4, 6, (3, 2), (2, 1), (1, 1), (1, 2), 2)
+    for g, size in ((convolution, (3, 4, 5, 6)), (ConvGeometry.linear(5, 6), (18, 5))):
+        shape = g.weight_shape if len(size) == 4 else g.weight_shape[:2]
+        x = torch.randn(size, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        bias = torch.randn(6, dtype=torch.float64, requires_grad=True)
+        layer = Layer(backend(name), g, torch.rand(shape) < 0.4, x)
+        assert torch.autograd.gradcheck(OnKernels.apply, (x, weight, bias, layer))
 
 
 @backends
 def test_results_are_bitwise_the_same_from_run_to_run(name):
     torch.manual_seed(0)
-    layer = ops.SparseLayer(
-        ConvGeometry(20, 24, (3, 3), padding=(1, 1)), torch.rand(24, 20, 3, 3) < 0.2, backend(name)
-    )
-    x, weight = torch.randn(37, 20, 12, 12), torch.randn(24, 20, 3, 3, requires_grad=True)
+    g = ConvGeometry(20, 24, (3, 3), padding=(1, 1))
+    x, weight = torch.randn(37, 20, 12, 12), torch.randn(24, 20, 3, 3)
+    layer = Layer(backend(name), g, torch.rand(24, 20, 3, 3) < 0.2, x)
+    grad = torch.ones(37, 24, 12, 12)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            runs = [
-                torch.autograd.grad(ops.sparse_conv2d(x, weight, layer).sum(), weight)[0]
-                for _ in range(3)
-            ]
+            runs = [layer.backward(x, weight, grad)[1] for _ in range(3)]
             assert all(torch.equal(runs[0], run) for run in runs)
     finally:
         torch.set_num_threads(threads)
@@ -639,23 +655,12 @@ def test_results_are_bitwise_the_same_from_run_to_run(name):
 @backends
 def test_nan_and_infinity_of_kept_weights_and_inputs_come_through(name):
     g = ConvGeometry(3, 4, (3, 3), padding=(1, 1))
-    layer = ops.SparseLayer(g, torch.ones(g.weight_shape, dtype=torch.bool), backend(name))
     x, weight = torch.randn(2, 3, 5, 5), torch.randn(g.weight_shape)
     x[0, 1, 2, 2], x[1, 0, 0, 0] = math.nan, math.inf
-    got, want = ops.sparse_conv2d(x, weight, layer), F.conv2d(x, weight, None, 1, 1)
+    layer = Layer(backend(name), g, torch.ones(g.weight_shape, dtype=torch.bool), x)
+    got, want = layer.forward(x, weight), F.conv2d(x, weight, None, 1, 1)
     assert torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.isinf(), want.isinf())
-
-
-def test_a_buffer_comes_back_from_the_pool_with_its_halo_clean():
-    pool, shape = Pool(), Shape(3, 2, 4, 4, 8, 1)
-    buffer = pool.take(shape)
-    buffer.pixels().fill_(1)
-    pool.give(buffer)
-    again = pool.take(shape)
-    assert again is buffer
-    halo_is_zero(again)
-    assert again.data.data_ptr() % 64 == 0
 
 
 @pytest.mark.parametrize("isa", native.instruction_sets())
@@ -692,11 +697,9 @@ def test_buffers_that_do_not_fit_a_plan_are_refused(isa):
         k.conv(plan, x, Buffer.zeros(Shape(2, 4, 5, 6, k.lanes, 1)))
     with pytest.raises(InputError, match="ascend"):
         k.plan(g, support.flip(0), good, out)
+    wide = Buffer.zeros(Shape(2, 3, 5, 5, 2 * k.lanes))
     with pytest.raises(InputError, match="lanes"):
-        k.relu(
-            Buffer.zeros(Shape(2, 3, 5, 5, 2 * k.lanes)),
-            Buffer.zeros(Shape(2, 3, 5, 5, 2 * k.lanes)),
-        )
+        k.pointwise("relu", wide, out=wide)
 
 
 def test_the_check_of_the_called_kernels_can_fail():

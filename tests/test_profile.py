@@ -66,8 +66,8 @@ def test_what_is_counted_is_all_named_and_no_more_than_passed(threads: int) -> N
     assert {row.layer for row in rows} <= modules | others
     assert all(row.ms > 0 and row.calls > 0 for row in rows)
     parts = sum(row.ms for row in rows) + profile.waiting_ms
-    assert 0 < parts <= profile.runs_ms <= whole
-    assert profile.rest_ms == pytest.approx(profile.runs_ms - parts)
+    assert 0 < parts <= profile.segments_ms <= whole
+    assert profile.rest_ms == pytest.approx(profile.segments_ms - parts)
 
     convs = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     found = {(row.layer, row.backward, row.kernel): row for row in rows}
@@ -88,13 +88,13 @@ def test_numbers_are_bitwise_the_same_before_inside_and_after() -> None:
         if profiled:
             with engine.profile() as profile:
                 results[-1].append(step(model, x))
-            counted = len(profile.rows), profile.runs_ms
+            counted = len(profile.rows), profile.segments_ms
         else:
             results[-1].append(step(model, x))
         results[-1].append(step(model, x))
     assert all(same(off, on) for off, on in zip(*results, strict=True))
     assert counted[0] > 0
-    assert counted == (len(profile.rows), profile.runs_ms)  # nothing is counted any more
+    assert counted == (len(profile.rows), profile.segments_ms)  # nothing is counted any more
     assert type(engine.backend) is native.Native
 
 

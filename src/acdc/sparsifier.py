@@ -34,6 +34,7 @@ from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin, on_cpu
 from acdc.layers import unwrapped
 from acdc.methods.base import Method, Weights
+from acdc.methods.training import Masked
 from acdc.pair import Pair
 from acdc.processes import agreed, from_rank_zero
 from acdc.schedule import Phase, Schedule
@@ -91,15 +92,16 @@ class Sparsifier:
         method.resolved  # noqa: B018  # a plan is refused before anything is touched
         params, self.refused = method.select(self.model)
         self._reset = StateReset(optimizer, method.reset, params)
-        _check_held(params, optimizer)
         self.step = 0
         self.dense_twin: DenseTwin | None = None
         self._weights = Weights.of(params, optimizer)
         self._state = method.init(self._weights)
         self._changes = Changes()
         self._store = DenseStore(params, method.training)
-        # Before Masking, whose KeptSteps must be the last hook before a step.
-        self._hooks = StepHooks(optimizer, self._has_work_before_step, self._before_step)
+        self._hooks = StepHooks(optimizer)
+        if self._observes or not isinstance(method.training, Masked) or method.training.instead:
+            # Before Masking, whose KeptSteps must be the last hook before a step.
+            self._hooks.call_before(self._has_work_before_step, self._before_step)
         self._masking = Masking(params, optimizer, engine)
         self.advance()
         self._hooks.call_after(self._after_step if automatic else self._end_step)
@@ -155,9 +157,13 @@ class Sparsifier:
 
     # --- a step ---------------------------------------------------------------------------------
 
+    @property
+    def _observes(self) -> bool:
+        """Whether the method looks at the gradients of every step."""
+        return type(self.method).observe is not Method.observe
+
     def _has_work_before_step(self) -> bool:
-        observes = type(self.method).observe is not Method.observe
-        return observes or self._replaces_step or bool(self._store.dense)
+        return self._observes or self._replaces_step or bool(self._store.dense)
 
     @property
     def _replaces_step(self) -> bool:
@@ -274,8 +280,8 @@ class Sparsifier:
         Raises:
             InputError: The network is dense now, or there is no dense network.
         """
-        dense = on_cpu(self._store.dense)
-        if self.phase.kind == "dense" or (self.dense_twin is None and not dense):
+        twin, behind = self.dense_twin, on_cpu(self._store.dense)
+        if self.phase.kind == "dense" or (twin is None and not behind):
             last = self.schedule.last("dense")
             raise InputError(
                 f"There is no pair yet: after {self.step} of {self.schedule.total} steps the "
@@ -284,18 +290,13 @@ class Sparsifier:
                 + "; the sparse one is the end of the run."
             )
         sparse = on_cpu(self.model.state_dict())
-        use_twin = self.dense_twin is not None and (
-            not dense or not self.method.training.is_network
-        )
-        twin = self.dense_twin if use_twin else None
-        known = {"method": self.method.name, "step": self.step}
-        known |= {"dense_step": self.step if twin is None else twin.step}
-        return Pair(
-            sparse=sparse,
-            dense=sparse | dense if twin is None else dict(twin.model),
-            support=self.support.to("cpu"),
-            facts={**known, "schedule": self.schedule.to_dict(), **facts},
-        )
+        if twin is None or (behind and self.method.training.is_network):
+            dense, dense_step = sparse | behind, self.step
+        else:
+            dense, dense_step = dict(twin.model), twin.step
+        known = {"method": self.method.name, "step": self.step, "dense_step": dense_step}
+        known["schedule"] = self.schedule.to_dict()
+        return Pair(sparse, dense, self.support.to("cpu"), {**known, **facts})
 
     @torch.no_grad()
     def project(self, model: nn.Module) -> None:
@@ -376,16 +377,3 @@ class Sparsifier:
         self._state = on_devices(state["method_state"], self.params)
         self._hold(support)  # the model holds the view already, and is not shrunk again
         self._masking.tell_engine()
-
-
-# --- helpers ------------------------------------------------------------------------------------
-
-
-def _check_held(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if strangers := [name for name, p in params.items() if id(p) not in held]:
-        raise InputError(
-            f"The optimizer does not hold {len(strangers)} of the {len(params)} weights to prune, "
-            f"{strangers[0]!r} first. Build it from the parameters of this very model, after "
-            f"moving the model to its device, and before the sparsifier."
-        )

@@ -73,21 +73,45 @@ def attempt(recipe: Recipe, folder: Path, death: dict[str, Any] | None) -> None:
     train.run(recipe, folder, resume=(folder / "recipe.json").exists(), device="cpu", watch=watch)
 
 
+def start(recipe: Recipe, folder: Path, death: dict[str, Any] | None) -> int:
+    """Begin an attempt in a child process and return the number of the process."""
+    child = os.fork()
+    if not child:
+        attempt(recipe, folder, death)
+        os._exit(0)
+    return child
+
+
+def end(child: int) -> int:
+    """Wait for a child process and return its exit code; a signal is negative."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def seconds(recipe: Recipe, folder: Path) -> float:
+    """Return how long an attempt takes that nothing interrupts."""
+    began = time.monotonic()
+    assert end(start(recipe, folder, None)) == 0
+    return time.monotonic() - began
+
+
 def main() -> None:
-    """Die every death, in order, then train to the end; print how each attempt ended."""
+    """Die every death, in order, then train to the end; print how each attempt ended.
+
+    The moment of a death ``{"at": "time", "between": (a, b)}`` is a random share, from a to b, of
+    the time that a whole run takes on this machine now.
+    """
     folder, settings, deaths = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
     recipe = tiny(**settings)
+    timed = any(death["at"] == "time" for death in deaths)
+    whole = seconds(recipe, folder.with_name(f"{folder.name}-timed")) if timed else 0.0
     ends = []
     for death in [*deaths, None]:
-        child = os.fork()
-        if not child:
-            attempt(recipe, folder, death)
-            os._exit(0)
+        child = start(recipe, folder, death)
         if death is not None and death["at"] == "time":
-            time.sleep(random.uniform(*death["between"]))
+            time.sleep(random.uniform(*death["between"]) * whole)
             os.kill(child, signal.SIGKILL)
-        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        ends.append(end(child))
     print(json.dumps(ends))
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from acdc.bench.single_layer import SparseLayer
+from acdc.engine.backends import kernels
 from acdc.engine.geometry import ConvGeometry
-from acdc.engine.layout import Buffer
+from acdc.engine.layout import Buffer, Shape
 from acdc.errors import AcdcError
 
 Answer = dict[str, Tensor]
@@ -151,7 +151,7 @@ class Dense(Autograd):
 
 
 class Engine:
-    """Our kernels. Images are in the layout already, as inside of a run of layers; tokens are not.
+    """Our kernels. Images are in the layout already, as inside a segment; tokens are not.
 
     The values of the kept weights are copied into the lists in both passes, as after a step of the
     optimizer.
@@ -164,9 +164,10 @@ class Engine:
         out, in_ = problem.weight.shape[:2]
         kernel, half = (problem.kernel,) * 2, (problem.kernel // 2,) * 2
         geometry = ConvGeometry(in_, out, kernel, (problem.stride,) * 2, half)
-        layer = SparseLayer(geometry, problem.weight != 0)
-        x_shape, y_shape = layer.shapes(problem.x)
-        self.kernels, self.plan = layer.backend, layer.plan(x_shape, y_shape)
+        self.kernels = kernels()
+        x_shape, y_shape = _shapes(geometry, problem.x, self.kernels.lanes)
+        support = problem.weight.flatten().nonzero()[:, 0]
+        self.plan = self.kernels.plan(geometry, support, x_shape, y_shape)
         self.x, self.dx = Buffer.zeros(x_shape), Buffer.zeros(x_shape)
         self.y, self.dy = Buffer.zeros(y_shape), Buffer.zeros(y_shape)
         self.plain_y, self.plain_dx = torch.empty_like(problem.grad), torch.empty_like(problem.x)
@@ -209,6 +210,20 @@ class Engine:
         """Return output and gradients."""
         self._leave()
         return {"y": self.plain_y, "dx": self.plain_dx, "dw": self.dw}
+
+
+def _shapes(geometry: ConvGeometry, x: Tensor, lanes: int) -> tuple[Shape, Shape]:
+    """Return the shapes of the buffers of a layer's input and its output."""
+    if x.dim() == 2:
+        shape = Shape.of_tokens(x.shape[0], x.shape[1], lanes)
+        return shape, shape.with_channels(geometry.out_channels)
+    samples, _, height, width = x.shape
+    rows, columns = geometry.out_size(height, width)
+    grad_halo = geometry.grad_halo(height, width)
+    return (
+        Shape.of_images(x.shape, lanes, geometry.halo),
+        Shape(samples, geometry.out_channels, rows, columns, lanes, grad_halo),
+    )
 
 
 class TorchCsr:

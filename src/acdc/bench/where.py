@@ -124,7 +124,7 @@ def _parts(engine: Clocked, steps: int) -> Row:
             operations[part(timing)] += 2e-6 * timing.multiply_adds
     ms |= {"waiting": profile.waiting_ms, "inside": profile.rest_ms}
     ms["optimizer"] = 1e3 * engine.optimizer_seconds
-    ms["pytorch"] = whole - profile.runs_ms - ms["optimizer"]
+    ms["pytorch"] = whole - profile.segments_ms - ms["optimizer"]
     return {
         "clocked_ms": whole / steps,
         "parts_ms": {name: value / steps for name, value in ms.items()},

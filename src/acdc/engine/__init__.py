@@ -1,1 +1,1 @@
-"""The sparse phase on a CPU: one memory layout, native kernels for it, and the same in PyTorch."""
+"""Sparse training on a CPU: a memory layout, compiled kernels, and their reference in PyTorch."""

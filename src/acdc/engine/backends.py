@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 from acdc.engine import native
+from acdc.engine.contract import Kernels
 from acdc.engine.native import Native
 from acdc.engine.reference import Reference
 
 log = logging.getLogger(__name__)
 
 
-Kernels = Native | Reference
-
-
-_said: set[str] = set()
-
-
 def kernels() -> Kernels:
-    """Return the native kernels, or the reference where they were not compiled (and say so,
-    once).
-    """
+    """Return the compiled kernels, or the reference if they are missing (and log that once)."""
     if native.available():
         return Native()
-    if "reference" not in _said:
-        _said.add("reference")
-        log.warning(
-            "The compiled kernels are missing: sparse layers run on plain PyTorch, without a gain. "
-            "Reinstall acdc where there is a C++ compiler."
-        )
+    _warn()
     return Reference()
+
+
+@cache
+def _warn() -> None:
+    log.warning(
+        "The compiled kernels are missing: sparse layers run on plain PyTorch, without a gain. "
+        "Reinstall acdc where there is a C++ compiler."
+    )

@@ -1,4 +1,4 @@
-"""What a sparse layer computes: its sizes, and which halo its buffers need."""
+"""The sizes of a sparse layer, and the halo that its buffers need."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ from dataclasses import dataclass
 
 from acdc.errors import InputError
 
-Pair = tuple[int, int]
+Size2 = tuple[int, int]  # rows, columns
 
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """The sizes of a convolution with zero padding, as in ``torch.nn.Conv2d``; pairs are (row,
-    column).
+    """The sizes of a convolution with zero padding, as in ``torch.nn.Conv2d``.
 
     A linear layer is a convolution with a 1x1 kernel over tokens.
     """
 
     in_channels: int
     out_channels: int
-    kernel: Pair
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
+    kernel: Size2
+    stride: Size2 = (1, 1)
+    padding: Size2 = (0, 0)
+    dilation: Size2 = (1, 1)
     groups: int = 1
 
     def __post_init__(self) -> None:
@@ -46,9 +45,12 @@ class ConvGeometry:
         """The shape of the dense weight."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel)
 
-    def out_size(self, height: int, width: int) -> Pair:
-        """Return the output's height and width; raise if the kernel is larger than the padded
-        input.
+    def out_size(self, height: int, width: int) -> Size2:
+        """Return the output's height and width.
+
+        Raises:
+            InputError: the kernel is larger than the padded input.
+
         """
         rows, columns = (self._out_size(axis, size) for axis, size in enumerate((height, width)))
         if rows < 1 or columns < 1:
@@ -69,14 +71,12 @@ class ConvGeometry:
         return max(self.padding)
 
     def grad_halo(self, height: int, width: int) -> int:
-        """Return the halo that the buffer of the output's gradient needs, for an input of this
-        size.
-        """
+        """Return the halo that the output gradient's buffer needs, for an input of this size."""
         return max(self._grad_halo(0, height), self._grad_halo(1, width))
 
     def _grad_halo(self, axis: int, size: int) -> int:
-        # Input pixel i gets its gradient from output pixels (i + padding - tap * dilation) /
-        # stride.
+        # Input pixel i gets its gradient from the output pixels
+        # (i + padding - tap * dilation) / stride.
         stride, padding = self.stride[axis], self.padding[axis]
         reach = self.dilation[axis] * (self.kernel[axis] - 1)
         before = -((padding - reach) // stride)

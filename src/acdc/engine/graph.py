@@ -1,5 +1,6 @@
-"""What a network computes, as a graph: traced with ``torch.fx``, each node named by what the engine
-can do with it, or with the reason why it stays with PyTorch.
+"""A network as a graph, traced with ``torch.fx``.
+
+Each node is recognised as an operation of the engine, or gets the reason why it stays with PyTorch.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.utils.parametrize import is_parametrized
 
-from acdc.engine.geometry import ConvGeometry, Pair
+from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.errors import InputError
 
-Kind = Literal[
-    "images", "tokens"
-]  # how a tensor lies in the layout: [N, C, H, W] or [..., features]
+Kind = Literal["images", "tokens"]
+"""How the layout holds a tensor: as ``[N, C, H, W]`` or as ``[..., features]``."""
 
 
 class Untraceable(Exception):
-    """The forward of a module cannot be written as one graph. The message says why."""
+    """The forward of a module cannot be written as one graph. The message gives the reason."""
 
 
 # --- tracing --------------------------------------------------------------------------------------
@@ -46,20 +46,21 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[Any, Any], ...]:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Return whether the module must be called as it is: it has hooks, parametrizations or a
-    forward of its own.
+    """Return whether the module must be called as it is.
+
+    This is so if it has hooks, parametrizations or a forward of its own.
     """
     return any(hooks_of(module)) or is_parametrized(module) or has_other_forward(module)
 
 
 def has_other_forward(module: nn.Module) -> bool:
-    """Return whether somebody gave this very module another forward than that of its class."""
-    mine = vars(module).get("forward")
-    return mine is not None and getattr(mine, "__func__", None) is not type(module).forward
+    """Return whether the forward of this instance differs from that of its class."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 class _Proxy(fx.Proxy):
-    """Knows ``x += y`` from ``x = x + y``, which differ for all that read ``x`` elsewhere."""
+    """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers."""
 
 
 def _write_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +79,7 @@ for _name, _function in _IN_PLACE.items():
 
 
 class _Tracer(fx.Tracer):
-    """Goes into every module that is not PyTorch's own and is not opaque."""
+    """Traces into every module that is neither opaque nor one of PyTorch's own."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -91,11 +92,11 @@ def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
     """Return the graph of ``root.forward`` in its present mode, with these arguments fixed.
 
     Raises:
-        Untraceable: it depends on the values of tensors, or does something while it runs that a
-            graph would do only once: random numbers of its own, new tensors, counters.
+        Untraceable: it depends on the values of tensors, or has a side effect that a graph would
+            have only once: it draws random numbers, makes new tensors, or counts.
 
     """
-    before = _side(root)
+    before = _outside_state(root)
     tracer = _Tracer()
     try:
         graph = tracer.trace(root, concrete_args=dict(defaults) or None)
@@ -104,7 +105,7 @@ def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
             f"{type(root).__name__}.forward is no fixed graph ({first_line(error)})"
         ) from error
     finally:
-        after = _side(root)
+        after = _outside_state(root)
         _restore(root, before, after)
     if before != after:
         raise Untraceable(
@@ -117,8 +118,8 @@ def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
     return fx.GraphModule(tracer.root, graph, type(root).__name__)
 
 
-def _side(root: nn.Module) -> tuple[Any, ...]:
-    """Return what a forward might change behind a graph's back."""
+def _outside_state(root: nn.Module) -> tuple[Any, ...]:
+    """Return the state outside of a graph that a forward might change."""
     plain = bool | int | float | str
     return (
         random.getstate(),
@@ -140,34 +141,34 @@ def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
     """Note the shape and dtype of every tensor in the graph's nodes, without computing anything.
 
     Raises:
-        Untraceable: they depend on the values of tensors.
+        Untraceable: the shapes depend on the values of tensors.
 
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
     try:
-        # ShapeProp prints what it raises.
+        # ShapeProp prints the errors that it raises.
         with mode, redirect_stderr(StringIO()):
             shapes = ShapeProp(graph, fake_mode=mode)
-            for module in shapes.fake_module.modules():  # a copy, without numbers
-                module.training = False  # a BatchNorm in training may look at numbers
+            for module in shapes.fake_module.modules():  # a copy whose tensors have no values
+                module.training = False  # a BatchNorm in training may read values
                 for hooks in hooks_of(module):
                     hooks.clear()  # type: ignore[attr-defined]
             shapes.propagate(*fake)
     except Exception as error:
         cause = error.__cause__ or error
-        raise Untraceable(f"its shapes are not known beforehand ({first_line(cause)})") from error
+        raise Untraceable(f"its shapes are not fixed ({first_line(cause)})") from error
 
 
-# --- what a node is -------------------------------------------------------------------------------
+# --- the kinds of nodes ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """A convolution, or a linear layer over tokens."""
+    """A convolution, or a linear layer over tokens. ``name`` is that of the module."""
 
     module: nn.Conv2d | nn.Linear
-    name: str  # of the module
+    name: str
     geometry: ConvGeometry
 
 
@@ -190,12 +191,12 @@ class AddSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """Max or average pooling. ``window`` None is the whole image."""
+    """Max or average pooling. If ``window`` is None, it is the whole image."""
 
     kind: Literal["max", "avg"]
-    window: Pair | None
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
+    window: Size2 | None
+    stride: Size2 = (1, 1)
+    padding: Size2 = (0, 0)
     count_padding: bool = True
 
 
@@ -207,46 +208,46 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True)
-class SameSpec:
-    """Nothing: an identity, or a dropout that drops nothing."""
+class IdentitySpec:
+    """An identity, or a dropout that drops nothing."""
 
 
-Spec = ConvSpec | NormSpec | ReluSpec | AddSpec | PoolSpec | ActivationSpec | SameSpec
+Spec = ConvSpec | NormSpec | ReluSpec | AddSpec | PoolSpec | ActivationSpec | IdentitySpec
 
 
 @dataclass(frozen=True)
-class Known:
-    """A node that the engine can run: what it is and how its result lies."""
+class Recognised:
+    """A node that the engine can run: its operation, and how the layout holds its result."""
 
     spec: Spec
     kind: Kind
 
 
 def inputs_of(node: fx.Node, spec: Spec) -> tuple[fx.Node, ...]:
-    """Return the tensors that a known node reads."""
+    """Return the tensors that a recognised node reads."""
     return node.args[: 2 if isinstance(spec, AddSpec) else 1]  # type: ignore[return-value]
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Return the shape of a node's tensor, or None if it is none."""
+    """Return the shape of a node's result, or None if that is not one tensor."""
     meta = meta_of(node)
     return None if meta is None else tuple(meta.shape)
 
 
 def meta_of(node: fx.Node) -> TensorMetadata | None:
-    """Return what is known of a node's tensor, or None if it is none."""
+    """Return shape and dtype of a node's result, or None if that is not one tensor."""
     meta = node.meta.get("tensor_meta")
     return meta if isinstance(meta, TensorMetadata) else None
 
 
-def recognise(graph: fx.GraphModule) -> dict[fx.Node, Known | str]:
-    """Return what each computing node is, or why it stays with PyTorch.
+def recognise(graph: fx.GraphModule) -> dict[fx.Node, Recognised | str]:
+    """Return what each computing node is recognised as, or why it stays with PyTorch.
 
     Raises:
-        Untraceable: the order of operations matters more than a graph can say.
+        Untraceable: the result depends on the order of operations, which a graph does not hold.
 
     """
-    found: dict[fx.Node, Known | str] = {}
+    found: dict[fx.Node, Recognised | str] = {}
     for node in graph.graph.nodes:
         if node.op in ("call_module", "call_function", "call_method"):
             found[node] = _recognise(graph, node, found)
@@ -257,22 +258,22 @@ def recognise(graph: fx.GraphModule) -> dict[fx.Node, Known | str]:
     return found
 
 
-def _check_in_place(node: fx.Node, found: dict[fx.Node, Known | str]) -> None:
-    """See who else would notice that a tensor is changed in place.
+def _check_in_place(node: fx.Node, found: dict[fx.Node, Recognised | str]) -> None:
+    """Check that no other node reads a tensor that this node changes in place.
 
-    The kernels change nothing in place. That is the same if they also made the tensor, and nobody
-    else reads it, not even under another name.
+    The kernels write to a new tensor instead. The result is the same if the kernels also made the
+    tensor, and if no other node reads it or a view of it.
     """
     source = node.args[0] if node.args else node.kwargs.get("input")
     made_here = False
     while isinstance(source, fx.Node) and not made_here:
         if len(source.users) > 1:
-            raise Untraceable("a tensor that others read is changed in place")
+            raise Untraceable("a tensor with other readers is changed in place")
         known = found.get(source)
-        made_here = isinstance(known, Known) and not isinstance(known.spec, SameSpec)
+        made_here = isinstance(known, Recognised) and not isinstance(known.spec, IdentitySpec)
         if not made_here:
             found[node] = "a tensor that PyTorch made is changed in place"
-        source = source.args[0] if source.args else None  # which it may be a view of
+        source = source.args[0] if source.args else None  # `source` may be a view of it
 
 
 def _in_place(node: fx.Node) -> bool:
@@ -296,11 +297,11 @@ def _in_place(node: fx.Node) -> bool:
     return bool(given.get("inplace", False))
 
 
-def _check_shared_norms(found: dict[fx.Node, Known | str]) -> None:
-    """A BatchNorm that is used twice moves its statistics twice, and in order: by PyTorch."""
+def _check_shared_norms(found: dict[fx.Node, Recognised | str]) -> None:
+    """Leave a BatchNorm that is used twice to PyTorch: its statistics are updated in order."""
     uses: dict[nn.Module, list[fx.Node]] = {}
     for node, known in found.items():
-        if isinstance(known, Known) and isinstance(known.spec, NormSpec):
+        if isinstance(known, Recognised) and isinstance(known.spec, NormSpec):
             uses.setdefault(known.spec.module, []).append(node)
     for nodes in uses.values():
         if len(nodes) > 1:
@@ -308,8 +309,8 @@ def _check_shared_norms(found: dict[fx.Node, Known | str]) -> None:
 
 
 def _recognise(
-    graph: fx.GraphModule, node: fx.Node, found: Mapping[fx.Node, Known | str]
-) -> Known | str:
+    graph: fx.GraphModule, node: fx.Node, found: Mapping[fx.Node, Recognised | str]
+) -> Recognised | str:
     meta = meta_of(node)
     if meta is None:
         return "its result is not one tensor"
@@ -328,29 +329,29 @@ def _recognise(
         return "its inputs have several dtypes"
     kind = _kind(spec, [_known_kind(source, found) for source in inputs], len(meta.shape))
     if kind is None:
-        return "its input lies otherwise in the layout: images and tokens do not mix"
+        return "its inputs are images and tokens, which the layout holds differently"
     if kind == "images" and any(len(shape_of(source) or ()) != 4 for source in inputs):
         return "images have four dimensions"
-    return Known(spec, kind)
+    return Recognised(spec, kind)
 
 
-def _known_kind(node: fx.Node, found: Mapping[fx.Node, Known | str]) -> Kind | None:
+def _known_kind(node: fx.Node, found: Mapping[fx.Node, Recognised | str]) -> Kind | None:
     known = found.get(node)
-    return known.kind if isinstance(known, Known) else None
+    return known.kind if isinstance(known, Recognised) else None
 
 
 def _kind(spec: Spec, inputs: list[Kind | None], dimensions: int) -> Kind | None:
-    """Return how the result lies: by what the node is, or as what it reads."""
+    """Return how the layout holds the result: fixed by the operation, or as its inputs."""
     given = {kind for kind in inputs if kind is not None}
     if isinstance(spec, ConvSpec):
-        want: Kind = "tokens" if isinstance(spec.module, nn.Linear) else "images"
+        kind: Kind = "tokens" if isinstance(spec.module, nn.Linear) else "images"
     elif isinstance(spec, NormSpec | PoolSpec):
-        want = "images"
+        kind = "images"
     elif len(given) == 1:
         return given.pop()
     else:
-        want = "images" if dimensions == 4 else "tokens"
-    return want if given <= {want} else None
+        kind = "images" if dimensions == 4 else "tokens"
+    return kind if given <= {kind} else None
 
 
 # --- from modules and functions to specs ----------------------------------------------------------
@@ -410,7 +411,7 @@ def _module_spec(module: nn.Module, name: str) -> Spec:
     if kind is nn.Identity or (
         isinstance(module, nn.Dropout | nn.Dropout2d) and (module.p == 0 or not module.training)
     ):
-        return SameSpec()
+        return IdentitySpec()
     raise InputError(f"{kind.__name__} is not one of the engine's operations")
 
 
@@ -418,7 +419,7 @@ def geometry_of(module: nn.Module) -> ConvGeometry:
     """Return the sizes of a layer.
 
     Raises:
-        InputError: the kernels do not compute it.
+        InputError: the kernels cannot compute the layer.
 
     """
     if isinstance(module, nn.Linear):
@@ -485,10 +486,10 @@ def _gelu(approximate: str) -> ActivationSpec:
     return ActivationSpec("gelu_tanh" if approximate == "tanh" else "gelu")
 
 
-def _pair(value: Any) -> Pair:
+def _pair(value: Any) -> Size2:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name."""
+    """Return the first line of an error's message, or the error's name."""
     return (str(error) or type(error).__name__).strip().split("\n")[0]

@@ -1,12 +1,11 @@
 """The layout of the engine: ``[block][channel][row][column][lane]``, with a halo of zeros.
 
 A *block* is as many samples as a SIMD register has lanes. For linear layers the samples are tokens,
-and a block is 8 columns of ``lanes`` tokens. ``docs/engine.md`` says why.
+and a block is 8 columns of ``lanes`` tokens. ``docs/engine.md`` gives the reasons.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,7 @@ TOKEN_COLUMNS = 8  # registers of tokens in a block: one register tile of a line
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of one buffer: what it holds, and how it lies in memory. Pitches count elements."""
+    """The shape of one buffer: its contents and its place in memory. Pitches count elements."""
 
     samples: int
     channels: int
@@ -33,7 +32,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         if min(self.samples, self.channels, self.height, self.width, self.lanes) < 1:
-            raise InputError(f"A layout buffer needs at least one of everything, got {self}.")
+            raise InputError(f"All sizes of a layout buffer are at least 1, got {self}.")
         if self.halo < 0:
             raise InputError(f"The halo of a layout buffer cannot be negative, got {self.halo}.")
 
@@ -74,9 +73,9 @@ class Shape:
     def channel(self) -> int:
         """Elements from a channel to the next.
 
-        For images an odd number of cache lines: with a power of two, the same pixel of many
-        channels would compete for one set of the first-level cache. A block of tokens is read whole
-        and is dense.
+        For images this is an odd number of cache lines. With a power of two, the same pixel of many
+        channels would compete for one set of the first-level cache. A block of tokens is
+        contiguous, since it is read whole.
         """
         count = self.row * (self.height + 2 * self.halo)
         if self.tokens:
@@ -107,13 +106,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Buffer:
-    """A block of memory in the layout. The halo is zero, and stays so: kernels write interiors.
+    """A piece of memory in the layout. Its halo stays zero, since kernels write only interiors.
 
     Args:
-        shape: What it holds.
+        shape: Its shape.
         data: The memory.
-        per_thread: It has one block for each thread, whatever the shape says: for what is read as
-            soon as it is written, when kernels go block by block.
+        per_thread: It has one block per thread, whatever the shape says. This is enough for values
+            that are read as soon as they are written, when kernels go block by block.
 
     """
 
@@ -139,11 +138,11 @@ class Buffer:
 def allocate(
     shapes: Sequence[Shape], prepare: Callable[[torch.Tensor], None] | None = None
 ) -> list[Buffer]:
-    """Return buffers of these shapes, all of one dtype, in one piece of memory.
+    """Return buffers of these shapes, all of one dtype, in one allocation.
 
     Args:
-        shapes: What they hold.
-        prepare: Called with the memory before it is touched.
+        shapes: The shapes.
+        prepare: Called with the memory before it is first written.
 
     """
     if not shapes:
@@ -160,26 +159,3 @@ def allocate(
         buffers.append(Buffer(shape, data[start : start + shape.numel]))
         start += shape.numel
     return buffers
-
-
-class Pool:
-    """Buffers that are free, by shape: taking one back keeps its halo, so it need not be
-    cleared.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[Shape, list[Buffer]] = defaultdict(list)
-
-    def take(self, shape: Shape) -> Buffer:
-        """Return a buffer of this shape; its interior holds anything."""
-        free = self._free[shape]
-        return free.pop() if free else Buffer.zeros(shape)
-
-    def give(self, *buffers: Buffer) -> None:
-        """Hand buffers back: the caller reads and writes them no more."""
-        for buffer in buffers:
-            self._free[buffer.shape].append(buffer)
-
-    def clear(self) -> None:
-        """Free the memory."""
-        self._free.clear()

@@ -1,5 +1,6 @@
-"""From the nodes of a run of layers to a program: values with their halos, and operations in which
-BatchNorm, addition and ReLU are one.
+"""From the nodes of a segment to a program: values with their halos, and operations.
+
+BatchNorm, addition and ReLU become one operation.
 """
 
 from __future__ import annotations
@@ -8,80 +9,78 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from acdc.engine.graph import (
     ActivationSpec,
     AddSpec,
     ConvSpec,
-    Known,
+    IdentitySpec,
     NormSpec,
     PoolSpec,
+    Recognised,
     ReluSpec,
-    SameSpec,
     inputs_of,
     shape_of,
 )
 from acdc.engine.layout import TOKEN_COLUMNS
-from acdc.engine.operations import Activation, Add, Conv, Norm, Normalise, Op, Pool, Relu
-from acdc.engine.tape import Value
+from acdc.engine.operations import (
+    Activation,
+    Add,
+    Conv,
+    Norm,
+    Normalise,
+    Pool,
+    Program,
+    Relu,
+    params_of,
+)
+from acdc.engine.tape import Op, Value
 
 
-class Program:
-    """What a run of layers computes, for any batch size.
+def lower(graph: fx.Graph) -> Program:
+    """Return the program of a segment.
 
     Args:
-        graph: The run: placeholders, one output, and nodes that carry what they are in
-            ``meta["engine"]``.
-
-    Attributes:
-        ops: The operations in order.
-        inputs, outputs: The values at both ends.
-        params: All parameters that may take a gradient, each once.
+        graph: The segment: placeholders, nodes with a ``Recognised`` in ``meta["engine"]``, and one
+            output.
 
     """
+    return _Lowering().lower(graph)
 
-    def __init__(self, graph: fx.Graph) -> None:
+
+class _Lowering:
+    """Lowers one graph. It maps each node to its value, or to an operation that still grows."""
+
+    def __init__(self) -> None:
         self.ops: list[Op] = []
         self._made: dict[fx.Node, Value | _Pending] = {}
+
+    def lower(self, graph: fx.Graph) -> Program:
+        """Return the program of a graph."""
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         for node in placeholders:
-            self._made[node] = value_of(node, self._holds_tokens(node))
-        self.inputs = [self._value(node) for node in placeholders]
+            self._made[node] = value_of(node, _holds_tokens(node))
+        inputs = tuple(self._value(node) for node in placeholders)
         for node in graph.nodes:
             if node.op not in ("placeholder", "output"):
                 self._lower(node, node.meta["engine"])
         results: Any = graph.output_node().args[0]
-        self.returns_one = isinstance(results, fx.Node)
-        self.outputs = [self._value(n) for n in ([results] if self.returns_one else results)]
-        self._set_halos()
-        every: dict[int, Tensor] = {id(p): p for op in self.ops for p in op.params()}
-        self.params = list(every.values())
+        returns_one = isinstance(results, fx.Node)
+        outputs = tuple(self._value(n) for n in ([results] if returns_one else results))
+        ops = tuple(self.ops)
+        _set_halos(ops)
+        return Program(ops, inputs, outputs, returns_one, params_of(ops))
 
-    @property
-    def convs(self) -> list[Conv]:
-        """The layers."""
-        return [op for op in self.ops if isinstance(op, Conv)]
-
-    @property
-    def norms(self) -> list[Norm]:
-        """The BatchNorms."""
-        return [norm for op in self.ops if isinstance(op, Normalise) for norm in op.norms]
-
-    # --- lowering ---------------------------------------------------------------------------------
-
-    def _holds_tokens(self, node: fx.Node) -> bool:
-        return any(u.meta["engine"].kind == "tokens" for u in node.users if u.op != "output")
-
-    def _lower(self, node: fx.Node, known: Known) -> None:
+    def _lower(self, node: fx.Node, known: Recognised) -> None:
         spec, inputs = known.spec, inputs_of(node, known.spec)
-        if isinstance(spec, SameSpec):
+        if isinstance(spec, IdentitySpec):
             self._made[node] = self._value(inputs[0])
         elif isinstance(spec, NormSpec):
             norm = Norm(spec.module, self._value(inputs[0]))
             maker = self._maker(norm.y)
             if isinstance(maker, Conv) and maker.norm is None and not norm.y.tokens:
-                maker.norm, norm.gathered = norm, True
+                maker.norm, norm.has_sums = norm, True
             self._put(node, _Pending(norm, value_of(node, False)))
         elif isinstance(spec, AddSpec):
             self._lower_sum(node, inputs, known.kind == "tokens")
@@ -100,7 +99,7 @@ class Program:
             assert isinstance(spec, ActivationSpec)
             self._emit(node, known, lambda x, out: Activation(spec, x, out))
 
-    def _emit(self, node: fx.Node, known: Known, make: Callable[[Value, Value], Op]) -> None:
+    def _emit(self, node: fx.Node, known: Recognised, make: Callable[[Value, Value], Op]) -> None:
         out = value_of(node, known.kind == "tokens")
         self.ops.append(make(self._value(inputs_of(node, known.spec)[0]), out))
         self._made[node] = out
@@ -124,7 +123,7 @@ class Program:
         self._put(node, first)
 
     def _put(self, node: fx.Node, pending: _Pending) -> None:
-        """Wait with an operation while its only reader may become part of it."""
+        """Keep an operation open while its only reader may become part of it."""
         self._made[node] = pending
         alone = len(node.users) == 1 and next(iter(node.users)).op != "output"
         if pending.relu or not alone:
@@ -144,18 +143,10 @@ class Program:
     def _maker(self, value: Value) -> Op | None:
         return next((op for op in reversed(self.ops) if op.out is value), None)
 
-    def _set_halos(self) -> None:
-        for conv in self.convs:
-            if conv.x.tokens:
-                continue
-            geometry = conv.spec.geometry
-            conv.x.halo = max(conv.x.halo, geometry.halo)
-            conv.out.grad_halo = geometry.grad_halo(conv.x.height, conv.x.width)
-
 
 @dataclass
 class _Pending:
-    """A ``Normalise`` that is still growing."""
+    """A ``Normalise`` that may still take in a sum or a ReLU."""
 
     norm: Norm
     out: Value
@@ -168,8 +159,21 @@ class _Pending:
         return self.second is not None or self.residual is not None
 
 
+def _holds_tokens(node: fx.Node) -> bool:
+    return any(u.meta["engine"].kind == "tokens" for u in node.users if u.op != "output")
+
+
+def _set_halos(ops: tuple[Op, ...]) -> None:
+    for op in ops:
+        if not isinstance(op, Conv) or op.x.tokens:
+            continue
+        geometry = op.spec.geometry
+        op.x.halo = max(op.x.halo, geometry.halo)
+        op.out.grad_halo = geometry.grad_halo(op.x.height, op.x.width)
+
+
 def value_of(node: fx.Node, tokens: bool) -> Value:
-    """Return the value that a node makes."""
+    """Return the value of a node."""
     shape = shape_of(node)
     assert shape is not None
     dtype = node.meta["tensor_meta"].dtype

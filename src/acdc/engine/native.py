@@ -1,8 +1,6 @@
-"""The compiled kernels behind a small API of buffers. The only module that touches
-``acdc._kernels``.
+"""The compiled kernels. This is the only module that uses ``acdc._kernels``.
 
-``acdc.engine.reference`` has the same functions in plain PyTorch, and the tests hold them together.
-Every call runs on ``torch.get_num_threads()`` threads of torch's own OpenMP pool; for a given
+Every call runs on ``torch.get_num_threads()`` threads of torch's own OpenMP pool. For a given
 number of threads its results are bitwise the same every time.
 """
 
@@ -10,12 +8,26 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
-import torch  # first: its OpenMP library must be the one that the kernels find
+import torch  # first: the kernels must find torch's OpenMP library
+from torch import Tensor
 
-from acdc.engine.geometry import ConvGeometry, Pair
+from acdc.engine.contract import (
+    Call,
+    Fold,
+    KernelPlan,
+    Kernels,
+    P,
+    Pointwise,
+    Step,
+    Strides,
+    numel,
+)
+from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.layout import LINE, Buffer, Shape
 from acdc.engine.tile import Tile
 from acdc.errors import AcdcError, InputError
@@ -25,19 +37,24 @@ try:
 except ImportError:  # installed without a compiler
     _kernels = None
 
-DTYPES = (torch.float32, torch.float64)
-Strides = tuple[int, int, int, int]
+Struct = Any
+"""A struct of arguments, as in ``csrc/acdc_kernels.h``. Its addresses keep nothing alive."""
 
 
 def available() -> bool:
-    """Return whether the compiled kernels are there."""
+    """Return whether the compiled kernels are installed."""
     return _kernels is not None
 
 
+def _check_available() -> None:
+    if _kernels is None:
+        raise AcdcError(
+            "The compiled kernels are missing: reinstall acdc where there is a C++ compiler."
+        )
+
+
 def instruction_sets() -> list[str]:
-    """Return the instruction sets that were compiled in and that this machine has, narrowest
-    first.
-    """
+    """Return the instruction sets that were compiled and that this machine has, narrowest first."""
     if _kernels is None:
         return []
     return [_kernels.isa(i) for i in range(_kernels.table_count()) if _kernels.supported(i)]
@@ -48,52 +65,39 @@ def kernel_names() -> tuple[str, ...]:
     return () if _kernels is None else tuple(_kernels.KERNELS)
 
 
-def advise_huge_pages(memory: torch.Tensor) -> None:
-    """Ask the system for huge pages behind memory that was not touched yet: a pass over an
-    activation then misses the page tables far less often. Where there are none, nothing happens.
+def advise_huge_pages(memory: Tensor) -> None:
+    """Ask the system for huge pages behind memory that was not touched yet.
+
+    A pass over an activation then has far fewer page table misses. Where the system has no huge
+    pages, nothing happens.
     """
     if _kernels is not None:
         _kernels.advise_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size())
 
 
-class Plan:
-    """The index lists of one layer for one support and one pair of buffer shapes (of any batch
-    size).
+class NativePlan(KernelPlan):
+    """The index lists as the compiled kernels read them.
 
-    Args:
-        geometry: the layer's sizes.
-        support: int64 flat indices of the kept weights, strictly ascending.
-        x, dy: shapes of the input's buffer and of the output gradient's buffer.
-        tile, grad_tile, weight_tile: how the forward pass, the input gradient and the weight
+    Attributes:
+        tile, grad_tile, weight_tile: How the forward pass, the input gradient and the weight
             gradient are cut. The weight gradient shares the panels of the forward pass.
-        strides: of the dense weight ``[out, in, row, column]`` and of its gradient, which fill
-            their memory without gaps; default contiguous.
 
     """
 
     def __init__(
         self,
         geometry: ConvGeometry,
-        support: torch.Tensor,
+        support: Tensor,
         x: Shape,
         dy: Shape,
-        tile: Tile | None = None,
-        grad_tile: Tile | None = None,
-        weight_tile: Tile | None = None,
         strides: Strides | None = None,
     ) -> None:
-        if _kernels is None:
-            raise AcdcError(
-                "The compiled kernels are missing: reinstall acdc where there is a C++ compiler."
-            )
-        check_plan(geometry, support, x, dy, strides)
-        self.geometry, self.x, self.dy = geometry, x, dy
-        self.strides = strides or contiguous_strides(geometry)
-        self.nnz = support.numel()
+        _check_available()
+        super().__init__(geometry, support, x, dy, strides)
         density = self.nnz / numel(geometry) / geometry.groups
-        self.tile = tile or Tile.forward(geometry, dy, density)
-        self.grad_tile = grad_tile or Tile.input_grad(geometry, x, density)
-        self.weight_tile = weight_tile or self.tile.weight_grad(geometry)
+        self.tile = Tile.forward(geometry, dy, density)
+        self.grad_tile = Tile.input_grad(geometry, x, density)
+        self.weight_tile = self.tile.weight_grad(geometry)
         a = _kernels.plan_args()
         a.out_channels, a.in_channels = geometry.out_channels, geometry.in_channels
         a.kernel_rows, a.kernel_columns = geometry.kernel
@@ -108,30 +112,27 @@ class Plan:
         a.x_row, a.x_channel = x.row, x.channel
         a.dy_row, a.dy_channel = dy.row, dy.channel
         a.in_tile, a.out_tile = self.tile.channels, self.grad_tile.channels
-        self._plan = _kernels.Plan(a)
-        if not self._plan.valid():
+        self.compiled = _kernels.Plan(a)
+        if not self.compiled.valid():
             raise InputError(
                 f"A layer this large does not fit into 32-bit offsets or memory: {geometry}."
             )
 
-    def refresh(self, weight: torch.Tensor, input_grad: bool = False) -> None:
-        """Copy the values of the kept weights into the lists of the forward pass or the input
-        gradient.
-        """
+    def refresh(self, weight: Tensor, input_grad: bool = False) -> None:
         if weight.dtype != self.x.dtype or weight.numel() != numel(self.geometry):
             raise InputError(
-                f"The plan wants {numel(self.geometry)} weights of {self.x.dtype}, got "
-                f"{weight.shape}."
+                f"The plan needs {numel(self.geometry)} weights of {self.x.dtype}, got "
+                f"{weight.shape} of {weight.dtype}."
             )
         weight = weight.detach()
-        if not self.lies_as_planned(weight):
+        if not self.has_strides_of(weight):
             weight = torch.empty_strided(
                 self.geometry.weight_shape, self.strides, dtype=weight.dtype
             ).copy_(weight.reshape(self.geometry.weight_shape))
-        self._plan.refresh(weight.data_ptr(), input_grad, torch.get_num_threads())
+        self.compiled.refresh(weight.data_ptr(), input_grad, torch.get_num_threads())
 
-    def lies_as_planned(self, weight: torch.Tensor) -> bool:
-        """Return whether a dense weight (or its gradient) has the strides of this plan."""
+    def has_strides_of(self, weight: Tensor) -> bool:
+        """Return whether a dense weight, or its gradient, has the strides of this plan."""
         shape = self.geometry.weight_shape
         if weight.dim() == 2:
             weight = weight[:, :, None, None]
@@ -141,83 +142,25 @@ class Plan:
         )
 
 
-def contiguous_strides(geometry: ConvGeometry) -> Strides:
-    """Return the strides of a contiguous dense weight."""
-    _, per_group, rows, columns = geometry.weight_shape
-    return (per_group * rows * columns, rows * columns, columns, 1)
-
-
-def numel(geometry: ConvGeometry) -> int:
-    """Return the number of weights of the dense layer."""
-    out, per_group, rows, columns = geometry.weight_shape
-    return out * per_group * rows * columns
-
-
-def check_plan(
-    geometry: ConvGeometry,
-    support: torch.Tensor,
-    x: Shape,
-    dy: Shape,
-    strides: Strides | None = None,
-) -> None:
-    """Raise unless the support, the two shapes and the strides belong to this layer."""
-    if strides is not None:
-        covered = 1
-        for stride, size in sorted(zip(strides, geometry.weight_shape, strict=True)):
-            if size > 1 and stride != covered:
-                raise InputError(
-                    f"A weight of {geometry.weight_shape} with strides {strides} has gaps or "
-                    "overlaps: keep it contiguous or channels_last."
-                )
-            covered *= size
-    if support.dtype != torch.int64 or support.dim() != 1:
-        raise InputError(
-            f"The support is a vector of int64 indices, got {support.dtype} {tuple(support.shape)}."
-        )
-    if numel(geometry) >= 2**31:
-        raise InputError(f"A layer of {numel(geometry)} weights is too large for 32-bit indices.")
-    if support.numel():
-        ascending = bool((support[1:] > support[:-1]).all())
-        if not ascending or int(support[0]) < 0 or int(support[-1]) >= numel(geometry):
-            raise InputError(f"Indices of kept weights ascend within 0..{numel(geometry) - 1}.")
-    if x.channels != geometry.in_channels or dy.channels != geometry.out_channels:
-        raise InputError(
-            f"Buffers of {x.channels} and {dy.channels} channels do not fit {geometry}."
-        )
-    if x.dtype != dy.dtype or x.dtype not in DTYPES or x.lanes != dy.lanes or x.tokens != dy.tokens:
-        raise InputError(
-            "Both buffers of a layer share lanes, dtype (float32 or float64) and kind."
-        )
-    if x.tokens and geometry != ConvGeometry.linear(x.channels, dy.channels):
-        raise InputError("Buffers of tokens are for linear layers.")
-    if (dy.height, dy.width) != geometry.out_size(x.height, x.width):
-        raise InputError(
-            f"The output is {geometry.out_size(x.height, x.width)}, got {dy.height}x{dy.width}."
-        )
-    if x.halo < geometry.halo or dy.halo < geometry.grad_halo(x.height, x.width):
-        raise InputError(
-            f"The halos must be at least {geometry.halo} and "
-            f"{geometry.grad_halo(x.height, x.width)}, "
-            f"got {x.halo} and {dy.halo}."
-        )
+def _native(plan: KernelPlan) -> NativePlan:
+    if not isinstance(plan, NativePlan):
+        raise InputError(f"A {type(plan).__name__} is not a plan of the compiled kernels.")
+    return plan
 
 
 @dataclass
-class Call:
-    """A kernel and its arguments. ``held`` are the tensors that its addresses point into;
-    ``origin`` is what it was bound for.
-    """
+class NativeCall:
+    """A kernel and its arguments. ``held`` keeps the memory alive that the arguments point into."""
 
-    function: Any
+    function: Callable[[int, bool, Struct], None]
     index: int
     is_double: bool
-    args: Any
-    held: tuple[Any, ...] = ()
-    origin: Any = field(default=None, kw_only=True)
+    args: Struct
+    held: tuple[object, ...] = ()
 
     @property
     def kernel(self) -> str:
-        """Its row in the kernel table."""
+        """The kernel's row in the kernel table."""
         return str(self.function.__name__)
 
     def __call__(self) -> None:
@@ -226,114 +169,115 @@ class Call:
 
 
 @dataclass
-class WeightGradCall(Call):
-    """The weight gradient of a layer, for any tensor to put it into.
+class NativeWeightGradCall(NativeCall):
+    """The weight gradient of a layer; ``into`` sets where it is written."""
 
-    ``scratch`` is how many numbers its partial sums are.
-    """
-
-    plan: Plan | None = None
+    plan: NativePlan | None = None
     scratch: int = 0
 
-    def into(self, grad: torch.Tensor, scratch: torch.Tensor) -> None:
-        """Put the gradients of the kept weights into ``grad`` from now on, and the partial sums
-        into ``scratch``, aligned to a cache line; the caller keeps both.
-        """
+    def into(self, grad: Tensor, scratch: Tensor) -> None:
+        """Write to these tensors from now on."""
         assert self.plan is not None
         assert scratch.numel() >= self.scratch
         assert scratch.data_ptr() % LINE == 0
-        if grad.dtype != self.plan.x.dtype or not self.plan.lies_as_planned(grad):
+        if grad.dtype != self.plan.x.dtype or not self.plan.has_strides_of(grad):
             raise InputError(
-                f"The gradient is a {self.plan.x.dtype} tensor shaped as the weight, with the "
+                f"The gradient must be a {self.plan.x.dtype} tensor shaped as the weight, with the "
                 f"plan's strides {self.plan.strides}; got {grad.dtype}, {tuple(grad.shape)} with "
                 f"strides {grad.stride()}."
             )
         self.args.target, self.args.workspace = grad.data_ptr(), scratch.data_ptr()
 
 
-class Fold:
-    """One number a channel each: a BatchNorm as ``scale * y + offset``, and its way back."""
+class Native(Kernels):
+    """The kernels of one instruction set.
 
-    def __init__(self, channels: int, dtype: torch.dtype) -> None:
-        self.mean, self.inverse, self.scale, self.offset = torch.zeros(4, channels, dtype=dtype)
-        self.a, self.b, self.c = torch.zeros(3, channels, dtype=dtype)
-        self.weight_grad, self.bias_grad = torch.zeros(2, channels, dtype=dtype)
+    Args:
+        isa: The name of the instruction set. The default is the widest one this machine has.
 
-
-class Native:
-    """The kernels of one instruction set: the widest this machine has, or the one asked for by
-    name.
     """
 
-    plan = Plan
+    by_block = True
 
     def __init__(self, isa: str | None = None) -> None:
-        if _kernels is None:
-            raise AcdcError(
-                "The compiled kernels are missing: reinstall acdc where there is a C++ compiler."
-            )
-        here = instruction_sets()
-        if isa is not None and isa not in here:
-            raise InputError(f"This machine has the kernels {here}, not {isa!r}.")
-        self.isa = isa or here[-1]
+        _check_available()
+        available_here = instruction_sets()
+        if isa is not None and isa not in available_here:
+            raise InputError(f"This machine has the kernels {available_here}, not {isa!r}.")
+        self.isa = isa or available_here[-1]
         every = [_kernels.isa(i) for i in range(_kernels.table_count())]
         self._index = every.index(self.isa)
         self.lanes = int(_kernels.lanes(self._index))
-        self._workspace: dict[torch.dtype, torch.Tensor] = {}
-        self._bound: list[Call] | None = None  # while binding: calls go here and do not run
-        self._own: tuple[torch.Tensor, ...] = ()  # the workspace of the call that is being bound
+        self._workspace: dict[torch.dtype, Tensor] = {}
+        # While `bind` runs a method, `_run` appends its call here instead of running it.
+        self._bound: list[NativeCall] | None = None
 
-    def bind(self, name: str, *args: Any, **kwargs: Any) -> Call:
-        """Return the call of a method that takes buffers and returns nothing of its own, ready to
-        run again and again: its structs are filled once. Sums need their ``sums=`` tensor.
-        """
-        bound: list[Call] = []
+    def plan(
+        self,
+        geometry: ConvGeometry,
+        support: Tensor,
+        x: Shape,
+        dy: Shape,
+        *,
+        strides: Strides | None = None,
+    ) -> NativePlan:
+        return NativePlan(geometry, support, x, dy, strides)
+
+    # ---- bound calls ----
+
+    def bind(self, kernel: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> NativeCall:
+        bound: list[NativeCall] = []
         self._bound = bound
         try:
-            getattr(self, name)(*args, **kwargs)
+            kernel(*args, **kwargs)
         finally:
             self._bound = None
         (call,) = bound
         call.held = (args, kwargs, *call.held)
         return call
 
-    def sequence(self, calls: Sequence[Call], alone: Sequence[bool]) -> Callable[..., None]:
-        """Return bound calls as one, a function of the number of blocks and of threads. It adds
-        what each call takes to float64 ``[1 + threads, calls]``, if given: what it does for all
-        threads at once, and what it does on each.
+    def sequence(self, steps: Sequence[Step], blocks: int) -> list[Call]:
+        threads = torch.get_num_threads()
+        calls: list[Call] = []
+        for compiled, group in groupby(steps, lambda step: isinstance(step.call, NativeCall)):
+            members = list(group)
+            if compiled:
+                calls.append(partial(self._compiled_sequence(members), blocks, threads))
+            else:
+                calls.extend(step.call for step in members)
+        return calls
 
-        Between two calls that stand alone, all run block by block: each thread takes a block
-        through all of them. Those that need the sums of all blocks stand alone.
+    def _compiled_sequence(self, steps: Sequence[Step]) -> Callable[..., None]:
+        """Return bound calls as one function of the numbers of blocks and of threads.
+
+        The function adds the seconds of each call to a float64 ``[1 + threads, calls]`` tensor, if
+        given one. Its first row is for work done once for all threads, the others for the work of
+        each thread.
         """
         sequence = _kernels.Sequence()
-        for call, is_alone in zip(calls, alone, strict=True):
-            add = getattr(sequence, f"add_{call.kernel}")
-            add(call.index, call.is_double, call.args, is_alone)
-        held = tuple(calls)
+        calls = []
+        for step in steps:
+            assert isinstance(step.call, NativeCall)
+            calls.append(step.call)
+            add = getattr(sequence, f"add_{step.call.kernel}")
+            add(step.call.index, step.call.is_double, step.call.args, step.alone)
 
-        def run(blocks: int, threads: int, seconds: torch.Tensor | None = None) -> None:
-            assert held  # the structs must live
+        def run(blocks: int, threads: int, seconds: Tensor | None = None) -> None:
+            assert calls  # the function keeps the structs alive
             sequence.run(blocks, threads, 0 if seconds is None else seconds.data_ptr())
 
         return run
 
     # ---- conversions ----
 
-    def to_layout(self, plain: torch.Tensor, out: Buffer) -> Buffer:
-        """Copy an ``[N, C, H, W]`` tensor, or ``[tokens, features]``, of any strides into a
-        buffer.
-        """
-        # A copy must live until the kernel has run: the struct holds its address only.
+    def to_layout(self, plain: Tensor, out: Buffer) -> Buffer:
         plain = plain.detach() if _convertible(plain) else plain.detach().contiguous()
         a = _kernels.convert_args()
         a.image, a.plain = self._image(out), self._plain(plain, out)
-        self._run("to_layout", a, out)
+        self._run("to_layout", a, out, plain)
         return out
 
-    def from_layout(self, buffer: Buffer, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Copy a buffer into a plain tensor: ``out`` if given (contiguous or channels_last), or a
-        new one.
-        """
+    def from_layout(self, buffer: Buffer, out: Tensor | None = None) -> Tensor:
         s = buffer.shape
         if out is None:
             size = (
@@ -344,197 +288,102 @@ class Native:
             return out.copy_(self.from_layout(buffer))
         a = _kernels.convert_args()
         a.image, a.plain = self._image(buffer), self._plain(out, buffer)
-        self._run("from_layout", a, buffer)
+        self._run("from_layout", a, buffer, out)
         return out
 
     # ---- the sparse layer ----
 
     def conv(
         self,
-        plan: Plan,
+        plan: KernelPlan,
         x: Buffer,
         y: Buffer,
         *,
-        bias: torch.Tensor | None = None,
+        bias: Tensor | None = None,
         accumulate: bool = False,
         statistics: bool = False,
-        shift: torch.Tensor | None = None,
-        sums: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        """Compute ``y = conv(x)``, or ``y += conv(x)``.
-
-        With ``statistics``, return float64 ``[2, channels]`` (written into ``sums``, if given): the
-        sums of ``y - shift`` and of its square over samples and pixels. A shift near the mean (the
-        running mean) keeps the variance exact.
-        """
-        self._same(plan.x, x, "x")
-        self._sized(y, plan.dy, "y")
+        shift: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> Tensor | None:
+        plan = _native(plan)
+        if accumulate and bias is not None:
+            raise InputError(
+                "A convolution that adds to its output has no bias: leave out bias or accumulate."
+            )
+        self._as_planned(plan.x, x, "x")
+        self._sized_as(plan.dy, y, "y")
         a = _kernels.conv_args()
-        a.set_plan(plan._plan, False)
+        a.set_plan(plan.compiled, False)
         a.in_row_step, a.in_column_step = plan.geometry.stride
         a.out_row_step = a.out_column_step = 1
-        if statistics:
-            sums = self._sums(sums, 2, y)
-        return self._conv(a, plan.tile, x, y, bias, accumulate, sums if statistics else None, shift)
+        held = self._vectors(a, y, bias=bias, shift=shift)
+        if not statistics:
+            self._conv(a, plan.tile, x, y, accumulate, held)
+            return None
+        if y.shape.tokens:
+            raise InputError("Statistics are for images.")
+        sums = self._sums(sums, 2, y)
+        a.sums = sums.data_ptr()
+        workspace = self._scratch(2, y)
+        a.workspace = workspace.data_ptr()
+        self._conv(a, plan.tile, x, y, accumulate, [*held, sums, workspace])
+        return sums
 
     def conv_input_grad(
-        self, plan: Plan, dy: Buffer, dx: Buffer, *, accumulate: bool = False
+        self, plan: KernelPlan, dy: Buffer, dx: Buffer, *, accumulate: bool = False
     ) -> None:
-        """Compute ``dx`` from ``dy``, or add it to what ``dx`` holds."""
-        self._same(plan.dy, dy, "dy")
-        self._sized(dx, plan.x, "dx")
+        plan = _native(plan)
+        self._as_planned(plan.dy, dy, "dy")
+        self._sized_as(plan.x, dx, "dx")
         a = _kernels.conv_args()
-        a.set_plan(plan._plan, True)
+        a.set_plan(plan.compiled, True)
         a.in_row_step = a.in_column_step = 1
         a.out_row_step, a.out_column_step = plan.geometry.stride
-        self._conv(a, plan.grad_tile, dy, dx, None, accumulate, None, None)
+        self._conv(a, plan.grad_tile, dy, dx, accumulate, [])
 
     def conv_weight_grad(
-        self, plan: Plan, x: Buffer, dy: Buffer, grad: torch.Tensor, *, accumulate: bool = False
+        self, plan: KernelPlan, x: Buffer, dy: Buffer, grad: Tensor, *, accumulate: bool = False
     ) -> None:
-        """Write (or add) the gradients of the kept weights into ``grad``, shaped as the dense
-        weight and with the plan's strides.
-
-        All other elements of ``grad`` are left as they are.
-        """
         call = self.weight_grad_call(plan, x, dy, accumulate=accumulate)
-        spare = LINE // grad.element_size()
-        scratch = torch.empty(call.scratch + spare, dtype=x.shape.dtype)
-        call.into(grad, scratch[-scratch.data_ptr() % LINE // scratch.element_size() :])
+        scratch = _aligned(call.scratch, x.shape.dtype)  # must live until the call is done
+        call.into(grad, scratch)
         call()
 
     def weight_grad_call(
-        self, plan: Plan, x: Buffer, dy: Buffer, *, accumulate: bool = False
-    ) -> WeightGradCall:
-        """Return the call of ``conv_weight_grad``, which wants to be told ``into`` which
-        tensor.
-        """
-        self._same(plan.x, x, "x")
-        self._sized(dy, plan.dy, "dy")
-        self._together(x, dy)
+        self, plan: KernelPlan, x: Buffer, dy: Buffer, *, accumulate: bool = False
+    ) -> NativeWeightGradCall:
+        plan = _native(plan)
+        self._as_planned(plan.x, x, "x")
+        self._sized_as(plan.dy, dy, "dy")
+        self._same_samples(x, dy)
         a = _kernels.weight_grad_args()
-        a.set_plan(plan._plan)
+        a.set_plan(plan.compiled)
         a.x, a.dy = self._image(x), self._image(dy)
         a.in_row_step, a.in_column_step = plan.geometry.stride
         a.tile_rows, a.tile_columns = plan.weight_tile.rows, plan.weight_tile.columns
         a.accumulate, a.threads = accumulate, torch.get_num_threads()
         pitch = (plan.nnz + 31) // 16 * 16
         is_double = x.shape.dtype == torch.float64
-        return WeightGradCall(
+        return NativeWeightGradCall(
             _kernels.weight_grad, self._index, is_double, a, (plan, x, dy), plan, a.threads * pitch
         )
 
-    def channel_sums(self, x: Buffer, *, sums: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the float64 sums of a buffer over samples and pixels, by channel: a bias
-        gradient.
-        """
+    def channel_sums(self, x: Buffer, *, sums: Tensor | None = None) -> Tensor:
         a = _kernels.channel_sums_args()
-        sums = self._sums(sums, 1, x)
-        a.x, a.sums = self._image(x), sums.data_ptr()
-        a.workspace = self._scratch(
-            torch.get_num_threads() * x.shape.channels * self.lanes, x.shape.dtype
-        )
-        self._run("channel_sums", a, x)
+        sums, workspace = self._sums(sums, 1, x), self._scratch(1, x)
+        a.x, a.sums, a.workspace = self._image(x), sums.data_ptr(), workspace.data_ptr()
+        self._run("channel_sums", a, x, sums, workspace)
         return sums
 
-    # ---- between convolutions ----
-
-    def norm(
-        self,
-        y: Buffer,
-        scale: torch.Tensor,
-        offset: torch.Tensor,
-        out: Buffer,
-        *,
-        relu: bool = False,
-        residual: Buffer | None = None,
-        y2: Buffer | None = None,
-        scale2: torch.Tensor | None = None,
-    ) -> None:
-        """Compute ``out = f(scale*y + offset [+ scale2*y2] [+ residual])``, f = ReLU or nothing."""
-        a = _kernels.norm_args()
-        self._images(a, y=y, out=out, residual=residual, y2=y2)
-        held = self._vectors(a, y, scale=scale, offset=offset, scale2=scale2)
-        a.relu = relu
-        self._run("norm", a, y)
-        del held
-
-    def norm_reduce(
-        self,
-        grad: Buffer,
-        y: Buffer,
-        mean: torch.Tensor,
-        *,
-        out: Buffer | None = None,
-        scale: torch.Tensor | None = None,
-        offset: torch.Tensor | None = None,
-        y2: Buffer | None = None,
-        mean2: torch.Tensor | None = None,
-        dz: Buffer | None = None,
-        sums: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return float64 ``[3, channels]``: the sums of dz, of dz*(y - mean) and of dz*(y2 -
-        mean2).
-
-        ``dz`` is ``grad``, zero where the ReLU stopped: where its ``out`` is not positive, or, if
-        it had no residual, ``scale*y + offset``. Without either there was no ReLU. It is stored
-        into the buffer ``dz``, if given (which may be ``grad``).
-        """
-        a = _kernels.norm_reduce_args()
-        self._images(a, grad=grad, y=y, out=out, y2=y2, dz=dz)
-        held = self._vectors(a, y, mean=mean, mean2=mean2, scale=scale, offset=offset)
-        sums = self._sums(sums, 3, y)
-        a.relu, a.sums = out is not None or scale is not None, sums.data_ptr()
-        a.workspace = self._scratch(
-            torch.get_num_threads() * y.shape.channels * 3 * self.lanes, y.shape.dtype
-        )
-        self._run("norm_reduce", a, y)
-        del held
-        return sums
-
-    def norm_grad(
-        self,
-        grad: Buffer,
-        y: Buffer,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        c: torch.Tensor,
-        dy: Buffer,
-        *,
-        out: Buffer | None = None,
-        scale: torch.Tensor | None = None,
-        offset: torch.Tensor | None = None,
-        y2: Buffer | None = None,
-        a2: torch.Tensor | None = None,
-        b2: torch.Tensor | None = None,
-        c2: torch.Tensor | None = None,
-        dy2: Buffer | None = None,
-    ) -> None:
-        """Compute ``dy = a*dz + b*y + c`` and ``dy2 = a2*dz + b2*y2 + c2``; dz as in
-        ``norm_reduce``.
-        """
-        args = _kernels.norm_grad_args()
-        self._images(args, grad=grad, y=y, out=out, y2=y2, dy=dy, dy2=dy2)
-        held = self._vectors(
-            args, y, scale=scale, offset=offset, a=a, b=b, c=c, a2=a2, b2=b2, c2=c2
-        )
-        args.relu = out is not None or scale is not None
-        self._run("norm_grad", args, y)
-        del held
+    # ---- BatchNorm ----
 
     def statistics(
-        self, x: Buffer, *, shift: torch.Tensor | None = None, sums: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return float64 ``[2, channels]``: the sums of ``x - shift`` and of its square."""
+        self, x: Buffer, *, shift: Tensor | None = None, sums: Tensor | None = None
+    ) -> Tensor:
         a = _kernels.statistics_args()
-        sums = self._sums(sums, 2, x)
-        a.x, a.sums = self._image(x), sums.data_ptr()
-        held = self._vectors(a, x, shift=shift)
-        a.workspace = self._scratch(
-            torch.get_num_threads() * x.shape.channels * 2 * self.lanes, x.shape.dtype
-        )
-        self._run("statistics", a, x)
-        del held
+        sums, workspace = self._sums(sums, 2, x), self._scratch(2, x)
+        a.x, a.sums, a.workspace = self._image(x), sums.data_ptr(), workspace.data_ptr()
+        self._run("statistics", a, x, sums, workspace, *self._vectors(a, x, shift=shift))
         return sums
 
     def norm_fold(
@@ -542,34 +391,24 @@ class Native:
         fold: Fold,
         y: Buffer,
         *,
-        sums: torch.Tensor | None = None,
-        shift: torch.Tensor | None = None,
-        weight: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        running_mean: torch.Tensor | None = None,
-        running_var: torch.Tensor | None = None,
-        batches: torch.Tensor | None = None,
+        sums: Tensor | None = None,
+        shift: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        batches: Tensor | None = None,
         momentum: float | None = 0.1,
         eps: float = 1e-5,
         other: Fold | None = None,
     ) -> None:
-        """Fill ``fold`` for a BatchNorm over ``y``: from the sums of a batch, moving the running
-        statistics and the int64 ``batches``; or, without sums, from the running statistics.
-
-        Args:
-            fold: what is filled; ``norm`` takes its scale and offset.
-            y: what is normalized; its shape says how many numbers went into a sum.
-            sums, shift: of ``conv`` or ``statistics``.
-            weight, bias, running_mean, running_var, batches, momentum, eps: as in
-                ``torch.nn.BatchNorm2d``.
-            other: a fold whose offset is added to this one's, for ``norm`` with two inputs.
-
-        """
         a = _kernels.norm_fold_args()
         a.channels, a.count, a.eps = y.shape.channels, _count(y), eps
         a.momentum = -1.0 if momentum is None else momentum
         if sums is not None:
             a.sums = sums.data_ptr()
+        if batches is not None:
+            a.batches = batches.data_ptr()
         held = self._vectors(
             a,
             y,
@@ -584,32 +423,59 @@ class Native:
             scale=fold.scale,
             offset=fold.offset,
         )
-        if batches is not None:
-            a.batches = batches.data_ptr()
-        self._run("norm_fold", a, y)
-        del held
+        self._run("norm_fold", a, y, *held)
+
+    def norm(
+        self,
+        y: Buffer,
+        scale: Tensor,
+        offset: Tensor,
+        out: Buffer,
+        *,
+        relu: bool = False,
+        residual: Buffer | None = None,
+        y2: Buffer | None = None,
+        scale2: Tensor | None = None,
+    ) -> None:
+        a = _kernels.norm_args()
+        self._images(a, y=y, out=out, residual=residual, y2=y2)
+        a.relu = relu
+        held = self._vectors(a, y, scale=scale, offset=offset, scale2=scale2)
+        self._run("norm", a, y, *held)
+
+    def norm_reduce(
+        self,
+        grad: Buffer,
+        y: Buffer,
+        mean: Tensor,
+        *,
+        out: Buffer | None = None,
+        scale: Tensor | None = None,
+        offset: Tensor | None = None,
+        y2: Buffer | None = None,
+        mean2: Tensor | None = None,
+        dz: Buffer | None = None,
+        sums: Tensor | None = None,
+    ) -> Tensor:
+        a = _kernels.norm_reduce_args()
+        self._images(a, grad=grad, y=y, out=out, y2=y2, dz=dz)
+        sums, workspace = self._sums(sums, 3, y), self._scratch(3, y)
+        a.sums, a.workspace = sums.data_ptr(), workspace.data_ptr()
+        a.relu = out is not None or scale is not None
+        held = self._vectors(a, y, mean=mean, mean2=mean2, scale=scale, offset=offset)
+        self._run("norm_reduce", a, y, sums, workspace, *held)
+        return sums
 
     def norm_unfold(
         self,
         fold: Fold,
         y: Buffer,
-        sums: torch.Tensor,
+        sums: Tensor,
         *,
         second: bool = False,
         training: bool = True,
-        weight: torch.Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> None:
-        """Fill the gradients of a fold, and the ``a, b, c`` that ``norm_grad`` takes.
-
-        Args:
-            fold: as ``norm_fold`` left it.
-            y: what was normalized.
-            sums: of ``norm_reduce``.
-            second: this is the normalization of ``y2`` there.
-            training: whether the statistics were those of the batch.
-            weight: as in ``norm_fold``.
-
-        """
         a = _kernels.norm_unfold_args()
         a.channels, a.training, a.count = y.shape.channels, training, _count(y)
         a.sums, a.sums_y = sums[0].data_ptr(), sums[2 if second else 1].data_ptr()
@@ -625,51 +491,44 @@ class Native:
             weight_grad=fold.weight_grad,
             bias_grad=fold.bias_grad,
         )
-        self._run("norm_unfold", a, y)
-        del held
+        self._run("norm_unfold", a, y, *held)
 
-    def relu(self, x: Buffer, out: Buffer) -> None:
-        """Compute ``out = max(x, 0)``; NaN stays NaN."""
-        self._pointwise("relu", x, None, out)
+    def norm_grad(
+        self,
+        grad: Buffer,
+        y: Buffer,
+        a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        dy: Buffer,
+        *,
+        out: Buffer | None = None,
+        scale: Tensor | None = None,
+        offset: Tensor | None = None,
+        y2: Buffer | None = None,
+        a2: Tensor | None = None,
+        b2: Tensor | None = None,
+        c2: Tensor | None = None,
+        dy2: Buffer | None = None,
+    ) -> None:
+        args = _kernels.norm_grad_args()
+        self._images(args, grad=grad, y=y, out=out, y2=y2, dy=dy, dy2=dy2)
+        args.relu = out is not None or scale is not None
+        held = self._vectors(
+            args, y, scale=scale, offset=offset, a=a, b=b, c=c, a2=a2, b2=b2, c2=c2
+        )
+        self._run("norm_grad", args, y, *held)
 
-    def relu_grad(self, grad: Buffer, y: Buffer, out: Buffer) -> None:
-        """Compute ``out = grad`` where ``y``, the output of the ReLU, is positive, and 0
-        elsewhere.
-        """
-        self._pointwise("relu_grad", grad, y, out)
+    # ---- between layers ----
 
-    def add(self, x: Buffer, y: Buffer, out: Buffer) -> None:
-        """Compute ``out = x + y``."""
-        self._pointwise("add", x, y, out)
-
-    def gelu(self, x: Buffer, out: Buffer) -> None:
-        """Compute ``out = x * (1 + erf(x / sqrt(2))) / 2``."""
-        self._pointwise("gelu", x, None, out)
-
-    def gelu_grad(self, grad: Buffer, x: Buffer, out: Buffer) -> None:
-        """Compute ``out``, the gradient of what ``gelu`` read, from that of what it made."""
-        self._pointwise("gelu_grad", grad, x, out)
-
-    def gelu_tanh(self, x: Buffer, out: Buffer) -> None:
-        """Compute ``out`` as ``gelu`` with the approximation by tanh."""
-        self._pointwise("gelu_tanh", x, None, out)
-
-    def gelu_tanh_grad(self, grad: Buffer, x: Buffer, out: Buffer) -> None:
-        """Compute ``out``, the gradient of what ``gelu_tanh`` read, from that of what it made."""
-        self._pointwise("gelu_tanh_grad", grad, x, out)
-
-    def silu(self, x: Buffer, out: Buffer) -> None:
-        """Compute ``out = x / (1 + exp(-x))``."""
-        self._pointwise("silu", x, None, out)
-
-    def silu_grad(self, grad: Buffer, x: Buffer, out: Buffer) -> None:
-        """Compute ``out``, the gradient of what ``silu`` read, from that of what it made."""
-        self._pointwise("silu_grad", grad, x, out)
+    def pointwise(self, kernel: Pointwise, *inputs: Buffer, out: Buffer) -> None:
+        args = _kernels.pointwise_args()
+        self._images(args, **dict(zip("ab", inputs, strict=False)), out=out)
+        self._run(kernel, args, out)
 
     def max_pool(
-        self, x: Buffer, y: Buffer, window: Pair, stride: Pair, padding: Pair = (0, 0)
+        self, x: Buffer, y: Buffer, window: Size2, stride: Size2, padding: Size2 = (0, 0)
     ) -> None:
-        """Compute the maximum over windows."""
         self._pool("max_pool", window, stride, padding, True, x=x, y=y)
 
     def max_pool_grad(
@@ -678,46 +537,49 @@ class Native:
         y: Buffer,
         dy: Buffer,
         dx: Buffer,
-        window: Pair,
-        stride: Pair,
-        padding: Pair = (0, 0),
+        window: Size2,
+        stride: Size2,
+        padding: Size2 = (0, 0),
     ) -> None:
-        """Give each maximum's gradient to the first pixel that equals it."""
         self._pool("max_pool_grad", window, stride, padding, True, x=x, y=y, dy=dy, dx=dx)
 
     def avg_pool(
         self,
         x: Buffer,
         y: Buffer,
-        window: Pair,
-        stride: Pair,
-        padding: Pair = (0, 0),
+        window: Size2,
+        stride: Size2,
+        padding: Size2 = (0, 0),
         count_padding: bool = True,
     ) -> None:
-        """Compute averages over windows. A window as large as the image is global average
-        pooling.
-        """
         self._pool("avg_pool", window, stride, padding, count_padding, x=x, y=y)
 
     def avg_pool_grad(
         self,
         dy: Buffer,
         dx: Buffer,
-        window: Pair,
-        stride: Pair,
-        padding: Pair = (0, 0),
+        window: Size2,
+        stride: Size2,
+        padding: Size2 = (0, 0),
         count_padding: bool = True,
     ) -> None:
-        """Spread each average's gradient over its window."""
         self._pool("avg_pool_grad", window, stride, padding, count_padding, x=dx, dy=dy, dx=dx)
 
     # ---- from tensors to structs ----
 
-    def _run(self, name: str, args: Any, buffer: Buffer) -> None:
+    def _run(self, name: str, args: Struct, buffer: Buffer, *held: Tensor) -> None:
+        """Run a kernel now, or append its call while ``bind`` is at work.
+
+        Args:
+            name: The kernel.
+            args: Its arguments.
+            buffer: One of its buffers, for the dtype.
+            held: The tensors that the arguments point into, beside the buffers.
+
+        """
         args.threads = torch.get_num_threads()
         is_double = buffer.shape.dtype == torch.float64
-        call = Call(getattr(_kernels, name), self._index, is_double, args, self._own)
-        self._own = ()
+        call = NativeCall(getattr(_kernels, name), self._index, is_double, args, held)
         if self._bound is None:
             call()
         else:
@@ -725,45 +587,24 @@ class Native:
 
     def _conv(
         self,
-        a: Any,
+        a: Struct,
         tile: Tile,
         x: Buffer,
         y: Buffer,
-        bias: torch.Tensor | None,
         accumulate: bool,
-        sums: torch.Tensor | None,
-        shift: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        if accumulate and bias is not None:
-            raise InputError(
-                "A bias starts a sum; it cannot be added to one: leave out bias or accumulate."
-            )
-        if sums is not None and y.shape.tokens:
-            raise InputError("Statistics are for images.")
-        self._together(x, y)
+        held: Sequence[Tensor],
+    ) -> None:
+        self._same_samples(x, y)
         a.x, a.y = self._image(x), self._image(y)
         a.tile_rows, a.tile_columns, a.accumulate = tile.rows, tile.columns, accumulate
-        held = self._vectors(a, y, bias=bias, shift=shift)
-        if sums is not None:
-            a.sums = sums.data_ptr()
-            a.workspace = self._scratch(
-                torch.get_num_threads() * y.shape.channels * 2 * self.lanes, y.shape.dtype
-            )
-        self._run("conv", a, x)
-        del held
-        return sums
-
-    def _pointwise(self, name: str, first: Buffer, second: Buffer | None, out: Buffer) -> None:
-        args = _kernels.pointwise_args()
-        self._images(args, a=first, b=second, out=out)
-        self._run(name, args, out)
+        self._run("conv", a, x, *held)
 
     def _pool(
         self,
         name: str,
-        window: Pair,
-        stride: Pair,
-        padding: Pair,
+        window: Size2,
+        stride: Size2,
+        padding: Size2,
         count_padding: bool,
         **buffers: Buffer,
     ) -> None:
@@ -778,7 +619,7 @@ class Native:
             y = buffers[key].shape
             if (y.height, y.width) != out or y.channels != x.channels:
                 raise InputError(f"The pooled buffer is {out}, got {y.height}x{y.width}.")
-        self._together(*buffers.values())
+        self._same_samples(*buffers.values())
         for key, buffer in buffers.items():
             setattr(a, key, self._image(buffer))
         a.window_rows, a.window_columns = window
@@ -787,7 +628,7 @@ class Native:
         a.count_padding = count_padding
         self._run(name, a, buffers["x"])
 
-    def _image(self, buffer: Buffer) -> Any:
+    def _image(self, buffer: Buffer) -> Struct:
         s, image = buffer.shape, _kernels.Image()
         if s.lanes != self.lanes:
             raise InputError(
@@ -806,38 +647,42 @@ class Native:
         image.per_thread = buffer.per_thread
         return image
 
-    def _images(self, args: Any, **buffers: Buffer | None) -> None:
-        there = {name: buffer for name, buffer in buffers.items() if buffer is not None}
-        first = next(iter(there.values())).shape
-        for name, buffer in there.items():
+    def _images(self, args: Struct, **buffers: Buffer | None) -> None:
+        """Set the fields of these names to buffers of one size."""
+        given = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        first = next(iter(given.values())).shape
+        for name, buffer in given.items():
             s = buffer.shape
             if (s.channels, s.height, s.width) != (first.channels, first.height, first.width):
                 raise InputError(f"Buffers of one operation have one size, got {first} and {s}.")
             setattr(args, name, self._image(buffer))
-        self._together(*there.values())
+        self._same_samples(*given.values())
 
-    def _vectors(
-        self, args: Any, like: Buffer, **vectors: torch.Tensor | None
-    ) -> list[torch.Tensor]:
+    def _vectors(self, args: Struct, like: Buffer, **vectors: Tensor | None) -> list[Tensor]:
+        """Set the fields of these names to vectors with one number per channel.
+
+        Returns the tensors that the fields point into. A kernel reads the buffer's dtype, so a
+        vector of another dtype is copied.
+        """
         held = []
         for name, vector in vectors.items():
             if vector is None:
                 continue
             if vector.shape != (like.shape.channels,):
                 raise InputError(
-                    f"{name} has one number a channel ({like.shape.channels}), got "
+                    f"{name} needs one number per channel ({like.shape.channels}), got "
                     f"{tuple(vector.shape)}."
                 )
             held.append(vector.detach().to(like.shape.dtype).contiguous())
             if self._bound is not None and held[-1].data_ptr() != vector.data_ptr():
                 raise InputError(
-                    f"A bound call reads {name} where it lies: it is a contiguous vector of "
+                    f"A bound call reads {name} without a copy: it must be a contiguous vector of "
                     f"{like.shape.dtype}, got {vector.dtype}."
                 )
             setattr(args, name, held[-1].data_ptr())
         return held
 
-    def _plain(self, plain: torch.Tensor, buffer: Buffer) -> Any:
+    def _plain(self, plain: Tensor, buffer: Buffer) -> Struct:
         s, p = buffer.shape, _kernels.Plain()
         size = (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
         if tuple(plain.shape) != size or plain.dtype != s.dtype:
@@ -857,7 +702,7 @@ class Native:
             p.channel = 1
         return p
 
-    def _sums(self, sums: torch.Tensor | None, rows: int, buffer: Buffer) -> torch.Tensor:
+    def _sums(self, sums: Tensor | None, rows: int, buffer: Buffer) -> Tensor:
         shape = (buffer.shape.channels,) if rows == 1 else (rows, buffer.shape.channels)
         if sums is None:
             return torch.empty(shape, dtype=torch.float64)
@@ -865,52 +710,61 @@ class Native:
             raise InputError(f"Sums are contiguous float64 {shape}, got {tuple(sums.shape)}.")
         return sums
 
-    def _scratch(self, count: int, dtype: torch.dtype) -> int:
-        """Return the address of a workspace: one for all calls, or, while binding, one for this
-        call, as bound calls may run at the same time.
-        """
-        if self._bound is not None:
-            own = torch.empty(count + 16, dtype=dtype)
-            self._own = (own,)
-            return own.data_ptr() + -own.data_ptr() % 64
-        have = self._workspace.get(dtype)
-        if have is None or have.numel() < count:
-            have = self._workspace[dtype] = torch.empty(count + 16, dtype=dtype)
-        return have.data_ptr() + -have.data_ptr() % 64
+    def _scratch(self, rows: int, buffer: Buffer) -> Tensor:
+        """Return memory for partial sums: so many registers per channel and thread.
 
-    def _same(self, planned: Shape, buffer: Buffer, name: str) -> None:
+        A bound call gets memory of its own, since bound calls may run at the same time. All others
+        share one piece.
+        """
+        count = torch.get_num_threads() * buffer.shape.channels * rows * self.lanes
+        dtype = buffer.shape.dtype
+        if self._bound is not None:
+            return _aligned(count, dtype)
+        shared = self._workspace.get(dtype)
+        if shared is None or shared.numel() < count:
+            shared = self._workspace[dtype] = _aligned(count, dtype)
+        return shared
+
+    def _as_planned(self, planned: Shape, buffer: Buffer, name: str) -> None:
         s = buffer.shape
-        self._sized(buffer, planned, name)
+        self._sized_as(planned, buffer, name)
         if s.halo != planned.halo:
             raise InputError(
                 f"The plan was made for a halo of {planned.halo}; {name} has {s.halo}."
             )
 
-    def _sized(self, buffer: Buffer, planned: Shape, name: str) -> None:
+    def _sized_as(self, planned: Shape, buffer: Buffer, name: str) -> None:
         s = buffer.shape
         got = (s.channels, s.height, s.width, s.tokens, s.dtype)
         if got != (planned.channels, planned.height, planned.width, planned.tokens, planned.dtype):
             raise InputError(f"The plan was made for {planned}; {name} is {s}.")
 
-    def _together(self, *buffers: Buffer) -> None:
+    def _same_samples(self, *buffers: Buffer) -> None:
         if len({(b.shape.samples, b.shape.tokens, b.shape.dtype) for b in buffers}) != 1:
             raise InputError("Buffers of one operation hold the same samples in the same dtype.")
 
 
+def _aligned(count: int, dtype: torch.dtype) -> Tensor:
+    """Return memory for so many numbers, aligned to a cache line."""
+    memory = torch.empty(count + LINE // dtype.itemsize, dtype=dtype)
+    start = -memory.data_ptr() % LINE // dtype.itemsize
+    return memory[start : start + count]
+
+
 def _count(buffer: Buffer) -> int:
-    """Return the numbers of one channel."""
+    """Return how many numbers one channel has."""
     s = buffer.shape
     return s.samples * (1 if s.tokens else s.height * s.width)
 
 
-def _dense_planes(plain: torch.Tensor) -> bool:
-    """Whether the pixels of a channel are one run of memory."""
+def _dense_planes(plain: Tensor) -> bool:
+    """Return whether the pixels of a channel are contiguous."""
     if plain.dim() != 4:
         return False
     height, width = plain.shape[2:]
     return (width == 1 or plain.stride(3) == 1) and (height == 1 or plain.stride(2) == width)
 
 
-def _convertible(plain: torch.Tensor) -> bool:
-    """Whether the conversion kernels read these strides: dense planes, or dense channels."""
+def _convertible(plain: Tensor) -> bool:
+    """Return whether the conversion kernels read these strides: dense planes or dense channels."""
     return _dense_planes(plain) or plain.stride(1) == 1

@@ -1,9 +1,8 @@
-"""The operations of a program: each writes its way forward and its way back onto a tape."""
+"""The operations of a segment. Each writes its forward and its backward pass onto a tape."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,39 +10,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acdc.engine.contract import Call, Fold, Pointwise, WeightGradCall
 from acdc.engine.graph import ActivationSpec, ConvSpec, PoolSpec
 from acdc.engine.layout import Buffer
-from acdc.engine.native import Fold
-from acdc.engine.tape import Binder, Call, Slot, Tape, Value
+from acdc.engine.tape import Binder, GradientRequest, Op, Slot, Tape, Value
 
 
-class Op(ABC):
-    """What it reads, what it makes, and both ways."""
+@dataclass(frozen=True)
+class Program:
+    """What a segment computes, for any batch size.
 
-    out: Value
+    Args:
+        ops: The operations in order.
+        inputs, outputs: The values at both ends.
+        returns_one: The result is one tensor, not a tuple.
+        params: All parameters that may take a gradient, each once.
+
+    """
+
+    ops: tuple[Op, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    returns_one: bool
+    params: tuple[Tensor, ...]
 
     @property
-    @abstractmethod
-    def reads(self) -> tuple[Value, ...]:
-        """What goes in."""
+    def is_current(self) -> bool:
+        """Whether the modules still hold the parameters that the program was built for."""
+        return all(now is p for now, p in zip(params_of(self.ops), self.params, strict=True))
 
-    def params(self) -> tuple[Tensor, ...]:
-        """Return the parameters that may take a gradient."""
-        return ()
+    @property
+    def convs(self) -> list[Conv]:
+        """The sparse layers."""
+        return [op for op in self.ops if isinstance(op, Conv)]
 
-    @abstractmethod
-    def forward(self, tape: Tape) -> None:
-        """Append the instructions that make ``out``."""
+    @property
+    def norms(self) -> list[Norm]:
+        """The BatchNorms."""
+        return [norm for op in self.ops if isinstance(op, Normalise) for norm in op.norms]
 
-    def again(self, tape: Tape) -> Slot:
-        """Return the slot of ``out`` on the way back: as it was kept, or, where that costs less,
-        one that is made a second time.
-        """
-        return tape.value(self.out)
+    def tape(self, request: GradientRequest | None) -> Tape:
+        """Return the instructions of the operations."""
+        return Tape(self.ops, self.inputs, self.outputs, request)
 
-    @abstractmethod
-    def backward(self, tape: Tape) -> None:
-        """Append the instructions from the gradient of ``out`` to the gradients of what it read."""
+
+def params_of(ops: Iterable[Op]) -> tuple[Tensor, ...]:
+    """Return the parameters that the modules hold at present, each once."""
+    return tuple({id(p): p for op in ops for p in op.params()}.values())
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -55,8 +68,8 @@ class Conv(Op):
 
     Args:
         spec: The layer.
-        x, out: What it reads and makes.
-        norm: The BatchNorm of ``out``, whose sums are gathered on the way.
+        x, out: Its input and its output.
+        norm: The BatchNorm of ``out``, if the convolution also computes its sums.
 
     """
 
@@ -76,31 +89,32 @@ class Conv(Op):
     def forward(self, tape: Tape) -> None:
         x, y, module = tape.value(self.x), tape.value(self.out), self.spec.module
 
-        def conv(f: Binder) -> Any:
+        def conv(f: Binder) -> Call:
             plan = f.plan(self)
             f.before.append(lambda: plan.refresh(module.weight))
-            if tape.keeps:  # now: the weights may have moved when the gradient comes
+            if tape.has_backward:  # now: the weights may change before the backward pass
                 f.before.append(lambda: plan.refresh(module.weight, True))
             more: dict[str, Any] = {"bias": module.bias}
             if self.norm is not None and self.norm.of_batch:
                 shift = self.norm.module.running_mean
                 more |= {"statistics": True, "shift": shift, "sums": self.norm.sums(f)}
-            return f.backend.bind("conv", plan, f.buffer(x), f.buffer(y), **more)
+            return f.backend.bind(f.backend.conv, plan, f.buffer(x), f.buffer(y), **more)
 
-        tape.do(conv, x, y)
+        tape.do(self, conv, x, y)
 
     def backward(self, tape: Tape) -> None:
         dy, module = tape.grad(self.out), self.spec.module
         if tape.takes(module.weight):
-            x = tape.value_again(self.x)
-            tape.do(lambda f: self._weight_grad(f, f.buffer(x), f.buffer(dy)), x, dy)
+            x = tape.value_in_backward(self.x)
+            tape.do(self, lambda f: self._weight_grad(f, f.buffer(x), f.buffer(dy)), x, dy)
         if tape.takes(module.bias):
-            tape.do(lambda f: self._bias_grad(f, f.buffer(dy)), dy)
+            tape.do(self, lambda f: self._bias_grad(f, f.buffer(dy)), dy)
         if tape.needs(self.x):
             accumulate, dx = tape.has_grad(self.x), tape.grad(self.x)
             tape.do(
+                self,
                 lambda f: f.backend.bind(
-                    "conv_input_grad",
+                    f.backend.conv_input_grad,
                     f.plan(self),
                     f.buffer(dy),
                     f.buffer(dx),
@@ -110,28 +124,33 @@ class Conv(Op):
                 dx,
             )
 
-    def _weight_grad(self, f: Binder, x: Buffer, dy: Buffer) -> Call:
-        weight = self.spec.module.weight
-        # The result starts at zero, and a layer that is used twice adds to it twice.
-        call: Call = f.backend.weight_grad_call(f.plan(self), x, dy, accumulate=True)
-        f.targets.append((call, weight))
+    def _weight_grad(self, f: Binder, x: Buffer, dy: Buffer) -> WeightGradCall:
+        # The result starts at zero. A layer that is used twice adds to it twice.
+        call = f.backend.weight_grad_call(f.plan(self), x, dy, accumulate=True)
+        f.targets.append((call, self.spec.module.weight))
         return call
 
     def _bias_grad(self, f: Binder, dy: Buffer) -> Call:
         bias = self.spec.module.bias
         sums = torch.zeros(dy.shape.channels, dtype=torch.float64)
         f.after.append(lambda: f.results[id(bias)].add_(sums))
-        call: Call = f.backend.bind("channel_sums", dy, sums=sums)
-        return call
+        return f.backend.bind(f.backend.channel_sums, dy, sums=sums)
 
 
 @dataclass(eq=False)
 class Norm:
-    """A BatchNorm over ``y``: a part of ``Normalise``."""
+    """A BatchNorm over ``y``: a part of ``Normalise``.
+
+    Args:
+        module: The module.
+        y: What is normalized.
+        has_sums: The convolution before it computes the sums of the batch.
+
+    """
 
     module: nn.BatchNorm2d
     y: Value
-    gathered: bool = False  # the convolution before it gathers the sums
+    has_sums: bool = False
 
     @property
     def of_batch(self) -> bool:
@@ -140,16 +159,21 @@ class Norm:
 
     def fold(self, f: Binder) -> Fold:
         """Return its scale, offset and gradients in this frame."""
-        made = f.numbers(self, lambda: Fold(self.y.channels, self.y.dtype))
-        assert isinstance(made, Fold)
-        return made
+        return f.once(self, lambda: Fold(self.y.channels, self.y.dtype))
 
     def sums(self, f: Binder) -> Tensor:
         """Return float64 ``[2, channels]``, the sums of its batch, in this frame."""
         return _sums(f, (self, "sums"), 2, self.y)
 
-    def write_fold(self, tape: Tape, other: Norm | None) -> None:
-        """Append what makes its scale and its offset, to which that of ``other`` is added."""
+    def write_fold(self, tape: Tape, op: Op, other: Norm | None) -> None:
+        """Append the instructions that compute its scale and its offset.
+
+        Args:
+            tape: The tape.
+            op: The operation that this is a part of.
+            other: A BatchNorm whose offset is added to this one's.
+
+        """
         y, module = tape.value(self.y), self.module
         settings: dict[str, Any] = {
             "weight": module.weight,
@@ -161,31 +185,35 @@ class Norm:
         if self.of_batch:
             settings |= {"shift": module.running_mean, "momentum": module.momentum}
             settings["batches"] = module.num_batches_tracked
-        if self.of_batch and not self.gathered:
+        if self.of_batch and not self.has_sums:
             tape.do(
+                op,
                 lambda f: f.backend.bind(
-                    "statistics", f.buffer(y), shift=module.running_mean, sums=self.sums(f)
+                    f.backend.statistics,
+                    f.buffer(y),
+                    shift=module.running_mean,
+                    sums=self.sums(f),
                 ),
                 y,
             )
 
-        def fold(f: Binder) -> Any:
-            more = {"sums": self.sums(f)} if self.of_batch else {}
+        def fold(f: Binder) -> Call:
+            more: dict[str, Any] = {"sums": self.sums(f)} if self.of_batch else {}
             before = None if other is None else other.fold(f)
             return f.backend.bind(
-                "norm_fold", self.fold(f), f.buffer(y), other=before, **more, **settings
+                f.backend.norm_fold, self.fold(f), f.buffer(y), other=before, **more, **settings
             )
 
-        tape.do(fold, y, alone=True)
+        tape.do(op, fold, y, alone=True)
 
     def unfold(self, f: Binder, y: Buffer, sums: Tensor, second: bool) -> Call:
-        """Return what makes its coefficients on the way back, and its gradients."""
+        """Return the call that computes its gradients and the coefficients of ``norm_grad``."""
         module, fold = self.module, self.fold(f)
         for param, grad in ((module.weight, fold.weight_grad), (module.bias, fold.bias_grad)):
             if param is not None:
                 f.after.append(partial(_add_result, f, param, grad))
-        call: Call = f.backend.bind(
-            "norm_unfold",
+        return f.backend.bind(
+            f.backend.norm_unfold,
             fold,
             y,
             sums,
@@ -193,14 +221,11 @@ class Norm:
             training=self.of_batch,
             weight=module.weight,
         )
-        return call
 
 
-def _sums(f: Binder, owner: object, rows: int, value: Value) -> Tensor:
-    """Return float64 ``[rows, channels]`` that belongs to ``owner`` in this frame."""
-    made = f.numbers(owner, lambda: torch.zeros(rows, value.channels, dtype=torch.float64))
-    assert isinstance(made, Tensor)
-    return made
+def _sums(f: Binder, key: object, rows: int, value: Value) -> Tensor:
+    """Return float64 ``[rows, channels]`` that belongs to this key in this frame."""
+    return f.once(key, lambda: torch.zeros(rows, value.channels, dtype=torch.float64))
 
 
 def _add_result(f: Binder, param: Tensor, grad: Tensor) -> None:
@@ -210,7 +235,15 @@ def _add_result(f: Binder, param: Tensor, grad: Tensor) -> None:
 
 @dataclass(eq=False)
 class Normalise(Op):
-    """``out = f(norm(y) [+ second(y2)] [+ residual])``, where f is ReLU or nothing."""
+    """``out = f(norm(y) [+ second(y2)] [+ residual])``, where f is ReLU or nothing.
+
+    Args:
+        norm, second: The BatchNorms of ``y`` and of ``y2``.
+        out: The output.
+        residual: Another value that is added.
+        relu: A ReLU follows.
+
+    """
 
     norm: Norm
     out: Value
@@ -235,20 +268,20 @@ class Normalise(Op):
 
     @property
     def _is_simple(self) -> bool:
-        """Whether ``out`` follows from ``y`` alone."""
+        """Whether ``out`` depends on ``y`` alone."""
         return self.second is None and self.residual is None
 
     def forward(self, tape: Tape) -> None:
-        self.norm.write_fold(tape, None)
+        self.norm.write_fold(tape, self, None)
         if self.second is not None:
-            self.second.write_fold(tape, self.norm)
+            self.second.write_fold(tape, self, self.norm)
         self._apply(tape, tape.value(self.out))
 
-    def again(self, tape: Tape) -> Slot:
-        # One multiply-add and a ReLU on what the way back reads anyway: cheaper than to write the
-        # result to memory and to read it back, and half of what would be kept.
+    def recompute(self, tape: Tape) -> Slot:
+        # The backward pass reads `y` anyway. A multiply-add and a ReLU cost less than to write the
+        # result to memory and to read it again, and half of the memory is saved.
         if not self._is_simple:
-            return super().again(tape)
+            return super().recompute(tape)
         out = tape.new(self.out, self.out.halo)
         self._apply(tape, out)
         return out
@@ -260,23 +293,27 @@ class Normalise(Op):
         if self.residual is not None:
             slots["residual"] = tape.value(self.residual)
 
-        def bind(f: Binder) -> Any:
+        def bind(f: Binder) -> Call:
             buffers = {name: f.buffer(slot) for name, slot in slots.items()}
             y, out = buffers.pop("y"), buffers.pop("out")
             first, last = self.norm.fold(f), self.norms[-1].fold(f)
             more: dict[str, Any] = dict(buffers)
             if self.second is not None:
                 more["scale2"] = last.scale
-            return f.backend.bind("norm", y, first.scale, last.offset, out, relu=self.relu, **more)
+            return f.backend.bind(
+                f.backend.norm, y, first.scale, last.offset, out, relu=self.relu, **more
+            )
 
-        tape.do(bind, *slots.values())
+        tape.do(self, bind, *slots.values())
 
     def backward(self, tape: Tape) -> None:
         grad, y = tape.grad(self.out), tape.value(self.norm.y)
         y2 = None if self.second is None else tape.value(self.second.y)
-        # The residual's gradient is that of the sum: stored over the gradient of `out`, once.
+        # The residual receives the masked gradient unchanged, so `norm_reduce` stores it in place
+        # of the gradient of `out`.
         store = self.residual is not None and tape.needs(self.residual) and self.relu
-        # Where the ReLU passed: what went into it says so, if that was only `y`, and saves reading.
+        # The ReLU's mask is read from `out`. If `out` depends on `y` alone, the mask is recomputed
+        # from `y`, which is read anyway.
         out = tape.value(self.out) if self.relu and not self._is_simple else None
         used = [s for s in (grad, out, y, y2) if s is not None]
 
@@ -289,9 +326,9 @@ class Normalise(Op):
         def sums_in(f: Binder) -> Tensor:
             return _sums(f, self, 3, self.out)
 
-        def reduce(f: Binder) -> Any:
+        def reduce(f: Binder) -> Call:
             return f.backend.bind(
-                "norm_reduce",
+                f.backend.norm_reduce,
                 f.buffer(grad),
                 f.buffer(y),
                 self.norm.fold(f).mean,
@@ -302,16 +339,18 @@ class Normalise(Op):
                 **mask(f),
             )
 
-        tape.do(reduce, *used)
-        tape.do(lambda f: self.norm.unfold(f, f.buffer(y), sums_in(f), False), y, alone=True)
+        tape.do(self, reduce, *used)
+        tape.do(self, lambda f: self.norm.unfold(f, f.buffer(y), sums_in(f), False), y, alone=True)
         if self.second is not None and y2 is not None:
             second = self.second
-            tape.do(lambda f: second.unfold(f, f.buffer(y2), sums_in(f), True), y2, alone=True)
+            tape.do(
+                self, lambda f: second.unfold(f, f.buffer(y2), sums_in(f), True), y2, alone=True
+            )
 
-        dy, give_y = _target(tape, self.norm.y)
-        dy2, give_y2 = (None, None) if self.second is None else _target(tape, self.second.y)
+        dy, give_y = _share(tape, self, self.norm.y)
+        dy2, give_y2 = (None, None) if self.second is None else _share(tape, self, self.second.y)
 
-        def apply(f: Binder) -> Any:
+        def apply(f: Binder) -> Call:
             fold = self.norm.fold(f)
             more: dict[str, Any] = {}
             if self.second is not None and y2 is not None and dy2 is not None:
@@ -319,7 +358,7 @@ class Normalise(Op):
                 more = {"y2": f.buffer(y2), "dy2": f.buffer(dy2)}
                 more |= {"a2": other.a, "b2": other.b, "c2": other.c}
             return f.backend.bind(
-                "norm_grad",
+                f.backend.norm_grad,
                 f.buffer(grad),
                 f.buffer(y),
                 fold.a,
@@ -330,27 +369,27 @@ class Normalise(Op):
                 **more,
             )
 
-        tape.do(apply, *used, dy, *(() if dy2 is None else (dy2,)))
+        tape.do(self, apply, *used, dy, *(() if dy2 is None else (dy2,)))
         give_y()
         if give_y2 is not None:
             give_y2()
         if self.residual is not None and tape.needs(self.residual):
-            tape.give(tape.release(self.out), self.residual)
+            tape.give(self, tape.release(self.out), self.residual)
 
 
 def _optional(f: Binder, slot: Slot | None) -> Buffer | None:
     return None if slot is None else f.buffer(slot)
 
 
-def _target(tape: Tape, value: Value) -> tuple[Slot, Callable[[], None]]:
-    """Return a slot to write a share of a value's gradient into, and what then adds it.
+def _share(tape: Tape, op: Op, value: Value) -> tuple[Slot, Callable[[], None]]:
+    """Return a slot for a share of a value's gradient, and a function that then adds the share.
 
     The first share is written in place.
     """
     if not tape.has_grad(value):
         return tape.grad(value), lambda: None
     share = tape.new(value, value.grad_halo)
-    return share, lambda: tape.give(share, value)
+    return share, lambda: tape.give(op, share, value)
 
 
 # --- between layers -------------------------------------------------------------------------------
@@ -358,7 +397,7 @@ def _target(tape: Tape, value: Value) -> tuple[Slot, Callable[[], None]]:
 
 @dataclass(eq=False)
 class Relu(Op):
-    """A ReLU that stands alone."""
+    """A ReLU that is not part of a ``Normalise``."""
 
     x: Value
     out: Value
@@ -369,17 +408,12 @@ class Relu(Op):
 
     def forward(self, tape: Tape) -> None:
         x, out = tape.value(self.x), tape.value(self.out)
-        tape.do(lambda f: f.backend.bind("relu", f.buffer(x), f.buffer(out)), x, out)
+        _pointwise(tape, self, "relu", x, out=out)
 
     def backward(self, tape: Tape) -> None:
         grad, out = tape.grad(self.out), tape.value(self.out)
-        dx, give = _target(tape, self.x)
-        tape.do(
-            lambda f: f.backend.bind("relu_grad", f.buffer(grad), f.buffer(out), f.buffer(dx)),
-            grad,
-            out,
-            dx,
-        )
+        dx, give = _share(tape, self, self.x)
+        _pointwise(tape, self, "relu_grad", grad, out, out=dx)
         give()
 
 
@@ -397,18 +431,18 @@ class Add(Op):
 
     def forward(self, tape: Tape) -> None:
         x, y, out = (tape.value(v) for v in (self.x, self.y, self.out))
-        tape.do(lambda f: f.backend.bind("add", f.buffer(x), f.buffer(y), f.buffer(out)), x, y, out)
+        _pointwise(tape, self, "add", x, y, out=out)
 
     def backward(self, tape: Tape) -> None:
         grad = tape.release(self.out)
-        wanted = [value for value in (self.x, self.y) if tape.needs(value)]
-        # Copies first: the last one may take over the memory, and then adds to it.
-        for value in wanted[:-1]:
+        needed = [value for value in (self.x, self.y) if tape.needs(value)]
+        # Copies come first: the last share may take over the memory of `grad`, and then add to it.
+        for value in needed[:-1]:
             if not tape.has_grad(value):
-                tape.copy(grad, tape.grad(value))
+                tape.copy(self, grad, tape.grad(value))
             else:
-                tape.give(grad, value)
-        tape.give(grad, wanted[-1])
+                tape.give(self, grad, value)
+        tape.give(self, grad, needed[-1])
 
 
 @dataclass(eq=False)
@@ -434,16 +468,27 @@ class Pool(Op):
 
     def forward(self, tape: Tape) -> None:
         x, out = tape.value(self.x), tape.value(self.out)
-        name, settings = f"{self.spec.kind}_pool", self._settings()
-        tape.do(lambda f: f.backend.bind(name, f.buffer(x), f.buffer(out), **settings), x, out)
+        settings = self._settings()
+
+        def pool(f: Binder) -> Call:
+            kernel = f.backend.max_pool if self.spec.kind == "max" else f.backend.avg_pool
+            return f.backend.bind(kernel, f.buffer(x), f.buffer(out), **settings)
+
+        tape.do(self, pool, x, out)
 
     def backward(self, tape: Tape) -> None:
         grad = tape.grad(self.out)
         x, out = tape.value(self.x), tape.value(self.out)
-        dx, give = _target(tape, self.x)
-        slots = (x, out, grad, dx) if self.spec.kind == "max" else (grad, dx)
-        name, settings = f"{self.spec.kind}_pool_grad", self._settings()
-        tape.do(lambda f: f.backend.bind(name, *map(f.buffer, slots), **settings), *slots)
+        dx, give = _share(tape, self, self.x)
+        settings = self._settings()
+
+        def pool_grad(f: Binder) -> Call:
+            b, dy, to = f.backend, f.buffer(grad), f.buffer(dx)
+            if self.spec.kind == "max":
+                return b.bind(b.max_pool_grad, f.buffer(x), f.buffer(out), dy, to, **settings)
+            return b.bind(b.avg_pool_grad, dy, to, **settings)
+
+        tape.do(self, pool_grad, *((x, out) if self.spec.kind == "max" else ()), grad, dx)
         give()
 
 
@@ -460,27 +505,38 @@ class Activation(Op):
         return (self.x,)
 
     def forward(self, tape: Tape) -> None:
-        self._apply(tape, tape.value(self.x), tape.value(self.out))
+        _pointwise(tape, self, self.spec.kernel, tape.value(self.x), out=tape.value(self.out))
 
-    def again(self, tape: Tape) -> Slot:
-        # An exponential is dearer than a multiply-add, but the way back reads `x` anyway, and this
-        # is half of what would be kept.
-        x, out = tape.value_again(self.x), tape.new(self.out, self.out.halo)
-        self._apply(tape, x, out)
+    def recompute(self, tape: Tape) -> Slot:
+        # An exponential costs more than a multiply-add. But the backward pass reads `x` anyway, and
+        # half of the memory is saved.
+        x, out = tape.value_in_backward(self.x), tape.new(self.out, self.out.halo)
+        _pointwise(tape, self, self.spec.kernel, x, out=out)
         return out
 
-    def _apply(self, tape: Tape, x: Slot, out: Slot) -> None:
-        name = self.spec.kernel
-        tape.do(lambda f: f.backend.bind(name, f.buffer(x), f.buffer(out)), x, out)
-
     def backward(self, tape: Tape) -> None:
-        grad, x = tape.release(self.out), tape.value_again(self.x)
-        dx, give = _target(tape, self.x) if grad.halo != self.x.grad_halo else (grad, None)
-        name = f"{self.spec.kernel}_grad"
-        tape.do(
-            lambda f: f.backend.bind(name, f.buffer(grad), f.buffer(x), f.buffer(dx)), grad, x, dx
-        )
-        if give is None:  # in place
-            tape.give(grad, self.x)
+        grad, x = tape.release(self.out), tape.value_in_backward(self.x)
+        in_place = grad.halo == self.x.grad_halo
+        dx, give = (grad, None) if in_place else _share(tape, self, self.x)
+        _pointwise(tape, self, _GRADIENTS[self.spec.kernel], grad, x, out=dx)
+        if give is None:
+            tape.give(self, grad, self.x)
         else:
             give()
+
+
+_GRADIENTS: dict[str, Pointwise] = {
+    "gelu": "gelu_grad",
+    "gelu_tanh": "gelu_tanh_grad",
+    "silu": "silu_grad",
+}
+
+
+def _pointwise(tape: Tape, op: Op, kernel: Pointwise, *inputs: Slot, out: Slot) -> None:
+    """Append an instruction that runs a pointwise kernel."""
+
+    def bind(f: Binder) -> Call:
+        buffers = map(f.buffer, inputs)
+        return f.backend.bind(f.backend.pointwise, kernel, *buffers, out=f.buffer(out))
+
+    tape.do(op, bind, *inputs, out)

@@ -1,13 +1,13 @@
-"""Where the time of the runs of layers goes: by layer, way, and kernel.
+"""Where the time of the segments goes: by layer, pass, and kernel.
 
-A profile gives the runs other kernels for a while, which compute the same, bit for bit, and look at
-the clock around every call. Without one, nothing is counted and nothing is slower.
+While a profile is active, the segments use kernels that compute bitwise the same and time every
+call. Without a profile nothing is timed, and nothing is slower.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acdc.engine.contract import KernelPlan, Kernels, Step
 from acdc.engine.layout import Buffer
-from acdc.engine.native import Call, Native, Plan
-from acdc.engine.operations import Conv, Normalise, Op
+from acdc.engine.native import Native, NativeCall, NativePlan
+from acdc.engine.operations import Conv, Normalise
 from acdc.engine.segment import Segment
+from acdc.engine.tape import Op, Origin
 
 CONVERSIONS = "conversions"
 LISTS = "lists"
@@ -26,15 +28,15 @@ LISTS = "lists"
 
 @dataclass
 class Timing:
-    """What one kernel took for one layer, on one way.
+    """The time of one kernel for one layer, in one pass.
 
     Args:
-        layer: Name of the module; ``conversions`` at the ends of runs; or, without a module, what
-            the operation is.
-        backward: Whether this was on the way back.
-        kernel: Its row in the kernel table, or ``refresh``: values copied into index lists.
-        ms: Milliseconds; where threads go through blocks, the mean of what each of them took.
-        calls: How many times a run called it.
+        layer: Name of the module; ``conversions`` at the ends of segments; ``lists``; or, without a
+            module, the kind of the operation.
+        backward: Whether this was in the backward pass.
+        kernel: The row in the kernel table, or ``refresh``: values copied into index lists.
+        ms: Milliseconds. Where threads go block by block, this is the mean over the threads.
+        calls: How many times it was called.
         multiply_adds: Of kept weights.
 
     """
@@ -48,16 +50,16 @@ class Timing:
 
     @property
     def gflops(self) -> float:
-        """10^9 operations a second on kept weights; a multiply-add is two."""
+        """10^9 operations per second on kept weights; a multiply-add is two."""
         return 2e-6 * self.multiply_adds / self.ms if self.ms else 0.0
 
 
 class Profile:
-    """What was counted so far.
+    """The times so far.
 
     Attributes:
-        waiting_ms: What threads waited for each other where they go through blocks, on average.
-        runs_ms: All that passed inside of runs.
+        waiting_ms: The mean time that threads waited for each other at the ends of groups.
+        segments_ms: The total time inside segments.
 
     """
 
@@ -67,22 +69,22 @@ class Profile:
         self._names: dict[Op, str] = {}
         self._kept: dict[Op, int] = {}
         self.waiting_ms = 0.0
-        self.runs_ms = 0.0
+        self.segments_ms = 0.0
 
     @property
     def rows(self) -> list[Timing]:
-        """Everything but waiting, in the order in which it came first."""
+        """All times except waiting, in the order in which they first occurred."""
         return list(self._rows.values())
 
     def clear(self) -> None:
-        """Forget what was counted: the first step had to get its buffers."""
+        """Forget all times: the first step allocates its buffers."""
         self._rows.clear()
-        self.waiting_ms = self.runs_ms = 0.0
+        self.waiting_ms = self.segments_ms = 0.0
 
     @property
     def rest_ms(self) -> float:
-        """What passed inside of runs, and no row has: Python, autograd, memory for gradients."""
-        return self.runs_ms - self.waiting_ms - sum(row.ms for row in self._rows.values())
+        """The time inside segments that no row has: Python, autograd, memory for gradients."""
+        return self.segments_ms - self.waiting_ms - sum(row.ms for row in self._rows.values())
 
     def add(
         self, layer: str, backward: bool, kernel: str, ms: float, multiply_adds: int = 0
@@ -94,27 +96,28 @@ class Profile:
         row.calls += 1
         row.multiply_adds += multiply_adds
 
-    def add_sequence(self, calls: Sequence[Call], seconds: Tensor, wall: float) -> None:
+    def add_sequence(self, steps: Sequence[Step], seconds: Tensor, wall: float) -> None:
         """Count a sequence.
 
         Args:
-            calls: Its calls.
+            steps: Its compiled calls.
             seconds: float64 ``[1 + threads, calls]``, as the kernels fill it.
             wall: Seconds of all of it.
 
         """
         each = seconds[0] + seconds[1:].mean(0)
-        for call, took in zip(calls, each.tolist(), strict=True):
-            assert call.origin is not None
-            op, backward = call.origin
-            ops = self._multiply_adds(op, call)
-            self.add(self._names[op], backward, call.kernel, 1e3 * took, ops)
+        for step, took in zip(steps, each.tolist(), strict=True):
+            call, origin = step.call, step.origin
+            assert isinstance(call, NativeCall)
+            assert isinstance(origin, Origin)
+            ops = self._multiply_adds(origin.op, call)
+            self.add(self._names[origin.op], origin.backward, call.kernel, 1e3 * took, ops)
         self.waiting_ms += 1e3 * (wall - float(each.sum()))
 
-    def know(self, segment: Segment) -> None:
-        """Note what the operations of a run are called, and how many weights their layers keep."""
+    def include(self, segment: Segment) -> None:
+        """Note the names of a segment's operations, and how many weights its layers keep."""
         self._names |= {op: self._name_of(op) for op in segment.program.ops}
-        self._kept |= {conv: plan.nnz for conv, plan in segment.plans.items()}
+        self._kept |= {op: plan.nnz for op, plan in segment.plans.items()}
 
     def _name_of(self, op: Op) -> str:
         if isinstance(op, Conv):
@@ -123,23 +126,23 @@ class Profile:
             module = op.norm.module
         else:
             return type(op).__name__.lower()
-        weight = getattr(module, "weight", None)  # a layer that stands alone is a twin
+        weight = getattr(module, "weight", None)  # the module of a single layer is a copy
         for name, other in self._model.named_modules():
             if other is module or (weight is not None and getattr(other, "weight", None) is weight):
                 return name or type(other).__name__
         return type(module).__name__
 
-    def _multiply_adds(self, op: Op, call: Call) -> int:
+    def _multiply_adds(self, op: Op, call: NativeCall) -> int:
         if call.kernel not in ("conv", "weight_grad"):
             return 0
         pixels = 1 if op.out.tokens else op.out.height * op.out.width
         return int(self._kept[op] * call.args.x.samples * pixels)
 
 
-class _TimedPlan(Plan):
-    """The same index lists, whose refreshing is counted."""
+class _TimedPlan(NativePlan):
+    """The same index lists; refreshing them is timed."""
 
-    def __init__(self, plain: Plan, profile: Profile) -> None:
+    def __init__(self, plain: KernelPlan, profile: Profile) -> None:
         vars(self).update(vars(plain))
         self.plain, self._profile = plain, profile
 
@@ -150,23 +153,22 @@ class _TimedPlan(Plan):
         self._profile.add(LISTS, False, "refresh", 1e3 * (time.perf_counter() - began))
 
 
-class _Timed(Native):
-    """The same kernels, counted."""
+class _TimedNative(Native):
+    """The same kernels, timed."""
 
-    def __init__(self, plain: Native, profile: Profile) -> None:
+    def __init__(self, plain: Kernels, profile: Profile) -> None:
         super().__init__(plain.isa)
         self._profile = profile
         self._backward, self._began = False, 0.0
 
-    def sequence(self, calls: Sequence[Call], alone: Sequence[bool]) -> Callable[..., None]:
-        """Return bound calls as one."""
-        plain = super().sequence(calls, alone)
+    def _compiled_sequence(self, steps: Sequence[Step]) -> Callable[..., None]:
+        plain = super()._compiled_sequence(steps)
 
         def run(blocks: int, threads: int) -> None:
-            seconds = torch.zeros(1 + threads, len(calls), dtype=torch.float64)
+            seconds = torch.zeros(1 + threads, len(steps), dtype=torch.float64)
             began = time.perf_counter()
             plain(blocks, threads, seconds)
-            self._profile.add_sequence(calls, seconds, time.perf_counter() - began)
+            self._profile.add_sequence(steps, seconds, time.perf_counter() - began)
 
         return run
 
@@ -188,7 +190,7 @@ class _Timed(Native):
         self._profile.add(CONVERSIONS, self._backward, kernel, ms)
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the forward of a run, which counts all that passes in it, on both ways."""
+        """Return the forward of a segment, with both passes timed as a whole."""
 
         def run(*inputs: Tensor) -> Any:
             self._enter(False)
@@ -206,19 +208,17 @@ class _Timed(Native):
         self._backward, self._began = backward, time.perf_counter()
 
     def _leave(self) -> None:
-        self._profile.runs_ms += 1e3 * (time.perf_counter() - self._began)
+        self._profile.segments_ms += 1e3 * (time.perf_counter() - self._began)
 
 
 @contextmanager
 def profiled(segments: Iterable[Segment], profile: Profile) -> Iterator[None]:
-    """Count what these runs do; they get fresh buffers at both ends."""
+    """Time these segments inside this context. They get new buffers at its start and its end."""
     chosen = [(segment, segment.backend) for segment in segments]
     for segment, plain in chosen:
-        profile.know(segment)
-        timed = segment.backend = _Timed(plain, profile)
-        plans = {conv: _TimedPlan(plan, profile) for conv, plan in segment.plans.items()}
-        segment.stop()
-        segment.start(plans, segment.written)
+        profile.include(segment)
+        timed = segment.backend = _TimedNative(plain, profile)
+        _restart(segment, {op: _TimedPlan(plan, profile) for op, plan in segment.plans.items()})
         segment.forward = timed.around(segment.forward)  # type: ignore[method-assign]
     try:
         yield
@@ -226,6 +226,13 @@ def profiled(segments: Iterable[Segment], profile: Profile) -> Iterator[None]:
         for segment, plain in chosen:
             del segment.forward
             segment.backend = plain
-            plans = {conv: getattr(p, "plain", p) for conv, p in segment.plans.items()}
-            segment.stop()
-            segment.start(plans, segment.written)
+            _restart(segment, {op: _plain(plan) for op, plan in segment.plans.items()})
+
+
+def _restart(segment: Segment, plans: Mapping[Op, KernelPlan]) -> None:
+    segment.stop()
+    segment.start(plans, segment.written)
+
+
+def _plain(plan: KernelPlan) -> KernelPlan:
+    return plan.plain if isinstance(plan, _TimedPlan) else plan

@@ -1,42 +1,80 @@
-"""A program written out as instructions, forward and backward, on buffers that share memory.
+"""The operations of a segment written out as instructions, forward and backward, on shared buffers.
 
-A *slot* is a buffer that a tape asks for, alive from its first to its last instruction; a frame
-(``acdc.engine.segment``) gives the slots memory and binds the instructions to it.
+A *tape* is the list of instructions that the operations write, and the *slots* that the
+instructions use. A slot stands for a buffer, and is alive from its first to its last instruction. A
+frame (``acdc.engine.memory``) gives memory to the slots and binds the instructions to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from acdc.engine.contract import Call, KernelPlan, Kernels, WeightGradCall
 from acdc.engine.layout import Buffer, Shape
 
-if TYPE_CHECKING:
-    from acdc.engine.lowering import Program
-    from acdc.engine.operations import Conv, Op
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class Value:
-    """A tensor between two operations, without its batch size."""
+    """A tensor between two operations, without its batch size.
+
+    Args:
+        channels, height, width, tokens, dtype: As in ``acdc.engine.layout.Shape``.
+        halo: The halo that its readers need.
+        grad_halo: The halo that its maker needs of its gradient.
+
+    """
 
     channels: int
     height: int
     width: int
     tokens: bool
     dtype: torch.dtype
-    halo: int = 0  # what those who read it need
-    grad_halo: int = 0  # what the one who made it needs of its gradient
+    halo: int = 0
+    grad_halo: int = 0
 
     def shape(self, samples: int, lanes: int, halo: int) -> Shape:
         """Return the shape of a buffer for it."""
         return Shape(
             samples, self.channels, self.height, self.width, lanes, halo, self.tokens, self.dtype
         )
+
+
+class Op(ABC):
+    """An operation. It writes its forward and its backward pass onto a tape."""
+
+    out: Value
+
+    @property
+    @abstractmethod
+    def reads(self) -> tuple[Value, ...]:
+        """The inputs."""
+
+    def params(self) -> tuple[Tensor, ...]:
+        """Return the parameters that may take a gradient."""
+        return ()
+
+    @abstractmethod
+    def forward(self, tape: Tape) -> None:
+        """Append the instructions that compute ``out``."""
+
+    def recompute(self, tape: Tape) -> Slot:
+        """Return the slot of ``out`` for the backward pass.
+
+        An operation may compute ``out`` a second time, where that costs less than to keep it.
+        """
+        return tape.value(self.out)
+
+    @abstractmethod
+    def backward(self, tape: Tape) -> None:
+        """Append the instructions that turn the gradient of ``out`` into those of the inputs."""
 
 
 @dataclass(eq=False)
@@ -46,8 +84,9 @@ class Slot:
     Args:
         value: What it holds.
         halo: Its halo.
-        first, last: The instructions of its life, counted through the tape; the turn counts as one.
-        groups: Those that use it; None stands for both ends of the tape.
+        first, last: Its first and its last instruction, counted over the whole tape. The boundary
+            between the forward and the backward pass counts as one.
+        groups: The groups of instructions that use it. None stands for the ends of the tape.
 
     """
 
@@ -58,130 +97,158 @@ class Slot:
     groups: set[int | None] = field(default_factory=set)
 
     @property
-    def is_passing(self) -> bool:
-        """Whether only one group knows it: block by block, one block for each thread will do."""
+    def is_transient(self) -> bool:
+        """Whether a single group uses it. Going block by block, one block per thread is enough."""
         return len(self.groups) == 1 and None not in self.groups
 
 
 class Binder(Protocol):
-    """What an instruction is bound to: memory for every slot, and a place for small numbers."""
+    """What an instruction is bound to: the kernels, and memory for every slot.
 
-    backend: Any
-    results: dict[int, Tensor]  # the gradients of parameters, by id
-    before: list[Call]  # what runs before the way forward
-    after: list[Call]  # what runs after the way back
-    targets: list[tuple[Any, Tensor]]  # calls of weight gradients, and whose they are
+    Attributes:
+        backend: The kernels.
+        results: The gradients of parameters, by the id of the parameter.
+        before: The calls that run before the forward pass.
+        after: The calls that run after the backward pass.
+        targets: The calls of weight gradients, each with its weight.
+
+    """
+
+    backend: Kernels
+    results: dict[int, Tensor]
+    before: list[Call]
+    after: list[Call]
+    targets: list[tuple[WeightGradCall, Tensor]]
 
     def buffer(self, slot: Slot) -> Buffer:
         """Return the memory of a slot."""
 
-    def plan(self, conv: Conv) -> Any:
-        """Return the index lists of a convolution."""
+    def plan(self, op: Op) -> KernelPlan:
+        """Return the index lists of a layer."""
 
-    def numbers(self, owner: object, make: Callable[[], Any]) -> Any:
-        """Return what ``make`` made for ``owner`` the first time."""
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Return what ``make`` returned for this key the first time."""
 
 
-Call = Callable[[], object]
 Bind = Callable[[Binder], Call]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The operation that an instruction is a part of, and whether it is in the backward pass."""
+
+    op: Op
+    backward: bool
+
+
+@dataclass(frozen=True)
 class Instruction:
-    """What binds a call, and whether that needs what all blocks left behind.
+    """A call that is not bound to memory yet.
 
     Args:
-        bind, alone: These.
-        origin: The operation it is a part of, and whether it is on the way back.
+        bind: Binds it.
+        alone: It needs the results of all blocks.
+        origin: What it is a part of.
 
     """
 
     bind: Bind
     alone: bool
-    origin: tuple[Op, bool]
+    origin: Origin
 
 
 @dataclass(frozen=True)
-class Wants:
-    """What the way back has to give: the ids of parameters, and which of the inputs."""
+class GradientRequest:
+    """The gradients that a backward pass computes: of these parameters, by id, and inputs."""
 
     params: frozenset[int]
     inputs: tuple[bool, ...]
 
 
 class Tape:
-    """The instructions of a program, and the slots that they use.
+    """The instructions of a segment, and the slots that they use.
 
     Args:
-        program: What to write out.
-        wants: What the way back gives; None if there is none, and nothing is kept for it.
+        ops: The operations in order.
+        inputs, outputs: The values at both ends.
+        request: What the backward pass computes. None if there is no backward pass; then nothing is
+            kept for it.
 
     """
 
-    def __init__(self, program: Program, wants: Wants | None) -> None:
-        self.program, self.wants = program, wants
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        request: GradientRequest | None,
+    ) -> None:
+        self.request = request
         self.forward: list[Instruction] = []
         self.backward: list[Instruction] = []
         self.slots: list[Slot] = []
-        self._now = self.forward
-        self._op: Op
+        self._now = self.forward  # the list that `do` appends to
         self._values: dict[Value, Slot] = {}
         self._grads: dict[Value, Slot] = {}
         self._needed: set[Value] = set()
-        self._group = 0  # of instructions between two that stand alone
-        self._makers = {op.out: op for op in program.ops}
-        self._again: dict[tuple[Value, int], Slot] = {}
+        self._group = 0  # the number of the group between two instructions that stand alone
+        self._recomputable = {op.out: op for op in ops if op.out not in outputs}
+        self._recomputed: dict[tuple[Value, int], Slot] = {}
 
-        self.inputs = [self.value(value) for value in program.inputs]
+        self.inputs = [self.value(value) for value in inputs]
         self._touch(None, *self.inputs)
-        for op in program.ops:
-            self._op = op
+        for op in ops:
             op.forward(self)
-        self.outputs = [self.value(value) for value in program.outputs]
+        self.outputs = [self.value(value) for value in outputs]
         self._touch(None, *self.outputs)
         self.output_grads: list[Slot] = []
         self.input_grads: list[Slot | None] = []
-        if wants is not None:
-            self._write_backward(wants)
+        if request is not None:
+            self._write_backward(ops, inputs, outputs, request)
 
-    def _write_backward(self, wants: Wants) -> None:
-        program = self.program
+    def _write_backward(
+        self,
+        ops: Sequence[Op],
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        request: GradientRequest,
+    ) -> None:
         self._now = self.backward
         self._group += 1
-        self._needed = {v for v, want in zip(program.inputs, wants.inputs, strict=True) if want}
-        for op in program.ops:
+        self._needed = {v for v, asked in zip(inputs, request.inputs, strict=True) if asked}
+        for op in ops:
             if self._needed.intersection(op.reads) or any(map(self.takes, op.params())):
                 self._needed.add(op.out)
-        self.output_grads = [self.grad(value) for value in program.outputs]
+        self.output_grads = [self.grad(value) for value in outputs]
         self._touch(None, *self.output_grads)
-        for op in reversed(program.ops):
+        for op in reversed(ops):
             if op.out in self._grads and op.out in self._needed:
-                self._op = op
                 op.backward(self)
         self.input_grads = [
-            self._grads.get(value) if want else None
-            for value, want in zip(program.inputs, wants.inputs, strict=True)
+            self._grads.get(value) if asked else None
+            for value, asked in zip(inputs, request.inputs, strict=True)
         ]
         self._touch(None, *(slot for slot in self.input_grads if slot is not None))
 
     # --- for operations ---------------------------------------------------------------------------
 
     @property
-    def keeps(self) -> bool:
-        """Whether there is a way back."""
-        return self.wants is not None
+    def has_backward(self) -> bool:
+        """Whether there is a backward pass."""
+        return self.request is not None
 
     def is_kept(self, slot: Slot) -> bool:
-        """Return whether a slot lives on from the way forward to the way back."""
+        """Return whether a slot must survive from the forward to the backward pass."""
         return slot.first <= len(self.forward) < slot.last
 
-    def do(self, bind: Bind, *slots: Slot, alone: bool = False) -> None:
-        """Append an instruction that uses these slots.
+    def do(self, op: Op, bind: Bind, *slots: Slot, alone: bool = False) -> None:
+        """Append an instruction of this operation that uses these slots.
 
-        The others go block by block; one that stands alone comes when all blocks are done.
+        An instruction that stands alone runs when all blocks are done. The others may run block by
+        block.
         """
         self._group += alone
-        self._now.append(Instruction(bind, alone, (self._op, self._now is self.backward)))
+        self._now.append(Instruction(bind, alone, Origin(op, self._now is self.backward)))
         self._touch(self._group, *slots)
         self._group += alone
 
@@ -191,17 +258,15 @@ class Tape:
             self._values[value] = self.new(value, value.halo)
         return self._values[value]
 
-    def value_again(self, value: Value) -> Slot:
-        """Return the slot of a value on the way back: as it was kept, or made again just now."""
-        maker = self._makers.get(value)
-        if maker is None or value in self.program.outputs:
+    def value_in_backward(self, value: Value) -> Slot:
+        """Return the slot of a value in the backward pass: kept, or recomputed in this group."""
+        maker = self._recomputable.get(value)
+        if maker is None:
             return self.value(value)
         key = (value, self._group)
-        if key not in self._again:
-            reader, self._op = self._op, maker
-            self._again[key] = maker.again(self)
-            self._op = reader
-        return self._again[key]
+        if key not in self._recomputed:
+            self._recomputed[key] = maker.recompute(self)
+        return self._recomputed[key]
 
     def grad(self, value: Value) -> Slot:
         """Return the slot of a value's gradient."""
@@ -215,45 +280,49 @@ class Tape:
         return self.slots[-1]
 
     def needs(self, value: Value) -> bool:
-        """Return whether the gradient of a value is wanted."""
+        """Return whether the gradient of a value is needed."""
         return value in self._needed
 
     def takes(self, param: Tensor | None) -> bool:
         """Return whether a parameter takes a gradient."""
-        return param is not None and self.wants is not None and id(param) in self.wants.params
+        return param is not None and self.request is not None and id(param) in self.request.params
 
     def has_grad(self, value: Value) -> bool:
-        """Return whether something is in a value's gradient already."""
+        """Return whether a value's gradient has a share already."""
         return value in self._grads
 
-    def give(self, slot: Slot, value: Value) -> None:
-        """Add what a slot holds to the gradient of a value; the slot is not written any more."""
+    def give(self, op: Op, slot: Slot, value: Value) -> None:
+        """Add the contents of a slot to the gradient of a value. The slot must not change later."""
         if self.has_grad(value):
             total = self.grad(value)
             self.do(
-                lambda f: f.backend.bind("add", f.buffer(total), f.buffer(slot), f.buffer(total)),
+                op,
+                lambda f: f.backend.bind(
+                    f.backend.pointwise, "add", f.buffer(total), f.buffer(slot), out=f.buffer(total)
+                ),
                 total,
                 slot,
             )
         elif slot.halo == value.grad_halo and slot not in self._grads.values():
             self._grads[value] = slot
         else:
-            self.copy(slot, self.grad(value))
+            self.copy(op, slot, self.grad(value))
 
     def release(self, value: Value) -> Slot:
-        """Return the slot of a gradient that is complete and that nobody else reads: its memory may
-        go to the gradient of another value.
+        """Return the slot of a complete gradient that nothing else reads.
+
+        Its memory may become the gradient of another value.
         """
         return self._grads.pop(value)
 
-    def copy(self, source: Slot, target: Slot) -> None:
+    def copy(self, op: Op, source: Slot, target: Slot) -> None:
         """Append a copy from slot to slot."""
 
         def bind(f: Binder) -> Call:
             pixels, into = f.buffer(source).pixels(), f.buffer(target).pixels()
             return lambda: into.copy_(pixels)
 
-        self.do(bind, source, target, alone=True)
+        self.do(op, bind, source, target, alone=True)
 
     def _touch(self, group: int | None, *slots: Slot) -> None:
         now = len(self.forward)

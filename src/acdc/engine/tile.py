@@ -1,4 +1,4 @@
-"""How a pass over a sparse layer is cut: by a rule that was found by measuring, see
+"""How a pass over a sparse layer is cut into tiles. The rule was found by measuring; see
 ``docs/engine.md``.
 """
 
@@ -7,20 +7,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from acdc.engine.geometry import ConvGeometry, Pair
+from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.layout import Shape
 
-# What a panel may take of the first-level cache: all of it, in most machines.
+# A panel may fill the first-level cache, which has this size in most machines.
 PANEL_BYTES = 32 * 1024
-# With fewer kept weights in a row, the row itself (its sums in and out of memory) costs as much.
+# With fewer kept weights in a row, loading and storing the row's sums costs as much as the row.
 SHORT_ROW = 12
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The register tile in output pixels, and the panel: the channels that are read at a time.
+    """The register tile in output pixels, and the number of channels in a panel.
 
-    The kernels cut a tile that is larger than their registers.
+    A panel is the channels that are read at a time. The kernels shrink a tile that is larger than
+    their registers.
     """
 
     rows: int
@@ -36,8 +37,10 @@ class Tile:
 
     @staticmethod
     def input_grad(geometry: ConvGeometry, x: Shape, density: float) -> Tile:
-        """Return a good tile for the input gradient. With a stride, pixels that far apart are one
-        phase, which sees its part of the filter.
+        """Return a good tile for the input gradient at this density.
+
+        With a stride, the pixels that are a stride apart form a phase. Each phase uses its own part
+        of the filter.
         """
         rows, columns = geometry.stride
         size = (-(-x.height // rows), -(-x.width // columns))
@@ -51,14 +54,15 @@ class Tile:
         return Tile(*pixels, _channels(read, x, kept))
 
     def weight_grad(self, geometry: ConvGeometry) -> Tile:
-        """Return a good tile for the weight gradient, which shares the panels of this one: a larger
-        one, as every kept weight costs a sum over its lanes for each tile.
+        """Return a good tile for the weight gradient, which shares the panels of this tile.
+
+        It is larger, because every kept weight costs one sum over the lanes in each tile.
         """
         return self if geometry.kernel == (1, 1) else Tile(4, self.columns, self.channels)
 
 
-def _pixels(geometry: ConvGeometry, size: Pair, channels: int, lanes: int) -> Pair:
-    """Return a tile of 8 to 12 accumulators: they hide each other's latency."""
+def _pixels(geometry: ConvGeometry, size: Size2, channels: int, lanes: int) -> Size2:
+    """Return a tile of 8 to 12 accumulators, which is enough to hide their latency."""
     height, width = size
     if geometry.kernel == (1, 1):
         fits = [w for w in (8, 7, 6, 5, 4) if width % w == 0]
@@ -69,19 +73,19 @@ def _pixels(geometry: ConvGeometry, size: Pair, channels: int, lanes: int) -> Pa
     return max(1, min(most, height, 12 // columns)), columns
 
 
-def _read(pixels: Pair, step: Pair, taps: Pair, dilation: Pair) -> int:
+def _read(pixels: Size2, step: Size2, taps: Size2, dilation: Size2) -> int:
     """Return how many pixels of a channel a tile reads."""
     sides = zip(pixels, step, taps, dilation, strict=True)
     return math.prod((p - 1) * s + (t - 1) * d + 1 for p, s, t, d in sides)
 
 
 def _channels(read: int, shape: Shape, kept: float) -> int:
-    """Return how many channels fit into a panel, or twice that if a row would be too short.
+    """Return how many channels fit into a panel, or twice as many if rows would be too short.
 
     Args:
-        read: pixels that a tile reads of a channel.
-        shape: of a buffer.
-        kept: weights that a row keeps of a channel, on average.
+        read: How many pixels of a channel a tile reads.
+        shape: The shape of a buffer.
+        kept: How many weights of a channel a row keeps, on average.
 
     """
     fit = PANEL_BYTES // (read * shape.lanes * shape.dtype.itemsize)

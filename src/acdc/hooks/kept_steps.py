@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from acdc.engine.written import LARGE
+from acdc.engine.gradients import LARGE
 from acdc.hooks.steps import closed
 
 # Every element for itself, all state zero at the start: what is done to a vector of some elements

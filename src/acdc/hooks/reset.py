@@ -33,7 +33,7 @@ class StateReset:
         params: The prunable weights by name.
 
     Raises:
-        InputError: The optimizer has no state per parameter.
+        InputError: The optimizer has no state per parameter, or lacks a weight.
     """
 
     def __init__(
@@ -43,6 +43,13 @@ class StateReset:
             raise InputError(
                 "LBFGS keeps one flat history for all parameters, so the state of single weights "
                 "cannot be reset. Use SGD, Adam, AdamW or another optimizer with state per weight."
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if strangers := [name for name, p in params.items() if id(p) not in held]:
+            raise InputError(
+                f"The optimizer does not hold {len(strangers)} of the {len(params)} weights to "
+                f"prune, {strangers[0]!r} first. Build it from the parameters of this very model, "
+                f"after moving the model to its device, and before the sparsifier."
             )
         self.optimizer, self._rule, self._params = optimizer, rule, params
         self._is_checked = False

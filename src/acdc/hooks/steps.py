@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -24,26 +25,42 @@ class Before:
 
 
 class StepHooks:
-    """Calls a function before every step of an optimizer, and one after it.
+    """Calls functions before and after every step of an optimizer.
 
     Args:
         optimizer: The user's.
-        needed: Returns whether ``before`` has something to do in the next step. If not, a closure
-            stays with the optimizer.
-        before: Called with the gradients in place. If it says so, all gradients are hidden from
-            the optimizer, which passes over parameters without a gradient.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        needed: Callable[[], bool],
-        before: Callable[[], Before],
-    ) -> None:
-        self._optimizer, self._needed, self._before = optimizer, needed, before
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
         self._found: Before | None = None
         self._hidden: list[tuple[Tensor, Tensor]] = []
-        self._handles = [optimizer.register_step_pre_hook(self._pre_hook)]
+        self._handles: list[RemovableHandle] = []
+
+    def call_before(self, needed: Callable[[], bool], before: Callable[[], Before]) -> None:
+        """Call ``before`` with the gradients in place, before every step in which it is needed.
+
+        If it says so, all gradients are hidden from the optimizer, which passes over parameters
+        without a gradient. A step in which it is not needed keeps its closure.
+        """
+
+        def pre_hook(
+            _: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
+        ) -> tuple[Any, Any] | None:
+            if not needed():
+                return None
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is not None:
+                args, kwargs = (self._optimizer, closed(closure)), {}
+            self._found = before()
+            if self._found.hide:
+                params = [p for group in self._optimizer.param_groups for p in group["params"]]
+                self._hidden = [(p, p.grad) for p in params if p.grad is not None]
+                for param in params:
+                    param.grad = None
+            return args, kwargs
+
+        self._handles.append(self._optimizer.register_step_pre_hook(pre_hook))
 
     def call_after(self, function: Callable[[bool, Before | None], None]) -> None:
         """Call ``function`` after every step, with whether the step was executed, and with what
@@ -66,22 +83,6 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def _pre_hook(
-        self, _: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, Any] | None:
-        if not self._needed():
-            return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is not None:
-            args, kwargs = (self._optimizer, closed(closure)), {}
-        self._found = self._before()
-        if self._found.hide:
-            params = [p for group in self._optimizer.param_groups for p in group["params"]]
-            self._hidden = [(p, p.grad) for p in params if p.grad is not None]
-            for param in params:
-                param.grad = None
-        return args, kwargs
 
 
 def closed(closure: Callable[[], Any]) -> Callable[[], Any]:

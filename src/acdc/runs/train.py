@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from acdc.errors import InputError
+from acdc.hooks.steps import StepHooks
 from acdc.pair import Pair
 from acdc.runs import checkpoint, events
 from acdc.runs.checkpoint import Progress, check_same
@@ -120,7 +121,7 @@ class _Loop:
         self.run = set_up(recipe, folder, fabric, data)
         self.epoch_ends = set(accumulate(self.run.schedule.steps_per_epoch))
         self.executed = 0  # steps that a GradScaler did not skip
-        self.run.optimizer.register_step_post_hook(self._count)
+        StepHooks(self.run.optimizer).call_after(self._count)
 
     def go(self, command: str, resume: bool) -> dict[str, Any]:
         """Train both legs and return the record."""
@@ -245,8 +246,8 @@ class _Loop:
                 stop,
             )
 
-    def _count(self, *_: Any) -> None:
-        self.executed += 1
+    def _count(self, executed: bool, _: Any) -> None:
+        self.executed += executed
 
     def _after_executed_step(self) -> tuple[Event | None, Clocks]:
         """Evaluate the network at the end of an epoch; then let the sparsifier change its support.

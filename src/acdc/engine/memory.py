@@ -1,0 +1,283 @@
+"""The memory of segments: buffers for the slots of a tape, and the tape's calls bound to them.
+
+Buffers that must survive from the forward to the backward pass belong to an arena. All others come
+from a workspace that the segments of a network share.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from acdc.engine.contract import Call, KernelPlan, Kernels, Step, WeightGradCall
+from acdc.engine.gradients import LARGE
+from acdc.engine.layout import LINE, Buffer, Shape, allocate
+from acdc.engine.native import advise_huge_pages
+from acdc.engine.tape import Instruction, Op, Slot, Tape
+
+T = TypeVar("T")
+
+
+class Workspace:
+    """Memory that the segments of a network share. Only one segment computes at a time.
+
+    It holds what a segment needs within its forward pass or within its backward pass.
+
+    Attributes:
+        lock: Held by the segment that computes.
+
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._buffers: WeakValueDictionary[tuple[Shape, int], Buffer] = WeakValueDictionary()
+        self._scratch: dict[torch.dtype, Tensor] = {}
+        self._gradients: dict[int, Tensor] = {}  # by id of the parameter
+
+    def buffers(self, shapes: Sequence[Shape]) -> list[Buffer]:
+        """Return a buffer for each shape.
+
+        Equal shapes get different buffers, and every caller gets the same ones in the same order.
+        A buffer lives as long as some caller uses it.
+        """
+        seen: Counter[Shape] = Counter()
+        keys = []
+        for shape in shapes:
+            keys.append((shape, seen[shape]))
+            seen[shape] += 1
+        found = {key: self._buffers[key] for key in keys if key in self._buffers}
+        new = [key for key in keys if key not in found]
+        made = allocate([shape for shape, _ in new], advise_huge_pages)
+        found |= zip(new, made, strict=True)
+        self._buffers.update(found)
+        return [found[key] for key in keys]
+
+    def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return memory for partial sums, aligned to a cache line."""
+        spare = LINE // dtype.itemsize
+        if dtype not in self._scratch or self._scratch[dtype].numel() < count + spare:
+            self._scratch.pop(dtype, None)
+            self._scratch[dtype] = torch.empty(count + spare, dtype=dtype)
+        start = -self._scratch[dtype].data_ptr() % LINE // dtype.itemsize
+        return self._scratch[dtype][start : start + count]
+
+    def zeros_like(self, param: Tensor) -> Tensor:
+        """Return zeros for a gradient.
+
+        A large gradient reuses the memory of the step before, if no tensor uses that any more. New
+        memory from the system would cost as much as clearing the old one, and memory that is freed
+        in between is split up by the activations of the next step.
+        """
+        if param.numel() < LARGE:
+            return torch.zeros_like(param)
+        reused = self._gradients.get(id(param))
+        if reused is None:
+            reused = self._gradients[id(param)] = torch.empty_like(param)
+            advise_huge_pages(reused)
+        elif _users(reused) > 1:
+            return torch.zeros_like(param)
+        # `.data` is a tensor with a version counter of its own: later writes here must not count as
+        # changes of the gradient that was handed out.
+        return reused.zero_().data
+
+    def clear(self) -> None:
+        """Free the memory for partial sums and gradients."""
+        self._scratch.clear()
+        self._gradients.clear()
+
+
+def _users(tensor: Tensor) -> int:
+    """Return how many tensors use the memory of this one."""
+    storage = tensor.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # `storage` is one more
+
+
+class Frame:
+    """A tape with every instruction bound to buffers of one batch size.
+
+    Args:
+        tape: The instructions.
+        buffers: The memory of each slot.
+        backend: The kernels.
+        plans: The index lists of the layers.
+        by_block: The kernels of a group may run block by block.
+        workspace: The memory for partial sums.
+
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        buffers: Mapping[Slot, Buffer],
+        backend: Kernels,
+        plans: Mapping[Op, KernelPlan],
+        by_block: bool,
+        workspace: Workspace,
+    ) -> None:
+        self.backend, self._dtype = backend, tape.inputs[0].value.dtype
+        self.results: dict[int, Tensor] = {}
+        self.before: list[Call] = []
+        self.after: list[Call] = []
+        self.targets: list[tuple[WeightGradCall, Tensor]] = []
+        self._plans, self._buffers = plans, buffers
+        self._made: dict[object, object] = {}
+        self.forward = self._bound(tape.forward, by_block)
+        self.backward = self._bound(tape.backward, by_block)
+        self._scratch_of(workspace)  # allocated now: if it fails, PyTorch can still compute
+
+    def buffer(self, slot: Slot) -> Buffer:
+        """Return the memory of a slot."""
+        return self._buffers[slot]
+
+    def plan(self, op: Op) -> KernelPlan:
+        """Return the index lists of a layer."""
+        return self._plans[op]
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Return what ``make`` returned for this key the first time."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(T, self._made[key])
+
+    def set_targets(self, workspace: Workspace) -> None:
+        """Direct the weight gradients into ``results``, and their partial sums into scratch."""
+        for (call, weight), part in zip(self.targets, self._scratch_of(workspace), strict=True):
+            call.into(self.results[id(weight)], part)
+
+    def _scratch_of(self, workspace: Workspace) -> Sequence[Tensor]:
+        """Return the memory for the partial sums of each weight gradient."""
+        counts = [call.scratch for call, _ in self.targets]
+        return workspace.scratch(sum(counts), self._dtype).split(counts) if counts else ()
+
+    def _bound(self, instructions: Sequence[Instruction], by_block: bool) -> list[Call]:
+        """Return the bound calls of instructions."""
+        steps = [Step(i.bind(self), i.alone or not by_block, i.origin) for i in instructions]
+        blocks = next(iter(self._buffers.values())).shape.blocks
+        return self.backend.sequence(steps, blocks)
+
+
+class _Pieces:
+    """Pieces of memory. Slots of one shape that are never alive together share a piece."""
+
+    def __init__(self) -> None:
+        self.shapes: list[Shape] = []
+        self.buffers: list[Buffer] = []
+        self._slots: list[list[Slot]] = []  # of each piece
+
+    def free(self, shape: Shape, slot: Slot) -> int | None:
+        """Return the number of a piece that is free while the slot is alive, or None."""
+        for number, (have, slots) in enumerate(zip(self.shapes, self._slots, strict=True)):
+            if have == shape and all(s.last < slot.first or slot.last < s.first for s in slots):
+                return number
+        return None
+
+    def take(self, shape: Shape, slot: Slot) -> int:
+        """Return the number of a piece for a slot; add a piece if none is free."""
+        piece = self.free(shape, slot)
+        if piece is None:
+            piece = len(self.shapes)
+            self.shapes.append(shape)
+            self._slots.append([])
+        self._slots[piece].append(slot)
+        return piece
+
+
+class Arena:
+    """The buffers of a tape, and its frames by batch size. It serves one forward pass at a time.
+
+    Buffers that must survive from the forward to the backward pass belong to the arena. All others
+    come from the shared workspace, unless a buffer of the right shape is free here. The arena is
+    sized for ``samples``; a smaller batch uses the first blocks.
+
+    Attributes:
+        kept: The memory of the arena itself.
+        by_block: Whether the kernels of a group run block by block. There must be enough blocks to
+            keep all threads busy.
+
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        samples: int,
+        backend: Kernels,
+        plans: Mapping[Op, KernelPlan],
+        workspace: Workspace,
+    ) -> None:
+        self.tape, self.samples, self.backend, self.plans = tape, samples, backend, plans
+        self.workspace, self.threads = workspace, torch.get_num_threads()
+        self.by_block = backend.by_block and self._enough_blocks()
+        self._frames: dict[int, Frame] = {}
+        self._piece_of: dict[Slot, tuple[_Pieces, int, bool]] = {}  # and whether it is transient
+        own, shared = _Pieces(), _Pieces()
+        for slot in sorted(tape.slots, key=lambda s: (not tape.is_kept(s), s.first)):
+            transient = self.by_block and slot.is_transient
+            shape = self._shape(slot, samples)
+            if transient:
+                shape = replace(shape, samples=self.threads * shape.per_block)
+            fits = tape.is_kept(slot) or own.free(shape, slot) is not None
+            pieces = own if fits else shared
+            self._piece_of[slot] = (pieces, pieces.take(shape, slot), transient)
+        own.buffers = allocate(own.shapes, advise_huge_pages)
+        shared.buffers = workspace.buffers(shared.shapes)
+        self.kept = [buffer.data for buffer in own.buffers]
+
+    def restart(self, plans: Mapping[Op, KernelPlan]) -> None:
+        """Drop all frames. New frames use these index lists."""
+        self.plans = plans
+        self._frames.clear()
+
+    def frame(self, samples: int) -> Frame:
+        """Return the frame for a batch of this size, which must fit."""
+        if samples not in self._frames:
+            buffers = {slot: self._buffer(slot, samples) for slot in self.tape.slots}
+            self._frames[samples] = Frame(
+                self.tape, buffers, self.backend, self.plans, self.by_block, self.workspace
+            )
+        return self._frames[samples]
+
+    def _shape(self, slot: Slot, samples: int) -> Shape:
+        return slot.value.shape(samples, self.backend.lanes, slot.halo)
+
+    def _enough_blocks(self) -> bool:
+        """Return whether whole blocks keep every thread at least 85 % busy."""
+        counts = {self._shape(slot, self.samples).blocks for slot in self.tape.slots}
+        if len(counts) != 1:  # images and tokens
+            return False
+        (blocks,) = counts
+        return blocks / (-(-blocks // self.threads) * self.threads) >= 0.85
+
+    def _buffer(self, slot: Slot, samples: int) -> Buffer:
+        """Return the memory of a slot for a batch of this size."""
+        pieces, piece, transient = self._piece_of[slot]
+        shape = self._shape(slot, samples)
+        return Buffer(shape, pieces.buffers[piece].data[: shape.numel], transient)
+
+
+class Lease:
+    """The right to use a frame. It ends with ``end``, or when the lease is garbage collected.
+
+    Args:
+        arena: The arena of the frame.
+        frame: The frame.
+        free: The list that the arena returns to.
+
+    """
+
+    def __init__(self, arena: Arena, frame: Frame, free: list[Arena]) -> None:
+        self.frame, self.tape = frame, arena.tape
+        self.kept, self.workspace = arena.kept, arena.workspace
+        self._finalizer = weakref.finalize(self, free.append, arena)
+        self._finalizer.atexit = False
+
+    def end(self) -> None:
+        """Give the frame back."""
+        self._finalizer()

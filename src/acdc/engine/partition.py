@@ -1,0 +1,100 @@
+"""Which nodes of a traced graph form a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner, Partition
+from torch.fx.passes.operator_support import OperatorSupportBase
+
+from acdc.engine.graph import ConvSpec, Recognised, inputs_of, shape_of
+
+PREFIX = "segment_"
+
+
+def segments_of(
+    graph: fx.GraphModule, recognised: Mapping[fx.Node, Recognised], chosen: Collection[fx.Node]
+) -> list[Partition]:
+    """Return the segments that the chosen nodes form, each with at least one layer."""
+    proposed = _partitioner(graph, chosen).propose_partitions()
+    parts = [part for whole in proposed for part in _connected(whole, recognised)]
+    return [part for part in parts if layers_of(part, recognised)]
+
+
+def layers_of(segment: Partition, recognised: Mapping[fx.Node, Recognised]) -> list[fx.Node]:
+    """Return the convolutions and linear layers of a segment."""
+    return [node for node in segment.nodes if isinstance(recognised[node].spec, ConvSpec)]
+
+
+def ends_of(segment: Partition, recognised: Mapping[fx.Node, Recognised]) -> Mapping[fx.Node, bool]:
+    """Return the tensors that a segment converts, and whether each holds tokens.
+
+    A tensor that is read several times is converted once.
+    """
+    ends: dict[fx.Node, bool] = {}
+    for node in segment.nodes:
+        tokens = recognised[node].kind == "tokens"
+        outside = [n for n in inputs_of(node, recognised[node].spec) if n not in segment.nodes]
+        if any(user not in segment.nodes for user in node.users):
+            outside.append(node)
+        ends |= dict.fromkeys(outside, tokens)
+    return ends
+
+
+def samples_of(node: fx.Node, tokens: bool) -> int:
+    """Return the number of samples, or of tokens, of a node's tensor."""
+    shape = shape_of(node)
+    assert shape is not None
+    return int(torch.Size(shape[:-1]).numel()) if tokens else shape[0]
+
+
+def fuse(
+    graph: fx.GraphModule,
+    recognised: Mapping[fx.Node, Recognised],
+    segments: list[Partition],
+) -> dict[str, fx.GraphModule]:
+    """Move the nodes of each segment into a module of its own; return these by name."""
+    for node, what in recognised.items():
+        node.meta["engine"] = what
+    _partitioner(graph, recognised).fuse_partitions(segments, prefix=PREFIX)
+    fused = {}
+    for name, plain in graph.named_children():
+        if name.startswith(PREFIX):
+            assert isinstance(plain, fx.GraphModule)
+            fused[name] = plain
+    return fused
+
+
+class _Supported(OperatorSupportBase):
+    """The nodes that may be part of a segment."""
+
+    def __init__(self, nodes: Collection[fx.Node]) -> None:
+        self.nodes = nodes
+
+    def is_node_supported(self, submodules: Mapping[str, nn.Module], node: fx.Node) -> bool:
+        return node in self.nodes
+
+
+def _partitioner(graph: fx.GraphModule, nodes: Collection[fx.Node]) -> CapabilityBasedPartitioner:
+    return CapabilityBasedPartitioner(graph, _Supported(nodes), allows_single_node_partition=True)
+
+
+def _connected(proposed: Partition, recognised: Mapping[fx.Node, Recognised]) -> list[Partition]:
+    """Split a partition into parts that have no tensor in common.
+
+    The parts may differ in batch size and dtype. If one cannot run on the kernels, the others can.
+    """
+    parts: list[tuple[set[tuple[fx.Node, str]], list[fx.Node]]] = []
+    for node in proposed.nodes:
+        what = recognised[node]
+        # A tensor that one node reads as images and another as tokens is converted twice anyway.
+        tensors = {(tensor, str(what.kind)) for tensor in (node, *inputs_of(node, what.spec))}
+        nodes = [node]
+        for part in [part for part in parts if part[0] & tensors]:
+            parts.remove(part)
+            tensors |= part[0]
+            nodes = [*part[1], *nodes]
+        parts.append((tensors, nodes))
+    return [Partition(id=i, nodes=nodes) for i, (_, nodes) in enumerate(parts)]

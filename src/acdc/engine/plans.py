@@ -1,0 +1,65 @@
+"""The index lists of the layers that run sparse now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from acdc.engine.contract import KernelPlan, Kernels
+from acdc.engine.graph import ConvSpec
+from acdc.engine.layout import Shape
+from acdc.engine.tape import Value
+
+
+class Plans:
+    """The masks of a support, and the index lists that were made from them.
+
+    Args:
+        kernels: The kernels that the lists are for.
+
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self._masks: dict[str, Tensor] = {}
+        self._made: dict[tuple[str, Shape, Shape], KernelPlan] = {}
+
+    def start(self, masks: Mapping[str, Tensor]) -> None:
+        """Use these masks from now on; lists of other masks are freed.
+
+        Args:
+            masks: Name of a weight -> bool mask, True where it is kept. Other layers are full.
+
+        """
+        self._made.clear()
+        self._masks = dict(masks)
+
+    def plan(self, name: str, spec: ConvSpec, x: Value, out: Value) -> KernelPlan:
+        """Return the index lists of a layer, made once per support and image size."""
+        lanes, weight = self.kernels.lanes, spec.module.weight
+        x_shape, dy_shape = x.shape(1, lanes, x.halo), out.shape(1, lanes, out.grad_halo)
+        if (key := (name, x_shape, dy_shape)) not in self._made:
+            mask = self._mask(name)
+            if mask is None:
+                support = torch.arange(weight.numel())
+            else:
+                support = mask.reshape(-1).nonzero()[:, 0]
+            # The strides that its gradient will have: the weight's own, or contiguous ones if the
+            # weight has gaps.
+            outs, per_group, *rest = torch.empty_like(weight, device="meta").stride()
+            rows, columns = rest or (1, 1)
+            strides = (outs, per_group, rows, columns)
+            self._made[key] = self.kernels.plan(
+                spec.geometry, support, x_shape, dy_shape, strides=strides
+            )
+        return self._made[key]
+
+    def density(self, name: str) -> float:
+        """Return the share of kept weights of a layer."""
+        mask = self._mask(name)
+        return 1.0 if mask is None else mask.sum().item() / mask.numel()
+
+    def _mask(self, name: str) -> Tensor | None:
+        return self._masks.get(f"{name}.weight" if name else "weight")

@@ -1,0 +1,81 @@
+"""The documentation: its code runs, its picture is of a committed page, its links lead to files."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from acdc.pair import Pair
+from acdc.support import Support
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def the_reader() -> Callable[[Path], dict[str, np.ndarray]]:
+    """Return the function of docs/formats.md, which does without acdc."""
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert not re.search(r"import.*\b(acdc|torch)\b", code)
+    names: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {}
+    exec(code, names)
+    return names["read_sparse"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_reader_in_the_documentation_reads_what_a_pair_writes(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {
+        "conv.weight": (6, 3, 3, 3),
+        "fc.weight": (5, 16),
+        "gain": (11,),
+        "deep.conv.weight": (4, 2, 3),
+        "empty.weight": (3, 7),
+    }
+    state = {name: torch.randn(shape, generator=draw).to(dtype) for name, shape in shapes.items()}
+    masks = {name: torch.rand(shape, generator=draw) < 0.3 for name, shape in shapes.items()}
+    masks["empty.weight"][:] = False
+    for name, mask in masks.items():
+        state[name].masked_fill_(~mask, 0.0)
+    state["fc.weight"][masks["fc.weight"]] = torch.tensor(0.0, dtype=dtype)  # kept, and zero
+    state |= {
+        "tied.weight": state["conv.weight"],
+        "fc.bias": torch.randn(5, generator=draw).to(dtype),
+        "norm.steps": torch.tensor(7),
+        "fc.shape": torch.tensor([1, 2]),  # in the way of the prefix that comes first to mind
+    }
+    Pair(state, state, Support(masks)).save(tmp_path)
+
+    found = the_reader()(tmp_path / "sparse.safetensors")
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.numpy().dtype
+        assert found[name].shape == tuple(tensor.shape)
+        assert found[name].tobytes() == tensor.numpy().tobytes()
+
+
+def test_the_picture_of_the_readme_is_that_of_its_page() -> None:
+    draw = runpy.run_path(str(ROOT / "docs" / "images" / "draw.py"))
+    drawing = draw["drawing"](draw["PAGE"].read_text(encoding="utf-8"))
+    assert drawing == draw["OUT"].read_text(encoding="utf-8"), "run python docs/images/draw.py"
+    assert "](docs/images/accuracy.svg)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    inside = [link.partition("#")[0] for link in links if not link.startswith("http")]
+    assert [link for link in inside if link and not (page.parent / link).exists()] == []
+
+
+def test_the_readme_names_the_pages_of_the_documentation() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[2:] if f"(docs/{page.name})" not in text] == []
