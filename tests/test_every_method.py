@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import tiny
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,6 +25,7 @@ from acdc.result import DenseNetwork, Result, SparseNetwork, load
 from acdc.runs import models, train
 from acdc.runs.models import Model
 from acdc.runs.record import Folder
+from support.runs import tiny
 
 PATTERN, PLAN = Unstructured(0.75), constant("sparse", epochs=2)
 TWICE = phases(4, [("dense", "1ep"), ("sparse", "1ep"), ("dense", "1ep"), ("sparse", "1ep")])
