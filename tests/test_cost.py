@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from acdc.cost import LayerCost, Network, measure, reference_flops
+from acdc.cost import LayerCost, Ledger, Network, measure, reference_flops
 from acdc.errors import InputError
 from acdc.layers import matches
+from acdc.methods.training import Behind, Masked
 from acdc.pattern import NM, Scope, Unstructured
 from acdc.runs.models import (
     CifarResNet,
@@ -24,7 +26,7 @@ from acdc.runs.models import (
     SmallResNet,
     WideResNet,
 )
-from acdc.schedule import Plan, alternate, constant, phases
+from acdc.schedule import Plan, Schedule, alternate, constant, phases
 from acdc.support import Support, kept
 
 # --- one layer, one forward pass ----------------------------------------------------------------
@@ -246,47 +248,82 @@ def test_what_cannot_be_measured(model: nn.Module, example: Tensor, sentence: st
 SPANS = phases(2, [("dense", "3st"), ("sparse", "4st"), ("dense", "1st"), ("sparse", "2st")])
 RUN = SPANS.resolve(5)
 SPARSE = {"conv.weight": 7}  # 180 FLOPs of 1480
+KEPT_ALONE = Masked()
+
+
+def ledger(
+    net: Network,
+    schedule: Schedule,
+    counts: Sequence[Mapping[str, int] | None] | Mapping[str, int],
+    *samples: int,
+    until: int | None = None,
+    training: Masked | Behind = KEPT_ALONE,
+) -> Ledger:
+    """Count a run whose phases have these counts; one mapping is that of every sparse phase."""
+    if isinstance(counts, Mapping):
+        counts = [counts if phase.kind == "sparse" else None for phase in schedule.phases]
+    supports = [(p.start, kept) for p, kept in zip(schedule.phases, counts, strict=True)]
+    rule = training.flops
+    return Ledger.of(net, schedule, supports, rule, *(samples or (1,)), until=until)
 
 
 def test_training_flops_of_full_steps() -> None:
-    assert TINY.training_flops(RUN, SPARSE, 1) == 3 * (4 * 1480 + 6 * 180)
-    assert TINY.training_flops(RUN, SPARSE, 8) == 8 * 3 * (4 * 1480 + 6 * 180)
-    assert TINY.training_ratio(RUN, SPARSE) == pytest.approx((4 + 6 * 180 / 1480) / 10, abs=1e-15)
+    assert ledger(TINY, RUN, SPARSE).flops == 3 * (4 * 1480 + 6 * 180)
+    assert ledger(TINY, RUN, SPARSE, 8).flops == 8 * 3 * (4 * 1480 + 6 * 180)
+    assert ledger(TINY, RUN, SPARSE).ratio == pytest.approx((4 + 6 * 180 / 1480) / 10, abs=1e-15)
 
 
 def test_each_phase_at_its_own_density() -> None:
     counts = [None, {"conv.weight": 36}, None, SPARSE]
-    expected = 3 * (3 * 1480 + 4 * 760 + 1 * 1480 + 2 * 180)
-    assert TINY.training_flops(RUN, counts, 1) == expected
-    assert TINY.training_ratio(RUN, counts) == pytest.approx(expected / (3 * 14800), abs=1e-15)
-    assert TINY.training_flops(RUN, [None] * 4, 1) == 3 * 14800
-    assert TINY.training_ratio(RUN, [None] * 4) == 1.0
+    expected = [3 * 3 * 1480, 3 * 4 * 760, 3 * 1 * 1480, 3 * 2 * 180]
+    spent = ledger(TINY, RUN, counts)
+    assert [phase.flops for phase in spent.phases] == expected
+    assert [phase.dense_flops for phase in spent.phases] == [3 * n * 1480 for n in (3, 4, 1, 2)]
+    assert spent.ratio == pytest.approx(sum(expected) / (3 * 14800), abs=1e-15)
+    dense = ledger(TINY, RUN, [None] * 4)
+    assert (dense.flops, dense.ratio) == (3 * 14800, 1.0)
+    assert Ledger.from_dict(json.loads(json.dumps(spent.to_dict()))) == spent
+
+
+def test_a_support_may_change_at_any_step_and_a_run_may_stop_in_a_phase() -> None:
+    supports = [(3, SPARSE), (5, {"conv.weight": 36}), (7, None), (8, SPARSE)]
+    spent = Ledger.of(TINY, RUN, supports, Masked().flops, 1, until=6)
+    assert [(p.start, p.stop, p.flops) for p in spent.phases] == [
+        (0, 3, 3 * 3 * 1480),
+        (3, 6, 3 * (2 * 180 + 760)),
+    ]
+
+
+def test_a_dense_gradient_makes_one_of_three_passes_dense() -> None:
+    training = Masked(dense_gradient=lambda step: step in (4, 9))
+    spent = ledger(TINY, RUN, SPARSE, 8, 33, training=training)
+    # 33 samples, 8 a step: step 4 is the last of its epoch and sees 1 of them, and so does step 9.
+    sparse = [phase.flops for phase in spent.phases if phase.kind == "sparse"]
+    assert sparse == [3 * 25 * 180 + 1480 - 180, 3 * 9 * 180 + 1480 - 180]
 
 
 def test_the_last_step_of_an_epoch_sees_what_is_left() -> None:
     # 33 samples, 8 a step: steps of 8, 8, 8, 8, 1. The phases end in mid-epoch.
     seen = [24, 8 + 1 + 8 + 8, 8, 8 + 1]
     flops = [1480, 180, 1480, 180]
-    expected = sum(3 * a * b for a, b in zip(seen, flops, strict=True))
-    assert TINY.training_flops(RUN, SPARSE, 8, samples_per_epoch=33) == expected
-    assert TINY.training_flops(RUN, SPARSE, 8, samples_per_epoch=40) == TINY.training_flops(
-        RUN, SPARSE, 8
-    )
+    spent = ledger(TINY, RUN, SPARSE, 8, 33)
+    assert [phase.samples for phase in spent.phases] == seen
+    assert spent.flops == sum(3 * a * b for a, b in zip(seen, flops, strict=True))
+    assert ledger(TINY, RUN, SPARSE, 8, 40) == ledger(TINY, RUN, SPARSE, 8)
 
 
 @pytest.mark.parametrize(
     ("counts", "samples", "sentence"),
     [
-        ([None, SPARSE], (1,), "Counts of 2 phases.*schedule has 4"),
-        ([SPARSE] * 4, (1,), r"phase \[0, 3\) is dense.*give None"),
+        ({"fc.weight": 7}, (1,), "'fc.weight' is no layer of this network"),
         (SPARSE, (0,), "samples_per_step is 0"),
         (SPARSE, (8, 41), "41 samples at 8 a step has 6 steps.*epochs of \\[5\\]"),
         (SPARSE, (8, 32), "32 samples at 8 a step has 4 steps.*epochs of \\[5\\]"),
     ],
 )
-def test_bad_training(counts: object, samples: tuple[int, ...], sentence: str) -> None:
+def test_bad_training(counts: Mapping[str, int], samples: tuple[int, ...], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        TINY.training_flops(RUN, counts, *samples)  # type: ignore[arg-type]
+        ledger(TINY, RUN, counts, *samples)
 
 
 # --- the authors' way of counting ---------------------------------------------------------------
@@ -613,10 +650,10 @@ def test_training_ratio_of_the_published_schedules(plan: Plan, dense: Fraction) 
     assert schedule.share("dense") == dense
     ratio = TINY.inference_ratio(SPARSE)
     expected = float(dense) + (1 - float(dense)) * ratio
-    assert TINY.training_ratio(schedule, SPARSE) == pytest.approx(expected, abs=1e-12)
+    assert ledger(TINY, schedule, SPARSE).ratio == pytest.approx(expected, abs=1e-12)
     # Sparse phases that cost nothing leave the dense share: no run can be cheaper.
     nothing = dict.fromkeys(TINY.shapes, 0)
-    assert TINY.training_ratio(schedule, nothing) == pytest.approx(float(dense), abs=1e-15)
+    assert ledger(TINY, schedule, nothing).ratio == pytest.approx(float(dense), abs=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -634,9 +671,10 @@ def test_training_of_resnet50_uniform(
     net = network(ResNet50())
     counts = sparsified(ResNet50(), Unstructured(sparsity, "uniform"), ("conv1", "fc"))
     schedule = plan.resolve(5005)
-    assert round(net.training_ratio(schedule, counts), 4) == ratio
+    assert round(ledger(net, schedule, counts).ratio, 4) == ratio
     dense = constant("dense", 100).resolve(5005)
-    share = net.training_flops(schedule, counts, 256) / net.training_flops(dense, [None], 256)
+    spent = ledger(net, schedule, counts, 256).flops
+    share = spent / ledger(net, dense, [None], 256).flops
     assert round(share, 4) == against_100_epochs
 
 
@@ -653,7 +691,7 @@ def test_dense_training(
     spec: Model, epochs: int, samples: int, batch: int, expected: str, as_reference: str | None
 ) -> None:
     dense = constant("dense", epochs).resolve(-(-samples // batch))
-    total = network(spec).training_flops(dense, [None], batch, samples_per_epoch=samples)
+    total = ledger(network(spec), dense, [None], batch, samples).flops
     assert total == 3 * network(spec).flops() * samples * epochs
     digits = len(expected.split("e")[0]) - 2
     assert f"{total:.{digits}e}" == expected

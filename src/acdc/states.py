@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from copy import deepcopy
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from acdc.errors import InputError
 from acdc.support import Support
 
 Model = TypeVar("Model", bound=nn.Module)
-State = TypeVar("State")
 
 _DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
@@ -149,17 +147,3 @@ def load_into(model: Model, state: Mapping[str, Tensor], noun: str) -> Model:
         )
     model.load_state_dict(state, strict=True)
     return model
-
-
-def on_cpu(value: State) -> State:
-    """Return a deep copy of a nested state with every tensor on the CPU."""
-    copied: Any
-    if isinstance(value, Tensor):
-        copied = value.detach().to("cpu", copy=True)
-    elif isinstance(value, Mapping):
-        copied = {key: on_cpu(item) for key, item in value.items()}
-    elif isinstance(value, list | tuple):
-        copied = type(value)(on_cpu(item) for item in value)
-    else:
-        copied = deepcopy(value)
-    return cast(State, copied)

@@ -11,7 +11,7 @@ from acdc.runs.setup import Setup
 
 
 def ledger(run: Setup) -> Ledger:
-    """Return the training FLOPs of the run so far, from the supports it had."""
+    """Return the FLOPs of training, from the supports that the run had."""
     return Ledger.of(
         run.network,
         run.schedule,
@@ -19,14 +19,14 @@ def ledger(run: Setup) -> Ledger:
         run.method.training.flops,
         run.recipe.batch_size,
         run.data.train_samples,
-        until=run.sparsifier.step,
     )
 
 
 def costs(run: Setup) -> dict[str, Any]:
     """Return the FLOPs of inference and of training, as shares of the dense ones."""
+    counts = run.sparsifier.support.counts()
     return {
-        "inference_flops_ratio": run.network.inference_ratio(run.sparsifier.support.counts()),
+        "inference_flops_ratio": run.network.inference_ratio(counts),
         "train_flops_ratio": ledger(run).ratio,
     }
 
@@ -39,7 +39,7 @@ def details(run: Setup, command: str, finetuned: bool) -> dict[str, Any]:
         command: What was typed.
         finetuned: Whether the dense twin was trained on.
     """
-    support = run.sparsifier.support
+    support, spent = run.sparsifier.support, ledger(run)
     parameters = sum(p.numel() for p in run.net.parameters())
     return {
         "recipe": run.recipe.name,
@@ -59,7 +59,11 @@ def details(run: Setup, command: str, finetuned: bool) -> dict[str, Any]:
         "prunable": support.numel,
         "dense_flops": run.network.flops(),
         "sparse_flops": run.network.flops(support.counts()),
-        **_training_flops(run, finetuned),
+        "train_flops": spent.flops,
+        "train_flops_dense": spent.dense_flops,
+        "ledger": spent.to_dict(),
+        # The dense twin took the steps of the last phase, densely.
+        "finetune_flops": spent.phases[-1].dense_flops if finetuned else 0,
         "phases": [vars(phase) for phase in run.schedule.phases],
         "layers": _layers(run),
         "refused": run.sparsifier.refused,
@@ -86,15 +90,3 @@ def _layers(run: Setup) -> list[dict[str, Any]]:
         }
         for layer in run.network.layers
     ]
-
-
-def _training_flops(run: Setup, finetuned: bool) -> dict[str, Any]:
-    """Return the FLOPs of training: of the run, of dense training, and of fine-tuning."""
-    spent = ledger(run)
-    return {
-        "train_flops": spent.flops,
-        "train_flops_dense": spent.dense_flops,
-        # The dense twin took the steps of the last phase, densely.
-        "finetune_flops": spent.phases[-1].dense_flops if finetuned else 0,
-        "ledger": spent.to_dict(),
-    }

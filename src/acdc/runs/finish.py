@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from acdc.hooks.twin import on_cpu
 from acdc.index import Twin
 from acdc.pair import Pair
 from acdc.result import DenseNetwork, Result, SparseNetwork, load, sizes
@@ -12,7 +13,7 @@ from acdc.runs.batchnorm import reestimate
 from acdc.runs.checkpoint import Progress
 from acdc.runs.evaluate import evaluate
 from acdc.runs.setup import Setup
-from acdc.states import load_into, on_cpu
+from acdc.states import load_into
 
 
 def trained_pair(run: Setup) -> Pair:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from acdc import cost
 from acdc.errors import InputError, need
-from acdc.hooks.steps import StepHooks
 from acdc.methods.base import Method
 from acdc.pair import Pair
 from acdc.result import DenseNetwork, Result, SparseNetwork, load
@@ -135,9 +133,7 @@ def make_fabric(recipe: Recipe, device: str, folder: Path) -> Fabric:
         ) from error
 
 
-def set_up(
-    recipe: Recipe, folder: Folder, fabric: Fabric, data: Data, count_step: Callable[[], None]
-) -> Setup:
+def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
     """Build the network, the optimizer, the engine and the sparsifier of a run.
 
     Args:
@@ -145,7 +141,6 @@ def set_up(
         folder: The folder of the run.
         fabric: Devices, processes and precision.
         data: The data.
-        count_step: Called within every executed step of the optimizer.
 
     Raises:
         InputError: The recipe cannot be run.
@@ -165,7 +160,6 @@ def set_up(
         )
     optimizer = recipe.optimizer.build(net.parameters())
     model, stepper = fabric.setup(net, optimizer)
-    StepHooks(optimizer).call_after(lambda executed, _: count_step() if executed else None)
     engine, engine_start = _engine(recipe, fabric, net, method.resolved)
     return Setup(
         recipe=recipe,
@@ -176,7 +170,7 @@ def set_up(
         model=model,
         optimizer=optimizer,
         stepper=stepper,
-        # The loop evaluates a phase before the support changes, and calls advance() itself.
+        # The loop lets it change the support: a phase is evaluated before the next one begins.
         sparsifier=Sparsifier(method, net, optimizer, engine=engine, automatic=False),
         network=cost.measure(net, recipe.model.example(1).to(fabric.device)),
         engine=engine,

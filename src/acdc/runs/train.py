@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from acdc.errors import InputError
+from acdc.hooks.steps import StepHooks
 from acdc.pair import Pair
 from acdc.runs import checkpoint, events
 from acdc.runs.checkpoint import Progress, check_same
@@ -117,8 +118,10 @@ class _Loop:
     ) -> None:
         self.stop, self.watch = stop, watch
         self.progress = Progress()
-        self.run = set_up(recipe, folder, fabric, data, self._count_step)
+        self.run = set_up(recipe, folder, fabric, data)
         self.epoch_ends = set(accumulate(self.run.schedule.steps_per_epoch))
+        self.executed = 0  # steps that a GradScaler did not skip
+        StepHooks(self.run.optimizer).call_after(self._count)
 
     def go(self, command: str, resume: bool) -> dict[str, Any]:
         """Train both legs and return the record."""
@@ -198,7 +201,8 @@ class _Loop:
     def _train_step(self, x: Tensor, y: Tensor) -> None:
         """Take one optimizer step and everything that is due after it."""
         run, progress = self.run, self.progress
-        began, before, changes = Clocks.now(), progress.step, len(run.sparsifier.changes)
+        before, changes, built = progress.step, len(run.sparsifier.changes), self._built
+        began, executed = Clocks.now(), self.executed
         lr = run.recipe.optimizer.lr * run.recipe.lr.factor(before, run.schedule)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -211,23 +215,22 @@ class _Loop:
         if run.recipe.clip is not None:
             run.fabric.clip_gradients(run.model, run.stepper, max_norm=run.recipe.clip)
         run.stepper.step()
-        progress.batches += 1
         taken = Clocks.now().minus(began)
-        if progress.step == before:  # the GradScaler found an overflow and skipped the step
-            run.stepper.zero_grad()
-            return
-        evaluated = self._evaluate() if progress.step in self.epoch_ends else None
-        began, built = Clocks.now(), self._built
-        if progress.leg == "main":
-            run.sparsifier.advance()  # the gradients are still there: a method may look at them
+        evaluation = None
+        if self.executed > executed:
+            evaluation, advancing = self._after_executed_step()
+            taken = taken.plus(advancing)
         run.stepper.zero_grad()
+        progress.batches += 1
+        if progress.step == before:
+            return  # the GradScaler found an overflow and skipped the step
         compressing = self._built.minus(built)
-        taken = taken.plus(Clocks.now().minus(began).minus(compressing))
         step = events.step(run, progress.leg, before, loss, lr)
-        self.journal.write(step | taken.event() | events.mark(progress.leg))
-        if evaluated is not None:
-            self.journal.write(evaluated)
-            self._check_finite(evaluated["loss"])
+        mark = events.mark(progress.leg)
+        self.journal.write(step | taken.minus(compressing).event() | mark)
+        if evaluation is not None:
+            self.journal.write(evaluation | mark)
+            self._check_finite(evaluation["loss"])
         chosen = self._write_changes(changes, compressing)
         twin = run.sparsifier.dense_twin
         if twin is not None and twin.step == progress.step and progress.leg == "main":
@@ -243,18 +246,32 @@ class _Loop:
                 stop,
             )
 
-    def _count_step(self) -> None:
-        self.progress.step += 1
+    def _count(self, executed: bool, _: Any) -> None:
+        self.executed += executed
 
-    def _evaluate(self) -> Event:
-        """Evaluate the network as the last step left it, before the support changes."""
-        run, leg, began = self.run, self.progress.leg, Clocks.now()
-        with run.sparsifier.view() if leg == "main" else nullcontext():
+    def _after_executed_step(self) -> tuple[Event | None, Clocks]:
+        """Evaluate the network at the end of an epoch; then let the sparsifier change its support.
+
+        Returns:
+            The event of the evaluation, if one was due, and the time that the sparsifier took.
+        """
+        run, progress = self.run, self.progress
+        progress.step += 1
+        evaluation = self._evaluation() if progress.step in self.epoch_ends else None
+        began = Clocks.now()
+        if progress.leg == "main":
+            run.sparsifier.advance()
+        return evaluation, Clocks.now().minus(began)
+
+    def _evaluation(self) -> Event:
+        """Evaluate the network as the step left it."""
+        run, progress = self.run, self.progress
+        began = Clocks.now()
+        with run.sparsifier.view() if progress.leg == "main" else nullcontext():
             found = evaluate(run)
-        taken = Clocks.now().minus(began)
         run.net.train()
-        event = events.evaluation(run, leg, self.progress.step, found)
-        return event | taken.event() | events.mark(leg)
+        taken = Clocks.now().minus(began)
+        return events.evaluation(run, progress.leg, progress.step, found) | taken.event()
 
     def _check_finite(self, loss: float) -> None:
         """Raise InputError where training diverged."""
