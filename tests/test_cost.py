@@ -315,7 +315,7 @@ def test_the_last_step_of_an_epoch_sees_what_is_left() -> None:
 @pytest.mark.parametrize(
     ("counts", "samples", "sentence"),
     [
-        ({"fc.weight": 7}, (1,), "'fc.weight' is no layer of this network"),
+        ({"head.weight": 7}, (1,), "'head.weight' is no layer of this network"),
         (SPARSE, (0,), "samples_per_step is 0"),
         (SPARSE, (8, 41), "41 samples at 8 a step has 6 steps.*epochs of \\[5\\]"),
         (SPARSE, (8, 32), "32 samples at 8 a step has 4 steps.*epochs of \\[5\\]"),

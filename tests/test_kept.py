@@ -15,7 +15,10 @@ from acdc.engine.engine import Engine
 from acdc.engine.gradients import LARGE
 from acdc.hooks.kept_steps import ELEMENTWISE, pays
 from acdc.methods.acdc import ACDC
-from acdc.methods.base import Reset
+from acdc.methods.base import Method, Reset
+from acdc.methods.gmp import GMP
+from acdc.methods.rigl import RigL
+from acdc.methods.set_ import SET
 from acdc.pattern import Unstructured
 from acdc.schedule import constant
 from acdc.sparsifier import Sparsifier
@@ -385,6 +388,33 @@ def test_on_the_engine_no_mask_of_what_is_dropped_stays_and_no_vector() -> None:
     assert not sparsifier._masking._dropped._masks
     weights = sparsifier._masking._kept_steps._weights.values()
     assert [weight.vector.numel() for weight in weights] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        GMP(Unstructured(0.95), constant("sparse", 1).resolve(8), 0.8, "2st", "6st"),
+        SET(Unstructured(0.9, "erk"), constant("sparse", 1).resolve(8), every="2st", until="100%"),
+        RigL(Unstructured(0.9, "erk"), constant("sparse", 1).resolve(8), every="2st", until="100%"),
+    ],
+    ids=lambda method: method.name,
+)
+def test_a_change_within_a_sparse_phase_leaves_no_weight_outside_the_new_support(
+    method: Method[Any],
+) -> None:
+    # Steps of kept elements leave zeros outside of the support that they began with. The weights
+    # that a change drops are not among these zeros.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 300), nn.ReLU(), nn.Linear(300, 256))
+    optimizer, x = O.SGD(model.parameters(), lr=0.1, momentum=0.9), torch.randn(8, 256)
+    sparsifier = Sparsifier(method, model, optimizer, engine=Engine(model, x, choose=False))
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        for name, mask in sparsifier.support.items():
+            assert is_plus_zero(model.get_parameter(name)[~mask]), (sparsifier.step, name)
+    assert len(sparsifier.changes) > 3
 
 
 def test_a_gradient_lies_where_the_last_one_did_unless_somebody_holds_that() -> None:

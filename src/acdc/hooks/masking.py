@@ -72,6 +72,8 @@ class Masking:
             param.requires_grad_(trained)
         if not self.dense_gradient:
             self.clear_gradients()
+        if self._kept_steps is not None:
+            self._kept_steps.stop()  # the zeros that it left are those of the support before
         self.project()
         self._dropped.forget()
         if self._kept_steps is not None:
