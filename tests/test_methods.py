@@ -22,7 +22,7 @@ from acdc import score
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.methods import METHODS
-from acdc.methods.base import Method, Weights
+from acdc.methods.base import Method
 from acdc.methods.dpf import DPF
 from acdc.methods.dsd import DSD
 from acdc.methods.families import exchange
@@ -37,6 +37,7 @@ from acdc.methods.srste import SRSTE
 from acdc.methods.static import Static
 from acdc.methods.str_ import STR, SoftThreshold
 from acdc.methods.topkast import TopKAST
+from acdc.methods.weights import Weights
 from acdc.methods.woodfisher import Memory, WoodFisher
 from acdc.pattern import NM, Block, Unstructured
 from acdc.schedule import constant, phases, ramp

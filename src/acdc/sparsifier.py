@@ -33,8 +33,9 @@ from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin, on_cpu
 from acdc.layers import unwrapped
-from acdc.methods.base import Method, Weights
+from acdc.methods.base import Method
 from acdc.methods.training import Masked
+from acdc.methods.weights import Weights
 from acdc.pair import Pair
 from acdc.processes import agreed, from_rank_zero
 from acdc.schedule import Phase, Schedule

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acdc.methods.base import Weights
 from acdc.methods.training import Behind, Training
+from acdc.methods.weights import Weights
 from acdc.support import Support
 
 

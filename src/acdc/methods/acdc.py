@@ -7,8 +7,9 @@ from typing import ClassVar, final
 
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Reset, Weights
+from acdc.methods.base import Reset
 from acdc.methods.families import Phased
+from acdc.methods.weights import Weights
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support

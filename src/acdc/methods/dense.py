@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from acdc.methods.base import Method, Weights, check_schedule
+from acdc.methods.base import Method, check_schedule
+from acdc.methods.weights import Weights
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from acdc.layers import Layers
-from acdc.methods.base import Reset, Weights
+from acdc.methods.base import Reset
 from acdc.methods.families import Ramped
 from acdc.methods.training import Behind
+from acdc.methods.weights import Weights
 from acdc.pattern import Block, Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.support import Support

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import RESETS, Forecast, Method, State, Weights, check_schedule
+from acdc.methods.base import RESETS, Forecast, Method, State, check_schedule
+from acdc.methods.weights import Weights
 from acdc.pattern import Block, Pattern, Unstructured
 from acdc.schedule import Phase, check_duration, cosine, ramp
 from acdc.score import Scores

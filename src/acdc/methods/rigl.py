@@ -7,9 +7,10 @@ from typing import ClassVar, final
 
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Reset, Weights
+from acdc.methods.base import Reset
 from acdc.methods.families import Evolving, exchange
 from acdc.methods.training import Masked
+from acdc.methods.weights import Weights
 from acdc.pattern import Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.support import Support

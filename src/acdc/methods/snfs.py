@@ -13,9 +13,10 @@ from torch import Tensor
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Forecast, Reset, Weights
+from acdc.methods.base import Forecast, Reset
 from acdc.methods.families import Evolving
 from acdc.methods.training import Masked
+from acdc.methods.weights import Weights
 from acdc.pattern import Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.score import Scores

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from acdc import score
 from acdc.layers import Layers
-from acdc.methods.base import Forecast, Reset, Weights
+from acdc.methods.base import Forecast, Reset
 from acdc.methods.families import Phased
 from acdc.methods.training import Masked
+from acdc.methods.weights import Weights
 from acdc.pattern import Pattern
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.support import Support

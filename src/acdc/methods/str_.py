@@ -20,9 +20,10 @@ from torch import Tensor
 
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Reset, Weights
+from acdc.methods.base import Reset
 from acdc.methods.families import Ramped
 from acdc.methods.training import Behind
+from acdc.methods.weights import Weights
 from acdc.pattern import Unstructured
 from acdc.processes import from_rank_zero
 from acdc.schedule import Phase, Plan, Schedule

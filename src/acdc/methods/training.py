@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import Any, ClassVar, final
 
 from torch import Tensor
 
 from acdc.cost import Seen
+from acdc.methods.weights import Weights
 from acdc.support import Support
-
-if TYPE_CHECKING:
-    from acdc.methods.base import Weights
 
 
 @final

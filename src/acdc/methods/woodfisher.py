@@ -12,9 +12,10 @@ from torch import Tensor
 
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Reset, Weights
+from acdc.methods.base import Reset
 from acdc.methods.families import Ramped
 from acdc.methods.training import Masked
+from acdc.methods.weights import Weights
 from acdc.pattern import Block, Unstructured
 from acdc.schedule import Plan, Schedule
 from acdc.score import Scores

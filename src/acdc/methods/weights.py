@@ -1,0 +1,94 @@
+"""The prunable weights, as methods see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acdc.errors import InputError
+
+
+class Weights(Mapping[str, Tensor]):
+    """The prunable weights by name, and what their optimizer knows about them.
+
+    Args:
+        params: The weights.
+        state: Function from a weight to its optimizer state, if there is any. (Not the state
+            itself: loading a checkpoint into an optimizer puts another mapping in its place.)
+        rate: Function from a weight to its learning rate.
+        scale: Function that returns the factor of all gradients, where a GradScaler leaves the
+            unscaling to a fused optimizer; otherwise ``None``.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        state: Callable[[Tensor], Mapping[str, Any] | None] = lambda weight: None,
+        rate: Callable[[Tensor], float] = lambda weight: 1.0,
+        scale: Callable[[], Tensor | None] = lambda: None,
+    ) -> None:
+        self._params, self._state, self._rate, self._scale = params, state, rate, scale
+
+    @classmethod
+    def of(cls, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Weights:
+        """Return the weights as ``optimizer`` trains them."""
+
+        # By the place of the group: loading a checkpoint puts other groups there.
+        group = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+
+        def rate(weight: Tensor) -> float:
+            return float(optimizer.param_groups[group[id(weight)]]["lr"])
+
+        return cls(
+            params,
+            lambda weight: optimizer.state.get(weight),
+            rate,
+            lambda: getattr(optimizer, "grad_scale", None),
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """Return the gradient of a weight as the optimizer applies it, or ``None`` without one.
+
+        The gradient is accumulated over batches, reduced over processes, unscaled and clipped.
+        """
+        grad, scale = self._params[name].grad, self._scale()
+        return grad if grad is None or scale is None else grad / scale
+
+    def rate(self, name: str) -> float:
+        """Return the learning rate of a weight."""
+        return self._rate(self._params[name])
+
+    def momentum(self, name: str) -> Tensor:
+        """Return where the optimizer would move a weight by itself: the momentum of SGD, the
+        normalised first moment of Adam and its like, or the gradient where there is neither.
+
+        Raises:
+            InputError: There is neither momentum nor gradient.
+        """
+        param = self._params[name]
+        state = self._state(param) or {}
+        if "exp_avg" in state:
+            first: Tensor = state["exp_avg"]
+            second = state.get("exp_avg_sq")
+            return first if second is None else first / (second.sqrt() + 1e-8)
+        buffer: Tensor | None = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = param.grad
+        if buffer is None:
+            raise InputError(
+                f"The weight {name!r} has neither momentum nor gradient to rank by. Check that "
+                f"the loss depends on it."
+            )
+        return buffer

@@ -1,0 +1,625 @@
+"""Puts deliberate faults into the library, one at a time, and reports which ones the tests see.
+
+    python tools/faults.py                  # all faults
+    python tools/faults.py reset twin       # the faults with one of these words in their name
+    python tools/faults.py --list
+    python tools/faults.py --jobs 4 --control
+
+The tests run against a copy of the checkout in a temporary folder. The checkout stays as it is. A
+fault that the named tests do not see is printed as NOT CAUGHT, and the exit status is 1. With
+``--control``, the named tests run first without any fault, because a test that always fails catches
+nothing.
+
+``FAULTS`` is the table. A fault replaces one piece of text, which must be in its file exactly once.
+``tests/test_faults.py`` checks the table against the sources in every run of the suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "src/acdc"
+TIMEOUT = 900  # seconds; a fault may make a loop endless
+
+# Python imports ``sitecustomize`` after the hook of an editable install, which it removes, so that
+# PYTHONPATH decides which ``acdc`` is imported.
+SITECUSTOMIZE = """\
+import sys
+
+for finder in list(sys.meta_path):
+    if "ScikitBuildRedirectingFinder" in type(finder).__name__:
+        sys.meta_path.remove(finder)
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A deliberate fault.
+
+    Args:
+        name: What is wrong, in a few words.
+        file: The file below ``src/acdc``.
+        old: Text that is in the file exactly once.
+        new: Text that takes its place.
+        tests: Arguments of pytest: the tests that should see the fault.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+CONTRACT = "tests/test_contract.py"
+STOP = f"{CONTRACT} -k 'stopping_and_resuming and global'"
+
+FAULTS = [
+    # --- counts, supports -----------------------------------------------------------------------
+    Fault("kept() keeps one weight too many", "support.py",
+          "return numel - round(Fraction(", "return numel + 1 - round(Fraction(",
+          "tests/test_support.py"),
+    Fault("kept() rounds in binary floating point", "support.py",
+          "Fraction(repr(float(sparsity))) * numel)", "sparsity * numel)",
+          "tests/test_support.py"),
+    Fault("kept() rounds zeros down", "support.py",
+          "return numel - round(Fraction(repr(float(sparsity))) * numel)",
+          "return numel - int(Fraction(repr(float(sparsity))) * numel)",
+          "tests/test_support.py"),
+    Fault("masks are packed with the first weight in the highest bit", "support.py",
+          "return (bits << torch.arange(8, dtype=torch.uint8))",
+          "return (bits << torch.arange(7, -1, -1, dtype=torch.uint8))",
+          "tests/test_support.py"),
+    Fault("churn counts only weights that came back", "support.py",
+          "torch.count_nonzero(v ^ old[k].to(v.device))",
+          "torch.count_nonzero(v & ~old[k].to(v.device))",
+          "tests/test_support.py"),
+    Fault("the digest of a support ignores names", "support.py",
+          'f"{name}:{tuple(mask.shape)};"', 'f"{tuple(mask.shape)};"',
+          "tests/test_support.py"),
+    # --- schedules ------------------------------------------------------------------------------
+    Fault("a phase begins one step late", "schedule.py",
+          "bisect_right(starts, step) - 1)]", "bisect_right(starts, step - 1) - 1)]",
+          "tests/test_schedule.py"),
+    Fault("the last dense phase has the length of the others", "schedule.py",
+          'clock.before(last_sparse, self.last_dense or self.dense, "last_dense")',
+          'clock.before(last_sparse, self.dense, "last_dense")',
+          "tests/test_schedule.py"),
+    Fault("the sparsity ramp ends one step early", "schedule.py",
+          "past = Fraction(step - start, stop - start) if",
+          "past = Fraction(step + 1 - start, stop - start) if",
+          "tests/test_schedule.py tests/test_methods.py -k 'docstrings or cubic or nested'"),
+    Fault("the sparsity ramp is quadratic", "schedule.py",
+          "(begin - end) * left**3", "(begin - end) * left**2",
+          "tests/test_methods.py -k 'cubic or nested'"),
+    Fault("what comes again and again comes once more at the end", "schedule.py",
+          "while round(here) < stop:\n        steps.append(",
+          "while round(here) <= stop:\n        steps.append(",
+          "tests/test_schedule.py tests/test_methods.py"),
+    Fault("rounding errors of epochs add up", "schedule.py",
+          "begin, here = here, clock.after(here, duration, kind)",
+          "begin, here = here, Fraction(round(clock.after(here, duration, kind)))",
+          "tests/test_schedule.py"),
+    # --- ranking, patterns ----------------------------------------------------------------------
+    Fault("ties go to the last weights", "topk.py",
+          "flatten()[:ties]", "flatten()[-ties:]",
+          "tests/test_pattern.py"),
+    Fault("-0.0 ranks below 0.0", "topk.py",
+          "bits = (chunk.to(dtype) + 0.0).view(integer)", "bits = chunk.to(dtype).view(integer)",
+          "tests/test_pattern.py"),
+    Fault("NaN is ranked", "topk.py",
+          "if first and (counts[:_EXTREMES]", "if False and (counts[:_EXTREMES]",
+          "tests/test_pattern.py"),
+    Fault("the floor is ignored under the global scope", "topk.py",
+          "        if not short:\n", "        if True:\n",
+          "tests/test_pattern.py"),
+    Fault("what a floor takes is not taken from the others", "topk.py",
+          "k - sum(least[name] for name in held))", "k)",
+          "tests/test_pattern.py"),
+    Fault("the last 16 bits of a score are not looked at", "topk.py",
+          "for shift in range(width - 16, -1, -16):", "for shift in range(width - 16, 15, -16):",
+          "tests/test_pattern.py"),
+    Fault("N:M keeps N + 1", "pattern.py",
+          "indices[:, : self.n]", "indices[:, : self.n + 1]",
+          "tests/test_pattern.py"),
+    Fault("N:M keeps the smallest", "pattern.py",
+          "groups.sort(dim=1, descending=True, stable=True)",
+          "groups.sort(dim=1, descending=False, stable=True)",
+          "tests/test_pattern.py"),
+    Fault("ERK loses the remainder", "pattern.py",
+          "counts[name] - share[name])[:short]", "counts[name] - share[name])[: short // 2]",
+          "tests/test_pattern.py"),
+    Fault("ERK goes by the largest dimension", "pattern.py",
+          "min(max(eps * sum(shape), Fraction(least[name]))",
+          "min(max(eps * max(shape), Fraction(least[name]))",
+          "tests/test_pattern.py"),
+    Fault("the floor is ignored under the uniform scope", "pattern.py",
+          "{name: max(kept(n, sparsity), min(floor, n)) for name, n in sizes.items()}",
+          "{name: kept(n, sparsity) for name, n in sizes.items()}",
+          "tests/test_pattern.py"),
+    Fault("an override is ignored", "pattern.py",
+          "max(kept(numel, sparsity), min(self.floor, numel))",
+          "max(kept(numel, self.sparsity), min(self.floor, numel))",
+          "tests/test_pattern.py"),
+    Fault("a block counts as its largest score", "pattern.py",
+          "parts.sum(dim=(1, 3))", "parts.amax(dim=(1, 3))",
+          "tests/test_pattern.py"),
+    Fault("saliency is the gradient alone", "score.py",
+          "(w * _grad(w)).abs()", "_grad(w).abs()",
+          "tests/test_pattern.py tests/test_methods.py -k 'scores or saliency'"),
+    Fault("magnitude has a sign", "score.py",
+          "_lazy(params, lambda w: w.abs())", "_lazy(params, lambda w: w)",
+          f"tests/test_pattern.py {CONTRACT} -k 'scores or at_the_compression'"),
+    Fault("random scores ignore their seed", "score.py",
+          "hash((seed, place[name]))", "hash((place[name],))",
+          "tests/test_pattern.py tests/test_methods.py -k 'random'"),
+    Fault("scores outside a mask tie with zeros inside", "score.py",
+          "masked_fill(~masks[name], -1.0)", "masked_fill(~masks[name], 0.0)",
+          "tests/test_methods.py"),
+    Fault("skip_last is ignored", "layers.py",
+          "            and not (self.skip_last and name in last)\n", "",
+          "tests/test_pattern.py"),
+    Fault("frozen layers are pruned", "layers.py",
+          "            and module.weight.requires_grad\n", "",
+          f"tests/test_pattern.py {CONTRACT} -k 'frozen'"),
+    # --- files ----------------------------------------------------------------------------------
+    Fault("the bitmask has the wrong bit order", "bitmask.py",
+          'np.packbits(flat.numpy(), axis=1, bitorder="little")',
+          "np.packbits(flat.numpy(), axis=1)",
+          "tests/test_pair.py"),
+    Fault("row offsets are those of the next row", "bitmask.py",
+          "offsets = per_row.cumsum(0) - per_row", "offsets = per_row.cumsum(0)",
+          "tests/test_pair.py"),
+    Fault("bits after the end of a row are not checked", "bitmask.py",
+          "if bits[:, columns:].any() or compressed.shape", "if compressed.shape",
+          "tests/test_pair.py tests/test_result.py"),
+    Fault("kept values lose their bits", "bitmask.py",
+          "flat[mask] = as_integers(compressed)",
+          "flat[mask] = as_integers(compressed + 0)",
+          "tests/test_pair.py"),
+    Fault("files are not flushed before they are renamed", "files.py",
+          "            _flush(self._aside / name)\n", "            pass\n",
+          "tests/test_pair.py"),
+    Fault("the folder is not flushed", "files.py",
+          "        _flush(self.folder)\n", "",
+          "tests/test_pair.py"),
+    Fault("files are copied into place, not renamed", "files.py",
+          "os.replace(self._aside / name, self.folder / name)",
+          "shutil.copy(self._aside / name, self.folder / name)",
+          "tests/test_pair.py"),
+    Fault("the hash of a file is not checked", "index.py",
+          'if _sha256(data) != entry["sha256"]:', "if False:",
+          "tests/test_pair.py tests/test_result.py -k 'flipped or two_saves'"),
+    Fault("the hash of the index is not checked", "index.py",
+          "if _sha256(text.replace(digest, _ZEROS).encode()) != digest:", "if False:",
+          "tests/test_pair.py tests/test_result.py -k 'flipped or two_saves'"),
+    # --- masks ----------------------------------------------------------------------------------
+    Fault("gradients outside the support are not cleared", "hooks/masking.py",
+          "param.grad.masked_fill_(dropped[name], 0.0)", "pass",
+          f"{CONTRACT} -k 'outside_the_support and global'"),
+    Fault("weights outside the support are not projected", "hooks/masking.py",
+          "param.masked_fill_(self._dropped[name], 0.0)", "pass",
+          f"{CONTRACT} -k 'outside_the_support and global'"),
+    Fault("the projection is a product with the mask", "hooks/masking.py",
+          "param.masked_fill_(self._dropped[name], 0.0)", "param.mul_(~self._dropped[name])",
+          f"{CONTRACT} -k 'dropped_weights or outside_the_support'"),
+    Fault("gradients from before the cut are not cleared", "hooks/masking.py",
+          "        if not self.dense_gradient:\n            self.clear_gradients()\n", "",
+          f"{CONTRACT} tests/test_methods.py -k 'clears or outside_the_support or not_dense'"),
+    Fault("averages are not projected", "hooks/masking.py",
+          "params[name].masked_fill_(self._dropped[name].to(params[name].device), 0.0)", "pass",
+          f"{CONTRACT} -k averages"),
+    Fault("removing leaves the hooks", "hooks/masking.py",
+          '"""Take all hooks off, and the engine."""\n        self._remove_hooks()',
+          '"""Take all hooks off, and the engine."""',
+          f"{CONTRACT} -k removed"),
+    Fault("the engine stays sparse where the dense gradient is wanted", "hooks/masking.py",
+          "self.support.is_full or self.dense_gradient else", "self.support.is_full else",
+          "tests/test_methods.py -k engine"),
+    # --- optimizer state ------------------------------------------------------------------------
+    Fault("the optimizer is not reset", "hooks/reset.py",
+          "            state.clear()\n", "",
+          f"{CONTRACT} -k 'first_dense_step'"),
+    Fault("the reset touches the weights that stayed", "hooks/reset.py",
+          "value.masked_fill_(mask, fresh)", "value.masked_fill_(~mask, fresh)",
+          f"{CONTRACT} -k 'reset_of_the_entered'"),
+    Fault("the reset touches the weights that left", "sparsifier.py",
+          "self._reset.clear(entered=support.entered(self.support))",
+          "self._reset.clear(entered=self.support.entered(support))",
+          f"{CONTRACT} -k 'reset_of_the_entered or first_dense'"),
+    Fault("weights that come back keep their momentum", "hooks/reset.py",
+          "elif id(param) in masks:", "elif False:",
+          f"{CONTRACT} tests/test_methods.py -k 'reset_of_the_entered or zero_state'"),
+    Fault("Adagrad starts from zero after a reset", "hooks/reset.py",
+          'return float(group.get("initial_accumulator_value", 0.0))', "return 0.0",
+          f"{CONTRACT} -k 'adagrad and (first_dense or entered)'"),
+    Fault("a reset leaves the step count", "hooks/reset.py",
+          'elif mask is None and key == "step":', "elif False:",
+          f"{CONTRACT} -k 'first_dense_step'"),
+    Fault("state that cannot be reset is not refused", "hooks/reset.py",
+          "if form := _unknown(value, self._params[name]):",
+          "if (form := _unknown(value, self._params[name])) and False:",
+          f"{CONTRACT} -k 'cannot_be_reset'"),
+    # --- steps of kept elements -----------------------------------------------------------------
+    Fault("the stepped vector is not written into the weight", "hooks/kept_steps.py",
+          "            weight.scatter()\n", "",
+          "tests/test_kept.py"),
+    Fault("a state that somebody changed is not read again", "hooks/kept_steps.py",
+          "if copy is None or not copy.is_of(value):", "if copy is None:",
+          "tests/test_kept.py"),
+    Fault("a new learning rate does not reach the kept elements", "hooks/kept_steps.py",
+          'if k not in ("params", "param_names")',
+          'if k not in ("params", "param_names") and (k != "lr" or not group["lr"])',
+          "tests/test_kept.py"),
+    Fault("a weight that somebody wrote is taken for zero outside", "hooks/kept_steps.py",
+          "return weight is not None and weight.version == param._version",
+          "return weight is not None",
+          "tests/test_kept.py"),
+    Fault("gradients do not come back after a step", "hooks/kept_steps.py",
+          "        for param, grad in self._grads:\n            param.grad = grad\n", "",
+          "tests/test_kept.py"),
+    Fault("kept elements are stepped without a reset", "sparsifier.py",
+          'whole = self.method.reset == "none" or bool(self._store.dense)',
+          "whole = bool(self._store.dense)",
+          "tests/test_kept.py"),
+    # --- the dense twin -------------------------------------------------------------------------
+    Fault("there is no dense twin", "sparsifier.py",
+          "if last_dense is not None and self.step == last_dense.stop:", "if False:",
+          f"{CONTRACT} -k 'twin'"),
+    Fault("the dense twin is captured after the cut", "sparsifier.py",
+          '        last_dense = self.schedule.last("dense")\n        if last_dense is not None',
+          '        self._hold(support)\n'
+          '        last_dense = self.schedule.last("dense")\n        if last_dense is not None',
+          f"{CONTRACT} -k 'twin'"),
+    Fault("the dense twin is that of the first dense phase", "sparsifier.py",
+          "if last_dense is not None and self.step == last_dense.stop:",
+          "if last_dense is not None and self.dense_twin is None:",
+          f"{CONTRACT} -k 'twin'"),
+    Fault("the dense twin is trained on with the sparse one", "hooks/twin.py",
+          'return value.detach().to("cpu", copy=True)', "return value.detach()",
+          f"{CONTRACT} -k 'twin'"),
+    Fault("restoring the twin shares its optimizer state", "hooks/twin.py",
+          "optimizer.load_state_dict(deepcopy(self.optimizer))",
+          "optimizer.load_state_dict(self.optimizer)",
+          f"{CONTRACT} -k 'twin'"),
+    # --- stop and resume ------------------------------------------------------------------------
+    Fault("resume forgets the clock", "sparsifier.py",
+          'self.step, self.dense_twin = state["step"],', "self.step, self.dense_twin = self.step,",
+          STOP),
+    Fault("resume forgets the twin", "sparsifier.py",
+          "None if twin is None else DenseTwin(**twin)", "None", STOP),
+    Fault("resume forgets the support", "sparsifier.py",
+          "self._hold(support)  # the model holds", "self._hold(self.support)  # the model holds",
+          STOP),
+    Fault("resume forgets the dense weights", "hooks/store.py",
+          "self.dense = {n: dense[n].to(self._params[n], copy=True) for n in dense}",
+          "self.dense = {}", STOP),
+    Fault("resume forgets which weights are trained", "hooks/store.py",
+          "self.trained, self.dense_now = trained, False",
+          "self.trained, self.dense_now = None, False", STOP),
+    Fault("the state of a method is not saved (thresholds, gradients)", "sparsifier.py",
+          '"method_state": self._state,', '"method_state": self.method.init(self._weights),', STOP),
+    Fault("resume forgets the last sparse support", "sparsifier.py",
+          "self._changes.load(state[\"changes\"], last_sparse)",
+          "self._changes.load(state[\"changes\"], None)", STOP),
+    Fault("resume forgets that the next step has a dense gradient", "sparsifier.py",
+          '        wanted = self.method.training.wants_dense_gradient(self.step)\n'
+          '        self._masking.dense_gradient = wanted and self.phase.kind == "sparse"\n'
+          "        self._store.load(",
+          "        self._store.load(", STOP),
+    Fault("the state of another schedule is accepted", "hooks/saved.py",
+          "elif schedule.phases != my_schedule.phases:", "elif False:",
+          f"{CONTRACT} -k 'another_run'"),
+    # --- the clock ------------------------------------------------------------------------------
+    Fault("a step that the GradScaler skipped counts", "hooks/steps.py",
+          "function(found_inf is None or not bool(found_inf), found)", "function(True, found)",
+          f"{CONTRACT} tests/test_methods.py -k 'scaler or fused'"),
+    Fault("a closure is called twice", "hooks/steps.py",
+          "return lambda: loss", "return closure",
+          f"{CONTRACT} tests/test_methods.py tests/test_kept.py -k closure"),
+    Fault("ranks keep supports of their own", "sparsifier.py",
+          "support = agreed(support)", "pass",
+          "tests/test_distributed.py"),
+    # --- methods --------------------------------------------------------------------------------
+    Fault("an exchange takes one weight too many", "methods/families.py",
+          "int(share * kept) for name", "int(share * kept) + 1 for name",
+          "tests/test_methods.py"),
+    Fault("RigL grows by magnitude", "methods/rigl.py",
+          "exchange(support, drop, grow,", "exchange(support, drop, drop,",
+          "tests/test_methods.py tests/test_distributed.py -k 'rigl or exchange or grow'"),
+    Fault("RigL updates one step late", "methods/rigl.py",
+          "if not self.due(step - 1, phase):", "if not self.due(step - 2, phase):",
+          "tests/test_methods.py -k 'rigl or exchange'"),
+    Fault("what a ramp cut comes back", "methods/families.py",
+          "select(score.among(self.rank(weights, state), support))",
+          "select(self.rank(weights, state))",
+          "tests/test_methods.py -k 'cut or nested'"),
+    Fault("WoodFisher forgets all gradients but one", "methods/woodfisher.py",
+          "memory[name] = (kept, [*rows, row])", "memory[name] = (kept, [row])",
+          "tests/test_methods.py -k woodfisher"),
+    Fault("WoodFisher moves the other weights the wrong way", "methods/woodfisher.py",
+          "moves.append(root.T @ (root @ v) - v)", "moves.append(v - root.T @ (root @ v))",
+          "tests/test_methods.py -k woodfisher"),
+    Fault("the thresholds of STR do not learn", "methods/str_.py",
+          "learned[name] = self.threshold.learn(threshold, weights[name], gradient, rate)",
+          "learned[name] = threshold",
+          "tests/test_methods.py -k 'threshold'"),
+    Fault("STR does not shrink what it keeps", "methods/str_.py",
+          "return self.threshold.shrink(weight, state[name])", "return weight",
+          "tests/test_methods.py -k 'threshold or str'"),
+    Fault("SNFS rounds the number that leaves down", "methods/snfs.py",
+          "leaving = math.ceil(part * kept)", "leaving = math.floor(part * kept)",
+          "tests/test_methods.py -k 'places or sparsity or momentum'"),
+    Fault("Top-KAST trains only what it computes with", "methods/topkast.py",
+          "return self.pattern.at(self.backward).select(", "return self.pattern.select(",
+          "tests/test_methods.py -k 'top_kast or view'"),
+    Fault("Top-KAST draws both sets to zero alike", "methods/topkast.py",
+          "outside = self.penalty / (1 - self.pattern.sparsity)", "outside = self.penalty",
+          "tests/test_methods.py -k 'top_kast or view'"),
+    Fault("the optimizer moves weights outside of the trained set", "hooks/store.py",
+          "param.copy_(torch.where(self.trained[name], param, dense))", "pass",
+          "tests/test_methods.py -k 'top_kast or view'"),
+    Fault("SR-STE decays what it keeps", "methods/srste.py",
+          "masked_fill(kept, 0.0)", "masked_fill(~kept, 0.0)",
+          "tests/test_methods.py -k 'view'"),
+    Fault("AC/DC keeps random weights", "methods/acdc.py",
+          "score.magnitude(weights)", "score.random(weights, 0)",
+          f"{CONTRACT} -k at_the_compression"),
+    # --- cost -----------------------------------------------------------------------------------
+    Fault("a sparse step costs two passes", "methods/training.py",
+          "spent = 3 * sparse *", "spent = 2 * sparse *",
+          "tests/test_cost.py tests/test_methods.py -k 'training or flops or density'"),
+    Fault("a dense step costs two passes", "cost.py",
+          "spent += 3 * dense *", "spent += 2 * dense *",
+          "tests/test_cost.py"),
+    Fault("dense gradients are free", "methods/training.py",
+          "spent += (dense - sparse) * sum(", "spent += 0 * sum(",
+          "tests/test_cost.py tests/test_methods.py -k 'dense_gradient or flops'"),
+    Fault("a short last batch counts in full", "cost.py",
+          "return epochs * size + steps * per_step", "return step * per_step",
+          "tests/test_cost.py -k 'last_step'"),
+    # --- data and learning rates ----------------------------------------------------------------
+    Fault("every epoch has the same order", "runs/data/base.py",
+          'stream("order", seed, epoch)', 'stream("order", seed, 0)',
+          "tests/test_data.py -k 'order or epoch'"),
+    Fault("ranks share images", "runs/data/base.py",
+          "place = slice(rank * share, (rank + 1) * share)", "place = slice(0, share)",
+          "tests/test_data.py -k ranks"),
+    Fault("a step of the learning rate comes one epoch early", "runs/optim.py",
+          "sum(epoch > end for end in self.at)", "sum(epoch >= end for end in self.at)",
+          "tests/test_recipes.py -k 'learning_rate or published'"),
+    # --- runs -----------------------------------------------------------------------------------
+    Fault("metrics are not cut at resume", "runs/record.py",
+          "        self._file.truncate(size)\n        self._file.seek(size)\n", "",
+          "tests/test_train.py -k 'signal or killed_at_every'"),
+    Fault("the learning rate is that of the next step", "runs/train.py",
+          "run.recipe.lr.factor(before, run.schedule)",
+          "run.recipe.lr.factor(before + 1, run.schedule)",
+          "tests/test_train.py -k 'learning_rate'"),
+    Fault("the network is evaluated after its support changed", "runs/train.py",
+          "        evaluation = self._evaluation() if progress.step in self.epoch_ends else None\n"
+          "        began = Clocks.now()\n"
+          '        if progress.leg == "main":\n            run.sparsifier.advance()\n',
+          "        began = Clocks.now()\n"
+          '        if progress.leg == "main":\n            run.sparsifier.advance()\n'
+          "        evaluation = self._evaluation() if progress.step in self.epoch_ends else None\n",
+          "tests/test_train.py"),
+    Fault("a resumed epoch begins anew", "runs/train.py",
+          "                start=index,\n", "                start=0,\n",
+          "tests/test_train.py -k 'signal'"),
+    Fault("dropout draws the same in every step", "runs/train.py",
+          "hash((run.recipe.seed, progress.batches, run.fabric.global_rank))",
+          "hash((run.recipe.seed, run.fabric.global_rank))",
+          "tests/test_train.py"),
+    Fault("the twin is trained on with the wrong batches", "runs/train.py",
+          'Progress("finetune", twin.step, at, at)', 'Progress("finetune", twin.step, 0, 0)',
+          "tests/test_train.py -k 'twin'"),
+    Fault("a choice of the engine is not on the disk before its step", "runs/train.py",
+          "if stop or chosen or progress.step %", "if stop or progress.step %",
+          "tests/test_train.py -k 'chosen'"),
+    Fault("BatchNorm statistics are not estimated anew", "runs/finish.py",
+          "        reestimate(run.net, inputs, run.recipe.bn_batches)\n", "",
+          "tests/test_train.py -k batchnorm"),
+    Fault("one batch more makes the BatchNorm statistics", "runs/batchnorm.py",
+          "islice(inputs, batches)", "islice(inputs, batches + 1)",
+          "tests/test_train.py -k batchnorm"),
+    Fault("resume forgets the optimizer", "runs/checkpoint.py",
+          '    run.optimizer.load_state_dict(state["optimizer"])\n', "",
+          "tests/test_train.py -k 'signal'"),
+    Fault("a run goes on with other data", "runs/checkpoint.py",
+          'if state["data"] != run.data.digest():', "if False:",
+          "tests/test_train.py -k 'other_data'"),
+    Fault("parts of a batch weigh the same whatever their size", "runs/loss.py",
+          "(len(inputs) / len(x))", "(1 / len(pairs))",
+          "tests/test_train.py -k 'parts'"),
+    # --- the engine -----------------------------------------------------------------------------
+    Fault("the engine's choices are not saved", "engine/engine.py",
+          '{"choices": {name: asdict(c) for name, c in self.choices.items()}}', '{"choices": {}}',
+          "tests/test_engine_life.py tests/test_train.py -k 'chosen or loaded or resuming'"),
+    Fault("the memory of a gradient is not cleared", "engine/memory.py",
+          "return reused.zero_().data", "return reused.data",
+          "tests/test_kept.py tests/test_engine_life.py"),
+    Fault("the memory of a gradient is given away while it is used", "engine/memory.py",
+          "elif _users(reused) > 1:", "elif False:",
+          "tests/test_kept.py tests/test_engine_life.py"),
+    Fault("two live buffers share memory", "engine/memory.py",
+          "s.last < slot.first or slot.last < s.first",
+          "s.last <= slot.first or slot.last < s.first",
+          "tests/test_engine.py"),
+    Fault("the engine computes with stale index lists", "engine/plans.py",
+          "        self._made.clear()\n", "",
+          "tests/test_engine_life.py"),
+    Fault("the engine computes in stale frames", "engine/memory.py",
+          "        self._frames.clear()\n", "",
+          "tests/test_engine_life.py"),
+    Fault("the engine reads parameters at their old addresses", "engine/segment.py",
+          "if pointers != self._pointers:", "if not self._pointers:",
+          "tests/test_engine_life.py tests/test_engine.py"),
+    Fault("a gradient that was added to is taken for the kernels' own", "engine/gradients.py",
+          "            and grad._version == version\n", "",
+          "tests/test_kept.py tests/test_engine_life.py"),
+    Fault("an output that is used twice has half of its gradient", "engine/segment.py",
+          "totals[slot] + grad if slot in totals else grad", "grad",
+          "tests/test_engine.py tests/test_engine_random.py"),
+    Fault("a much sparser network is not measured anew", "engine/choice.py",
+          "if self.times_layers and not all(fits):", "if False:",
+          "tests/test_engine_life.py -k 'sparser'"),
+    Fault("a segment ignores the conversions at its ends", "engine/choice.py",
+          "return sum(choice.gain_ms for choice in choices) > conversions_ms",
+          "return sum(choice.gain_ms for choice in choices) > 0",
+          "tests/test_engine_life.py tests/test_profile.py"),
+]  # fmt: skip
+
+
+def copy_checkout(folder: Path) -> None:
+    """Copy sources and tests into a folder; link everything else."""
+    for name in ("src", "tests"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    skipped = {"src", "tests", "build", ".git", ".venv"}
+    for path in ROOT.iterdir():
+        if path.name not in skipped and not path.name.endswith("_cache"):
+            (folder / path.name).symlink_to(path)
+    # A build without the compiled kernels is tested without them.
+    find = (
+        "import importlib.util as u; s = u.find_spec('acdc._kernels'); print(s.origin if s else '')"
+    )
+    origin = subprocess.run(
+        [sys.executable, "-c", find], capture_output=True, text=True, check=True, cwd=folder
+    ).stdout.strip()
+    if origin:
+        (folder / PACKAGE / Path(origin).name).symlink_to(origin)
+    (folder / "first").mkdir()
+    (folder / "first" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    imported = Path(
+        subprocess.run(
+            [sys.executable, "-c", "import acdc; print(acdc.__file__)"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=folder,
+            env=environment(folder),
+        ).stdout.strip()
+    )
+    if not imported.is_relative_to(folder):
+        sys.exit(f"The copy in {folder} is not the acdc that is imported, which is {imported}.")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment in which the copy is imported."""
+    threads = {"OMP_NUM_THREADS": "1"}
+    # Python trusts compiled bytecode of the same second and size, and a fault may have both.
+    path = os.pathsep.join([str(folder / "first"), str(folder / "src")])
+    return os.environ | threads | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run_tests(folder: Path, tests: str) -> tuple[bool, str]:
+    """Return whether the tests pass in a copy, and the first failure or another reason."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, *shlex.split(tests)],
+            cwd=folder,
+            env=environment(folder),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"a run of more than {TIMEOUT} seconds"
+    if done.returncode == 0:
+        return True, ""
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if found is None:
+        sys.exit(f"pytest {tests}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+    return False, found[1]
+
+
+def insert(fault: Fault, source: str) -> str:
+    """Return the text of a source file with the fault.
+
+    Raises:
+        ValueError: The text that is to be replaced is not in the file exactly once.
+    """
+    count = source.count(fault.old)
+    if count != 1:
+        raise ValueError(f"{fault.name!r}: its text is {count} times in {fault.file}, not once")
+    return source.replace(fault.old, fault.new)
+
+
+def try_fault(folder: Path, fault: Fault) -> tuple[bool, str]:
+    """Return whether the tests see a fault, and the test that does."""
+    path = folder / PACKAGE / fault.file
+    healthy = path.read_text("utf-8")
+    path.write_text(insert(fault, healthy), "utf-8")
+    try:
+        passes, failure = run_tests(folder, fault.tests)
+    finally:
+        path.write_text(healthy, "utf-8")
+    return not passes, failure
+
+
+def main() -> int:
+    """Try the faults and print a line for each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only faults with one of these in their name")
+    parser.add_argument("--list", action="store_true", help="print the faults and stop")
+    parser.add_argument("--jobs", type=int, default=1, help="faults to try at a time")
+    parser.add_argument("--control", action="store_true", help="run the tests without faults first")
+    arguments = parser.parse_args()
+    words = arguments.words
+    chosen = [f for f in FAULTS if not words or any(word in f.name for word in words)]
+    if arguments.list:
+        for fault in chosen:
+            print(f"{fault.file:24} {fault.name}")
+        return 0
+    with tempfile.TemporaryDirectory() as place:
+        copies: SimpleQueue[Path] = SimpleQueue()
+        for number in range(arguments.jobs):
+            folder = Path(place).resolve() / str(number)
+            folder.mkdir()
+            copy_checkout(folder)
+            copies.put(folder)
+
+        def control(tests: str) -> None:
+            folder = copies.get()
+            passes, failure = run_tests(folder, tests)
+            copies.put(folder)
+            if not passes:
+                print(f"fails without a fault: {failure} (pytest {tests})", flush=True)
+                sick.append(tests)
+
+        def attempt(fault: Fault) -> None:
+            folder, began = copies.get(), time.monotonic()
+            seen, failure = try_fault(folder, fault)
+            copies.put(folder)
+            missed.extend([] if seen else [fault.name])
+            verdict = f"caught by {failure}" if seen else f"NOT CAUGHT by pytest {fault.tests}"
+            seconds = time.monotonic() - began
+            print(f"{fault.file}: {fault.name}: {verdict} ({seconds:.0f} s)", flush=True)
+
+        missed: list[str] = []
+        sick: list[str] = []
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            if arguments.control:
+                list(pool.map(control, dict.fromkeys(fault.tests for fault in chosen)))
+            list(pool.map(attempt, chosen))
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults caught")
+    return 1 if missed or sick else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
