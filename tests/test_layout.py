@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.pages.run": {"matplotlib"},
     "acdc.pages.comparison": {"matplotlib"},
     "acdc.console": {"rich"},
-    "acdc.cli": {"rich", "safetensors"},
+    "acdc.cli": {"rich"},
 }
 
 
