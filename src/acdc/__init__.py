@@ -29,6 +29,7 @@ from acdc.methods import (
 )
 from acdc.pair import Pair
 from acdc.pattern import NM, Block, Pattern, Unstructured
+from acdc.result import DenseNetwork, SparseNetwork
 from acdc.schedule import Phase, Plan, Schedule, alternate, constant, phases
 from acdc.sparsifier import Sparsifier
 from acdc.support import Support, kept
@@ -53,6 +54,7 @@ __all__ = [
     "Block",
     "Change",
     "Dense",
+    "DenseNetwork",
     "DenseTwin",
     "Engine",
     "Gradual",
@@ -66,6 +68,7 @@ __all__ = [
     "Plan",
     "RigL",
     "Schedule",
+    "SparseNetwork",
     "Sparsifier",
     "Static",
     "Support",
