@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import acdc
 from acdc import ACDC, Pair, Unstructured, console, constant, phases, recipes
-from acdc.cli import RECORD, main, parser
+from acdc.cli import main, parser
 from acdc.console import Watcher
 from acdc.errors import InputError
 from acdc.methods import METHODS, Dense, RigL, Static
@@ -34,6 +34,7 @@ from acdc.recipes import grids
 from acdc.runs import train
 from acdc.runs.data import FashionMNIST, TinyShakespeare
 from acdc.runs.models import SmallGPT
+from acdc.runs.record import SUMMARY
 from support.runs import (
     STEPS,
     TINY,
@@ -214,7 +215,7 @@ def test_cite_prints_bibtex_and_without_a_method_lists_them(capsys: Capture) -> 
         capsys.readouterr().err.split()
     )
     assert main(["cite", "dense"]) == 2
-    assert "there is none to cite" in " ".join(capsys.readouterr().err.split())
+    assert "Dense training has no paper to cite." in " ".join(capsys.readouterr().err.split())
 
 
 def test_list_names_every_recipe(capsys: Capture) -> None:
@@ -400,7 +401,7 @@ def test_json_is_the_only_line_on_standard_output(
     folder = only_run(tmp_path)
     data = json.loads(out)
     assert out.count("\n") == 1
-    assert list(data) == [*RECORD]
+    assert list(data) == [*SUMMARY]
     assert set(data["sparse"]) == {"accuracy", "loss", "sparsity", "nnz", "bytes"}
     assert set(data["dense"]) == {"accuracy", "loss", "bytes"}
     assert data["run"] == str(folder)
@@ -474,7 +475,7 @@ def test_resuming_a_finished_run_shows_it_again(done: Path, capsys: Capture) -> 
     assert main(typed(done.parent, "--resume", "--json")) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {
-        key: json.loads((done / "record.json").read_text())[key] for key in RECORD
+        key: json.loads((done / "record.json").read_text())[key] for key in SUMMARY
     }
     assert "nothing was trained" in err
     assert "epoch" not in err
