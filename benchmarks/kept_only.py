@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import acdc
-from acdc.engine.gradients import Written
+from acdc.engine.gradients import KernelGradients
 from acdc.hooks.kept_steps import KeptSteps, pays
 from acdc.runs.models import CifarResNet
 from common import save, spread
@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], torch.optim.Optimizer]] = {
 }
 
 
-class NothingKnown(Written):
+class NothingKnown(KernelGradients):
     """Every gradient is masked, wherever it came from."""
 
     def all_of(self, param: Tensor, kept: int) -> bool:
@@ -93,7 +93,7 @@ class Bench:
         """Take some steps of kept elements only, or of dense size."""
         kept = kind == "kept"
         self.kept_steps.start(self.masks if kept else [])
-        # The runs of layers still tell the one they know; the sparsifier asks this one.
+        # The segments still note gradients in the old object; the sparsifier asks this one.
         self.engine.written = self.written if kept else NothingKnown()
         self.step()
         return [self.step() for _ in range(steps)]

@@ -145,16 +145,22 @@ template <class real, int TH, int TW, int IN, int OUT> constexpr ConvTileKernel<
     else return nullptr;
 }
 
-template <class real, int IN, int OUT> ConvTileKernel<real> conv_tile_of(int rows, int columns) {
-#define ACDC_TILES(TH)                                                                       \
-    {                                                                                        \
-        conv_tile_or_null<real, TH, 1, IN, OUT>(), conv_tile_or_null<real, TH, 2, IN, OUT>(), \
-        conv_tile_or_null<real, TH, 3, IN, OUT>(), conv_tile_or_null<real, TH, 4, IN, OUT>(), \
-        conv_tile_or_null<real, TH, 5, IN, OUT>(), conv_tile_or_null<real, TH, 6, IN, OUT>(), \
-        conv_tile_or_null<real, TH, 7, IN, OUT>(), conv_tile_or_null<real, TH, 8, IN, OUT>()  \
+// kernel<real, rows, columns, ...>() for 1 to 4 rows and 1 to 8 columns.
+#define ACDC_TILE_ROW(kernel, TH, ...)                                                          \
+    {                                                                                           \
+        kernel<real, TH, 1, __VA_ARGS__>(), kernel<real, TH, 2, __VA_ARGS__>(),                 \
+        kernel<real, TH, 3, __VA_ARGS__>(), kernel<real, TH, 4, __VA_ARGS__>(),                 \
+        kernel<real, TH, 5, __VA_ARGS__>(), kernel<real, TH, 6, __VA_ARGS__>(),                 \
+        kernel<real, TH, 7, __VA_ARGS__>(), kernel<real, TH, 8, __VA_ARGS__>()                  \
     }
-    static constexpr ConvTileKernel<real> table[4][8] = {ACDC_TILES(1), ACDC_TILES(2), ACDC_TILES(3), ACDC_TILES(4)};
-#undef ACDC_TILES
+#define ACDC_TILE_TABLE(kernel, ...)                                                            \
+    {                                                                                           \
+        ACDC_TILE_ROW(kernel, 1, __VA_ARGS__), ACDC_TILE_ROW(kernel, 2, __VA_ARGS__),           \
+        ACDC_TILE_ROW(kernel, 3, __VA_ARGS__), ACDC_TILE_ROW(kernel, 4, __VA_ARGS__)            \
+    }
+
+template <class real, int IN, int OUT> ConvTileKernel<real> conv_tile_of(int rows, int columns) {
+    static constexpr ConvTileKernel<real> table[4][8] = ACDC_TILE_TABLE(conv_tile_or_null, IN, OUT);
     return table[rows - 1][columns - 1];
 }
 
@@ -195,6 +201,22 @@ struct Grid {
     }
 };
 
+// Prefetching of the panel of the tile `p`: the pixels of x that it reads. Without the output.
+template <class real>
+inline NextTile next_panel(const acdc_list& list, const acdc_image& x, const TileShape& tile, const Place& p,
+                           int row_step, int column_step) {
+    NextTile next;
+    next.x = (const char*)(plane<real>(x, p.block, 0) + (p.row * row_step + list.top) * x.row +
+                           (int64_t(p.column - 1) * column_step + list.right + 1) * lanes);
+    next.rows = (tile.rows - 1) * row_step + list.bottom - list.top + 1;
+    next.x_row = x.row * int64_t(sizeof(real));
+    next.x_channel = (x.channel - (next.rows - 1) * x.row) * int64_t(sizeof(real));
+    next.left = int64_t(next.rows) * list.in_channels;
+    const int list_rows = list.tile_rows[list.tiles];
+    next.per_row = int((next.left + list_rows - 1) / list_rows);
+    return next;
+}
+
 inline int phase_size(int size, int first, int step) { return (size - first + step - 1) / step; }
 
 template <class real> struct Conv {
@@ -204,20 +226,11 @@ template <class real> struct Conv {
 
     // What to prefetch while the tile `here` is computed: the memory of the next tile `p`.
     NextTile next_tile(const Place& here, const Place& p) const {
-        const acdc_list& list = a.lists[0];
-        NextTile next;
+        NextTile next = next_panel<real>(a.lists[0], a.x, grid.tile, p, a.in_row_step, a.in_column_step);
         if (!streams())
             next.y = (plane<real>(a.y, p.block, 0) - plane<real>(a.y, here.block, 0) +
                       int64_t(p.row - here.row) * a.out_row_step * a.y.row +
                       int64_t(p.column - here.column) * a.out_column_step * lanes) * int64_t(sizeof(real));
-        next.x = (const char*)(plane<real>(a.x, p.block, 0) + (p.row * a.in_row_step + list.top) * a.x.row +
-                               (int64_t(p.column - 1) * a.in_column_step + list.right + 1) * lanes);
-        next.rows = (grid.tile.rows - 1) * a.in_row_step + list.bottom - list.top + 1;
-        next.x_row = a.x.row * int64_t(sizeof(real));
-        next.x_channel = (a.x.channel - (next.rows - 1) * a.x.row) * int64_t(sizeof(real));
-        next.left = int64_t(next.rows) * list.in_channels;
-        const int list_rows = list.tile_rows[list.tiles];
-        next.per_row = int((next.left + list_rows - 1) / list_rows);
         return next;
     }
 

@@ -26,8 +26,8 @@ template <class real> inline void clear_plane(const acdc_image& image, int64_t b
         clear(row_of<real>(image, block, channel, row), int64_t(image.width) * lanes);
 }
 
-// Calls body(arguments, place in y, window) for every output pixel, forward or backward. Windows may
-// overlap: a plane belongs to one thread, which clears the gradient before it adds to it.
+// Calls body(arguments, pixel of y, window) for every output pixel, forward or backward. Windows may
+// overlap, so one thread computes a whole plane. It clears the gradient before it adds to it.
 template <class real, bool backward, class Body>
 void each_window(const acdc_pool_args& args, const acdc_share* share, Body body) {
     each_plane(backward ? args.dy : args.y, args.threads, share, [&](int thread, int64_t block, int channel) {
@@ -41,7 +41,7 @@ void each_window(const acdc_pool_args& args, const acdc_share* share, Body body)
     });
 }
 
-// Calls body(place in x) for every pixel of a window, in the order of PyTorch.
+// Calls body(pixel of x) for every pixel of a window, in the order of PyTorch.
 template <class Body> void each_tap(const Pixel& p, Window w, Body body) {
     for (int row = w.top; row < w.bottom; ++row)
         for (int column = w.left; column < w.right; ++column) body(Pixel{p.block, p.channel, row, column});

@@ -1,8 +1,8 @@
 // The gradient of the kept weights: for each, the dot product of dy with x shifted by its offset.
 //
-// A tile of dy of one output channel stays in registers while all kept weights of that channel pass by.
-// Each leaves a vector of partial sums; `lanes` of them are reduced together and added, as one vector,
-// to this thread's list of gradients, which lies in the order of the entries.
+// A tile of dy of one output channel stays in registers for all kept weights of that channel. Each kept
+// weight gives a vector of partial sums. `lanes` of these vectors are reduced together and added, as one
+// vector, to this thread's list of gradients, which has the order of the entries.
 #pragma once
 #include "conv.h"
 
@@ -19,7 +19,7 @@ template <class real> struct GradTile {
     NextTile* next;
 };
 
-// Loads the tile of one output channel, and fetches a little for the next tile.
+// Loads the tile of one output channel, and prefetches a part of the next tile.
 template <class real, int TH, int TW, int IN> inline void load_dy(const GradTile<real>& t, int channel, vec<real>* dy) {
     constexpr int pixel = lanes * sizeof(real);
     const real* first = t.dy + channel * t.dy_channel;
@@ -30,7 +30,7 @@ template <class real, int TH, int TW, int IN> inline void load_dy(const GradTile
     each_pixel_of<TH, TW>(first, t.dy_row, lanes, [&](int i, const real* p) { dy[i] = load(p); });
 }
 
-// Two entries at once, each in two chains of multiply-adds: four chains hide their latency.
+// Computes two entries at once, each in two chains of multiply-adds. Four chains hide the latency.
 template <class real, int TH, int TW>
 inline void dot_pair(const vec<real>* dy, const real* p, const real* q, int64_t row, int64_t column, vec<real>* out) {
     vec<real> a[2] = {}, b[2] = {};
@@ -44,16 +44,16 @@ inline void dot_pair(const vec<real>* dy, const real* p, const real* q, int64_t 
     out[1] = b[0] + b[1];
 }
 
-// Vectors of partial sums that wait until there are `lanes` of them. They belong to entries that follow
-// each other in the list, of one row or of several short ones.
+// Collects vectors of partial sums until there are `lanes` of them. They belong to consecutive entries of
+// the list, from one row or from several short rows.
 template <class real> struct Products {
     vec<real> waiting[lanes + 1] = {};
     int count = 0;
-    real* grads;  // of the first one
+    real* grads;  // the gradient of the first entry
 
     explicit Products(real* first) : grads(first) {}
 
-    // The next one or two were written at the end.
+    // Counts one or two vectors that were written behind the last one.
     void add(int more) {
         count += more;
         if (count < lanes) return;
@@ -85,8 +85,8 @@ template <class real, int TH, int TW, int IN> void grad_tile(const GradTile<real
         load_dy<real, TH, TW, IN>(t, channel, dy);
 
         const Entry<real>*k = t.entries + t.begin[row], *end = t.entries + t.begin[row + 1];
-        // An odd last pair computes one product too many, of an entry of the next row or of the padding
-        // of the list: its offset is valid for every tile, and the next product takes its place.
+        // With an odd number of entries, the last pair computes one product too many: of an entry of the
+        // next row, or of the list's padding. Its offset is valid, and the next product overwrites it.
         for (; k < end; k += 2) {
             dot_pair<real, TH, TW>(dy, t.x + k[0].offset, t.x + k[1].offset, x_row, column, products.waiting + products.count);
             products.add(k + 1 < end ? 2 : 1);
@@ -105,15 +105,7 @@ template <class real, int TH, int TW, int IN> constexpr GradTileKernel<real> gra
 }
 
 template <class real, int IN> GradTileKernel<real> grad_tile_of(int rows, int columns) {
-#define ACDC_TILES(TH)                                                               \
-    {                                                                                \
-        grad_tile_or_null<real, TH, 1, IN>(), grad_tile_or_null<real, TH, 2, IN>(),   \
-        grad_tile_or_null<real, TH, 3, IN>(), grad_tile_or_null<real, TH, 4, IN>(),   \
-        grad_tile_or_null<real, TH, 5, IN>(), grad_tile_or_null<real, TH, 6, IN>(),   \
-        grad_tile_or_null<real, TH, 7, IN>(), grad_tile_or_null<real, TH, 8, IN>()    \
-    }
-    static constexpr GradTileKernel<real> table[4][8] = {ACDC_TILES(1), ACDC_TILES(2), ACDC_TILES(3), ACDC_TILES(4)};
-#undef ACDC_TILES
+    static constexpr GradTileKernel<real> table[4][8] = ACDC_TILE_TABLE(grad_tile_or_null, IN);
     return table[rows - 1][columns - 1];
 }
 
@@ -128,18 +120,9 @@ template <class real> struct WeightGrad {
     Grid grid;
 
     NextTile next_tile(const Place& here, const Place& p) const {
-        const acdc_list& list = *a.list;
-        NextTile next;
+        NextTile next = next_panel<real>(*a.list, a.x, grid.tile, p, a.in_row_step, a.in_column_step);
         next.y = (plane<real>(a.dy, p.block, 0) - plane<real>(a.dy, here.block, 0) + (p.row - here.row) * a.dy.row +
                   int64_t(p.column - here.column) * lanes) * int64_t(sizeof(real));
-        next.x = (const char*)(plane<real>(a.x, p.block, 0) + (p.row * a.in_row_step + list.top) * a.x.row +
-                               (int64_t(p.column - 1) * a.in_column_step + list.right + 1) * lanes);
-        next.rows = (grid.tile.rows - 1) * a.in_row_step + list.bottom - list.top + 1;
-        next.x_row = a.x.row * int64_t(sizeof(real));
-        next.x_channel = (a.x.channel - (next.rows - 1) * a.x.row) * int64_t(sizeof(real));
-        next.left = int64_t(next.rows) * list.in_channels;
-        const int list_rows = list.tile_rows[list.tiles];
-        next.per_row = int((next.left + list_rows - 1) / list_rows);
         return next;
     }
 

@@ -19,7 +19,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 @pytest.fixture
 def runs(monkeypatch, caplog):
-    """The runs of layers that the kernels computed; a fallback to PyTorch fails the test."""
+    """The segments that the kernels computed. A fallback to PyTorch fails the test."""
     caplog.set_level(logging.WARNING, "acdc.engine")
     count = []
     compute = segment.compute
@@ -88,7 +88,7 @@ def test_whole_networks_with_a_ragged_last_block(
 
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU()])
 def test_an_activation_goes_block_by_block_and_is_not_kept(activation: nn.Module) -> None:
-    """Of a run with an activation inside, its input is kept for the way back, and nothing else."""
+    """A segment with an activation keeps only the inputs of its layers for the backward pass."""
     pair = Pair(nn.Sequential(nn.Linear(12, 48), activation, nn.Linear(48, 12)), (12,))
     pair.step(256)
     (run,) = segments(pair.engine)
@@ -101,13 +101,13 @@ def test_an_activation_goes_block_by_block_and_is_not_kept(activation: nn.Module
 
 
 def frames(pair: Pair) -> list[memory.Frame]:
-    """The frames of all runs of layers, of one batch size each."""
+    """The frames of all segments, of one batch size each."""
     arenas = [a for run in segments(pair.engine) for free in run._free.values() for a in free]
     return [frame for arena in arenas for frame in arena._frames.values()]
 
 
-def test_runs_share_what_lives_on_one_way_only() -> None:
-    """Of three runs of one shape, each keeps memory for what it reads again going back."""
+def test_segments_share_the_buffers_of_one_pass() -> None:
+    """Each of three segments of one shape keeps memory for what its backward pass reads again."""
     layers = (nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)) for _ in range(3))
     pair = Pair(nn.Sequential(*(nn.Sequential(part, nn.Tanh()) for part in layers)), (24,))
     pair.step(256)
@@ -122,7 +122,7 @@ def test_runs_share_what_lives_on_one_way_only() -> None:
     assert len(set.union(*kept)) == 3
 
 
-def test_one_run_at_a_time_uses_what_all_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_segment_at_a_time_uses_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, held, plain = Pair(nn.Linear(12, 8), (12,)), [], segment._plain
 
     def convert(*args):

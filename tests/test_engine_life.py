@@ -71,7 +71,7 @@ def same(got: Tensor, want: Tensor) -> None:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The runs of layers that the kernels computed."""
+    """The segments that the kernels computed."""
     count: list[int] = []
     compute = segment.compute
     monkeypatch.setattr(segment, "compute", lambda *a: count.append(1) or compute(*a))
@@ -340,7 +340,7 @@ def test_a_forward_that_is_computed_again_for_the_way_back(reentrant: bool, ran:
         out = checkpoint(m, start, use_reentrant=reentrant)
         F.cross_entropy(out, y).backward()
         m.start = start.grad
-    assert len(ran) == 4  # two runs of layers, twice
+    assert len(ran) == 4  # two segments, twice
     same(model.start, plain.start)
     assert engine.active
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
@@ -506,18 +506,18 @@ def test_equal_layers_are_timed_once_and_long_only_where_it_is_close(
         engine.compress(masks)
         return engine, calls
 
-    far = {"conv": 4.0, "layer": 1.0, "convert": 0.5, "both": 0.1}
+    far = {"conv": 4.0, "passes": 1.0, "convert": 0.5, "both": 0.1}
     engine, calls = engine_with(far)
     assert [c for c in calls if c[0] != "both"] == [
         ("conv", 1),
-        ("layer", 1),
+        ("passes", 1),
         ("convert", 1),
-        ("layer", 1),
+        ("passes", 1),
     ]
     part = 64 / min(64, 2 * engine.backend.lanes)  # of the batch: what it takes is scaled
     assert {c.dense_ms for c in engine.choices.values()} == {4.0 * part}
 
-    engine, calls = engine_with(far | {"layer": 3.0})
+    engine, calls = engine_with(far | {"passes": 3.0})
     assert sum(repeats for name, repeats in calls if name == "conv") > 1
     assert {c.dense_ms for c in engine.choices.values()} == {4.0}
 

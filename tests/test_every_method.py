@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from acdc import NM, Unstructured, constant, phases
+from acdc import NM, Unstructured, constant, cost, phases
 from acdc.cli import main
 from acdc.index import FILES, Twin
 from acdc.methods import METHODS, Method
+from acdc.pages import history, tables
 from acdc.pair import Pair
 from acdc.result import DenseNetwork, Result, SparseNetwork, load
 from acdc.runs import models, train
@@ -179,3 +180,24 @@ def test_a_network_that_a_method_does_not_leave_is_refused_in_a_sentence(
             assert f"no {twin} network: the run left a {result.index.noun} alone" in said
             assert "--twin" in said
     assert not (tmp_path / "file").exists()
+
+
+@every_method
+def test_the_page_the_record_and_the_ledger_have_one_number(
+    finished: Callable[[str], Path], name: str
+) -> None:
+    folder = finished(name)
+    record = Folder(folder).read(folder / "record.json")
+    details, ledger = record["details"], cost.Ledger.from_dict(record["details"]["ledger"])
+    assert (ledger.flops, ledger.dense_flops) == (
+        details["train_flops"],
+        details["train_flops_dense"],
+    )
+    assert record["train_flops_ratio"] == ledger.ratio
+    run = history.read(folder)
+    rows = {row.label: [cell.value for cell in row.cells] for row in tables.ledger(run)}
+    assert rows["Training"][1:3] == [ledger.flops, ledger.ratio]
+    parts = [rows[f"{kind} phases"][1] for kind in ("Dense", "Sparse") if f"{kind} phases" in rows]
+    assert sum(parts) == ledger.flops
+    assert sum(row.cells[4].value for row in tables.phases(run)) == ledger.flops
+    assert tables.training(run)[0].value == ledger.flops  # type: ignore[index]

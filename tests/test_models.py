@@ -17,7 +17,6 @@ from acdc.runs.models import (
     CifarResNet,
     MobileNetV1,
     Model,
-    ResNet18,
     ResNet50,
     SmallGPT,
     SmallResNet,
@@ -33,7 +32,6 @@ SPECS = [
     CifarResNet(depth=32, width=4, classes=100),
     WideResNet(),
     WideResNet(depth=10, widen=1, classes=7),
-    ResNet18(),
     ResNet50(),
     ResNet50(stride_in_1x1=True, classes=5),
     MobileNetV1(),
@@ -56,7 +54,6 @@ def seeded(spec: Model, seed: int = 0) -> nn.Module:
 SIZES = [
     (ResNet50(), 54, 25_502_912, 25_557_032, 4_089_184_256),
     (ResNet50(stride_in_1x1=True), 54, 25_502_912, 25_557_032, 3_857_973_248),
-    (ResNet18(), 21, 11_678_912, 11_689_512, 1_814_073_344),
     (MobileNetV1(), 28, 4_209_088, 4_231_976, 568_740_352),
     (WideResNet(), 29, 36_518_832, 36_546_980, 5_951_175_168),
     (WideResNet(stride_in_conv2=False), 29, 36_518_832, 36_546_980, 5_243_386_368),
@@ -138,11 +135,10 @@ def torchvision_keys(blocks: tuple[int, ...], convs: int, first_downsample: bool
     ("spec", "keys"),
     [
         (ResNet50(), torchvision_keys((3, 4, 6, 3), 3, True)),
-        (ResNet18(), torchvision_keys((2, 2, 2, 2), 2, False)),
         (CifarResNet(), torchvision_keys((3, 3, 3), 2, False)),
         (SmallResNet(), torchvision_keys((1, 1, 1), 2, False)),
     ],
-    ids=["ResNet-50", "ResNet-18", "ResNet-20", "SmallResNet"],
+    ids=["ResNet-50", "ResNet-20", "SmallResNet"],
 )
 def test_resnets_have_torchvision_names(spec: Model, keys: set[str]) -> None:
     assert set(on_meta(spec).state_dict()) == keys
@@ -227,11 +223,11 @@ def test_a_model_is_the_value_of_its_spec_and_the_seed() -> None:
 
 def test_network_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
-    ResNet18().network()
+    ResNet50().network()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("spec", [CifarResNet(), ResNet18(), SmallResNet(width=64)], ids=str)
+@pytest.mark.parametrize("spec", [CifarResNet(), ResNet50(), SmallResNet(width=64)], ids=str)
 def test_resnets_start_from_hes_normal(spec: Model) -> None:
     for name, module in seeded(spec).named_modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 5_000:
@@ -293,7 +289,6 @@ def test_shortcuts_are_convolutions_only_where_the_shape_changes() -> None:
         (lambda: WideResNet(widen=0), "widen=0.*from 1 up"),
         (lambda: WideResNet(dropout=1.0), "dropout=1.0.*from 0"),
         (lambda: WideResNet(dropout=-0.1), "dropout=-0.1.*from 0"),
-        (lambda: ResNet18(classes=0), "ResNet18.*classes=0"),
         (lambda: ResNet50(classes=-1), "ResNet50.*classes=-1"),
         (lambda: MobileNetV1(classes=True), "MobileNetV1.*classes=True"),
         (lambda: SmallResNet(width=1.5), "width=1.5"),  # type: ignore[arg-type]

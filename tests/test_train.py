@@ -5,6 +5,7 @@ The file takes about 90 seconds on one thread.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -313,6 +314,19 @@ def test_tensorboard_holds_the_numbers_of_the_metrics(whole: Path) -> None:
             own = [(e["step"], e[number]) for e in events(whole, kind) if ("twin" in e) == twin]
             assert [step for step, _ in logged] == [step for step, _ in own]
             assert [v for _, v in logged] == pytest.approx([v for _, v in own], rel=1e-6)
+
+
+def test_a_run_without_tensorboard_is_the_same_run(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    missing = "tensorboard"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == missing else find(name)
+    )
+    train.run(tiny(), tmp_path / "run", device="cpu")
+    assert_same_run(whole, tmp_path / "run")
+    assert not (tmp_path / "run" / "tensorboard").exists()
 
 
 def test_the_generator_and_the_threads_of_the_process_are_left_as_they_were(

@@ -343,7 +343,7 @@ class Network:
     Args:
         build: Makes it.
         shape: Of one sample.
-        runs: How many runs of layers one forward in training calls.
+        runs: How many segments one forward in training calls.
         runs_eval: The same in evaluation mode.
         zero: Names of what a BatchNorm makes zero but for rounding errors.
     """
@@ -567,6 +567,6 @@ def close(
 
 
 def segments(engine: acdc.Engine) -> list[Segment]:
-    """Return the runs of layers that exist now."""
+    """Return the segments that exist now."""
     graphs = [g for host in engine._hosts for g in host._graphs.values() if g is not None]
     return [m for g in graphs for m in g.children() if isinstance(m, Segment)]

@@ -1,8 +1,8 @@
 """Single layers, forward and backward: which of them gain, and how much.
 
-A convolution is timed in the engine's layout, where it lives inside of a network; what it costs to
-bring its four activations in and out is a column of its own (``convert_ms``), paid once at the ends
-of a run of layers. A linear layer's time includes it.
+A convolution is timed in the engine's layout, as inside a network. The conversion of its four
+activations to and from the layout is a column of its own (``convert_ms``). A network pays it only
+at the ends of a segment. A linear layer's time includes it.
 
 Passes follow each other, so that a small layer finds its tensors in the last-level cache; or the
 caches are emptied before each. In a network it is something in between.

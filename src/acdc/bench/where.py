@@ -28,7 +28,7 @@ PARTS = {
     "conversions": "convert",
     "lists": "lists",
     "waiting": "waiting",
-    "inside": "in runs",
+    "inside": "in segments",
     "pytorch": "PyTorch",
     "optimizer": "optimizer",
 }

@@ -163,7 +163,7 @@ def best_ms(call: Callable[[], object], repeats: int = REPEATS) -> float:
     return min(times) * 1e3
 
 
-# --- what is timed --------------------------------------------------------------------------------
+# --- the timed computations -----------------------------------------------------------------------
 
 
 def _random(value: Value, samples: int) -> Tensor:

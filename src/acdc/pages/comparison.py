@@ -135,7 +135,7 @@ def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
         cell = outcome.cell
         if cell.budget != "beforehand":
             groups.setdefault((cell.budget, cell.sparsity, cell.method), []).append(outcome)
-    order = {method.name: place for place, method in enumerate(grid.methods)}
+    order = {method.name: number for number, method in enumerate(grid.methods)}
     found = []
     for (budget, sparsity, method), cells in groups.items():
         rows = [outcome.row for outcome in cells if outcome.row is not None]
@@ -217,10 +217,10 @@ class _Look:
         self.labels = {"dense": "Dense"} | {m.name: m.label for m in grid.methods}
         others = [m.name for m in grid.methods if m.name not in ("dense", "acdc")]
         self.colours = {"dense": DENSE, "acdc": SPARSE} | {
-            name: HUES[place % len(HUES)] for place, name in enumerate(others)
+            name: HUES[i % len(HUES)] for i, name in enumerate(others)
         }
         self.markers = {"dense": "s", "acdc": "o"} | {
-            name: MARKERS[(place + 2) % len(MARKERS)] for place, name in enumerate(others)
+            name: MARKERS[(i + 2) % len(MARKERS)] for i, name in enumerate(others)
         }
         bits = results.quality(grid.task) == "bits"
         self.quality = "−bits per character" if bits else "test accuracy, %"
@@ -260,7 +260,7 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
     dense = [mean for mean in found if mean.budget == budget and not mean.sparse]
     if not mine:
         return Plate(name, heading, absent="No cell of a sparse network has finished.")
-    places = {s: place for place, s in enumerate(sorted({mean.sparsity for mean in mine}))}
+    positions = {s: i for i, s in enumerate(sorted({mean.sparsity for mean in mine}))}
     methods = [m.name for m in grid.methods if any(mean.method == m.name for mean in mine)]
     bottom, top, hidden = window([*mine, *dense])
     several = any(len(mean.qualities) > 1 for mean in (*mine, *dense))
@@ -272,13 +272,13 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
             colour = look.colours[across.method]
             axes.axhspan(low, high, facecolor=colour, alpha=0.12, edgecolor="none", zorder=0)
             axes.axhline(across.quality, color=colour, linewidth=1.1, zorder=1)
-        for place, method in enumerate(methods):
+        for i, method in enumerate(methods):
             points = sorted((m for m in mine if m.method == method), key=lambda m: m.sparsity)
             # Side by side: the spreads of methods that are close would hide one another.
-            aside = 0.05 * (place - (len(methods) - 1) / 2)
-            _line(axes, points, [places[m.sparsity] + aside for m in points], look, filled=True)
-        axes.set_xticks(list(places.values()), [look.sparsity(s) for s in places])
-        axes.set_xlim(-0.5, len(places) - 0.5)
+            aside = 0.05 * (i - (len(methods) - 1) / 2)
+            _line(axes, points, [positions[m.sparsity] + aside for m in points], look, filled=True)
+        axes.set_xticks(list(positions.values()), [look.sparsity(s) for s in positions])
+        axes.set_xlim(-0.5, len(positions) - 0.5)
         axes.set_ylim(bottom, top)
         axes.set_xlabel("sparsity")
         axes.set_ylabel(look.quality)
@@ -388,7 +388,7 @@ def _log(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-# --- what is said -------------------------------------------------------------------------------
+# --- sentences and tables -----------------------------------------------------------------------
 
 
 def _summary(grid: Grid, outcomes: Sequence[Outcome]) -> str:
@@ -407,7 +407,7 @@ def _summary(grid: Grid, outcomes: Sequence[Outcome]) -> str:
 
 def _verdicts(grid: Grid, found: Sequence[Mean], look: _Look) -> list[str]:
     """Who is best at each sparsity; and where AC/DC is not, that it is not."""
-    said = []
+    sentences = []
     for budget in grid.budgets:
         mine = [m for m in found if m.budget == budget and m.sparse]
         for sparsity in sorted({m.sparsity for m in mine}):
@@ -420,36 +420,38 @@ def _verdicts(grid: Grid, found: Sequence[Mean], look: _Look) -> list[str]:
             at = f"At {look.sparsity(sparsity)}, {BUDGETS[budget]}, {names}"
             if len(best) == 1:
                 second = look.labels[ranked[1].method]
-                said.append(f"{at} is best with {numbers[0]}, before {second} with {numbers[1]}.")
+                sentences.append(
+                    f"{at} is best with {numbers[0]}, before {second} with {numbers[1]}."
+                )
             else:
-                said.append(f"{at} are best, level at {numbers[0]}.")
+                sentences.append(f"{at} are best, level at {numbers[0]}.")
             ours = next((m for m in ranked if m.method == "acdc"), None)
             if ours is not None and ours not in best:
-                said[-1] += (
+                sentences[-1] += (
                     f" AC/DC does not win here: it has {look.number(ours.quality)}, place "
                     f"{ranked.index(ours) + 1} of {len(ranked)}."
                 )
-    return said
+    return sentences
 
 
 def _notices(grid: Grid, outcomes: Sequence[Outcome]) -> list[str]:
     used = dict.fromkeys(str(outcome.origin["data"]) for outcome in outcomes if outcome.origin)
     waiting = [o for o in outcomes if o.row is None and o.reason == results.NOT_YET]
     holes = [o for o in outcomes if o.row is None and o.reason != results.NOT_YET]
-    said = []
+    sentences = []
     if set(used) - {grid.task.recipe.data.name}:
-        said.append(f"All figures here are of {' and '.join(used)}.")
+        sentences.append(f"All figures here are of {' and '.join(used)}.")
     if waiting:
-        said.append(
+        sentences.append(
             f"This comparison is not complete: {plural(len(waiting), 'cell')} of {len(outcomes)} "
             f"{'is' if len(waiting) == 1 else 'are'} still to be trained."
         )
     if holes:
-        said.append(
+        sentences.append(
             f"{plural(len(holes), 'cell')} of {len(outcomes)} without results; the table of cells "
             f"says why."
         )
-    return said
+    return sentences
 
 
 def _mean_row(
@@ -480,7 +482,7 @@ def _mean_row(
 def _cell_row(outcome: Outcome, look: _Look) -> Json:
     cell, row = outcome.cell, outcome.row
     budget = f"beforehand, {cell.epochs} epochs"
-    said = {
+    shown = {
         "method": look.labels[cell.method],
         "first": [
             look.sparsity(cell.sparsity),
@@ -494,14 +496,14 @@ def _cell_row(outcome: Outcome, look: _Look) -> Json:
         "cells": [],
     }
     if row is None:
-        return said
+        return shown
 
     qualities = _qualities(row)
 
     def number(twin: Twin) -> str:
         return look.number(qualities[twin]) if twin in qualities else "–"
 
-    return said | {
+    return shown | {
         "cells": [
             str(row["epochs"]),
             f"{100 * row['sparsity_reached']:.2f}\u202f%" if "sparse" in qualities else "–",
@@ -516,7 +518,7 @@ def _cell_row(outcome: Outcome, look: _Look) -> Json:
 
 def _needs(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     needs = results.needs(grid, outcomes)
-    said = []
+    rows = []
     for method in grid.methods:
         need = needs.get(method.name)
         text = "Nothing: it starts from fresh weights."
@@ -526,14 +528,14 @@ def _needs(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
                 f"seed, {percent(need['ratio'], 1)} of the FLOPs of the dense run. It is trained "
                 f"once for all cells that start from it; each counts it in full."
             )
-        said.append((method.label, text))
-    return said
+        rows.append((method.label, text))
+    return rows
 
 
 def _origin(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     """Where and with what the cells were trained; every value that occurs."""
     origins = [outcome.origin for outcome in outcomes if outcome.origin]
-    said = [("Grid", grid.name)]
+    rows = [("Grid", grid.name)]
     parts: tuple[tuple[str, Callable[[Json], str]], ...] = (
         ("Data", lambda d: str(d["data"])),
         ("Machine", lambda d: ", ".join(f"{k} {v}" for k, v in d["machine"].items())),
@@ -542,10 +544,10 @@ def _origin(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
     )
     for label, of in parts:
         if values := dict.fromkeys(map(of, origins)):
-            said.append((label, "; ".join(values)))
+            rows.append((label, "; ".join(values)))
     if when := sorted(str(outcome.row["finished"]) for outcome in outcomes if outcome.row):
-        said.append(("Finished", f"{when[0]} to {when[-1]}"))
-    return said
+        rows.append(("Finished", f"{when[0]} to {when[-1]}"))
+    return rows
 
 
 def _command(outcomes: Sequence[Outcome]) -> str | None:

@@ -7,16 +7,17 @@ missing record are accepted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from acdc.cost import Ledger
 from acdc.errors import InputError
 from acdc.index import Twin
 from acdc.runs.record import Folder, events, networks
@@ -177,44 +178,11 @@ class Run:
         """Weights that may be pruned."""
         return sum(layer.numel for layer in self.layers if layer.prunable) or None
 
-    def flops(self, counts: Mapping[str, int] | None = None) -> int | None:
-        """FLOPs of one forward pass over one sample; layers that are not in ``counts`` are dense.
-
-        A weight does one multiplication and one addition at each output position.
-        """
-        total = 0
-        for layer in self.layers:
-            if layer.positions is None:
-                return None
-            kept = (counts or {}).get(layer.name, layer.numel)
-            total += 2 * int(kept) * int(layer.positions)
-        return total or None
-
-    @property
-    def samples(self) -> float | None:
-        """Training samples that the run has seen, epochs counted, or ``None`` if not recorded."""
-        dense, total = self.flops(), self.details.get("train_flops_dense")
-        return None if not dense or not total else float(total) / (3 * dense)
-
-    def spent(self, start: int, stop: int) -> float | None:
-        """Cost of the steps ``[start, stop)`` in dense steps: 1 per step where all is dense."""
-        dense = self.flops()
-        if dense is None:
-            return None
-        marks = [c for c in self.changes if c["step"] < stop]
-        before = [c for c in marks if c["step"] <= start]
-        inside = [c for c in marks if c["step"] > start]
-        edges = [start, *(int(c["step"]) for c in inside), stop]
-        forces = [before[-1] if before else None, *inside]
-        total = 0.0
-        for (begin, end), force in zip(pairwise(edges), forces, strict=True):
-            share: float = 1.0
-            if force is not None and force["to"] == "sparse":
-                if force["counts"] is None:
-                    return None
-                share = (self.flops(force["counts"]) or 0) / dense
-            total += share * (end - begin)
-        return total
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """The training FLOPs by phase, as the record has them; ``None`` for a run that stopped."""
+        stored = self.details.get("ledger")
+        return None if stored is None else Ledger.from_dict(stored)
 
 
 def read(run: Path) -> Run:

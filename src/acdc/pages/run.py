@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from acdc.methods import METHODS
 from acdc.pages import tables
 from acdc.pages.figure import (
     DENSE,
@@ -177,11 +178,11 @@ def _accuracy(run: Run) -> Plate:
             rows, 1, squeeze=False, sharex=True, height_ratios=[3.2, 1][:rows]
         )[:, 0]
         top = panels[0]
-        here = 0
+        first = 0
         for kind, group in groupby(kinds[1:]):  # a line is of the kind of the phase that it ends in
-            stop = here + len(list(group))
-            top.plot(x[here : stop + 1], y[here : stop + 1], color=_colour(kind), zorder=3)
-            here = stop
+            stop = first + len(list(group))
+            top.plot(x[first : stop + 1], y[first : stop + 1], color=_colour(kind), zorder=3)
+            first = stop
         for kind in sorted(set(kinds)) if len(x) <= 60 else ():
             of_kind = [i for i, k in enumerate(kinds) if k == kind]
             top.plot(x[of_kind], y[of_kind], "o", color=_colour(kind), markersize=2.6, zorder=4)
@@ -483,9 +484,11 @@ def page(run: Run) -> str:
 
 
 def _method(run: Run) -> str:
+    """Return the name of the method as people write it."""
     method = (run.recipe.get("values") or {}).get("method")
     kind = method.get("type") if isinstance(method, Mapping) else method
-    return {"ACDC": "AC/DC", "Dense": "Dense training", None: "Training"}.get(kind, str(kind))
+    labels = {cls.__name__: cls.label for cls in METHODS.values()} | {"Dense": "Dense training"}
+    return "Training" if kind is None else labels.get(kind, str(kind))
 
 
 def _subtitle(run: Run) -> list[str]:
@@ -596,24 +599,24 @@ def _engine(run: Run) -> str:
     if engine.get("kind", "off") == "off":
         reason = engine.get("reason")
         return f"The engine stayed off: {reason}." if reason else ""
-    said = []
+    sentences = []
     if choices := engine.get("choices"):
         sparse = sum(choice["sparse"] for choice in choices)
-        said.append(
+        sentences.append(
             f"In sparse phases {sparse} of {plural(len(choices) + len(engine['refused']), 'layer')}"
             f" ran on the engine ({engine['kind']})."
         )
     if engine.get("reason"):
-        said.append(f"Its kernels were those of PyTorch: {engine['reason']}.")
+        sentences.append(f"Its kernels were those of PyTorch: {engine['reason']}.")
     sparse_ms, dense_ms = (_step_ms(run, kind) for kind in ("sparse", "dense"))
     if sparse_ms is not None and dense_ms is not None:
-        said.append(
+        sentences.append(
             f"A step took {sparse_ms:,.1f}\u202fms in them and {dense_ms:,.1f}\u202fms in "
             f"dense ones."
         )
     for name, reason in engine.get("refused", {}).items():
-        said.append(f"The layer {name} was left to PyTorch: {reason}.")
-    return " ".join(said)
+        sentences.append(f"The layer {name} was left to PyTorch: {reason}.")
+    return " ".join(sentences)
 
 
 def _step_ms(run: Run, kind: str) -> float | None:
@@ -629,24 +632,24 @@ def _step_ms(run: Run, kind: str) -> float | None:
 def _origin(run: Run) -> list[tuple[str, str]]:
     """Where and with what the run was made."""
     details = run.details
-    said = [("Recipe", str(run.recipe.get("name", "not recorded")))]
-    said += [("Seed", str(run.recipe.get("seed", "not recorded")))]
+    rows = [("Recipe", str(run.recipe.get("name", "not recorded")))]
+    rows += [("Seed", str(run.recipe.get("seed", "not recorded")))]
     if run.record is not None and run.record.get("run"):
-        # The folder's name: where it lay is nobody's business but its owner's.
-        said.append(("Run", Path(str(run.record["run"])).name))
+        # The folder's name alone: its path on the machine is private.
+        rows.append(("Run", Path(str(run.record["run"])).name))
     for key in ("started", "finished"):
         if details.get(key):
-            said.append((key.capitalize(), _date(details[key])))
+            rows.append((key.capitalize(), _date(details[key])))
     for key, label in (("machine", "Machine"), ("versions", "Versions")):
         known = details.get(key)
         if isinstance(known, Mapping):
-            said.append((label, ", ".join(f"{name} {value}" for name, value in known.items())))
+            rows.append((label, ", ".join(f"{name} {value}" for name, value in known.items())))
         elif known:
-            said.append((label, str(known)))
+            rows.append((label, str(known)))
     if details.get("device"):
         many = int(details.get("devices") or 1)
-        said.append(("Device", f"{details['device']}{f' × {many}' if many > 1 else ''}"))
-    return said
+        rows.append(("Device", f"{details['device']}{f' × {many}' if many > 1 else ''}"))
+    return rows
 
 
 def _command(run: Run) -> str | None:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from acdc.pages.history import Run
+from acdc.pages.history import Run, Steps
+from acdc.schedule import Phase
 
 
 class Cell(NamedTuple):
@@ -118,8 +119,6 @@ def twins(run: Run) -> list[Row]:
         return []
     sparse = networks.get("sparse")
     prunable = details.get("prunable", run.prunable)
-    flops = {"sparse": details.get("sparse_flops"), "dense": details.get("dense_flops")}
-    flops["dense"] = flops["dense"] or run.flops()
     both = len(networks) == 2
 
     def row(label: str, of_sparse: Cell, of_dense: Cell, sparse_to_dense: Cell = NONE) -> Row:
@@ -155,15 +154,15 @@ def twins(run: Run) -> list[Row]:
         ),
         row(
             "FLOPs of one inference",
-            _flops(flops["sparse"]),
-            _flops(flops["dense"]),
+            _flops(details.get("sparse_flops")),
+            _flops(details.get("dense_flops")),
             _share(ratio),
         ),
     ]
 
 
 class Stretch(NamedTuple):
-    """Steps of one kind, and what they cost."""
+    """Steps of one kind, and their cost."""
 
     steps: int
     flops: float | None  # of training
@@ -172,26 +171,34 @@ class Stretch(NamedTuple):
     measured: int  # steps with a time
 
 
-def _stretch(run: Run, spans: Sequence[tuple[int, int]], branch: bool = False) -> Stretch:
-    assert run.schedule is not None
-    steps = run.branch if branch else run.steps
-    spans = [(a, min(b, run.reached if not branch else b)) for a, b in spans]
-    length = sum(max(0, b - a) for a, b in spans)
-    parts = [
-        float(b - a) if branch else run.spent(a, b) for a, b in spans if b > a
-    ]  # dense steps' worth
-    worth = None if any(part is None for part in parts) else sum(part or 0.0 for part in parts)
-    dense, samples = run.flops(), run.samples
-    per_step = 3 * dense * samples / run.schedule.total if dense and samples else None
+def _stretch(run: Run, phases: Sequence[Phase]) -> Stretch:
+    """Return the cost of these phases, as far as the run came."""
+    spans = [(phase.start, min(phase.stop, run.reached)) for phase in phases]
+    starts = {phase.start for phase in phases}
+    costs = [cost for cost in run.ledger.phases if cost.start in starts] if run.ledger else []
+    flops, dense = sum(cost.flops for cost in costs), sum(cost.dense_flops for cost in costs)
+    return Stretch(
+        sum(max(0, stop - start) for start, stop in spans),
+        flops if costs else None,
+        flops / dense if dense else None,
+        *_measured(run.steps, spans),
+    )
+
+
+def _fine_tuning(run: Run) -> Stretch:
+    """Return the cost of fine-tuning the dense twin."""
+    last = run.schedule.last("dense") if run.schedule is not None else None
+    span = (last.stop if last is not None else 0, int(run.branch.step[-1]))
+    flops = run.details.get("finetune_flops")
+    share = None if flops is None else 1.0
+    return Stretch(span[1] - span[0], flops, share, *_measured(run.branch, [span]))
+
+
+def _measured(steps: Steps, spans: Sequence[tuple[int, int]]) -> tuple[float | None, int]:
+    """Return the seconds of the steps in these spans, and the number of steps that have a time."""
     times = np.concatenate([np.empty(0), *(steps.seconds[steps.within(a, b)] for a, b in spans)])
     measured = int((~np.isnan(times)).sum())
-    return Stretch(
-        length,
-        worth * per_step if worth is not None and per_step is not None else None,
-        worth / length if worth is not None and length else None,
-        float(np.nansum(times)) if measured else None,
-        measured,
-    )
+    return float(np.nansum(times)) if measured else None, measured
 
 
 def _stretch_cells(stretch: Stretch) -> tuple[Cell, ...]:
@@ -209,23 +216,15 @@ def ledger(run: Run) -> list[Row]:
     if run.schedule is None or not run.reached:
         return []
     rows = []
-    both = [(phase.start, phase.stop) for phase in run.schedule.phases]
     for kind in ("dense", "sparse"):
-        spans = [(p.start, p.stop) for p in run.schedule.phases if p.kind == kind]
-        if spans:
-            stretch = _stretch(run, spans)
+        if mine := [phase for phase in run.schedule.phases if phase.kind == kind]:
+            stretch = _stretch(run, mine)
             label = f"{kind.capitalize()} phases"
             rows.append(Row(label, (_count(stretch.steps), *_stretch_cells(stretch)), kind))
-    total = _stretch(run, both)
-    if total.flops is None and run.record is not None:
-        total = total._replace(
-            flops=run.details.get("train_flops"), share=run.record.get("train_flops_ratio")
-        )
+    total = _stretch(run, run.schedule.phases)
     rows.append(Row("Training", (_count(total.steps), *_stretch_cells(total)), "total"))
     if len(run.branch):
-        fork = run.schedule.last("dense")
-        start = fork.stop if fork is not None else 0
-        stretch = _stretch(run, [(start, int(run.branch.step[-1]))], branch=True)
+        stretch = _fine_tuning(run)
         rows.append(
             Row("Fine-tuning of the dense twin", (_count(stretch.steps), *_stretch_cells(stretch)))
         )
@@ -280,7 +279,7 @@ def phases(run: Run) -> list[Row]:
             Cell(share.replace(" %", "\u202f%")),
             _share(density),
         )
-        cost = _stretch_cells(_stretch(run, [(phase.start, phase.stop)]))
+        cost = _stretch_cells(_stretch(run, [phase]))
         rows.append(Row(kind, (*cells, *cost), kind))
     return rows
 
@@ -358,13 +357,10 @@ def training(run: Run) -> tuple[Cell, Cell, str] | None:
     if run.record is None:
         return None
     note = "Of dense training for the same number of steps."
-    total = run.details.get("train_flops")
-    if run.schedule is not None and total and len(run.branch):
-        alone = _stretch(run, [(p.start, p.stop) for p in run.schedule.phases]).flops
-        if alone is not None:
-            inside = total > 1.001 * alone
-            note += f" Fine-tuning the dense twin is {'' if inside else 'not '}included."
-    return _flops(total), _share(run.record.get("train_flops_ratio")), note
+    if len(run.branch):
+        note += " Fine-tuning the dense twin is not included."
+    share = run.record.get("train_flops_ratio")
+    return _flops(run.details.get("train_flops")), _share(share), note
 
 
 def short(name: str) -> str:

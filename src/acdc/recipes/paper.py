@@ -26,7 +26,7 @@ from acdc.methods.acdc import ACDC
 from acdc.pattern import NM, Pattern, Unstructured
 from acdc.runs.data import Cifar10, Cifar100, ImageNet
 from acdc.runs.models import CifarResNet, MobileNetV1, Model, ResNet50, WideResNet
-from acdc.runs.optim import SGD, Cosine, Steps
+from acdc.runs.optim import SGD, Cosine, StepDecay
 from acdc.runs.recipe import Recipe
 from acdc.schedule import Alternate, alternate
 
@@ -67,7 +67,7 @@ def cifar10_resnet20() -> Recipe:
         data=Cifar10(),
         method=ACDC(Unstructured(0.9), _freq20(), layers=Layers(exclude=("*.downsample.*",))),
         optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=5e-4),
-        lr=Steps(at=(65, 125, 185), gamma=0.1),
+        lr=StepDecay(at=(65, 125, 185), gamma=0.1),
         batch_size=128,
         checkpoint_steps=391,
     )
@@ -92,7 +92,7 @@ def _wrn28_10(suffix: str, about: str, phases: Alternate) -> Recipe:
         data=Cifar100(),
         method=ACDC(Unstructured(0.9), phases),
         optimizer=SGD(lr=0.08, momentum=0.9, weight_decay=5e-4, nesterov=True),
-        lr=Steps(at=(75, 115, 155), gamma=0.1),
+        lr=StepDecay(at=(75, 115, 155), gamma=0.1),
         batch_size=128,
         checkpoint_steps=391,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from acdc.result import DenseNetwork
 from acdc.runs.checkpoint import Leg
-from acdc.runs.record import Event, Metrics
+from acdc.runs.record import Clocks, Event, Metrics
 from acdc.runs.setup import Setup
 
 Watch = Callable[[Event], None]
@@ -42,6 +42,28 @@ class Journal:
             self._run.fabric.log_dict(
                 {f"{event['event']}/{group}/{k}": v for k, v in numbers.items()}, event["step"]
             )
+
+    def write_changes(self, step: int, first: int, taken: Clocks) -> bool:
+        """Write events for the changes of the support, and for the engine that follows them.
+
+        Args:
+            step: Executed steps.
+            first: Number of the first change that has no event yet.
+            taken: Time that the engine spent on the changes.
+
+        Returns:
+            Whether the engine made a choice. The choice has to be on the disk before a step is
+            computed by it: chosen anew after a stop, it could be another one.
+        """
+        engine, changes = self._run.engine, self._run.sparsifier.changes[first:]
+        for change in changes:
+            self.write({"event": "change"} | vars(change))
+        if engine is None or not any(change.to == "sparse" for change in changes):
+            return False
+        choices = engine.new_choices()
+        event = {"event": "engine", "step": step, **engine.start(), **choices}
+        self.write(event | taken.event())
+        return bool(choices)
 
     def sync(self) -> int:
         """Return the size of the metrics file, once every event in it is on the disk."""

@@ -262,29 +262,6 @@ def _imagenet_stem() -> tuple[nn.Conv2d, nn.Module]:
 
 
 @dataclass(frozen=True)
-class ResNet18(Model):
-    """ResNet-18 for 224x224 images (He et al., CVPR 2016).
-
-    Args:
-        classes: Number of logits.
-    """
-
-    classes: int = 1000
-
-    def __post_init__(self) -> None:
-        _whole(self, classes=self.classes)
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image."""
-        return (3, 224, 224)
-
-    def build(self) -> nn.Module:
-        """Return the network with fresh weights, He's normal initialisation."""
-        return _ResNet(*_imagenet_stem(), _Basic, 1, (2, 2, 2, 2), self.classes)
-
-
-@dataclass(frozen=True)
 class ResNet50(Model):
     """ResNet-50 for 224x224 images, v1.5: the stride of a stage is in its first 3x3 convolution.
 

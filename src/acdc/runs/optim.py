@@ -109,7 +109,7 @@ class Cosine(Curve):
 
 
 @dataclass(frozen=True)
-class Steps(Curve):
+class StepDecay(Curve):
     """Constant, multiplied by ``gamma`` at the end of each of the epochs ``at`` (counted from 0).
 
     The published CIFAR runs name the epochs 75, 115 and 155 and change after them: epoch 76 is the

@@ -24,7 +24,7 @@ from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.runs import models
 from acdc.runs.data import Source
 from acdc.runs.models import Model
-from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, Steps
+from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, StepDecay
 from acdc.schedule import Constant
 
 Computed = Literal["auto", "off", "reference"]
@@ -141,7 +141,7 @@ COMPONENTS: dict[type, dict[str, _Component]] = {
     Method: {"dense": _dense},
     Pattern: {"unstructured": _pattern(Unstructured), "nm": _pattern(NM), "block": _pattern(Block)},
     Optimizer: {"sgd": lambda _: SGD(), "adamw": lambda _: AdamW()},
-    Curve: {"cosine": lambda _: Cosine(), "steps": lambda _: Steps()},
+    Curve: {"cosine": lambda _: Cosine(), "steps": lambda _: StepDecay()},
     Layers: {"all": lambda _: Layers(), "default": lambda _: None},
 }
 

@@ -7,7 +7,7 @@
 ``pair/``              the trained networks and their index (:mod:`acdc.result`)
 ``record.json``        what came out, written last
 ``report.html``        the page
-``tensorboard/``       the same numbers for TensorBoard
+``tensorboard/``       the same numbers for TensorBoard, where the package is installed
 =====================  ==================================================================
 """
 

@@ -136,7 +136,7 @@ class _Loop:
                 self.watch(events.start(run))
             else:
                 self.journal.write(events.start(run))
-                if self._write_changes(0, self._built):  # some schedules begin sparse
+                if self.journal.write_changes(0, 0, self._built):  # some schedules begin sparse
                     self._checkpoint()
             if self.progress.leg == "main":
                 self._train()
@@ -231,7 +231,7 @@ class _Loop:
         if evaluation is not None:
             self.journal.write(evaluation | mark)
             self._check_finite(evaluation["loss"])
-        chosen = self._write_changes(changes, compressing)
+        chosen = self.journal.write_changes(progress.step, changes, compressing)
         twin = run.sparsifier.dense_twin
         if twin is not None and twin.step == progress.step and progress.leg == "main":
             progress.batches_at_twin = progress.batches
@@ -284,34 +284,12 @@ class _Loop:
                 f"start a new run."
             )
 
-    # --- changes and checkpoints ----------------------------------------------------------------
+    # --- checkpoints ----------------------------------------------------------------------------
 
     @property
     def _built(self) -> Clocks:
         """Time that the engine has spent on compressions."""
         return Clocks() if self.run.engine is None else self.run.engine.taken
-
-    def _write_changes(self, first: int, taken: Clocks) -> bool:
-        """Write events for the changes of the support, and for the engine that follows them.
-
-        Args:
-            first: Number of the first change that has no event yet.
-            taken: Time that the engine spent on the changes.
-
-        Returns:
-            Whether the engine made a choice. The choice has to be on the disk before a step is
-            computed by it: chosen anew after a stop, it could be another one.
-        """
-        run = self.run
-        changes = run.sparsifier.changes[first:]
-        for change in changes:
-            self.journal.write({"event": "change"} | vars(change))
-        if run.engine is None or not any(change.to == "sparse" for change in changes):
-            return False
-        choices = run.engine.new_choices()
-        event = {"event": "engine", "step": self.progress.step, **run.engine.start(), **choices}
-        self.journal.write(event | taken.event())
-        return bool(choices)
 
     def _checkpoint(self) -> None:
         """Replace the last checkpoint by one of this moment."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from acdc.runs.data.augment import Augment
 from acdc.runs.data.base import Batch, Data, Images, Source, Split
-from acdc.runs.data.imagenet import Folder, ImageNet
+from acdc.runs.data.imagenet import ImageFolder, ImageNet
 from acdc.runs.data.sources import Cifar10, Cifar100, Digits, FashionMNIST
 from acdc.runs.data.tensors import Tensors
 from acdc.runs.data.text import Text, TinyShakespeare
@@ -24,7 +24,7 @@ __all__ = [
     "Data",
     "Digits",
     "FashionMNIST",
-    "Folder",
+    "ImageFolder",
     "ImageNet",
     "Images",
     "Source",

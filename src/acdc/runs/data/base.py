@@ -29,16 +29,10 @@ class Data(ABC):
     Attributes:
         name: What to write beside a figure, e.g. ``"CIFAR-10"``; it says so where the files are not
             the published ones.
-        channels: Channels of an image.
-        size: Height and width of an image, in pixels.
-        classes: Labels are ``0 .. classes - 1``.
     """
 
-    def __init__(self, name: str, channels: int, size: int, classes: int) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.channels = channels
-        self.size = size
-        self.classes = classes
         self._last_order: tuple[tuple[int, int], Tensor] | None = None
 
     @property
@@ -150,7 +144,7 @@ class Images(Data):
     ) -> None:
         for split, (x, y) in zip(SPLITS, (train, test), strict=True):
             self._check(name, split, x, y, classes, train[0].shape[1:])
-        super().__init__(name, int(train[0].shape[1]), int(train[0].shape[2]), classes)
+        super().__init__(name)
         self.augment = augment
         self._splits: dict[Split, tuple[Tensor, Tensor]] = {"train": train, "test": test}
         self._mean = torch.tensor(mean).view(1, -1, 1, 1) * 255
@@ -234,8 +228,6 @@ class Source(ABC):
     test_examples: int | None = None
 
     name: ClassVar[str]
-    channels: ClassVar[int]
-    size: ClassVar[int]
     published: ClassVar[tuple[int, int]]
     quality: ClassVar[Literal["accuracy", "bits"]] = "accuracy"  # what a network is judged by
 

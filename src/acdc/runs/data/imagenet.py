@@ -27,7 +27,7 @@ Transform: TypeAlias = Callable[[Any], Tensor]
 _ENDINGS = (b".jpeg", b".jpg")
 
 
-class Folder(Data):
+class ImageFolder(Data):
     """Images in ``train/CLASS/*.JPEG`` and ``val/CLASS/*.JPEG``; classes in alphabetical order.
 
     The random numbers of a training image depend on (seed, epoch, image) alone: on no worker, no
@@ -66,7 +66,8 @@ class Folder(Data):
                 f"{len(others)}, and they differ in {', '.join(odd)} (at most three shown). Both "
                 f"need the same class folders: sort the val images into them."
             )
-        super().__init__(name, 3, size, len(classes))
+        super().__init__(name)
+        self.classes = len(classes)
         self.workers = workers
         self._transforms = transforms
         self._files = {
@@ -168,7 +169,6 @@ class ImageNet(Source):
     workers: int = 4
 
     name: ClassVar[str] = "ImageNet"
-    channels: ClassVar[int] = 3
     size: ClassVar[int] = 224
     published: ClassVar[tuple[int, int]] = (1_281_167, 50_000)
     mean: ClassVar[tuple[float, ...]] = (0.485, 0.456, 0.406)
@@ -187,7 +187,7 @@ class ImageNet(Source):
         root: Path | None = None,
         download: bool = False,
         transforms: tuple[Transform, Transform] | None = None,
-    ) -> Folder:
+    ) -> ImageFolder:
         """Find the folders ``train`` and ``val`` and return the data.
 
         Args:
@@ -216,7 +216,7 @@ class ImageNet(Source):
                 f"folder with train/WNID/*.JPEG and val/WNID/*.JPEG. {no_download}The images come "
                 f"from https://image-net.org, after signing up."
             )
-        data = Folder(
+        data = ImageFolder(
             self.name,
             folder,
             self.size,
@@ -300,7 +300,7 @@ class _Files:
 class _TrainTask:
     """Makes batch ``index``. A class and not a closure, so that spawned workers can have it."""
 
-    data: Folder
+    data: ImageFolder
     epoch: int
     batch_size: int
     seed: int
@@ -315,7 +315,7 @@ class _TrainTask:
 
 @dataclass(frozen=True)
 class _EvalTask:
-    data: Folder
+    data: ImageFolder
     split: Split
     batch_size: int
 

@@ -42,8 +42,6 @@ class Digits(Source):
     augment: Augment = field(default_factory=Augment)
 
     name: ClassVar[str] = "digits"
-    channels: ClassVar[int] = 1
-    size: ClassVar[int] = 8
     published: ClassVar[tuple[int, int]] = (1_437, 360)
 
     @property
@@ -81,8 +79,6 @@ class FashionMNIST(Source):
     augment: Augment = field(default_factory=partial(Augment, padding=2, flip=True))
 
     name: ClassVar[str] = "Fashion-MNIST"
-    channels: ClassVar[int] = 1
-    size: ClassVar[int] = 28
     published: ClassVar[tuple[int, int]] = (60_000, 10_000)
     mirror: ClassVar[str] = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
     # Over the 60,000 training images; a test computes them again where the files are.
@@ -210,8 +206,6 @@ class _Cifar(Source):
 
     augment: Augment = field(default_factory=partial(Augment, padding=4, flip=True))
 
-    channels: ClassVar[int] = 3
-    size: ClassVar[int] = 32
     published: ClassVar[tuple[int, int]] = (50_000, 10_000)
     mirror: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/"
     mean: ClassVar[tuple[float, ...]]

@@ -45,7 +45,7 @@ class Tensors(Data):
                     f"The {split} labels of {name} are {y.dtype} from {y.min()} to {y.max()}. They "
                     f"must be int64 from 0 to {classes - 1}."
                 )
-        super().__init__(name, channels=1, size=1, classes=classes)
+        super().__init__(name)
         self._splits: dict[Split, tuple[Tensor, Tensor]] = {"train": train, "test": test}
 
     @property

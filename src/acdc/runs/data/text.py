@@ -40,7 +40,8 @@ class Text(Data):
     def __init__(
         self, name: str, train: Tensor, test: Tensor, classes: int, context: int, windows: int
     ) -> None:
-        super().__init__(name, channels=1, size=context, classes=classes)
+        super().__init__(name)
+        self.context = context
         for split, part in (("training", train), ("test", test)):
             if len(part) <= context:
                 raise InputError(
@@ -78,9 +79,9 @@ class Text(Data):
         picked, place = self._indices(epoch, index, batch_size, seed, rank, world)
         generator = stream("windows", seed, epoch, index)
         starts = torch.randint(
-            len(self._train) - self.size, (batch_size * world,), generator=generator
+            len(self._train) - self.context, (batch_size * world,), generator=generator
         )
-        places = starts[place][: len(picked), None] + torch.arange(self.size + 1)
+        places = starts[place][: len(picked), None] + torch.arange(self.context + 1)
         windows = self._train[places]
         return windows[:, :-1], windows[:, 1:]
 
@@ -88,9 +89,9 @@ class Text(Data):
         """Yield every test window once, in order; of the training part, windows in order too."""
         inputs, targets = self._test
         if known_split(split) == "train":
-            count = (len(self._train) - 1) // self.size
-            inputs = self._train[: count * self.size].view(count, self.size)
-            targets = self._train[1 : count * self.size + 1].view(count, self.size)
+            count = (len(self._train) - 1) // self.context
+            inputs = self._train[: count * self.context].view(count, self.context)
+            targets = self._train[1 : count * self.context + 1].view(count, self.context)
         steps_per_epoch(len(inputs), batch_size)  # refuses a batch size below 1
         yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
 
@@ -112,8 +113,6 @@ class TinyShakespeare(Source):
     context: int = 128
 
     name: ClassVar[str] = "tinyshakespeare"
-    channels: ClassVar[int] = 1
-    size: ClassVar[int] = 1
     published: ClassVar[tuple[int, int]] = (1_003_854, 111_540)  # characters
     quality: ClassVar[Literal["accuracy", "bits"]] = "bits"
     sha256: ClassVar[str] = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
