@@ -184,6 +184,15 @@ def test_help_and_version_need_nothing_but_the_library(capsys: Capture) -> None:
     assert all(name.split()[0] in out for name in SURFACE if name)
 
 
+def test_help_and_version_do_not_load_torch() -> None:
+    code = "import sys; from acdc.cli import main; main(sys.argv[1:])"
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    for argv in (["--version"], ["--help"], ["bench", "step", "--help"], ["compare", "--help"]):
+        words = [sys.executable, "-c", code, *argv]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "False"
+
+
 @pytest.mark.parametrize(
     "argv", [[], ["nothing"], ["run"], ["run", "digits", "--res"], ["export", "x", "--to", "pdf"]]
 )
