@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         from acdc import console
         from acdc.compare.grid import locate
         from acdc.compare.work import compare
+        from acdc.pages import comparison
 
         folder = args.out / locate(address).name
         with console.GridWatcher(Console(stderr=True)) as watcher:
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 resume=args.resume,
                 command=args.command_line.replace(str(args.out), args.out.name),
                 watch=watcher,
+                draw=comparison.render,
             )
     failed = sum(outcome.row is None for outcome in outcomes)
     if failed:

@@ -112,7 +112,7 @@ def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _show_grid(name: str) -> int:
     """Print the cells of a grid."""
-    from acdc.compare.cells import cells, prepare, said
+    from acdc.compare.cells import cells, explain, prepare
     from acdc.compare.grid import locate
     from acdc.recipes import grids
 
@@ -129,7 +129,7 @@ def _show_grid(name: str) -> int:
         try:
             run = prepare(grid, cell, grid.task.epochs)
         except Exception as error:  # any error makes a failed cell, as in a comparison
-            rows.append((*what, "", "", f"none: {said(error)}"))
+            rows.append((*what, "", "", f"none: {explain(error)}"))
             continue
         first = f"after {run.before.label}" if run.before else ""
         rows.append((*what, f"{run.epochs}", run.label, first))
