@@ -686,7 +686,7 @@ def test_a_report_that_fails_does_not_lose_the_run(
     folder = only_run(tmp_path)
     assert json.loads(out)["run"] == str(folder)
     assert "test accuracy" in err
-    assert "could not be written: No ink. Once that is mended: acdc report" in err
+    assert "could not be written: No ink. Once the cause is removed: acdc report" in err
     monkeypatch.setattr(report, "render", break_down)
     with pytest.raises(ZeroDivisionError):
         main(typed(tmp_path, "--resume", "--json"))
