@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     )
     from acdc.pair import Pair
     from acdc.pattern import NM, Block, Pattern, Unstructured
+    from acdc.result import DenseNetwork, SparseNetwork
     from acdc.schedule import Phase, Plan, Schedule, alternate, constant, phases
     from acdc.sparsifier import Sparsifier
     from acdc.support import Support, kept
@@ -57,6 +58,7 @@ _HOME = {
     "Block": "acdc.pattern",
     "Change": "acdc.hooks.changes",
     "Dense": "acdc.methods",
+    "DenseNetwork": "acdc.result",
     "DenseTwin": "acdc.hooks.twin",
     "Engine": "acdc.engine.engine",
     "Gradual": "acdc.methods",
@@ -70,6 +72,7 @@ _HOME = {
     "Plan": "acdc.schedule",
     "RigL": "acdc.methods",
     "Schedule": "acdc.schedule",
+    "SparseNetwork": "acdc.result",
     "Sparsifier": "acdc.sparsifier",
     "Static": "acdc.methods",
     "Support": "acdc.support",
@@ -97,6 +100,7 @@ __all__ = [
     "Block",
     "Change",
     "Dense",
+    "DenseNetwork",
     "DenseTwin",
     "Engine",
     "Gradual",
@@ -110,6 +114,7 @@ __all__ = [
     "Plan",
     "RigL",
     "Schedule",
+    "SparseNetwork",
     "Sparsifier",
     "Static",
     "Support",
