@@ -34,7 +34,7 @@ def method(name: str, plan: str) -> GridMethod:
 
 
 def plans_fashion_mnist() -> Grid:
-    """All of them beside the grids' own, and that with layers that are chosen over together."""
+    """The plans beside that of the grids, which is tried with a global scope, too."""
     return replace(
         grids.compare_fashion_mnist(),
         name="plans_fashion_mnist",
@@ -45,9 +45,4 @@ def plans_fashion_mnist() -> Grid:
         ),
         sparsities=(0.95,),
         seeds=(0,),
-        remarks=(
-            "AC/DC and AC/DC, global have the comparisons’ plan, D20 S10 D10 S10 D20 S30, and "
-            "dense twins that are trained on; those of the others are as the last dense phase left "
-            "them. The dense run is in compare_fashion_mnist.",
-        ),
     )

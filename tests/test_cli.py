@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import acdc
 from acdc import ACDC, Pair, Unstructured, console, constant, phases, recipes
-from acdc.cli import RECORD, main, parser
+from acdc.cli import main, parser
 from acdc.console import Watcher
 from acdc.errors import InputError
 from acdc.methods import METHODS, Dense, RigL, Static
@@ -34,6 +34,7 @@ from acdc.recipes import grids
 from acdc.runs import train
 from acdc.runs.data import FashionMNIST, TinyShakespeare
 from acdc.runs.models import SmallGPT
+from acdc.runs.record import SUMMARY
 from support.runs import (
     STEPS,
     TINY,
@@ -183,6 +184,15 @@ def test_help_and_version_need_nothing_but_the_library(capsys: Capture) -> None:
     assert all(name.split()[0] in out for name in SURFACE if name)
 
 
+def test_help_and_version_do_not_load_torch() -> None:
+    code = "import sys; from acdc.cli import main; main(sys.argv[1:])"
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    for argv in (["--version"], ["--help"], ["bench", "step", "--help"], ["compare", "--help"]):
+        words = [sys.executable, "-c", code, *argv]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "False"
+
+
 @pytest.mark.parametrize(
     "argv", [[], ["nothing"], ["run"], ["run", "digits", "--res"], ["export", "x", "--to", "pdf"]]
 )
@@ -214,7 +224,7 @@ def test_cite_prints_bibtex_and_without_a_method_lists_them(capsys: Capture) -> 
         capsys.readouterr().err.split()
     )
     assert main(["cite", "dense"]) == 2
-    assert "there is none to cite" in " ".join(capsys.readouterr().err.split())
+    assert "Dense training has no paper to cite." in " ".join(capsys.readouterr().err.split())
 
 
 def test_list_names_every_recipe(capsys: Capture) -> None:
@@ -400,7 +410,7 @@ def test_json_is_the_only_line_on_standard_output(
     folder = only_run(tmp_path)
     data = json.loads(out)
     assert out.count("\n") == 1
-    assert list(data) == [*RECORD]
+    assert list(data) == [*SUMMARY]
     assert set(data["sparse"]) == {"accuracy", "loss", "sparsity", "nnz", "bytes"}
     assert set(data["dense"]) == {"accuracy", "loss", "bytes"}
     assert data["run"] == str(folder)
@@ -474,7 +484,7 @@ def test_resuming_a_finished_run_shows_it_again(done: Path, capsys: Capture) -> 
     assert main(typed(done.parent, "--resume", "--json")) == 0
     out, err = capsys.readouterr()
     assert json.loads(out) == {
-        key: json.loads((done / "record.json").read_text())[key] for key in RECORD
+        key: json.loads((done / "record.json").read_text())[key] for key in SUMMARY
     }
     assert "nothing was trained" in err
     assert "epoch" not in err
@@ -676,7 +686,7 @@ def test_a_report_that_fails_does_not_lose_the_run(
     folder = only_run(tmp_path)
     assert json.loads(out)["run"] == str(folder)
     assert "test accuracy" in err
-    assert "could not be written: No ink. Once that is mended: acdc report" in err
+    assert "could not be written: No ink. Once the cause is removed: acdc report" in err
     monkeypatch.setattr(report, "render", break_down)
     with pytest.raises(ZeroDivisionError):
         main(typed(tmp_path, "--resume", "--json"))

@@ -1,4 +1,4 @@
-"""Comparisons: what is trained, what is written, and what survives a kill, a hole, a full disk.
+"""Comparisons: what is trained, what is written, and what survives a kill, an error, a full disk.
 
 The file takes about 80 seconds on one thread.
 """
@@ -30,7 +30,7 @@ from acdc.compare import results, work
 from acdc.compare.cells import Cell, base_recipe, cells, epochs_at_equal_flops, prepare
 from acdc.compare.grid import Grid, Task, locate
 from acdc.compare.results import Outcome
-from acdc.compare.work import Progress, compare
+from acdc.compare.work import Progress
 from acdc.console import GridWatcher
 from acdc.errors import InputError
 from acdc.pages import comparison as page
@@ -46,6 +46,11 @@ GRIDS = str(Path(compare_grids.__file__))
 FIELDS = ["method", "sparsity", "seed", "sparse_quality", "dense_quality", "train_flops_ratio",
           "inference_flops_ratio", "seconds"]  # fmt: skip
 Capture = pytest.CaptureFixture[str]
+
+
+def compare(address: str, out: Path, **more: Any) -> list[Outcome]:
+    """Train a grid and draw its page, as the command does."""
+    return work.compare(address, out, draw=lambda *given: page.render(*given), **more)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +86,7 @@ def test_every_cell_has_its_row(whole: Path) -> None:
     grid = compare_grids.whole()
     assert len(found) == len(list(cells(grid))) == 2 * 2 * (1 + 2 + 2)
     assert all(list(row)[:8] == FIELDS for row in found)
-    assert not rows(whole, "holes.jsonl")
+    assert not rows(whole, "failed.jsonl")
     asked = [(c.budget, c.seed, c.sparsity, c.method) for c in cells(grid)]
     assert [(r["budget"], r["seed"], r["sparsity"], r["method"]) for r in found] == asked
     for row in found:
@@ -384,7 +389,7 @@ def test_a_disk_that_fills_while_results_are_written(
         assert "with --resume writes it" in str(caught.value)
     for name, content in before.items():
         assert (folder / name).read_bytes() == content
-    assert {path.name for path in folder.iterdir()} - {".lock", "holes.jsonl"} == set(before)
+    assert {path.name for path in folder.iterdir()} - {".lock", "failed.jsonl"} == set(before)
 
 
 @pytest.mark.slow
@@ -406,7 +411,7 @@ def test_several_jobs_one_killed_and_all_stopped(
         compare(where("deadly"), tmp_path, jobs=2, device="cpu", watch=watch)
     assert caught.value.signal == signal.SIGTERM
     folder = tmp_path / "deadly"
-    reasons = {hole["method"]: hole["reason"] for hole in rows(folder, "holes.jsonl")}
+    reasons = {cell["method"]: cell["reason"] for cell in rows(folder, "failed.jsonl")}
     assert "killed by SIGKILL" in reasons["killer"]
     assert reasons["acdc"] == "Not trained yet."
     assert "still to be trained" in (folder / "report.html").read_text()
@@ -414,7 +419,7 @@ def test_several_jobs_one_killed_and_all_stopped(
     # With one job it is this process that trains, and nobody dies.
     compare(where("deadly"), tmp_path, resume=True, device="cpu")
     assert len(rows(folder)) == 3
-    assert not rows(folder, "holes.jsonl")
+    assert not rows(folder, "failed.jsonl")
 
 
 @pytest.mark.slow
@@ -451,13 +456,13 @@ def test_two_commands_do_not_train_the_same_cells(
         compare(where("small"), tmp_path)
 
 
-# --- holes --------------------------------------------------------------------------------------
+# --- failed cells --------------------------------------------------------------------------------
 
 
-def test_a_hole_has_its_reason_and_the_others_go_on(tmp_path: Path) -> None:
-    compare(where("holes"), tmp_path, device="cpu")
-    folder = tmp_path / "holes"
-    reasons = {(h["method"], h["budget"]): h["reason"] for h in rows(folder, "holes.jsonl")}
+def test_a_failed_cell_has_a_reason_and_the_others_go_on(tmp_path: Path) -> None:
+    compare(where("failing"), tmp_path, device="cpu")
+    folder = tmp_path / "failing"
+    reasons = {(f["method"], f["budget"]): f["reason"] for f in rows(folder, "failed.jsonl")}
     assert "its 3 inputs do not divide into groups of 4" in reasons["nm24", "epochs"]
     assert "training diverged" in reasons["wild", "epochs"]
     assert reasons["refuses", "epochs"] == "Not on Sundays."
@@ -467,13 +472,13 @@ def test_a_hole_has_its_reason_and_the_others_go_on(tmp_path: Path) -> None:
     assert [row["method"] for row in rows(folder)] == ["dense", "acdc"] * 2
     text = (folder / "report.html").read_text()
     assert "8 cells of 12 without results" in text
-    assert text.count('class="hole"') == 8
+    assert text.count('class="failed"') == 8
     assert "Not on Sundays." in text
     assert str(tmp_path) not in text
-    assert str(tmp_path) not in (folder / "holes.jsonl").read_text()
+    assert str(tmp_path) not in (folder / "failed.jsonl").read_text()
 
 
-def test_a_full_disk_is_a_hole_that_is_tried_again(
+def test_a_full_disk_fails_a_cell_that_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     label = prepare(compare_grids.small(), Cell("acdc", 0.5, 0), EPOCHS).label
@@ -486,13 +491,13 @@ def test_a_full_disk_is_a_hole_that_is_tried_again(
 
     monkeypatch.setattr(record.Metrics, "sync", full)
     compare(where("small"), tmp_path, device="cpu")
-    (hole,) = rows(tmp_path / "small", "holes.jsonl")
-    assert "No space left on device" in hole["reason"]
+    (failed,) = rows(tmp_path / "small", "failed.jsonl")
+    assert "No space left on device" in failed["reason"]
     assert [row["method"] for row in rows(tmp_path / "small")] == ["dense", "one_shot"]
     monkeypatch.undo()
     compare(where("small"), tmp_path, resume=True, device="cpu")
     assert len(rows(tmp_path / "small")) == 3
-    assert not rows(tmp_path / "small", "holes.jsonl")
+    assert not rows(tmp_path / "small", "failed.jsonl")
 
 
 def test_what_starts_from_a_run_that_failed_says_so(
@@ -562,8 +567,8 @@ def test_the_page_shows_every_cell_and_what_is_needed(whole: Path) -> None:
 
 def test_a_page_says_what_is_needed_before_it_was_trained(tmp_path: Path) -> None:
     grid = compare_grids.whole()
-    board = work._Board(grid, tmp_path, lambda _: None)
-    board.settle()
+    board = work._Board(grid, tmp_path, lambda _: None, None)
+    board.update()
     text = page.page(grid, board.outcomes())
     assert "A dense network trained for 5 epochs with the same seed" in text
 
@@ -600,7 +605,7 @@ def test_what_collapsed_lies_below_the_axis() -> None:
 
 
 def test_where_ours_does_not_win_the_page_says_so(whole: Path) -> None:
-    grid = replace(compare_grids.small(), remarks=("Because of the weather.",))
+    grid = compare_grids.small()
     found = rows(whole)
 
     def outcome(method: str, quality: float) -> Outcome:
@@ -611,13 +616,33 @@ def test_where_ours_does_not_win_the_page_says_so(whole: Path) -> None:
     shown = page.page(grid, [outcome("dense", 99), outcome("acdc", 91), outcome("one_shot", 92)])
     assert "One-shot is best with 92.00, before AC/DC with 91.00." in shown
     assert "AC/DC does not win here: it has 91.00, place 2 of 2." in shown
-    assert "Because of the weather." in shown
     shown = page.page(grid, [outcome("dense", 99), outcome("acdc", 93), outcome("one_shot", 92)])
     assert "AC/DC is best with 93.00" in shown
     assert "does not win" not in shown
     shown = page.page(grid, [outcome("acdc", 92.001), outcome("one_shot", 92.004)])
     assert "One-shot and AC/DC are best, level at 92.00." in shown
     assert "does not win" not in shown
+
+
+def test_remarks_beside_the_results_are_on_the_page(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("runs"))
+    (folder / "remarks.md").write_text("Because of\nthe <weather>.\n\nSee `acdc list`.\n")
+    compare(where("whole"), tmp_path, resume=True, device="cpu")
+    text = (folder / "report.html").read_text()
+    assert "<p>Because of the &lt;weather&gt;.</p>" in text
+    assert '<p>See <span class="name">acdc list</span>.</p>' in text
+    assert (folder / "remarks.md").exists()
+
+
+def test_without_a_drawing_there_is_no_page(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    for name in ("results.jsonl", "origins.json"):
+        shutil.copy(whole / name, folder)
+    outcomes = work.compare(where("whole"), tmp_path, resume=True, device="cpu")
+    assert all(outcome.row for outcome in outcomes)
+    assert not (folder / "report.html").exists()
 
 
 def test_a_method_that_ends_dense_is_shown_as_a_dense_network(tmp_path: Path) -> None:
@@ -730,8 +755,8 @@ def test_every_grid_is_listed_and_shown(capsys: Capture) -> None:
             assert f"  {method.name} " in shown
 
 
-def test_show_names_holes_and_what_comes_first(capsys: Capture) -> None:
-    assert main(["show", where("holes")]) == 0
+def test_show_names_cells_that_fail_and_what_comes_first(capsys: Capture) -> None:
+    assert main(["show", where("failing")]) == 0
     assert "none: Not on Sundays." in capsys.readouterr().out
     assert main(["show", where("small")]) == 0
     assert re.search(r"one_shot +50 % .* after small-\w{8}", capsys.readouterr().out)

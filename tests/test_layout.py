@@ -56,7 +56,6 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.runs": {"lightning", "sklearn", "numpy", "torchvision", "PIL"},
     "acdc.pages": {"numpy"},
     "acdc.bench.peers": {"sparseprop", "sparselab"},
-    "acdc.runs.recipe": {"jsonargparse"},
     "acdc.pages.figure": {"matplotlib", "jinja2"},
     "acdc.pages.run": {"matplotlib"},
     "acdc.pages.comparison": {"matplotlib"},
@@ -344,8 +343,21 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_import_acdc_loads_torch_and_nothing_else_heavy() -> None:
-    optional = ["lightning", "sklearn", "matplotlib", "jinja2", "rich", "jsonargparse"]
+def test_import_acdc_alone_does_not_load_torch() -> None:
+    """So ``acdc --help`` is quick; torch comes with the first name that is used."""
+    loaded = run(
+        """
+        import sys, acdc
+        print("torch" in sys.modules, "Sparsifier" in dir(acdc))
+        acdc.Sparsifier
+        print("torch" in sys.modules)
+        """
+    )
+    assert loaded.splitlines() == ["False True", "True"]
+
+
+def test_the_names_of_acdc_load_torch_and_nothing_else_heavy() -> None:
+    optional = ["lightning", "sklearn", "matplotlib", "jinja2", "rich"]
     optional += [
         "tensorboard",
         "onnx",
@@ -357,14 +369,16 @@ def test_import_acdc_loads_torch_and_nothing_else_heavy() -> None:
     ]
     loaded = run(
         f"""
-        import sys, acdc
+        import sys
+        from acdc import *
+        assert Sparsifier.__module__ == "acdc.sparsifier"
         print([m for m in {optional} if m in sys.modules])
         rooms = ("acdc.runs", "acdc.pages", "acdc.compare", "acdc.export", "acdc.recipes")
         print([m for m in sys.modules if m.startswith(rooms)])
         """
     )
     assert loaded.splitlines() == ["[]", "[]"]
-    assert all(importlib.util.find_spec(name) for name in optional[:7])  # they could have been
+    assert all(importlib.util.find_spec(name) for name in optional[:6])  # they could have been
 
 
 def test_the_core_imports_what_the_package_declares() -> None:
@@ -384,7 +398,7 @@ def test_acdc_works_without_the_extras() -> None:
         """
         import sys
 
-        for name in ("lightning", "sklearn", "matplotlib", "jinja2", "rich", "jsonargparse"):
+        for name in ("lightning", "sklearn", "matplotlib", "jinja2", "rich"):
             sys.modules[name] = None  # importing it fails, looking for it finds nothing
         import torch, acdc
 
@@ -405,3 +419,18 @@ def test_acdc_works_without_the_extras() -> None:
 def test_public_names_are_there_once() -> None:
     assert all(hasattr(acdc, name) for name in acdc.__all__)
     assert len(set(acdc.__all__)) == len(acdc.__all__)
+    assert not hasattr(acdc, "nothing")
+
+
+def test_type_checkers_see_the_public_names() -> None:
+    """They read the block under TYPE_CHECKING; Python reads the table ``_HOME``."""
+    tree = ast.parse((ROOT / "__init__.py").read_text("utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == acdc._HOME
+    assert sorted(seen) == sorted(acdc.__all__)

@@ -145,7 +145,19 @@ def test_an_unknown_recipe_names_its_neighbours() -> None:
         ({"method.pattern": "block"}, lambda r: r.method.pattern.sparsity, 0.9),
         ({"optimizer": "adamw", "optimizer.lr": "0.01"}, lambda r: r.optimizer.lr, 0.01),
         ({"clip": "1.5"}, lambda r: r.clip, 1.5),
-        ({"engine": "off"}, lambda r: r.engine, "off"),  # a word, and not YAML's "false"
+        ({"engine": "off"}, lambda r: r.engine, "off"),  # a word, and not the opposite of "on"
+        ({"method.reset": "none"}, lambda r: r.method.reset, "none"),  # a word, and not None
+        (
+            {"method.layers.exclude": "conv1, fc"},
+            lambda r: r.method.layers.exclude,
+            ("conv1", "fc"),
+        ),
+        ({"method.layers.exclude": "()"}, lambda r: r.method.layers.exclude, ()),
+        (
+            {"method.pattern.overrides": "[[fc,0.5],[conv1,0]]"},
+            lambda r: r.method.pattern.overrides,
+            (("fc", 0.5), ("conv1", 0.0)),
+        ),
     ],
 )
 def test_a_value_is_changed_by_its_path(settings: dict, read: object, value: object) -> None:
@@ -167,6 +179,8 @@ def test_a_value_is_changed_by_its_path(settings: dict, read: object, value: obj
         ("batch_size.x", "1", "has no fields of its own"),
         ("model", "5", "has fields of its own"),
         ("optimizer.lr", ".nan", "NaN is no value"),
+        ("clip", "many", "not of the type number or none"),
+        ("dense_finetune", "maybe", "not of the type true or false"),
         ("engine", "on", "'on' is not of the type auto, off or reference"),
     ],
 )

@@ -18,6 +18,7 @@ except ImportError as missing:
     raise need("rich", "lab") from missing
 
 if TYPE_CHECKING:
+    from acdc.compare.results import Outcome
     from acdc.compare.work import Progress as Progressed
 
 # As in the report: blue is dense, orange is sparse.
@@ -25,7 +26,7 @@ COLOURS = {"dense": "bright_blue", "sparse": "orange3"}
 
 
 class _Bar:
-    """A context manager: a bar on a terminal, which is gone when it is left."""
+    """A context manager: a bar on a terminal, which disappears at exit."""
 
     _progress: Progress
 
@@ -45,11 +46,11 @@ class _Bar:
 class Watcher(_Bar):
     """Shows a run while it trains: a bar on a terminal, else a line after each epoch.
 
-    A context manager; the bar is gone when it is left.
+    A context manager; the bar disappears at exit.
 
     Args:
-        what: What is run, and where, for the first line.
-        finetune: Whether the dense twin is trained on after the run itself.
+        what: Recipe and folder, for the first line.
+        finetune: Whether the dense twin is fine-tuned after the run itself.
         console: Where to write.
     """
 
@@ -76,7 +77,7 @@ class Watcher(_Bar):
         self._mean = Mean()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Take in one event of the run."""
+        """Show one event of the run."""
         kind = event["event"]
         if kind == "start":
             self._start(event)
@@ -137,7 +138,7 @@ class Watcher(_Bar):
 class GridWatcher(_Bar):
     """Shows a comparison while it runs: a bar on a terminal, and a line for each settled cell.
 
-    A context manager; the bar is gone when it is left.
+    A context manager; the bar disappears at exit.
 
     Args:
         console: Where to write.
@@ -158,7 +159,7 @@ class GridWatcher(_Bar):
         self._task = self._progress.add_task("", total=1, running="", left="")
 
     def __call__(self, progress: Progressed) -> None:
-        """Take in how far the comparison is."""
+        """Show the progress of the comparison."""
         left = progress.seconds_left
         running = (f"{cell} {100 * share:.0f} %" for cell, share in progress.running)
         self._progress.update(
@@ -168,21 +169,20 @@ class GridWatcher(_Bar):
             running="; ".join(running),
             left="" if left is None else f"{duration(left)} left",
         )
-        if progress.news is not None:
-            self._say(progress, left)
+        if progress.latest is not None:
+            self._say(progress, progress.latest, left)
 
-    def _say(self, progress: Progressed, left: float | None) -> None:
-        news = progress.news
-        assert news is not None
-        if news.row is None:
-            what = f"no result: {news.reason}"
+    def _say(self, progress: Progressed, latest: Outcome, left: float | None) -> None:
+        if latest.row is None:
+            what = f"no result: {latest.reason}"
         else:
-            twins = (("sparse", news.row["sparse_quality"]), ("dense", news.row["dense_quality"]))
+            row = latest.row
+            twins = (("sparse", row["sparse_quality"]), ("dense", row["dense_quality"]))
             what = ", ".join(f"{twin} {value:.3f}" for twin, value in twins if value is not None)
         rest = "" if left is None or progress.done == progress.cells else f"  {duration(left)} left"
         width = len(str(progress.cells))
         self.console.print(
-            f"{progress.done:>{width}}/{progress.cells}  {news.cell}: {what}{rest}",
+            f"{progress.done:>{width}}/{progress.cells}  {latest.cell}: {what}{rest}",
             highlight=False,
             markup=False,
             soft_wrap=True,
@@ -190,7 +190,7 @@ class GridWatcher(_Bar):
 
 
 def duration(seconds: float) -> str:
-    """Write a time to wait.
+    """Write a duration.
 
     >>> duration(42), duration(130), duration(9000)
     ('42 s', '2 min', '2.5 h')
@@ -201,13 +201,13 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """Steps in a second, a running mean."""
+    """Steps per second, a running mean."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
 
     def tick(self, seconds: float) -> None:
-        """Take in the time of one step."""
+        """Add the seconds of one step."""
         self._seconds = 0.95 * self._seconds + 0.05 * seconds if self._seconds else seconds
 
     def __str__(self) -> str:
@@ -218,7 +218,7 @@ class Pace:
 
 
 class Mean:
-    """The mean of what was added since it was last taken."""
+    """The mean of the values since the last :meth:`take`."""
 
     def __init__(self) -> None:
         self._sum, self._count = 0.0, 0
@@ -228,14 +228,14 @@ class Mean:
         self._sum, self._count = self._sum + value, self._count + 1
 
     def take(self) -> float:
-        """Return the mean, and begin anew."""
+        """Return the mean, and start again."""
         mean = self._sum / self._count if self._count else float("nan")
         self._sum, self._count = 0.0, 0
         return mean
 
 
 def engine(state: Mapping[str, Any]) -> str:
-    """Return what the engine does, or why it stays off, as a line."""
+    """Return a line: how many layers the engine runs, or why it is off."""
     if "choices" not in state:
         return f"engine: {state['kind']} ({state['reason']})"
     sparse = sum(choice["sparse"] for choice in state["choices"])
@@ -278,7 +278,7 @@ def _rows(
 def _sparse_rows(
     record: Mapping[str, Any], sparse: Mapping[str, Any]
 ) -> Iterator[tuple[str, Mapping[Twin, str]]]:
-    """Yield the rows of a run that left a sparse network, with a dense twin or without."""
+    """Yield the rows of a run with a sparse network, with a dense twin or without."""
     details = record["details"]
     tuned = details["finetune_flops"] / details["train_flops_dense"]
     spent = details.get("time") or {}
@@ -306,7 +306,7 @@ def _sparse_rows(
 
 
 def percent(value: float) -> str:
-    """Write a number of percent."""
+    """Write a percentage."""
     return f"{value:.2f} %"
 
 
@@ -316,5 +316,5 @@ def _bits(value: float) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Write a time; a dash where none was taken."""
+    """Write a time; a dash if it was not measured."""
     return "–" if value is None else f"{value:.1f} ms"

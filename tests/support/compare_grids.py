@@ -147,9 +147,9 @@ def small() -> Grid:
     return _grid("small", DENSE, ACDC_, ONE_SHOT, sparsities=(0.5,))
 
 
-def holes() -> Grid:
+def failing() -> Grid:
     return _grid(
-        "holes",
+        "failing",
         DENSE,
         GridMethod("nm24", "2:4", _nm24, sparsities=(0.5,)),
         GridMethod("wild", "Wild", _wild),

@@ -1,7 +1,7 @@
 """A comparison: methods x sparsities x seeds on one task, every cell a run of its own.
 
-``grid`` says what is compared, ``cells`` what that comes to, ``work`` trains it, ``results`` reads
-what came out, ``page`` shows it.
+``grid`` holds the values that describe a comparison, ``cells`` derives the runs, ``work`` trains
+them, ``results`` collects the results. ``acdc.pages.comparison`` draws the page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cells of a grid, and the run that each of them comes to."""
+"""The cells of a grid, and the run of each cell."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from acdc.schedule import Constant
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: what is asked for, before anything is trained.
+    """One cell of a grid.
 
     Args:
-        method: Name of the method in the grid; ``"dense"`` for what is trained beforehand.
-        sparsity: Fraction of zeros that is asked for.
+        method: Name of the method in the grid; ``"dense"`` for dense training beforehand.
+        sparsity: Asked fraction of zeros.
         seed: Of the run.
-        budget: What its length is measured by; ``"beforehand"``: a dense network that other cells
-            start from.
-        epochs: Of dense training beforehand; 0 for the other cells.
+        budget: What decides its length; ``"beforehand"``: a dense network that other cells start
+            from.
+        epochs: Of dense training beforehand; 0 for all other cells.
     """
 
     method: str
@@ -44,11 +44,11 @@ class Prepared:
     """The run of a cell.
 
     Args:
-        cell: Whose run it is.
-        recipe: All of it but the folder it starts from, which is in ``recipe.start``.
-        changed: What differs from the task's dense run, path → value as text.
-        label: Its folder's name: the grid's, and the hash of what differs.
-        before: The run that has to be there first.
+        cell: The cell.
+        recipe: The recipe; ``recipe.start`` names the folder of ``before``.
+        changed: Values that differ from the task's dense run, path → value as text.
+        label: Name of its folder: that of the grid, and the hash of ``changed``.
+        before: The run that it starts from.
     """
 
     cell: Cell
@@ -77,8 +77,8 @@ def cells(grid: Grid) -> Iterator[Cell]:
                             yield cell
 
 
-def pilot(grid: Grid, cell: Cell) -> Cell:
-    """Return the cell of equal epochs whose FLOPs say how long this one is."""
+def measured_cell(grid: Grid, cell: Cell) -> Cell:
+    """Return the cell of equal epochs whose measured FLOPs decide the length of this one."""
     return replace(cell, budget="epochs", seed=grid.seeds[0])
 
 
@@ -99,7 +99,7 @@ def epochs_at_equal_flops(grid: Grid, ratio: float) -> int:
 
 
 def base_recipe(grid: Grid) -> Recipe:
-    """Return the task's recipe as the cells of a grid have it, before a method changes it."""
+    """Return the task's recipe under the name of the grid, before a method changes it."""
     return replace(grid.task.recipe, name=grid.name)
 
 
@@ -112,7 +112,7 @@ def prepare(grid: Grid, cell: Cell, epochs: int) -> Prepared:
         epochs: Length of the cell, dense training beforehand included.
 
     Raises:
-        InputError: The method cannot be had in this cell.
+        InputError: The method cannot train this cell.
     """
     if cell.budget == "beforehand":
         candidate = Candidate(Dense(Constant(cell.epochs)))
@@ -135,8 +135,8 @@ def prepare(grid: Grid, cell: Cell, epochs: int) -> Prepared:
     return Prepared(cell, recipe, changed, label(grid.name, changed), before)
 
 
-def said(error: Exception) -> str:
-    """Return an error as a sentence; one that was not meant for people with its kind."""
+def explain(error: Exception) -> str:
+    """Return an error as a sentence; an unexpected error with the name of its type."""
     return str(error) if isinstance(error, AcdcError) else f"{type(error).__name__}: {error}"
 
 

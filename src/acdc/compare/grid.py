@@ -1,7 +1,7 @@
-"""What is compared: a task, methods, sparsities, seeds, budgets. Values only; nothing is trained.
+"""Values that describe a comparison: a task, methods, sparsities, seeds, budgets.
 
-A grid is written as a function that returns a :class:`Grid` (see ``acdc.recipes.grids``). A user's
-own model joins by a function that returns a :class:`Task`.
+A grid is a function that returns a :class:`Grid` (see ``acdc.recipes.grids``). Your own model is
+compared through a function that returns a :class:`Task`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Budget = Literal["epochs", "flops"]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, whatever the method.
+    """The model, the data and the training that all methods share.
 
     Args:
-        name: What it is called on the page, such as ``"Fashion-MNIST, small ResNet"``.
+        name: Name on the page, such as ``"Fashion-MNIST, small ResNet"``.
         recipe: A dense run of the task: model, data, optimizer, learning rate. Its epochs are the
-            budget. Seed and threads are the grid's business.
+            budget. The grid sets the seed.
 
     Raises:
         InputError: The recipe's method is not dense.
@@ -45,7 +45,7 @@ class Task:
             raise InputError(
                 f"The task {self.name!r} was given a recipe with the method "
                 f"{self.recipe.method.name!r}. Give the dense run of the task: "
-                f"method=Dense(constant('dense', epochs=...)). The grid puts the methods in."
+                f"method=Dense(constant('dense', epochs=...)). The grid sets the other methods."
             )
 
     @property
@@ -60,9 +60,9 @@ class Candidate:
 
     Args:
         method: The method, holding a plan in epochs.
-        dense_epochs: Epochs of dense training that it needs beforehand, with the same seed: it
-            starts from the network that comes out. 0: it starts from fresh weights.
-        changes: Fields of the task's recipe that this method has otherwise, such as ``lr``.
+        dense_epochs: Epochs of dense training beforehand, with the same seed: the method starts
+            from the trained network. 0: it starts from fresh weights.
+        changes: Fields of the task's recipe that differ for this method, such as ``lr``.
     """
 
     method: Method[Any]
@@ -71,7 +71,7 @@ class Candidate:
 
 
 Build = Callable[[Task, float, int, int], Candidate]
-"""From task, sparsity, epochs in all and seed. Dense training beforehand is part of the epochs."""
+"""From task, sparsity, total epochs and seed. Dense training beforehand is part of the epochs."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class GridMethod:
     """One method of a grid: one line of its table.
 
     Args:
-        name: A short word, as in the results: ``"rigl_erk"``.
-        label: What people read: ``"RigL, ERK"``.
-        build: Returns how it trains a cell, and what it needs beforehand. Raises ``InputError``
-            where it cannot: the cell is a hole, with that reason.
-        sparsities: Those of this method, in place of the grid's: ``(0.0,)`` for dense training,
+        name: Name in the results: ``"rigl_erk"``.
+        label: Name on the page: ``"RigL, ERK"``.
+        build: Returns how the method trains a cell. Raises ``InputError`` if it cannot: the cell
+            fails, with that reason.
+        sparsities: Sparsities of this method, instead of the grid's: ``(0.0,)`` for dense training,
             ``(0.5,)`` for 2:4.
     """
 
@@ -98,19 +98,17 @@ class Grid:
     """Methods x sparsities x seeds on one task.
 
     Args:
-        name: What it is called on the command line; the name of its folder.
+        name: Name on the command line, and of its folder.
         about: One sentence for ``acdc list``.
-        task: What is trained.
-        methods: What is compared. One named ``"dense"`` is the reference of the page.
+        task: The task.
+        methods: The methods. One named ``"dense"`` is the reference of the page.
         sparsities: Fractions of zeros.
         seeds: Of weights, data order, augmentation and dropout: the same for all methods.
         budgets: ``"epochs"``: all methods train as long as the task. ``"flops"``: all spend the
             training FLOPs of the task's dense run; a method that spends a share of them in an epoch
             trains longer by its inverse, rounded to whole epochs, as RigL's multipliers do. The
             share is measured: it is that of the first seed's cell of equal epochs.
-        longest: No cell trains longer than so many times the epochs of the task.
-        remarks: Paragraphs for the page: what is to be known about the results, and why they are
-            as they are.
+        longest: Limit of the epochs of a cell, as a multiple of the epochs of the task.
 
     Raises:
         InputError: Nothing to compare, or the same thing twice.
@@ -124,7 +122,6 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     budgets: tuple[Budget, ...] = ("epochs",)
     longest: float = 5.0
-    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [method.name for method in self.methods]
@@ -163,47 +160,47 @@ class Grid:
 
 
 def address(function: Callable[[], Grid]) -> str:
-    """Return where a grid's function is, as :func:`locate` takes it."""
+    """Return the address of a grid's function, as :func:`locate` takes it."""
     return f"{function.__module__}:{function.__qualname__}"
 
 
-def locate(where: str) -> Grid:
-    """Return the grid of a function, ``"package.module:function"`` or ``"file.py:function"``.
+def locate(address: str) -> Grid:
+    """Return the grid at an address, ``"package.module:function"`` or ``"file.py:function"``.
 
     Raises:
         InputError: There is no such file or function, or it returns no grid.
     """
-    place, _, name = where.rpartition(":")
-    module = _module(place, where)
+    source, _, name = address.rpartition(":")
+    module = _module(source)
     function = getattr(module, name, None)
     if not callable(function):
         have = [n for n, value in vars(module).items() if callable(value) and n[:1] != "_"]
         raise InputError(
-            f"{place} has no function {name!r}. It has: {', '.join(have) or 'none'}. Write "
+            f"{source} has no function {name!r}. It has: {', '.join(have) or 'none'}. Write "
             f"FILE.py:FUNCTION, where the function takes nothing and returns a Grid."
         )
     grid = function()
     if not isinstance(grid, Grid):
         raise InputError(
-            f"{where} returned a {type(grid).__name__}. It has to return an acdc.compare.Grid."
+            f"{address} returned a {type(grid).__name__}. It has to return an acdc.compare.Grid."
         )
     return grid
 
 
-def _module(place: str, where: str) -> ModuleType:
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    path = Path(place).resolve()
+def _module(source: str) -> ModuleType:
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    path = Path(source).resolve()
     if not path.is_file():
         raise InputError(
-            f"There is no file {place!r}. Write FILE.py:FUNCTION, or a name of 'acdc list'."
+            f"There is no file {source!r}. Write FILE.py:FUNCTION, or a name of 'acdc list'."
         )
     spec = importlib.util.spec_from_file_location(f"grid_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # what lies beside the file can be imported
+        sys.path.insert(0, str(path.parent))  # the file may import files beside it
     spec.loader.exec_module(module)
     return module

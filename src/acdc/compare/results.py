@@ -1,8 +1,8 @@
-"""What came out of a grid: a row for every cell that has finished, a hole for every other one.
+"""The results of a grid: a row for every finished cell, and a reason for every other cell.
 
-A row stands for its run when the run's folder is gone: it names its origin, and ``origins.json``
-says of each origin what was trained, and on what. So a grid whose results were copied or committed
-goes on with the cells that are missing.
+A row replaces its run when the run's folder is gone. It names its origin, and ``origins.json``
+describes each origin: the task, the data, the machine. So a grid whose results were copied or
+committed trains the missing cells only.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ NOT_YET = "Not trained yet."
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell.
+    """The outcome of a cell.
 
     Args:
         cell: The cell.
-        row: Its results; ``None`` for a hole.
-        reason: Why there are none.
-        run: Its run, as far as it is known.
-        origin: What was trained in it, and on what: :func:`origin`.
+        row: Its results; ``None`` for a failed cell, and for a cell that is not trained yet.
+        reason: Why there are no results.
+        run: Its run, if it is known.
+        origin: What was trained, and on what: :func:`origin`.
     """
 
     cell: Cell
@@ -85,10 +85,10 @@ def row(task: Task, origin: Json, run: Prepared, record: Json, before: Json | No
 
 
 def origin(base: Recipe, record: Json) -> Json:
-    """Return what rows of the same origin share: the task, the data, the machine, the versions.
+    """Return an origin: the task, the data, the machine and the versions that rows share.
 
     Args:
-        base: The task's recipe, as the cells of this grid have it.
+        base: The task's recipe, from :func:`~acdc.compare.cells.base_recipe`.
         record: The record of a run.
     """
     details = record["details"]
@@ -109,7 +109,7 @@ def judged(task: Task, evaluation: Json) -> float:
 
 
 def quality(task: Task) -> Quality:
-    """Return what the quality of a network of this task is."""
+    """Return how networks of this task are judged."""
     return task.recipe.data.quality
 
 
@@ -135,31 +135,31 @@ def _seconds(record: Json) -> float:
 
 
 def write(folder: Path, outcomes: Iterable[Outcome]) -> None:
-    """Write ``origins.json``, ``results.jsonl`` and ``holes.jsonl``, each whole or not at all.
+    """Write ``origins.json``, ``results.jsonl`` and ``failed.jsonl``, each whole or not at all.
 
     Raises:
         InputError: The disk is full, or the folder cannot be written.
     """
     outcomes = list(outcomes)
     rows = [o.row for o in outcomes if o.row is not None and o.cell.budget != "beforehand"]
-    holes = [hole(o) for o in outcomes if o.row is None]
+    failed = [failure(o) for o in outcomes if o.row is None]
     origins = {o.row["origin"]: o.origin for o in outcomes if o.row is not None}
     with Staging(folder, "the results") as staging:
         staging.add("origins.json", (json.dumps(origins, indent=1) + "\n").encode())
         staging.add("results.jsonl", _lines(rows))
-        staging.add("holes.jsonl", _lines(holes))
+        staging.add("failed.jsonl", _lines(failed))
         staging.commit()
 
 
 def read(folder: Path, base: Recipe) -> dict[str, tuple[Json, Json]]:
-    """Return the rows that stand for their runs, by the label of the run, each with its origin.
+    """Return the rows that can replace their runs, by the label of the run, each with its origin.
 
-    Those of another task are left out: its recipe, what it meant where it was silent included, has
-    to be the same. So are those that name no origin, as versions before this one wrote them.
+    Rows are used only if their task's recipe, with defaults filled in, equals this one. Rows that
+    name no origin, as older versions wrote them, are left out.
 
     Args:
         folder: Of the grid.
-        base: The task's recipe, as the cells of this grid have it.
+        base: The task's recipe, from :func:`~acdc.compare.cells.base_recipe`.
 
     Raises:
         InputError: A file is there and cannot be read.
@@ -181,8 +181,8 @@ def read(folder: Path, base: Recipe) -> dict[str, tuple[Json, Json]]:
         ) from error
 
 
-def hole(outcome: Outcome) -> Json:
-    """Return what is said of a cell that has no results."""
+def failure(outcome: Outcome) -> Json:
+    """Return the line of ``failed.jsonl`` for a cell without results."""
     cell = outcome.cell
     return {
         "method": cell.method,
@@ -199,7 +199,7 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def needs(grid: Grid, outcomes: Iterable[Outcome]) -> dict[str, Json]:
-    """Return, of each method that starts from a dense network, its epochs and their cost.
+    """Return the epochs and the cost of that network, for each method that starts from a dense one.
 
     The cost is a share of the task's dense training FLOPs, exact for whole epochs.
     """

@@ -1,14 +1,17 @@
-"""Trains the cells of a grid, wherever it was stopped before.
+"""Trains the cells of a grid, and continues where the last command stopped.
 
-Every cell is a run of ``acdc run``: a folder under ``runs/``, with checkpoints. What was finished
-is read, what was begun goes on, what is missing is trained, and what cannot be is a hole with its
-reason; the others go on. With one job the cells are trained in this process. With several each is
-trained in one of its own, with its share of the threads; they stop when this process does.
+Every cell is a run, as ``acdc run`` makes it: a folder under ``runs/``, with checkpoints. Finished
+runs are read, started ones are continued, missing ones are trained. A cell that cannot be trained
+fails with a reason, and the other cells are not affected. With one job the cells are trained in
+this process. With several jobs each cell is trained by a worker, a process with its share of the
+threads. Workers stop when this process does.
 
 =====================  ==================================================================
-``results.jsonl``      a row for each finished cell, written anew with every one of them
-``origins.json``       what was trained for them, and on what: rows stand for lost ``runs/``
-``holes.jsonl``        the cells without results, and why
+``results.jsonl``      a row for each finished cell, written again with every one of them
+``origins.json``       for each row: what was trained, and on what machine and data. A row
+                       with an origin replaces its folder in ``runs/``, if that is gone
+``failed.jsonl``       the cells without results, and why
+``remarks.md``         what the author of the grid writes about the results; only read
 ``report.html``        the page
 ``runs/``              a folder for each run
 =====================  ==================================================================
@@ -26,11 +29,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,9 +44,9 @@ from acdc.compare.cells import (
     base_recipe,
     cells,
     epochs_at_equal_flops,
-    pilot,
+    explain,
+    measured_cell,
     prepare,
-    said,
 )
 from acdc.compare.grid import Grid, locate
 from acdc.compare.results import Outcome
@@ -55,8 +58,9 @@ from acdc.runs.signals import stop_signals
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-DRAWN_EVERY = 300.0  # seconds: the page of a long grid can be looked at meanwhile
-PATIENCE = 20.0  # seconds that processes of a killed command may take to end
+DRAWN_EVERY = 300.0  # seconds between two drawings of the page while the grid is trained
+WATCHED_EVERY = 0.25  # seconds between two reports of the progress of a job
+PATIENCE = 20.0  # seconds that workers of a killed command may take to end
 
 
 @dataclass(frozen=True)
@@ -64,27 +68,29 @@ class Progress:
     """How far a grid is.
 
     Args:
-        done: Cells that are finished, holes included.
+        done: Cells that are finished or failed.
         cells: All cells.
-        holes: Those that have no results.
+        failed: Cells that have no results.
         running: The cells that train now, and the share of their steps that is done.
-        seconds_left: An estimate from what was trained so far, or ``None``.
-        news: A cell that has just been settled.
+        seconds_left: An estimate from the speed so far, or ``None``.
+        latest: A cell that has just finished or failed.
     """
 
     done: int
     cells: int
-    holes: int
+    failed: int
     running: tuple[tuple[Cell, float], ...]
     seconds_left: float | None
-    news: Outcome | None = None
+    latest: Outcome | None = None
 
 
 Watch = Callable[[Progress], None]
+Draw = Callable[[Path, Grid, Sequence[Outcome]], object]
+"""Writes the page into the folder of the grid."""
 
 
 def compare(
-    where: str,
+    address: str,
     out: Path,
     *,
     jobs: int = 1,
@@ -92,17 +98,19 @@ def compare(
     device: str = "auto",
     command: str = "",
     watch: Watch | None = None,
+    draw: Draw | None = None,
 ) -> list[Outcome]:
-    """Train what is missing of a grid, write the results, and return what became of every cell.
+    """Train the missing cells of a grid, write the results, and return the outcome of every cell.
 
     Args:
-        where: The grid's function: ``"package.module:function"`` or ``"file.py:function"``.
+        address: The grid's function: ``"package.module:function"`` or ``"file.py:function"``.
         out: The folder in which the grid gets its own.
-        jobs: Cells trained at a time, each with an equal share of the threads.
-        resume: Go on with what is there; cells without results are tried again.
+        jobs: Cells trained at the same time, each with an equal share of the threads.
+        resume: Keep what is finished, and try failed cells again.
         device: As ``acdc run`` takes it.
-        command: What was typed, for the records.
-        watch: Called with the progress, as it is made.
+        command: The command line, for the records.
+        watch: Called with the progress.
+        draw: Draws the page: every few minutes, and at the end. ``None``: there is no page.
 
     Raises:
         InputError: There is no such grid, its folder is taken, or its results cannot be written.
@@ -111,7 +119,7 @@ def compare(
     """
     if jobs < 1:
         raise InputError(f"--jobs is {jobs}. It is a whole number from 1 up.")
-    grid = locate(where)
+    grid = locate(address)
     folder = out / grid.name
     if not resume and any((folder / name).exists() for name in ("runs", "results.jsonl")):
         raise InputError(
@@ -120,8 +128,8 @@ def compare(
         )
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) as lock:
-        board = _Board(grid, folder, watch or (lambda _: None))
-        trainer = _Trainer(where, folder, device, command, jobs, lock)
+        board = _Board(grid, folder, watch or (lambda _: None), draw)
+        trainer = _Trainer(address, folder, device, command, jobs, lock)
         try:
             _work(board, trainer, jobs)
         finally:
@@ -130,18 +138,18 @@ def compare(
 
 
 def _work(board: _Board, trainer: _Trainer, jobs: int) -> None:
-    """Settle all cells.
+    """Train until every cell is finished or failed.
 
     Raises:
-        Interrupted: Asked to stop. The processes have ended.
+        Interrupted: Asked to stop. The workers have ended.
     """
     with stop_signals() as stop:
         try:
-            board.settle()
+            board.update()
             while True:
-                while not stop and len(board.running) < jobs and (run := board.next()):
-                    trainer.begin(run)
-                if stop or not board.running:
+                while not stop and len(board.running()) < jobs and (job := board.start_next()):
+                    trainer.begin(job)
+                if stop or not board.running():
                     break
                 trainer.take(board)
         except train.Interrupted as error:  # raised by a run in this process
@@ -157,62 +165,99 @@ def _work(board: _Board, trainer: _Trainer, jobs: int) -> None:
             )
 
 
+State = Literal["known", "ready", "running", "done", "failed"]
+
+
+@dataclass
+class Job:
+    """A run of the grid. Several cells may come to the same run.
+
+    Args:
+        run: What to train.
+        position: Position of its first cell in the grid: jobs are trained in this order.
+        state: ``"known"``: not trained, because no cell needs it yet or a row replaces it.
+            ``"ready"``: to be trained. ``"done"``: it has a record. ``"failed"``: it has a reason.
+        share: Share of its steps that is done.
+        record: Its record, when it is done.
+        reason: Why it failed.
+    """
+
+    run: Prepared
+    position: int
+    state: State = "known"
+    share: float = 0.0
+    record: Json | None = None
+    reason: str = ""
+
+
 class _Board:
-    """Which cell is where."""
+    """The outcomes of the cells, and the jobs that produce them."""
 
-    def __init__(self, grid: Grid, folder: Path, watch: Watch) -> None:
-        self.grid, self.folder, self.watch = grid, folder, watch
-        self.order = list(cells(grid))
-        self.settled: dict[Cell, Outcome] = {}
-        self.planned: dict[Cell, Prepared] = {}
-        self.runs: dict[str, Prepared] = {}  # all that are known, by label
-        self.ready: dict[str, int] = {}  # and the place of their first cell in the order
-        self.running: dict[str, float] = {}
+    def __init__(self, grid: Grid, folder: Path, watch: Watch, draw: Draw | None) -> None:
+        self.grid, self.folder, self.watch, self.draw = grid, folder, watch, draw
+        self.cells = list(cells(grid))
+        self.settled: dict[Cell, Outcome] = {}  # finished or failed
+        self.prepared: dict[Cell, Prepared] = {}
+        self.jobs: dict[str, Job] = {}  # by the label of the run
         self.base = base_recipe(grid)
-        self.rows = results.read(folder, self.base)  # they stand for runs that are gone
-        self.records: dict[str, Json] = {}
-        self.failed: dict[str, str] = {}
-        self.began, self.told, self.trained = time.monotonic(), 0.0, 0.0
-        self.drawn = self.began
+        self.rows = results.read(folder, self.base)  # by label; each replaces a run that is gone
+        self.trained_epochs = 0.0
+        self.began = self.drawn = time.monotonic()
+        self.watched = 0.0
 
-    # --- what is due ----------------------------------------------------------------------------
+    # --- what to train --------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Settle every cell that can be, and make ready what can be trained."""
-        for place, cell in enumerate(self.order):
-            if cell not in self.settled:
-                self._look_at(cell, place)
+    def update(self) -> None:
+        """Settle every cell whose outcome is known, and mark the runs that can be trained."""
+        for position, cell in enumerate(self.cells):
+            if cell not in self.settled and (outcome := self._look_at(cell, position)):
+                self._settle(outcome)
 
-    def _look_at(self, cell: Cell, place: int) -> None:
+    def _look_at(self, cell: Cell, position: int) -> Outcome | None:
+        """Return the outcome of a cell, or mark the run that it waits for as ready."""
         try:
             epochs = self._epochs(cell)
             if epochs is None:
-                return
-            run = self.planned[cell] = prepare(self.grid, cell, epochs)
-        except _Hole as hole:
-            return self._settle(Outcome(cell, reason=str(hole)))
-        except Exception as error:  # the method's own code refused, or broke
-            return self._settle(Outcome(cell, reason=said(error)))
-        if run.label in self.rows and self._record(run) is None and run.label not in self.failed:
+                return None
+            run = self.prepared[cell] = prepare(self.grid, cell, epochs)
+        except _FailedError as error:
+            return Outcome(cell, reason=str(error))
+        except Exception as error:  # raised by the method's own code
+            return Outcome(cell, reason=explain(error))
+        if run.label in self.rows and self._job(run, position).state == "known":
             row, origin = self.rows[run.label]
-            return self._settle(Outcome(cell, row | _as_asked(cell), run=run, origin=origin))
+            return Outcome(cell, row | _asked(cell), run=run, origin=origin)
         for part in filter(None, (run.before, run)):
-            if part.label in self.failed:
-                why = self.failed[part.label]
-                reason = why if part is run else f"It starts from {part.cell}, which failed: {why}"
-                return self._settle(Outcome(cell, reason=reason, run=run))
-            if self._record(part) is None:
-                if part.label in self.failed:
-                    return self._look_at(cell, place)
-                if part.label not in self.running:
-                    self.ready.setdefault(part.label, place)
-                return
-        self._settle(self._outcome(cell, run))
+            job = self._job(part, position)
+            if job.state == "failed":
+                reason = job.reason
+                if part is not run:
+                    reason = f"It starts from {part.cell}, which failed: {reason}"
+                return Outcome(cell, reason=reason, run=run)
+            if job.state != "done":
+                if job.state == "known":
+                    job.state = "ready"
+                return None
+        return self._outcome(cell, run)
+
+    def _job(self, run: Prepared, position: int) -> Job:
+        """Return the job of a run. If the run has a record on the disk, the job is done."""
+        job = self.jobs.setdefault(run.label, Job(run, position))
+        if job.state == "known":
+            folder = Folder(self.folder / "runs" / run.label)
+            try:
+                train.check_same(folder, run.recipe)
+                if folder.record.exists():
+                    job.record, job.state = folder.read(folder.record), "done"
+            except InputError as error:
+                job.reason, job.state = self._without_paths(str(error)), "failed"
+        return job
 
     def _outcome(self, cell: Cell, run: Prepared) -> Outcome:
-        """Return what came out of a run that is finished."""
-        before = self.records[run.before.label] if run.before else None
-        record = self.records[run.label]
+        """Return the outcome of a run that is done."""
+        record = self.jobs[run.label].record
+        assert record is not None
+        before = self.jobs[run.before.label].record if run.before else None
         origin = results.origin(self.base, record)
         row = results.row(self.grid.task, origin, run, record, before)
         return Outcome(cell, row, run=run, origin=origin)
@@ -221,103 +266,99 @@ class _Board:
         """Return the length of a cell, or ``None`` while it is not known."""
         if cell.budget != "flops":
             return self.grid.task.epochs
-        first = self.settled.get(pilot(self.grid, cell))
-        if first is None:
+        measured = self.settled.get(measured_cell(self.grid, cell))
+        if measured is None:
             return None
-        if first.row is None:
-            raise _Hole(f"Its length follows from {first.cell}, which has no results.")
-        return epochs_at_equal_flops(self.grid, first.row["train_flops_ratio"])
-
-    def _record(self, run: Prepared) -> Json | None:
-        """Return the record of a run, if it is finished."""
-        self.runs.setdefault(run.label, run)
-        if run.label not in self.records:
-            place = Folder(self.folder / "runs" / run.label)
-            try:
-                train.check_same(place, run.recipe)
-                if not place.record.exists():
-                    return None
-                self.records[run.label] = place.read(place.record)
-            except InputError as error:
-                self.failed[run.label] = self._without_paths(str(error))
-                return None
-        return self.records[run.label]
+        if measured.row is None:
+            raise _FailedError(f"Its length follows from {measured.cell}, which has no results.")
+        return epochs_at_equal_flops(self.grid, measured.row["train_flops_ratio"])
 
     def _settle(self, outcome: Outcome) -> None:
         self.settled[outcome.cell] = outcome
         self.watch(self.progress(outcome))
 
-    def next(self) -> Prepared | None:
-        """Return the first run to train in the order of the grid, and count it as running."""
-        if not self.ready:
-            return None
-        label = min(self.ready, key=self.ready.__getitem__)
-        del self.ready[label]
-        self.running[label] = 0.0
-        return self.runs[label]
+    def running(self) -> list[Job]:
+        """Return the jobs that are being trained."""
+        return [job for job in self.jobs.values() if job.state == "running"]
 
-    # --- what has happened ----------------------------------------------------------------------
+    def start_next(self) -> Job | None:
+        """Return the first job to train in the order of the grid, and mark it as running."""
+        ready = [job for job in self.jobs.values() if job.state == "ready"]
+        if not ready:
+            return None
+        job = min(ready, key=lambda job: job.position)
+        job.state, job.share = "running", 0.0
+        return job
+
+    # --- events of running jobs -----------------------------------------------------------------
 
     def advanced(self, label: str, share: float) -> None:
-        """Take in that a running cell is so far."""
-        self.trained += max(0.0, share - self.running[label]) * self.runs[label].recipe.epochs
-        self.running[label] = share
-        if time.monotonic() - self.told > 0.25:
+        """Note that this share of the steps of a job is done."""
+        job = self.jobs[label]
+        self.trained_epochs += max(0.0, share - job.share) * job.run.recipe.epochs
+        job.share = share
+        if time.monotonic() - self.watched > WATCHED_EVERY:
             self.watch(self.progress())
 
+    def stopped(self, label: str) -> None:
+        """Note that a job was stopped by a signal; ``--resume`` continues it."""
+        self.jobs[label].state = "known"
+
     def ended(self, label: str, reason: str | None) -> None:
-        """Take in that a run has ended: with its record, or for this reason without."""
-        del self.running[label]
+        """Note that a job has ended: with a record, or with a reason why it failed."""
+        job = self.jobs[label]
+        job.state = "known"  # the record is read from the disk
         if reason is not None:
-            self.failed[label] = self._without_paths(reason)
-        self.settle()
+            job.reason, job.state = self._without_paths(reason), "failed"
+        self.update()
         try:
             if time.monotonic() - self.drawn > DRAWN_EVERY:
                 self.write()
             else:
                 self._write_rows()
-        except AcdcError as error:  # a full disk is no reason to stop training
+        except AcdcError as error:  # training goes on when the disk is full
             log.warning("%s", error)
 
     def _without_paths(self, reason: str) -> str:
-        """Where the grid lies on this machine is nobody's business but its owner's."""
+        """Remove the folder of the grid: published results do not show paths of this machine."""
         return reason.replace(f"{self.folder}{os.sep}", "")
 
-    # --- what is said ---------------------------------------------------------------------------
+    # --- outcomes -------------------------------------------------------------------------------
 
     def outcomes(self) -> list[Outcome]:
-        """Return what became of every cell: what they start from, then the order of the grid."""
+        """Return the outcomes: of dense training beforehand, then of the cells in their order."""
         settled = [
             self.settled.get(cell)
-            or Outcome(cell, reason=results.NOT_YET, run=self.planned.get(cell))
-            for cell in self.order
+            or Outcome(cell, reason=results.NOT_YET, run=self.prepared.get(cell))
+            for cell in self.cells
         ]
         first: dict[str, Outcome] = {}
         for outcome in settled:
             before = outcome.run.before if outcome.run else None
-            if before is not None and before.label in self.records:
+            job = self.jobs.get(before.label) if before else None
+            if before is None or job is None:
+                continue
+            if job.state == "done":
                 first[before.label] = self._outcome(before.cell, before)
-            elif before is not None and before.label in self.failed:
-                reason = self.failed[before.label]
-                first[before.label] = Outcome(before.cell, reason=reason, run=before)
+            elif job.state == "failed":
+                first[before.label] = Outcome(before.cell, reason=job.reason, run=before)
         return [*first.values(), *settled]
 
-    def progress(self, news: Outcome | None = None) -> Progress:
+    def progress(self, latest: Outcome | None = None) -> Progress:
         """Return how far the grid is."""
-        self.told = time.monotonic()
-        epochs = self.grid.task.epochs
-        open_cells = [cell for cell in self.order if cell not in self.settled]
-        left = len(open_cells) * epochs - sum(
-            share * self.runs[label].recipe.epochs for label, share in self.running.items()
+        self.watched = time.monotonic()
+        running = self.running()
+        left = (len(self.cells) - len(self.settled)) * self.grid.task.epochs - sum(
+            job.share * job.run.recipe.epochs for job in running
         )
-        pace = self.trained / (self.told - self.began)
+        epochs_per_second = self.trained_epochs / (self.watched - self.began)
         return Progress(
             len(self.settled),
-            len(self.order),
+            len(self.cells),
             sum(outcome.row is None for outcome in self.settled.values()),
-            tuple((self.runs[label].cell, share) for label, share in self.running.items()),
-            max(0.0, left) / pace if pace else None,
-            news,
+            tuple((job.run.cell, job.share) for job in running),
+            max(0.0, left) / epochs_per_second if epochs_per_second else None,
+            latest,
         )
 
     def _write_rows(self) -> None:
@@ -334,27 +375,27 @@ class _Board:
         Raises:
             AcdcError: They cannot be written.
         """
-        from acdc.pages.comparison import render
-
         self._write_rows()
         self.drawn = time.monotonic()
+        if self.draw is None:
+            return
         try:
-            render(self.folder, self.grid, self.outcomes())
+            self.draw(self.folder, self.grid, self.outcomes())
         except OSError as error:
             raise InputError(
                 f"The results are in {self.folder}, but the page that shows them could not be "
-                f"written: {error.strerror or error}. Once that is mended, the same command with "
-                f"--resume writes it."
+                f"written: {error.strerror or error}. Once the cause is removed, the same command "
+                f"with --resume writes it."
             ) from error
 
 
-def _as_asked(cell: Cell) -> Json:
-    """Return what a row has from its cell: cells that come to the same run share the rest."""
+def _asked(cell: Cell) -> Json:
+    """Return the fields of a row that its cell decides; cells with the same run share the rest."""
     names = ("method", "sparsity", "seed", "budget")
     return {name: getattr(cell, name) for name in names}
 
 
-class _Hole(Exception):
+class _FailedError(Exception):
     """Why a cell has no results."""
 
 
@@ -362,43 +403,47 @@ class _Hole(Exception):
 
 
 class _Trainer:
-    """Trains runs: here, or each in a process of its own."""
+    """Trains jobs: in this process, or each in a worker."""
 
     def __init__(
-        self, where: str, folder: Path, device: str, command: str, jobs: int, lock: int | None
+        self, address: str, folder: Path, device: str, command: str, jobs: int, lock: int | None
     ) -> None:
-        self.folder, self.jobs, self.lock = folder, jobs, lock
-        self.order = {"grid": where, "folder": str(folder), "device": device, "command": command}
-        self.here: Prepared | None = None
+        self.folder, self.device, self.command = folder, device, command
+        self.jobs, self.lock = jobs, lock
+        self.request = {"grid": address, "folder": str(folder)}
+        self.request |= {"device": device, "command": command}
+        self.local: Job | None = None  # to be trained in this process
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.messages: queue.Queue[tuple[str, Json]] = queue.Queue()
         self.stopping = False
 
-    def begin(self, run: Prepared) -> None:
-        """Begin to train a run."""
+    def begin(self, job: Job) -> None:
+        """Start a worker; with one job, let the next :meth:`take` train it."""
         if self.jobs == 1:
-            self.here = run
+            self.local = job
             return
-        # What a length that was measured comes to is decided here, and told.
-        order = self.order | {"cell": asdict(run.cell), "epochs": run.epochs}
+        # The number of epochs may follow from measured FLOPs. It is decided here, and passed to
+        # the worker.
+        run = job.run
+        request = self.request | {"cell": asdict(run.cell), "epochs": run.epochs}
         threads = str(max(1, torch.get_num_threads() // self.jobs))
-        words = [sys.executable, "-m", "acdc.compare.worker", json.dumps(order)]
+        words = [sys.executable, "-m", "acdc.compare.worker", json.dumps(request)]
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
                 words,
-                stdin=subprocess.PIPE,  # it ends when we do, and so does the process
+                stdin=subprocess.PIPE,  # closed when this process ends, which stops the worker
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=os.environ | {"OMP_NUM_THREADS": threads},
                 pass_fds=() if self.lock is None else (self.lock,),
-                start_new_session=True,  # Ctrl-C is ours to pass on
+                start_new_session=True,  # Ctrl-C reaches this process, which stops the workers
             )
             self.processes[run.label] = process
             copy = os.dup(errors.fileno())
         threading.Thread(target=self._listen, args=(run.label, process, copy), daemon=True).start()
 
     def _listen(self, label: str, process: subprocess.Popen[bytes], errors: int) -> None:
-        """Pass on what a process says, and how it ended."""
+        """Put the messages of a worker into the queue, the last one with how it ended."""
         assert process.stdout is not None
         end: Json | None = None
         for line in process.stdout:
@@ -410,20 +455,22 @@ class _Trainer:
         code = process.wait()
         with os.fdopen(errors, "rb") as file:
             file.seek(0)
-            last_words = file.read().decode(errors="replace").strip()
-        self.messages.put(
-            (label, end or {"end": "failed", "reason": _died(code, last_words), "code": code})
-        )
+            errors_text = file.read().decode(errors="replace").strip()
+        if end is None:
+            end = {"end": "failed", "reason": _why_it_died(code, errors_text), "code": code}
+        self.messages.put((label, end))
 
     def take(self, board: _Board, patience: float = 0.5) -> None:
-        """Wait for something to happen, for a while, and tell the board.
+        """Wait up to ``patience`` seconds for a message, and pass it to the board.
+
+        With one job: train it.
 
         Raises:
             Interrupted: A run in this process was asked to stop.
         """
-        if self.here is not None:
-            run, self.here = self.here, None
-            board.ended(run.label, self._train_here(run, board))
+        if self.local is not None:
+            job, self.local = self.local, None
+            board.ended(job.run.label, self._train(job.run, board))
             return
         try:
             label, message = self.messages.get(timeout=patience)
@@ -436,25 +483,24 @@ class _Trainer:
         assert process.stdin is not None
         process.stdin.close()
         if message["end"] == "stopped" or (self.stopping and "code" in message):
-            board.running.pop(label)
+            board.stopped(label)
         else:
             board.ended(label, message.get("reason"))
 
-    def _train_here(self, run: Prepared, board: _Board) -> str | None:
+    def _train(self, run: Prepared, board: _Board) -> str | None:
         def watch(share: float) -> None:
             board.advanced(run.label, share)
 
-        order = self.order
-        return train_cell(run, self.folder, order["device"], order["command"], watch)
+        return train_cell(run, self.folder, self.device, self.command, watch)
 
     def stop(self) -> None:
-        """Ask all processes to write a checkpoint and stop."""
+        """Ask all workers to write a checkpoint and stop."""
         self.stopping = True
         for process in self.processes.values():
             process.terminate()
 
     def drain(self, board: _Board) -> None:
-        """Wait until all processes have ended."""
+        """Wait until all workers have ended."""
         while self.processes:
             self.take(board, patience=60)
 
@@ -462,22 +508,22 @@ class _Trainer:
 def train_cell(
     run: Prepared, folder: Path, device: str, command: str, watch: Callable[[float], None]
 ) -> str | None:
-    """Train a run, from its last checkpoint if it has one, and return why it failed, if it did.
+    """Train a run, from its last checkpoint if it has one. Return why it failed, or ``None``.
 
     Args:
         run: What to train.
         folder: The folder of the grid.
         device: As ``acdc run`` takes it.
-        command: What was typed, for the record.
+        command: The command line, for the record.
         watch: Called with the share of the steps that is done.
 
     Raises:
-        Interrupted: It was asked to stop, and wrote a checkpoint.
+        Interrupted: The run was asked to stop, and wrote a checkpoint.
     """
-    place = Folder(folder / "runs" / run.label)
+    run_folder = Folder(folder / "runs" / run.label)
     total = 1
 
-    def heard(event: Json) -> None:
+    def follow(event: Json) -> None:
         nonlocal total
         if event["event"] == "start":
             total = event["total_steps"]
@@ -487,46 +533,45 @@ def train_cell(
     try:
         train.run(
             run.recipe,
-            place.path,
+            run_folder.path,
             changed=run.changed,
-            resume=place.recipe.exists(),
+            resume=run_folder.recipe.exists(),
             device=device,
             command=command,
-            watch=heard,
+            watch=follow,
         )
     except train.Interrupted:
         raise
-    except Exception as error:  # whatever it is, the other cells go on
-        return said(error)
+    except Exception as error:  # any error fails this cell alone
+        return explain(error)
     return None
 
 
-def _died(code: int, last_words: str) -> str:
-    """Return why a process ended that did not say so itself."""
+def _why_it_died(code: int, errors: str) -> str:
+    """Return why a worker ended that sent no last message."""
     if code < 0:
         name = signal.Signals(-code).name
         hint = " The system may have run out of memory." if -code == signal.SIGKILL else ""
         return f"Its process was killed by {name}.{hint}"
-    last = last_words.splitlines()[-1] if last_words else "it said nothing"
+    last = errors.splitlines()[-1] if errors else "it printed no error"
     return f"Its process ended with code {code}: {last}"
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[int | None]:
-    """Hold the grid's folder: two commands must not train the same cell.
+    """Lock the grid's folder: two commands must not train the same cell.
 
-    The processes hold it, too, so that those of a killed command are waited for.
+    The workers hold the lock, too: a new command waits until those of a killed command have ended.
 
     Raises:
-        InputError: Another command holds it.
+        InputError: Another command holds the lock.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield None
         return
-    path = folder / ".lock"
-    with path.open("w") as file:
+    with (folder / ".lock").open("w") as file:
         deadline = time.monotonic() + PATIENCE
         while True:
             try:

@@ -1,7 +1,8 @@
 """The page of a comparison: accuracy against sparsity and against what it costs, and every cell.
 
 Like the report of a run it holds its figures and its style, asks the network for nothing and runs
-no script. A comparison that was stopped, or has holes, shows what there is and says so.
+no script. The page of an unfinished comparison, or of one with failed cells, shows the other cells
+and says so.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Mean:
         sparse: Whether the networks are. Those of DSD are not, which has a sparsity on the way.
         qualities: Of the seeds that have finished.
         dense: Of their dense twins, where there are some.
-        seeds: Cells, holes included.
+        seeds: Cells, failed ones included.
         costs: Means over the seeds: ``"train_flops_ratio"``, ``"inference_flops_ratio"``,
             ``"seconds"``, ``"epochs"``, ``"sparsity_reached"``.
     """
@@ -87,21 +88,33 @@ def render(folder: Path, grid: Grid, outcomes: Sequence[Outcome]) -> Path:
     Args:
         folder: Where.
         grid: What was compared.
-        outcomes: What became of every cell.
+        outcomes: The outcome of every cell.
 
     Raises:
         MissingDependency: matplotlib or jinja2 is not installed.
         OSError: The folder cannot be written.
     """
-    return publish(folder / "report.html", page(grid, outcomes))
+    return publish(folder / "report.html", page(grid, outcomes, _remarks(folder)))
 
 
-def page(grid: Grid, outcomes: Sequence[Outcome]) -> str:
-    """Return the page as the text of an HTML file."""
+def _remarks(folder: Path) -> str:
+    """Return the author's remarks on the results, which lie beside them."""
+    path = folder / "remarks.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def page(grid: Grid, outcomes: Sequence[Outcome], remarks: str = "") -> str:
+    """Return the page as the text of an HTML file.
+
+    Args:
+        grid: What was compared.
+        outcomes: The outcome of every cell.
+        remarks: What its author writes about the results: paragraphs between empty lines, with
+            names and commands in backticks.
+    """
     found = means(grid, outcomes)
     fronts = {cost: front(found, cost) for cost in COSTS}
     look = _Look(grid)
-    holes = [outcome for outcome in outcomes if outcome.row is None]
     template = environment().get_template("compare.html.jinja")
     return template.render(
         grid=grid,
@@ -110,6 +123,7 @@ def page(grid: Grid, outcomes: Sequence[Outcome]) -> str:
         look=look,
         quality=look.quality,
         summary=_summary(grid, outcomes),
+        remarks=paragraphs(remarks),
         verdicts=_verdicts(grid, found, look),
         notices=_notices(grid, outcomes),
         plates=[
@@ -119,17 +133,26 @@ def page(grid: Grid, outcomes: Sequence[Outcome]) -> str:
         rows=[_mean_row(mean, found, fronts, look) for mean in found],
         needs=_needs(grid, outcomes),
         cells=[_cell_row(outcome, look) for outcome in outcomes],
-        holes=holes,
         origin=_origin(grid, outcomes),
         command=_command(outcomes),
     )
+
+
+def paragraphs(text: str) -> list[list[str]]:
+    """Return the paragraphs of a text, split at backticks: every second part is a name.
+
+    >>> paragraphs("See `acdc list`.\\n\\nOne\\nline.")
+    [['See ', 'acdc list', '.'], ['One line.']]
+    """
+    joined = (" ".join(part.split("\n")) for part in text.strip().split("\n\n"))
+    return [part.strip().split("`") for part in joined if part.strip()]
 
 
 # --- means and fronts ---------------------------------------------------------------------------
 
 
 def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
-    """Return what the seeds come to, in the order of the grid; all holes: left out."""
+    """Return the means over the seeds, in the order of the grid; those without results left out."""
     groups: dict[tuple[Budget, float, str], list[Outcome]] = {}
     for outcome in outcomes:
         cell = outcome.cell
@@ -437,7 +460,7 @@ def _verdicts(grid: Grid, found: Sequence[Mean], look: _Look) -> list[str]:
 def _notices(grid: Grid, outcomes: Sequence[Outcome]) -> list[str]:
     used = dict.fromkeys(str(outcome.origin["data"]) for outcome in outcomes if outcome.origin)
     waiting = [o for o in outcomes if o.row is None and o.reason == results.NOT_YET]
-    holes = [o for o in outcomes if o.row is None and o.reason != results.NOT_YET]
+    failed = [o for o in outcomes if o.row is None and o.reason != results.NOT_YET]
     sentences = []
     if set(used) - {grid.task.recipe.data.name}:
         sentences.append(f"All figures here are of {' and '.join(used)}.")
@@ -446,9 +469,9 @@ def _notices(grid: Grid, outcomes: Sequence[Outcome]) -> list[str]:
             f"This comparison is not complete: {plural(len(waiting), 'cell')} of {len(outcomes)} "
             f"{'is' if len(waiting) == 1 else 'are'} still to be trained."
         )
-    if holes:
+    if failed:
         sentences.append(
-            f"{plural(len(holes), 'cell')} of {len(outcomes)} without results; the table of cells "
+            f"{plural(len(failed), 'cell')} of {len(outcomes)} without results; the table of cells "
             f"says why."
         )
     return sentences

@@ -1,4 +1,4 @@
-"""Recipes: functions that return everything about a run, in the order of ``acdc list``.
+"""Recipes: functions that return a whole run as a value, in the order of ``acdc list``.
 
 >>> names()[:3]
 ['digits', 'fashion_mnist', 'cifar10_resnet20']
@@ -31,7 +31,7 @@ def get(name: str) -> Recipe:
     """Return the recipe of this name.
 
     Raises:
-        InputError: There is none; the message has the names that are near.
+        InputError: There is no such recipe. The message has similar names.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.5)

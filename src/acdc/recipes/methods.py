@@ -1,9 +1,9 @@
 """A recipe for each method, on scikit-learn's digits: seconds to a minute, and no download.
 
-They are the cells of the grid ``compare_digits``, each by itself: the same network, data, optimizer
-and epochs, and the methods as ``acdc.recipes.grids.METHODS`` has them. So whatever joins that table
-has a recipe. A method that starts from a trained dense network trains it in the same run, before
-its sparse phase.
+Each recipe is a cell of the grid ``compare_digits``: the same network, data, optimizer and epochs,
+with a method of the table ``acdc.recipes.grids.METHODS``. Every method of that table has a recipe.
+A method that starts from a trained dense network trains it in the same run, before its sparse
+phase.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def _recipe(method: GridMethod) -> Recipe:
 
 
 def _in_one_run(candidate: Candidate) -> Method[Any]:
-    """Return the method with the dense training that it needs as the first phase of its plan.
+    """Return the method with its dense training as the first phase of its plan.
 
-    What it writes as shares of its run are shares of the sparse phase, and become smaller.
+    Durations that are shares of the method's run are shares of the sparse phase: in the whole run
+    they become smaller.
     """
     method, before = candidate.method, candidate.dense_epochs
     if not before:

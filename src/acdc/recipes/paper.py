@@ -1,4 +1,4 @@
-"""The recipes of the AC/DC paper, as its published configurations have them.
+"""The recipes of the AC/DC paper, from its published configurations.
 
 Numbers are those of IST-DASLab/ACDC, commit ac53210: phases, learning rates, weight decay 2^-15 on
 every parameter, layers that stay dense. Every sparsity of a row is one ``--set`` away, for example
@@ -116,7 +116,7 @@ def cifar100_wrn28_10_dense13() -> Recipe:
 def _imagenet(
     name: str, about: str, model: Model, pattern: Pattern, epochs: int, layers: Layers | None
 ) -> Recipe:
-    """What all ImageNet recipes share."""
+    """Return an ImageNet recipe."""
     return Recipe(
         name=name,
         about=about,

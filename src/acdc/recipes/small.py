@@ -1,4 +1,4 @@
-"""Recipes that a laptop runs: digits in a minute, Fashion-MNIST in some more."""
+"""Recipes for a laptop: digits takes a minute, Fashion-MNIST some minutes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def digits() -> Recipe:
 def fashion_mnist() -> Recipe:
     """Fashion-MNIST, 60,000 images of 28x28, with a small ResNet of 308 thousand weights.
 
-    The stem halves the image twice, as that of an ImageNet ResNet does, so that a CPU can afford
-    the width that 90 % needs. The last dense and the last sparse phase are longer than the others,
-    as in the paper's runs: a third of the run is left when the support is cut for the last time.
+    The stem halves the image twice, like the stem of an ImageNet ResNet. This makes the network
+    cheap enough for a CPU at the width that 90 % sparsity needs. The last dense and the last sparse
+    phase are longer than the others, as in the paper: the last sparse phase is a third of the run.
     """
     return Recipe(
         name="fashion_mnist",

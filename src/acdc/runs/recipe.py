@@ -7,6 +7,7 @@ type of the field, and a component is replaced by the name of another one, ``met
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from acdc.errors import InputError, need
+from acdc.errors import InputError
 from acdc.layers import Layers
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
@@ -212,18 +213,17 @@ def _kind(node: Any, name: str) -> type | None:
 def parse(text: str, hint: Any, path: str) -> Any:
     """Return the value that ``text`` stands for as the type ``hint``.
 
+    >>> parse("1e-3", float | None, "clip"), parse("none", float | None, "clip")
+    (0.001, None)
+    >>> parse("conv1,fc", tuple[str, ...], "method.layers.exclude")
+    ('conv1', 'fc')
+
     Raises:
         InputError: The text does not fit the type.
     """
     try:
-        from jsonargparse import ArgumentParser
-    except ImportError as error:
-        raise need("jsonargparse", "lab") from error
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
-    try:
-        value = parser.parse_args([f"--value={_yaml(text, hint)}"]).value
-    except Exception as error:
+        value = _read(text, hint)
+    except ValueError as error:
         raise InputError(
             f"--set {path}={text}: {text!r} is not of the type {_spell(hint)}."
         ) from error
@@ -232,25 +232,72 @@ def parse(text: str, hint: Any, path: str) -> Any:
     return value
 
 
-def _yaml(text: str, hint: Any) -> str:
-    """Return the text as the parser reads it: ``none`` and ``a,b`` are what people type."""
-    if text.lower() in ("none", "null"):
-        return "null"
-    if get_origin(hint) is tuple and text[:1] not in ("[", "("):
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        return json.dumps(parts) if get_args(hint)[0] is str else f"[{', '.join(parts)}]"
-    return text
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_NONE = ("none", "null")
+
+
+def _read(text: str, hint: Any) -> Any:
+    """Return the value of a text.
+
+    Raises:
+        ValueError: The text does not fit the type.
+    """
+    word = text.strip().lower()
+    kind, options = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        if type(None) in options and word in _NONE:
+            return None
+        for option in options:
+            with contextlib.suppress(ValueError):
+                return _read(text, option)
+    elif kind is Literal and text in options:
+        return text
+    elif kind is tuple and word not in _NONE:
+        parts = _split(text)
+        kinds = options[:1] * len(parts) if options[1:] == (...,) else options
+        return tuple(_read(part, each) for part, each in zip(parts, kinds, strict=True))
+    elif hint is str:
+        return text
+    elif hint is int:
+        return int(text)
+    elif hint is float:
+        return float(word.replace(".inf", "inf").replace(".nan", "nan"))
+    elif hint is bool and word in _BOOLS:
+        return _BOOLS[word]
+    raise ValueError(text)
+
+
+def _split(text: str) -> list[str]:
+    """Return the elements of a list, written with brackets or without.
+
+    >>> _split("a, b"), _split("[a,b]"), _split("()"), _split("[[a,1],[b,2]]")
+    (['a', 'b'], ['a', 'b'], [], ['[a,1]', '[b,2]'])
+    """
+    text = text.strip()
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[(") - (letter in "])")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+        if not depth and letter in "])" and parts == [text] and text[0] in "[(":
+            return _split(text[1:-1])  # brackets around the whole list
+    return [part.strip(" \"'") for part in parts if part.strip()]
 
 
 def _spell(hint: Any) -> str:
-    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
-        return f"list of {_spell(get_args(hint)[0])}s (a,b,c)"
-    if hint in (int, float, str, bool):
-        return {int: "whole number", float: "number", str: "text", bool: "true or false"}[hint]
-    if get_origin(hint) is Literal:
-        *others, last = map(str, get_args(hint))
+    """Return the name of a type in an error message."""
+    kind, options = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(_spell(option) for option in options)
+    if kind is tuple and options[1:] == (...,):
+        return f"list of {_spell(options[0])}s (a,b,c)"
+    if kind is Literal:
+        *others, last = map(str, options)
         return f"{', '.join(others)} or {last}"
-    return str(hint).replace("typing.", "").replace("NoneType", "none")
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+    return names.get(hint, "none" if hint is type(None) else str(hint).replace("typing.", ""))
 
 
 # --- what a recipe is on disk -------------------------------------------------------------------

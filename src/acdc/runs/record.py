@@ -32,6 +32,9 @@ from acdc.index import Twin
 
 Event = dict[str, Any]
 
+# The entries of a record that 'acdc run --json' prints; the rest is in the record's "details".
+SUMMARY = ("sparse", "dense", "inference_flops_ratio", "train_flops_ratio", "seconds", "run")
+
 
 def bits(loss: float) -> float:
     """Return a cross-entropy in bits: what a character of a text takes, by this network."""

@@ -1,0 +1,246 @@
+"""``acdc bench``: timings on this machine, beside dense PyTorch and other libraries."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acdc.cli.arguments import Commands, add_command
+from acdc.errors import InputError
+
+if TYPE_CHECKING:
+    from acdc.bench.table import Table
+    from acdc.bench.where import Table as WhereTable
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One of the benchmarks.
+
+    Args:
+        name: The word after ``acdc bench``.
+        about: One line for ``acdc bench --help``.
+        cases: Examples of names of cases.
+        repeats: Default of ``--repeats``.
+        unit: What is repeated.
+        sparsities: Default of ``--sparsity``.
+        more: The help of this benchmark.
+    """
+
+    name: str
+    about: str
+    cases: str
+    repeats: int
+    unit: str
+    sparsities: tuple[float, ...]
+    more: str
+
+
+LAYERS = Bench(
+    "layers",
+    "single layers, forward and backward",
+    "conv3x3_128x64_s2_h32_n64, linear_3072x768_t512",
+    9,
+    "rounds of timing",
+    (0.8, 0.9, 0.95),
+    "Times single layers, forward and backward, side by side: dense PyTorch in its faster memory "
+    "format, the engine, torch.sparse in CSR, and SparseProp and SparseLab if they are installed. "
+    "All take turns in every round; times are medians. Convolutions are timed in the engine's "
+    "layout, and 'convert' is the cost of converting to that layout and back; the time of a linear "
+    "layer includes this conversion.",
+)
+STEP = Bench(
+    "step",
+    "a whole training step of a network, and its memory",
+    "resnet20_w16_n128, gpt_d768_l4_t512",
+    9,
+    "steps of each competitor",
+    (0.8, 0.9, 0.95),
+    "Times whole training steps (forward, loss, backward, SGD with momentum) of small networks in "
+    "a sparse phase, side by side: dense PyTorch in its faster memory format, the engine, and "
+    "SparseProp if it is installed. Then measures the peak memory of a step, in fresh processes. "
+    "'compression' is the cost of the first compression, in which layers are timed and index lists "
+    "are built, and 'and again' that of a later compression, both in steps of the engine.",
+)
+WHERE = Bench(
+    "where",
+    "where the time of a training step goes",
+    "resnet20_w16_n128, gpt_d768_l4_t512",
+    9,
+    "steps of each competitor",
+    (0.8, 0.9, 0.95),
+    "Splits the time of a training step on the engine, in milliseconds: the forward pass of the "
+    "sparse layers, their input and weight gradients, the operations between them (BatchNorm, "
+    "ReLU, pooling, sums), layout conversions at the ends of fused segments, copies of values into "
+    "index lists, threads that wait for each other, the rest inside of segments (Python, "
+    "autograd), PyTorch (loss, dense layers), and the optimizer with the sparsifier. Below the "
+    "times of the layers stands their speed on kept weights, in 10^9 operations a second.",
+)
+RUN = Bench(
+    "run",
+    "a whole run, half of it sparse",
+    "resnet20_w16_n128",
+    1,
+    "whole runs of each competitor",
+    (0.9, 0.95),
+    "Times a whole AC/DC run with half of its epochs sparse, data loading and evaluation included, "
+    "on random images of CIFAR-10's shape, beside a dense run of the same epochs. The runs take "
+    "turns, an epoch at a time.",
+)
+
+
+def add(commands: Commands) -> None:
+    """Add the command and its benchmarks."""
+    about = "measure on this machine what sparse phases gain, beside dense PyTorch and other peers"
+    bench = add_command(commands, "bench", None, about)
+    benches = bench.add_subparsers(metavar="WHAT", required=True)
+    layers = _add_bench(benches, LAYERS, _layers)
+    layers.add_argument(
+        "--caches",
+        choices=("left", "emptied"),
+        default="left",
+        help="processor caches before each pass: left as the passes of the same layer leave them, "
+        "or emptied, as the other layers of a large network would (default: left)",
+    )
+    step = _add_bench(benches, STEP, _step)
+    where = _add_bench(benches, WHERE, _where)
+    run = _add_bench(benches, RUN, _run)
+    run.add_argument("--epochs", metavar="N", type=int, default=4, help="of a run (default: 4)")
+    run.add_argument(
+        "--samples",
+        metavar="N",
+        type=int,
+        default=12_800,
+        help="training images; a fifth as many for testing (default: 12800)",
+    )
+    for sub in (step, where, run):
+        sub.add_argument(
+            "--scope",
+            choices=("uniform", "erk", "global"),
+            default="uniform",
+            help="how kept weights are spread over the layers (default: uniform, because these "
+            "networks are not trained)",
+        )
+
+
+def _add_bench(
+    benches: Commands, bench: Bench, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    sub: argparse.ArgumentParser = benches.add_parser(
+        bench.name, help=bench.about, description=bench.more, allow_abbrev=False
+    )
+    sub.set_defaults(command=run)
+    sub.add_argument(
+        "--case",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help=f"only the cases with this text in their name, or a new case whose name follows the "
+        f"same pattern: {bench.cases}; may be repeated",
+    )
+    *others, last = map(str, bench.sparsities)
+    sub.add_argument(
+        "--sparsity",
+        metavar="S",
+        type=float,
+        action="append",
+        help=f"a fraction of zeros; may be repeated (default: {', '.join(others)} and {last})",
+    )
+    sub.add_argument(
+        "--repeats",
+        metavar="N",
+        type=int,
+        default=bench.repeats,
+        help=f"{bench.unit} (default: {bench.repeats})",
+    )
+    sub.add_argument(
+        "--threads",
+        metavar="N",
+        type=int,
+        help="threads of each competitor (default: as many as torch uses)",
+    )
+    sub.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
+    return sub
+
+
+def _layers(args: argparse.Namespace) -> int:
+    from acdc.bench import layers
+    from acdc.bench.table import Table
+
+    chosen = layers.choose(args.case)
+    columns = {"convert_ms": "convert", "torch_csr_ms": "torch CSR"}
+    columns |= {"sparseprop_ms": "SparseProp", "sparselab_ms": "SparseLab"}
+    table = Table([layer.name for layer in chosen], columns)
+    sparsities = _sparsities(args, LAYERS)
+    return _measure(args, table, layers.measure(chosen, sparsities, args.repeats, args.caches))
+
+
+def _step(args: argparse.Namespace) -> int:
+    from acdc.bench import networks, step
+    from acdc.bench.table import Table
+
+    chosen = networks.choose(args.case, step.CASES)
+    columns = {"sparseprop_ms": "SparseProp", "compression_steps": "compression"}
+    columns |= {"recompression_steps": "and again", "dense_peak_mb": "dense MB"}
+    columns |= {"engine_peak_mb": "engine MB"}
+    table = Table([network.name for network in chosen], columns)
+    sparsities = _sparsities(args, STEP)
+    return _measure(args, table, step.measure(chosen, sparsities, args.repeats, args.scope))
+
+
+def _where(args: argparse.Namespace) -> int:
+    from acdc.bench import networks, step, where
+
+    chosen = networks.choose(args.case, step.CASES)
+    table = where.Table([network.name for network in chosen])
+    sparsities = _sparsities(args, WHERE)
+    return _measure(args, table, where.measure(chosen, sparsities, args.repeats, args.scope))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from acdc.bench import networks, run
+    from acdc.bench.table import Table
+
+    chosen = networks.choose(args.case, run.CASES)
+    table = Table([network.name for network in chosen], {"share_of_dense": "share of dense"})
+    sparsities, size = _sparsities(args, RUN), (args.epochs, args.samples)
+    return _measure(args, table, run.measure(chosen, sparsities, args.repeats, *size, args.scope))
+
+
+def _sparsities(args: argparse.Namespace, bench: Bench) -> list[float]:
+    from acdc.support import check_sparsity
+
+    sparsities = list(dict.fromkeys(args.sparsity or bench.sparsities))
+    for sparsity in sparsities:
+        check_sparsity(sparsity)
+    return sparsities
+
+
+def _measure(
+    args: argparse.Namespace, table: Table | WhereTable, measured: Iterator[dict[str, Any]]
+) -> int:
+    """Print each row when it is measured, and write the file again with every row."""
+    from acdc.bench.race import threads
+    from acdc.bench.table import notes, save
+
+    if args.repeats < 1:
+        raise InputError(f"--repeats is {args.repeats}. It is a whole number from 1 up.")
+    rows: list[dict[str, Any]] = []
+    with threads(args.threads):
+        print(table.header(), flush=True)
+        for row in measured:
+            rows.append(row)
+            print(table.line(row), flush=True)
+            if args.json:
+                # The recorded command has the name of the file without its folder: the folder says
+                # nothing to readers on other machines.
+                command = args.command_line.replace(str(args.json), args.json.name)
+                save(args.json, command, rows)
+    for note in notes(rows):
+        print(note)
+    if args.json:
+        print(args.json)
+    return 0

@@ -1,0 +1,76 @@
+"""``acdc compare``: a grid of methods, sparsities and seeds, and the page that compares them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from acdc.cli.arguments import Commands, add_command
+from acdc.cli.output import quiet_libraries, say
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    sub = add_command(
+        commands,
+        "compare",
+        run,
+        "train a grid of methods, sparsities and seeds, and write the page that compares them",
+        "Stop it at any moment: --resume trains the cells that are missing.",
+    )
+    sub.add_argument(
+        "grid",
+        metavar="GRID",
+        help="a grid of 'acdc list', or FILE.py:FUNCTION for your own grid",
+    )
+    sub.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=1,
+        help="number of cells trained at the same time, each in a process with its share of the "
+        "threads (default: 1, in this process)",
+    )
+    sub.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what is finished, train what is missing, and try failed cells again",
+    )
+    sub.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs"),
+        help="where the grid gets a folder of its own (default: runs)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train the grid and print the path of its page."""
+    from acdc.recipes import grids
+
+    address = grids.find(args.grid)
+    with quiet_libraries():
+        from rich.console import Console
+
+        from acdc import console
+        from acdc.compare.grid import locate
+        from acdc.compare.work import compare
+        from acdc.pages import comparison
+
+        folder = args.out / locate(address).name
+        with console.GridWatcher(Console(stderr=True)) as watcher:
+            outcomes = compare(
+                address,
+                args.out,
+                jobs=args.jobs,
+                resume=args.resume,
+                command=args.command_line.replace(str(args.out), args.out.name),
+                watch=watcher,
+                draw=comparison.render,
+            )
+    failed = sum(outcome.row is None for outcome in outcomes)
+    if failed:
+        say(f"{failed} of {len(outcomes)} cells have no results; the page says why.")
+    print(folder / "report.html")
+    return 0
