@@ -9,7 +9,7 @@ DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/
 	src/acdc/console.py src/acdc/compare/cells.py src/acdc/methods/snfs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit sanitize format clean
+.PHONY: help install demo test lint types unit faults sanitize format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ types: install  ## mypy, strict
 # worksteal keeps the tests of a file together for as long as both workers have work.
 unit: install  ## tests and doctests
 	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal --doctest-modules $(DOCTEST) tests
+
+faults: install  ## do the tests see deliberate faults? (an hour)
+	$(BIN)/python tools/faults.py --jobs 2 --control
 
 # The sanitized module lies in a place of its own. `-S` keeps the editable install's import hook out, which
 # would put the plain module first; what else .venv holds comes by PYTHONPATH. The sanitizers' library must
