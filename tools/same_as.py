@@ -20,7 +20,6 @@ side has is a difference, unless ``ALLOWED`` names it.
 
 Only the public names of the package are used here, because everything else may move.
 """
-# ruff: noqa: T201 (it prints what it finds)
 
 from __future__ import annotations
 

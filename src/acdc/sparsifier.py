@@ -2,13 +2,11 @@
 
 Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as it is:
 
-* A hook after ``optimizer.step`` is the clock. It counts executed steps: a step that a GradScaler
-  skips does not count. It sets every weight outside the support to zero, and asks the method for
-  the next support and the next state.
-* A hook before ``optimizer.step`` lets the method look at the gradients (``Method.observe``). It
-  hides all gradients from the optimizer where the method uses a step for something else (RigL,
-  SNIP). It puts dense weights in for the step where the method trains them behind a sparse view
-  (Top-KAST, DPF, SR-STE, STR).
+* A hook after ``optimizer.step`` is the clock: it counts executed steps, sets every weight outside
+  the support to zero, and asks the method for the next support and the next state.
+* A hook before ``optimizer.step`` lets the method look at the gradients, hides them from the
+  optimizer where the method uses the step for something else (RigL, SNIP), and puts dense weights
+  in where the method trains them behind a sparse view (Top-KAST, DPF, SR-STE, STR).
 * In a sparse phase, a hook on every pruned weight clears the gradient outside the support. In a
   dense phase there is none, and training is bitwise what it would be without a sparsifier.
 
@@ -28,7 +26,7 @@ from acdc.errors import InputError
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
 from acdc.hooks.reset import StateReset
-from acdc.hooks.saved import check_same_run, check_same_shapes, on_devices, settings
+from acdc.hooks.saved import check_same_run, identity, on_devices, unpacked
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin, on_cpu
@@ -43,8 +41,6 @@ from acdc.support import Support
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
     from acdc.engine.engine import Engine
-
-FORMAT = 2  # of the state dict
 
 
 class Sparsifier:
@@ -100,7 +96,7 @@ class Sparsifier:
         self._changes = Changes()
         self._store = DenseStore(params, method.training)
         self._hooks = StepHooks(optimizer)
-        if self._observes or not isinstance(method.training, Masked) or method.training.instead:
+        if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
         self._masking = Masking(params, optimizer, engine)
@@ -158,17 +154,11 @@ class Sparsifier:
 
     # --- a step ---------------------------------------------------------------------------------
 
-    @property
-    def _observes(self) -> bool:
-        """Whether the method looks at the gradients of every step."""
-        return type(self.method).observe is not Method.observe
-
     def _has_work_before_step(self) -> bool:
-        return self._observes or self._replaces_step or bool(self._store.dense)
+        return self.method.observes or self._replaces_step or bool(self._store.dense)
 
     @property
     def _replaces_step(self) -> bool:
-        """Whether the method uses the next step for its gradient, and no weight moves."""
         return self._masking.dense_gradient and self.method.training.instead
 
     @torch.no_grad()
@@ -201,8 +191,7 @@ class Sparsifier:
     def advance(self) -> None:
         """Ask the method for the support from here on, and change to it.
 
-        Called by the sparsifier itself, unless it was made with ``automatic=False``: then call it
-        after every optimizer step.
+        Call it after every optimizer step if the sparsifier was made with ``automatic=False``.
         """
         had_dense_gradient = self._masking.dense_gradient
         wanted = self.method.training.wants_dense_gradient(self.step)
@@ -226,21 +215,16 @@ class Sparsifier:
             self.dense_twin = DenseTwin.capture(self.step, self.model, self.optimizer)
         self._reset.clear(entered=support.entered(self.support))
         self._changes.note(self.step, self.phase.kind, support)
-        self._move(support)
+        move = self.method.training.move
+        for name, delta in () if move is None else move(self._weights, support, self._state):
+            from_rank_zero(self._weights[name].add_(delta))  # every rank moves alike
         self._store.fill(self._weights, support)
         self._state = state
         self._hold(support)
         self._store.show(state)
 
-    def _move(self, support: Support) -> None:
-        """Move the weights as the method wants, on every rank alike."""
-        move = self.method.training.move
-        for name, delta in () if move is None else move(self._weights, support, self._state):
-            from_rank_zero(self._weights[name].add_(delta))
-
     def _hold(self, support: Support) -> None:
-        # Without a reset, moments of pruned weights may move them when they come back; and dense
-        # weights behind a view are stepped as a whole.
+        # Without a reset, moments may move weights that come back; dense weights move as a whole.
         whole = self.method.reset == "none" or bool(self._store.dense)
         self._masking.hold(support, whole_steps=whole)
 
@@ -325,11 +309,8 @@ class Sparsifier:
         """Return everything a resumed run needs beside the model's and the optimizer's state."""
         twin, trained, last = self.dense_twin, self._store.trained, self._changes.last_sparse
         return {
-            "format": FORMAT,
-            "method": settings(self.method),
-            "schedule": self.schedule.to_dict(),
+            **identity(self.method, self.params),
             "step": self.step,
-            "shapes": {name: tuple(param.shape) for name, param in self.params.items()},
             "support": self.support.pack(),
             "method_state": self._state,
             "dense_weights": dict(self._store.dense),
@@ -351,24 +332,13 @@ class Sparsifier:
         Raises:
             InputError: The state is of another model, method or schedule. Nothing is changed then.
         """
-        if state.get("format") != FORMAT:
-            raise InputError(
-                f"The sparsifier's state has format {state.get('format')!r}, and this version of "
-                f"acdc reads format {FORMAT}."
-            )
-        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
-        check_same_shapes(shapes, {n: tuple(param.shape) for n, param in self.params.items()})
-        check_same_run(self.method, state["method"], Schedule.from_dict(state["schedule"]))
+        check_same_run(self.method, self.params, state)
 
-        def unpack(packed: Mapping[str, Tensor] | None) -> Support | None:
-            masks = {} if packed is None else Support.unpack(packed, shapes)
-            on_device = {n: mask.to(self.params[n].device) for n, mask in masks.items()}
-            return None if packed is None else Support(on_device)
-
-        twin, support = state["dense_twin"], unpack(state["support"])
-        last_sparse, trained = unpack(state["last_sparse"]), unpack(state["trained"])
+        keys = ("support", "last_sparse", "trained")
+        support, last_sparse, trained = (unpacked(state[key], self.params) for key in keys)
         assert support is not None
         self._changes.load(state["changes"], last_sparse)
+        twin = state["dense_twin"]
         self.step, self.dense_twin = state["step"], None if twin is None else DenseTwin(**twin)
         if self.engine is not None and state["engine"] is not None:
             self.engine.load_state_dict(state["engine"])

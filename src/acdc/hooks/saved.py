@@ -13,46 +13,77 @@ from torch import Tensor
 from acdc.errors import InputError
 from acdc.methods.base import Method
 from acdc.schedule import Schedule
+from acdc.support import Support
+
+FORMAT = 2  # of the state dict
 
 
-def settings(method: Method[Any]) -> str:
+def identity(method: Method[Any], params: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the part of a checkpoint that a resumed run must agree with."""
+    return {
+        "format": FORMAT,
+        "method": _settings(method),
+        "schedule": method.resolved.to_dict(),
+        "shapes": {name: tuple(param.shape) for name, param in params.items()},
+    }
+
+
+def check_same_run(
+    method: Method[Any], params: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> None:
+    """Raise InputError unless a checkpoint is of this model, this method and its schedule.
+
+    Args:
+        method: The method that resumes.
+        params: The prunable weights by name.
+        state: The checkpoint.
+    """
+    if state.get("format") != FORMAT:
+        raise InputError(
+            f"The sparsifier's state has format {state.get('format')!r}, and this version of "
+            f"acdc reads format {FORMAT}."
+        )
+    saved = {name: tuple(shape) for name, shape in state["shapes"].items()}
+    mine = {name: tuple(param.shape) for name, param in params.items()}
+    if differ := sorted(n for n in saved.keys() | mine.keys() if saved.get(n) != mine.get(n)):
+        raise InputError(
+            f"The state is of another model, or other layers were pruned: {len(differ)} weights "
+            f"differ, {differ[0]!r} first ({saved.get(differ[0], 'absent')} there, "
+            f"{mine.get(differ[0], 'absent')} here)."
+        )
+    schedule = Schedule.from_dict(state["schedule"])
+    if difference := _difference(method, state["method"], schedule):
+        raise InputError(
+            f"The state is of another run: {difference}. Resume with the method and the schedule "
+            f"the run was started with."
+        )
+
+
+def _difference(method: Method[Any], described: str, schedule: Schedule) -> str:
+    """Return how a method and a schedule differ from the saved ones, or nothing."""
+    mine, my_schedule = _settings(method), method.resolved
+    if described != mine:
+        return f"its method is {described}, and here it is {mine}"
+    if schedule.phases != my_schedule.phases:
+        pairs = zip_longest(schedule.phases, my_schedule.phases)
+        there, here = next((a, b) for a, b in pairs if a != b)
+        return f"its schedule has {there or 'no phase'} where this one has {here or 'none'}"
+    return "" if schedule == my_schedule else "its epochs have other numbers of steps"
+
+
+def _settings(method: Method[Any]) -> str:
     """Return a method and its arguments as text, without those that the state holds in full."""
     names: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
     given = (f"{n}={getattr(method, n)!r}" for n in names if n not in ("schedule", "layers"))
     return f"{method.name}({', '.join(given)})"
 
 
-def check_same_shapes(
-    saved: Mapping[str, tuple[int, ...]], mine: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise InputError unless the weights of a checkpoint are those of the model."""
-    if saved == mine:
-        return
-    differ = sorted(n for n in saved.keys() | mine.keys() if saved.get(n) != mine.get(n))
-    raise InputError(
-        f"The state is of another model, or other layers were pruned: {len(differ)} weights "
-        f"differ, {differ[0]!r} first ({saved.get(differ[0], 'absent')} there, "
-        f"{mine.get(differ[0], 'absent')} here)."
-    )
-
-
-def check_same_run(method: Method[Any], described: str, schedule: Schedule) -> None:
-    """Raise InputError unless a checkpoint is of a run with this method and its schedule."""
-    mine, my_schedule = settings(method), method.resolved
-    if described != mine:
-        differ = f"its method is {described}, and here it is {mine}"
-    elif schedule.phases != my_schedule.phases:
-        pairs = zip_longest(schedule.phases, my_schedule.phases)
-        there, here = next((a, b) for a, b in pairs if a != b)
-        differ = f"its schedule has {there or 'no phase'} where this one has {here or 'none'}"
-    elif schedule != my_schedule:
-        differ = "its epochs have other numbers of steps"
-    else:
-        return
-    raise InputError(
-        f"The state is of another run: {differ}. Resume with the method and the schedule the "
-        f"run was started with."
-    )
+def unpacked(packed: Mapping[str, Tensor] | None, params: Mapping[str, Tensor]) -> Support | None:
+    """Return a support from ``Support.pack`` on the devices of the weights; ``None`` for none."""
+    if packed is None:
+        return None
+    masks = Support.unpack(packed, {name: tuple(param.shape) for name, param in params.items()})
+    return Support({name: mask.to(params[name].device) for name, mask in masks.items()})
 
 
 def on_devices(state: Any, params: Mapping[str, Tensor]) -> Any:

@@ -83,6 +83,11 @@ class Method(ABC, Generic[State]):
         """
         return state
 
+    @property
+    def observes(self) -> bool:
+        """Whether this method looks at gradients: whether it overrides ``observe``."""
+        return type(self).observe is not Method.observe
+
     @abstractmethod
     def update(
         self, step: int, weights: Weights, support: Support, state: State
