@@ -3,7 +3,7 @@
 The numbers are from IST-DASLab/ACDC, commit ac53210: phases, learning rates, weight decay 2^-15 on
 every parameter, layers that stay dense. ``--set`` gives the other published sparsities, for example
 ``--set method.pattern.sparsity=0.95``. A configuration with other phases or other layers is another
-recipe, named after the difference. ``--set dense_finetune=true`` gives the dense twins of the paper.
+recipe, named after the difference. ``--set dense_finetune=true`` gives the paper's dense twins.
 
 Three things differ from the published runs:
 
