@@ -11,14 +11,14 @@ from acdc.cli.output import quiet_libraries
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    sub = add_command(commands, "export", run, "write one twin as a file that other programs read")
+    sub = add_command(commands, "export", run, "write one network of a run for other programs")
     add_run(sub)
     sub.add_argument("--to", required=True, choices=("safetensors", "onnx"), help="file format")
     sub.add_argument(
         "--twin",
         choices=("sparse", "dense"),
         default="sparse",
-        help="which twin (default: sparse)",
+        help="which network of the run (default: sparse)",
     )
     sub.add_argument(
         "--out",

@@ -1,17 +1,16 @@
 """The recipes of the AC/DC paper, from its published configurations.
 
-Numbers are those of IST-DASLab/ACDC, commit ac53210: phases, learning rates, weight decay 2^-15 on
-every parameter, layers that stay dense. Every sparsity of a row is one ``--set`` away, for example
-``--set method.pattern.sparsity=0.95``; a row with other phases or other layers is a recipe of its
-own, named after what differs. The dense twins of the paper are those of ``--set
-dense_finetune=true``.
+The numbers are from IST-DASLab/ACDC, commit ac53210: phases, learning rates, weight decay 2^-15 on
+every parameter, layers that stay dense. ``--set`` gives the other published sparsities, for example
+``--set method.pattern.sparsity=0.95``. A configuration with other phases or other layers is another
+recipe, named after the difference. ``--set dense_finetune=true`` gives the paper's dense twins.
 
 Three things differ from the published runs:
 
-* Sparsity is exact here. There it missed by one weight, and by more where weights tie.
-* All recipes compute in float32 on one device. The ImageNet scripts used float16 on four GPUs: on
+* Sparsity is exact. In the published runs it is off by one weight, and by more if weights tie.
+* All recipes compute in float32 on one device. The ImageNet scripts used float16 on four GPUs. On
   CUDA, ``--set precision=16-mixed --set devices=4`` is the same arithmetic for the same batch of
-  256, but that BatchNorm then sees 64 images at a time, as it did there.
+  256; BatchNorm then sees 64 images at a time, as in the published runs.
 * 2:4 groups never cross an output channel. The first convolution has 3 input channels, which do not
   divide into groups of four, and stays dense.
 """
