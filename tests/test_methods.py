@@ -296,7 +296,7 @@ def test_set_keeps_the_largest_by_magnitude_and_draws_the_rest() -> None:
     new, _ = method.update(4, weights, support, None)
     # Half a cosine at its middle: a quarter of twenty leave, the smallest five.
     rest = w.abs() > 5
-    draws = score.random(weights, hash((5, 4)))["w"].masked_fill(rest, -1)
+    draws = score.random(weights, 5, 4)["w"].masked_fill(rest, -1)
     assert torch.equal(new["w"], rest | top(draws, 5))
     assert method.update(8, weights, support, None)[0] is support
 
