@@ -321,7 +321,7 @@ FAULTS = [
           "        self._store.load(",
           "        self._store.load(", STOP),
     Fault("the state of another schedule is accepted", "hooks/saved.py",
-          "elif schedule.phases != my_schedule.phases:", "elif False:",
+          "if schedule.phases != my_schedule.phases:", "if False:",
           f"{CONTRACT} -k 'another_run'"),
     # --- the clock ------------------------------------------------------------------------------
     Fault("a step that the GradScaler skipped counts", "hooks/steps.py",
