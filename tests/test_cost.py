@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from acdc.cost import LayerCost, Ledger, Network, measure, reference_flops
+from acdc.cost import LayerCost, Ledger, Network, measure
 from acdc.errors import InputError
 from acdc.layers import matches
 from acdc.methods.training import Behind, Masked
@@ -28,6 +28,7 @@ from acdc.runs.models import (
 )
 from acdc.schedule import Plan, Schedule, alternate, constant, phases
 from acdc.support import Support, kept
+from support.paper_flops import reference_flops
 
 # --- one layer, one forward pass ----------------------------------------------------------------
 

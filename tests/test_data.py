@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from acdc.errors import InputError, MissingDependency
+from acdc.random import stream
 from acdc.runs.data import (
     Augment,
     Cifar10,
@@ -40,7 +41,7 @@ from acdc.runs.data import (
     TinyShakespeare,
     sources,
 )
-from acdc.runs.data.augment import crop, flip, stream
+from acdc.runs.data.augment import crop, flip
 from acdc.runs.data.files import fetch, read_cifar, read_idx, unpack
 from support.runs import text_of_shakespeares_size
 

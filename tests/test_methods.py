@@ -296,7 +296,7 @@ def test_set_keeps_the_largest_by_magnitude_and_draws_the_rest() -> None:
     new, _ = method.update(4, weights, support, None)
     # Half a cosine at its middle: a quarter of twenty leave, the smallest five.
     rest = w.abs() > 5
-    draws = score.random(weights, hash((5, 4)))["w"].masked_fill(rest, -1)
+    draws = score.random(weights, 5, 4)["w"].masked_fill(rest, -1)
     assert torch.equal(new["w"], rest | top(draws, 5))
     assert method.update(8, weights, support, None)[0] is support
 
@@ -395,13 +395,16 @@ def test_momentum_of_adam_is_normalised_and_an_optimizer_without_has_gradients()
 def test_momentum_stays_dense_and_no_layer_dies() -> None:
     method = SNFS(Unstructured(0.95), SPARSE, drop=1.0, every="1st")
     model, optimizer, sparsifier = bind(method, sgd)
-    total = sparsifier.support.nnz
+    total, dense = sparsifier.support.nnz, 0
     for _ in steps(model, optimizer, 0, STEPS):
         assert sparsifier.support.nnz == total
         assert all(sparsifier.support.counts().values())
         for name, kept_here in sparsifier.support.items():
             momentum = optimizer.state[sparsifier.params[name]]["momentum_buffer"]
-            assert kept_here.all() or momentum[~kept_here].any(), name
+            # At 95 % a draw may leave no path through a layer, which then has no gradient at all.
+            assert kept_here.all() or momentum[~kept_here].any() or not momentum.any(), name
+            dense += bool(momentum[~kept_here].any())
+    assert dense > STEPS
 
 
 def test_a_layer_that_is_hardly_sparse_loses_at_most_its_sparsity() -> None:

@@ -129,7 +129,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name (PEP 562)."""
+    """Import a public name, or a module that holds some (PEP 562)."""
+    if f"acdc.{name}" in _HOME.values():
+        return import_module(f"acdc.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'acdc' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from acdc.errors import InputError
+from acdc.random import stream
 
 
 class Scores(Mapping[str, Tensor]):
@@ -79,13 +80,18 @@ def among(scores: Scores, masks: Mapping[str, Tensor]) -> Scores:
     )
 
 
-def random(params: Mapping[str, Tensor], seed: int) -> Scores:
-    """Return uniform numbers in [0, 1): for a seed and a place in the order of the parameters the
-    same on every device and every rank."""
+def random(params: Mapping[str, Tensor], *words: str | int) -> Scores:
+    """Return uniform numbers in [0, 1): for the same words and the same order of the parameters the
+    same on every device and every rank.
+
+    Args:
+        params: The weights.
+        *words: What names the draw, such as a seed and a step.
+    """
     place = {name: i for i, name in enumerate(params)}
 
     def draw(name: str) -> Tensor:
-        generator = torch.Generator().manual_seed(hash((seed, place[name])) & (2**63 - 1))
+        generator = stream("scores", *words, place[name])
         return torch.rand(params[name].shape, generator=generator).to(params[name].device)
 
     return Scores({name: tuple(w.shape) for name, w in params.items()}, draw)

@@ -237,7 +237,7 @@ class Evolving(Phased[None]):
 
     def draw(self, step: int, weights: Weights) -> Scores:
         """Return random scores; seed and step alone decide."""
-        return score.random(weights, hash((self.seed, step)))
+        return score.random(weights, self.seed, step)
 
     def due(self, step: int, phase: Phase) -> bool:
         """Whether a step of a sparse phase is among those of the exchanges, its first included."""

@@ -59,4 +59,4 @@ class Static(Phased[None]):
 
     def begin(self, step: int, weights: Weights, state: None) -> Support:
         """Draw the support; step and seed alone decide."""
-        return self.pattern.select(score.random(weights, hash((self.seed, step))))
+        return self.pattern.select(score.random(weights, self.seed, step))

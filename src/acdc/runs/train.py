@@ -27,6 +27,7 @@ from torch import Tensor
 from acdc.errors import InputError
 from acdc.hooks.steps import StepHooks
 from acdc.pair import Pair
+from acdc.random import seed_of
 from acdc.runs import checkpoint, events
 from acdc.runs.checkpoint import Progress, check_same
 from acdc.runs.data import Data
@@ -206,9 +207,8 @@ class _Loop:
         lr = run.recipe.optimizer.lr * run.recipe.lr.factor(before, run.schedule)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(
-            hash((run.recipe.seed, progress.batches, run.fabric.global_rank)) & (2**63 - 1)
-        )
+        rank = run.fabric.global_rank
+        torch.manual_seed(seed_of("dropout", run.recipe.seed, progress.batches, rank))
         loss = backward(run, run.on_device(x), y.to(run.fabric.device))
         loss, stop = agreed(run.fabric, loss, self.stop[0] if self.stop else 0)
         self._check_finite(loss)

@@ -1,11 +1,10 @@
-"""Random crops and flips of a whole batch at once, and the random streams that drive them.
+"""Random crops and flips of a whole batch at once.
 
 Shape suffixes: N images, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from acdc.errors import InputError
-
-
-def stream(*words: str | int) -> torch.Generator:
-    """Return a fresh CPU generator whose seed is a hash of ``words``.
-
-    The same words give the same numbers in every process; other words give unrelated numbers. The
-    global generators are neither read nor moved.
-    """
-    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
-    # torch's CPU generator uses the low 32 bits of its seed: among the 47,000 steps of a long run
-    # two may share a stream. They still hold different images, so nothing notices.
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def crop(images_NCHW: Tensor, top_N: Tensor, left_N: Tensor, padding: int) -> Tensor:

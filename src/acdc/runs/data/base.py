@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from acdc.errors import InputError
-from acdc.runs.data.augment import Augment, stream
+from acdc.random import stream
+from acdc.runs.data.augment import Augment
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from acdc.errors import InputError, MissingDependency, need
-from acdc.runs.data.augment import stream
+from acdc.random import stream
 from acdc.runs.data.base import Batch, Data, Source, Split, first_of, known_split, steps_per_epoch
 from acdc.runs.data.files import VARIABLE, candidates
 

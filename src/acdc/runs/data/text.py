@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from acdc.errors import InputError
-from acdc.runs.data.augment import stream
+from acdc.random import stream
 from acdc.runs.data.base import Batch, Data, Source, Split, known_split, steps_per_epoch
 from acdc.runs.data.files import VARIABLE, candidates, find, not_found
 
