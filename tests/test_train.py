@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -253,6 +253,36 @@ class Dropping(Plain):
         return nn.Sequential(nn.Dropout(0.5), super().build())
 
 
+class Draw(nn.Module):
+    """Passes its input on, and notes a random number."""
+
+    drawn: ClassVar[list[float]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.drawn.append(torch.rand(()).item())
+        return x
+
+
+@dataclass(frozen=True)
+class Drawing(Plain):
+    """A network that notes what its steps draw."""
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(Draw(), super().build())
+
+
+def test_dropout_draws_anew_in_every_step_and_by_the_seed(tmp_path: Path) -> None:
+    drawn = []
+    for number, seed in enumerate(("0", "0", "1")):
+        Draw.drawn.clear()
+        recipe = tiny(method="dense", method__schedule__epochs="2", seed=seed)
+        train.run(replace(recipe, model=Drawing()), tmp_path / str(number), device="cpu")
+        drawn.append(list(Draw.drawn))
+    assert drawn[0] == drawn[1]
+    assert len({*drawn[0], *drawn[2]}) == 16  # two epochs of four steps, and two seeds
+
+
 def test_dropout_draws_the_same_after_a_stop(tmp_path: Path) -> None:
     recipe = replace(tiny(), model=Dropping())
     train.run(recipe, tmp_path / "whole", device="cpu")
@@ -264,8 +294,8 @@ def test_dropout_draws_the_same_after_a_stop(tmp_path: Path) -> None:
 
 
 def test_a_batch_in_parts_is_the_same_step(tmp_path: Path) -> None:
-    # 120 images in batches of 32: the last batch has 24 and is cut into parts as well.
-    recipe = replace(tiny(data__train_examples="120", label_smoothing="0.1"), model=Plain())
+    # 118 images in batches of 32: the last batch has 22, in parts of 6, 6, 6 and 4.
+    recipe = replace(tiny(data__train_examples="118", label_smoothing="0.1"), model=Plain())
     train.run(recipe, tmp_path / "1", device="cpu")
     train.run(replace(recipe, accumulate=4), tmp_path / "4", device="cpu")
     assert different(tmp_path / "1", tmp_path / "4") < 1e-5
