@@ -37,9 +37,10 @@ lint: install  ## style and format
 types: install  ## mypy, strict
 	$(BIN)/mypy
 
-# worksteal keeps the tests of a file together for as long as both workers have work.
+# worksteal keeps the tests of a file together for as long as both workers have work. Threads that wait must
+# not spin: with a worker on each CPU they would take the time of the others.
 unit: install  ## tests and doctests
-	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal --doctest-modules $(DOCTEST) tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal --doctest-modules $(DOCTEST) tests
 
 faults: install  ## do the tests see deliberate faults? (an hour)
 	$(BIN)/python tools/faults.py --jobs 2 --control
