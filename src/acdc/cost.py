@@ -119,7 +119,7 @@ class Network:
             number = kept[layer.name]
             if not isinstance(number, int) or not 0 <= number <= layer.weights:
                 raise InputError(
-                    f"{number!r} weights of {layer.name!r} are said to be kept, and it has "
+                    f"{number!r} weights of {layer.name!r} were given as kept, and it has "
                     f"{layer.weights}. Give a whole number from 0 to {layer.weights}."
                 )
         return kept

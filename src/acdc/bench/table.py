@@ -71,11 +71,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
             cases = found.setdefault((name, reason), [])
             cases += [row["case"]] if row["case"] not in cases else []
     every = len({row["case"] for row in rows})
-    said = []
+    lines = []
     for (name, reason), cases in found.items():
         where = ", ".join(cases) if len(cases) < 4 else f"{len(cases)} of {every} cases"
-        said.append(f"{NAMES[name]}: {reason}" + (f" ({where})" if len(cases) < every else ""))
-    return said
+        lines.append(f"{NAMES[name]}: {reason}" + (f" ({where})" if len(cases) < every else ""))
+    return lines
 
 
 def save(path: Path, command: str, rows: Sequence[Row], **facts: Any) -> None:

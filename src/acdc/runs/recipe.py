@@ -44,14 +44,14 @@ class Recipe:
         optimizer: How weights move.
         lr: The learning-rate curve, through all phases.
         batch_size: Samples of one optimizer step, over all processes.
-        accumulate: Parts a batch is computed in, to save memory; the step is the same, but that
-            BatchNorm takes its statistics over a part.
-        label_smoothing: Of the cross-entropy loss.
+        accumulate: Number of parts in which a batch is computed, to save memory. The step is the
+            same, except that BatchNorm takes its statistics over a part.
+        label_smoothing: Label smoothing of the cross-entropy loss.
         clip: Largest norm of the gradient, or ``None``.
-        dense_finetune: Train the dense twin on, from the end of the last dense phase over the rest
-            of the same learning-rate curve, while the sparse twin's last phase is left as it was.
-        bn_batches: Batches over which BatchNorm statistics of both twins are estimated anew after
-            training; 0: they stay as training left them.
+        dense_finetune: Whether to fine-tune the dense twin: from the end of the last dense phase,
+            over the rest of the same learning-rate curve. The sparse twin is not touched.
+        bn_batches: Batches over which the BatchNorm statistics of the networks are estimated anew
+            after training. 0: the statistics of the training stay.
         eval_batch_size: Samples evaluated at a time.
         checkpoint_steps: Steps between two checkpoints.
         precision: Of Lightning Fabric: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``.
