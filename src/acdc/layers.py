@@ -1,8 +1,8 @@
 """Which layers of a model may be pruned.
 
 Only weights of convolutions and linear layers are candidates. A bias and a normalisation parameter
-are never pruned. A weight that modules share counts once, under its first name: an embedding that is
-tied to a linear layer is pruned as that layer is.
+are never pruned. A weight that modules share counts once, under its first name: an embedding that
+is tied to a linear layer is pruned as that layer is.
 """
 
 from __future__ import annotations
