@@ -3,7 +3,7 @@
 =====================  ==================================================================
 ``recipe.json``        every value of the recipe, and which ones were changed
 ``metrics.jsonl``      one event a line: start, step, change, engine, eval
-``checkpoint/``        ``last.ckpt``, replaced as a whole
+``checkpoint/``        ``last.ckpt``, and ``previous.ckpt``, the one before it
 ``pair/``              the trained networks and their index (:mod:`acdc.result`)
 ``record.json``        what came out, written last
 ``report.html``        the page
@@ -88,6 +88,16 @@ class Folder:
     def checkpoint(self) -> Path:
         """The last checkpoint."""
         return self.path / "checkpoint" / "last.ckpt"
+
+    @property
+    def previous_checkpoint(self) -> Path:
+        """The checkpoint before the last one."""
+        return self.checkpoint.with_name("previous.ckpt")
+
+    @property
+    def damaged_checkpoint(self) -> Path:
+        """A checkpoint that could not be read when the run was resumed."""
+        return self.checkpoint.with_name("damaged.ckpt")
 
     @property
     def result(self) -> Path:
