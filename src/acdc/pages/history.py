@@ -220,5 +220,5 @@ def read(run: Path) -> Run:
         changes=tuple(pick("change", None)),
         engines=tuple(pick("engine", None)),
         ledgers=tuple(pick("ledger", None)),
-        damaged=damaged,
+        damaged=len(damaged),
     )

@@ -19,11 +19,12 @@ from acdc.errors import InputError
 from acdc.files import Staging, latest, read
 from acdc.pair import Pair
 from acdc.runs import sealed
-from acdc.runs.contents import Misfit, check_fits, check_types
+from acdc.runs.contents import check_fits, check_types
 from acdc.runs.recipe import Recipe, complete, encode
 from acdc.runs.record import Folder
 from acdc.runs.sealed import Damaged
 from acdc.runs.setup import Setup
+from acdc.runs.shapes import Misfit
 
 FORMAT = 2  # of checkpoints; those of format 1 have no hash, and no pair
 Leg = Literal["main", "finetune"]

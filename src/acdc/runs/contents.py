@@ -2,63 +2,58 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from acdc.runs.setup import Setup
+from acdc.runs.shapes import AMOUNT, COUNT, SECONDS, SHARE, Each, Maybe, Misfit, Number, check
 from acdc.states import differences
 
-Tensors = dict[str, Tensor]
-
+_TENSORS = Each(str, Tensor)
+_OPTIMIZER = {"state": Each(int, dict)}
 _CHANGE = {
-    "step": int,
-    "to": str,
-    "nnz": int,
-    "churn": float | None,
-    "regrown": int | None,
-    "counts": dict[str, int] | None,
+    "step": COUNT,
+    "to": ("dense", "sparse"),
+    "nnz": COUNT,
+    "churn": Maybe(SHARE),
+    "regrown": Maybe(COUNT),
+    "counts": Maybe(Each(str, COUNT)),
 }
 _CHOICE = {
     "sparse": bool,
-    "density": float,
-    "dense_ms": float | None,
-    "sparse_ms": float | None,
-    "convert_ms": float | None,
+    "density": SHARE,
+    "dense_ms": Maybe(AMOUNT),
+    "sparse_ms": Maybe(AMOUNT),
+    "convert_ms": Maybe(AMOUNT),
 }
 _SPARSIFIER = {
-    "step": int,
-    "support": Tensors,
-    "dense_weights": Tensors,
-    "trained": Tensors | None,
-    "last_sparse": Tensors | None,
-    "changes": list[Any],
-    "dense_twin": dict[str, Any] | None,
-    "engine": dict[str, Any] | None,
+    "step": COUNT,
+    "support": _TENSORS,
+    "dense_weights": _TENSORS,
+    "trained": Maybe(_TENSORS),
+    "last_sparse": Maybe(_TENSORS),
+    "changes": [_CHANGE],
+    "dense_twin": Maybe({"step": COUNT, "model": _TENSORS, "optimizer": _OPTIMIZER}),
+    "engine": Maybe({"choices": Each(str, _CHOICE)}),
 }
 _CHECKPOINT = {
-    "recipe": dict[str, Any],
+    "recipe": dict,
     "data": str,
-    "leg": str,
-    "step": int,
-    "batches": int,
-    "batches_at_twin": int,
-    "seconds": float,
-    "metrics": int,
-    "model": Tensors,
-    "optimizer": {"state": dict[int, Any]},
+    "leg": ("main", "finetune"),
+    "step": COUNT,
+    "batches": COUNT,
+    "batches_at_twin": COUNT,
+    "seconds": SECONDS,
+    "metrics": COUNT,
+    "model": _TENSORS,
+    "optimizer": _OPTIMIZER,
     "sparsifier": _SPARSIFIER,
-    "precision": dict[str, Any],
-    "pair": dict[str, Any] | None,
+    "precision": dict,
+    "pair": Maybe({"sparse": _TENSORS, "facts": dict}),
 }
-
-
-class Misfit(Exception):
-    """A value that does not fit. The message says which, and what it should be."""
 
 
 def check_types(state: Any) -> dict[str, Any]:
@@ -67,19 +62,7 @@ def check_types(state: Any) -> dict[str, Any]:
     Raises:
         Misfit: It is not.
     """
-    _check(state, _CHECKPOINT, "the checkpoint")
-    sparsifier = state["sparsifier"]
-    for change in sparsifier["changes"]:
-        _check(change, _CHANGE, "a change of the support")
-    if sparsifier["engine"] is not None:
-        _check(sparsifier["engine"], {"choices": dict[str, Any]}, "the engine")
-        for choice in sparsifier["engine"]["choices"].values():
-            _check(choice, _CHOICE, "a choice of the engine")
-    if sparsifier["dense_twin"] is not None:
-        twin = {"step": int, "model": Tensors, "optimizer": {"state": dict[int, Any]}}
-        _check(sparsifier["dense_twin"], twin, "the dense twin")
-    if state["pair"] is not None:
-        _check(state["pair"], {"sparse": Tensors, "facts": dict[str, Any]}, "the pair")
+    check(state, _CHECKPOINT, "the checkpoint")
     checked: dict[str, Any] = state
     return checked
 
@@ -92,14 +75,10 @@ def check_fits(state: Mapping[str, Any], run: Setup) -> None:
     """
     total, own = run.schedule.total, run.net.state_dict()
     sparsifier, twin = state["sparsifier"], state["sparsifier"]["dense_twin"]
-    if state["leg"] not in ("main", "finetune"):
-        raise Misfit(f"its leg is {state['leg']!r}, which is neither 'main' nor 'finetune'")
     finetune = state["leg"] == "finetune"
     _within("step", state["step"], 0, total)
-    _within("batches", state["batches"], state["step"])
+    _within("batches", state["batches"], state["step"], 2**53)
     _within("batches_at_twin", state["batches_at_twin"], 0, state["batches"])
-    _within("seconds", state["seconds"], 0)
-    _within("metrics", state["metrics"], 0)
     main = total if finetune else state["step"]
     _within("the step of the sparsifier", sparsifier["step"], main, main)
     if finetune and twin is None:
@@ -120,9 +99,8 @@ def check_fits(state: Mapping[str, Any], run: Setup) -> None:
     _check_optimizer(state["optimizer"], run, "the optimizer")
 
 
-def _within(what: str, number: float, least: float, most: float = math.inf) -> None:
-    if not (math.isfinite(number) and least <= number <= most):
-        raise Misfit(f"{what} is {number}, and it can be {least:g} to {most:g}")
+def _within(what: str, number: int, least: int, most: int) -> None:
+    check(number, Number(int, least, most), what)
 
 
 def _check_optimizer(state: Mapping[str, Any], run: Setup, what: str) -> None:
@@ -133,7 +111,7 @@ def _check_optimizer(state: Mapping[str, Any], run: Setup, what: str) -> None:
         _within(f"the number of a parameter of {what}", number, 0, len(params) - 1)
         if not entries:
             continue
-        if not isinstance(entries, dict) or entries.keys() != kept.keys():
+        if entries.keys() != kept.keys():
             raise Misfit(f"{what} does not hold {', '.join(kept) or 'nothing'} for each parameter")
         for name, value in entries.items():
             like = kept[name]
@@ -155,32 +133,3 @@ def _kept(run: Setup) -> dict[str, Any]:
     param.grad = torch.zeros(1)
     optimizer.step()
     return dict(optimizer.state[param])
-
-
-def _check(value: Any, schema: Any, what: str) -> None:
-    """Compare a value with a schema: a type, or a dictionary of the entries that must be there."""
-    if isinstance(schema, dict):
-        _check(value, dict[str, Any], what)
-        for key, part in schema.items():
-            if key not in value:
-                raise Misfit(f"{what} has no {key!r}")
-            _check(value[key], part, key)
-    elif get_origin(schema) is dict:
-        keys, values = get_args(schema)
-        _check_type(value, dict, what)
-        for key, part in value.items():
-            _check(key, keys, f"a key of {what}")
-            _check(part, values, f"{key!r} in {what}")
-    elif get_origin(schema) is list:
-        _check_type(value, list, what)
-    elif NoneType in get_args(schema):
-        if value is not None:
-            _check(value, get_args(schema)[0], what)
-    elif schema is not Any:
-        _check_type(value, schema, what)
-
-
-def _check_type(value: Any, kind: type, what: str) -> None:
-    kinds: Any = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise Misfit(f"{what} is of type {type(value).__name__}, not {kind.__name__}")

@@ -159,6 +159,8 @@ class _Loop:
         try:
             if resumed:
                 self.watch(events.start(run))
+                if (damage := self.journal.check()) is not None:
+                    self._warn(damage)
             else:
                 self.journal.write(events.start(run))
                 if self.journal.write_changes(0, 0, self._built):  # some schedules begin sparse
