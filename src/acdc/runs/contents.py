@@ -83,6 +83,8 @@ def check_fits(state: Mapping[str, Any], run: Setup) -> None:
     _within("the step of the sparsifier", sparsifier["step"], main, main)
     if finetune and twin is None:
         raise Misfit("it trains the dense twin, and holds none")
+    if finetune and state["pair"] is None and state["format"] > 1:
+        raise Misfit("it trains the dense twin, and does not hold the sparse one")
     networks = {"model": state["model"]}
     if twin is not None:
         _within("the step of the dense twin", twin["step"], 0, sparsifier["step"])
