@@ -80,7 +80,7 @@ def test_saves_of_several_threads_do_not_mix(tmp_path: Path) -> None:
 
     def work(name: str) -> None:
         try:
-            for _ in range(30):
+            for _ in range(10):
                 save(tmp_path, a=name * 1000, b=name * 1000)
         except BaseException as error:
             wrong.append(error)
@@ -165,7 +165,7 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_is_made_again(tmp_path:
     inside: list[str] = []
 
     def work(name: str) -> None:
-        for _ in range(50):
+        for _ in range(20):
             with alone(tmp_path / "x", "taken", patience=20):
                 inside.append(name)
                 assert len(inside) == 1

@@ -27,7 +27,7 @@ from acdc.runs.recipe import Recipe
 from support.killed import die, end
 from support.runs import assert_same_run, tiny
 
-STOP = 19  # the step at which the part that is tried begins: of 28, and of 8 more for the twin
+STOP = 24  # the step at which the last third begins: of 28, and of 8 more for the twin
 CALLS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
 WRITES = os.O_WRONLY | os.O_RDWR
 
@@ -189,12 +189,9 @@ class Trials:
 
 
 def points(calls: Sequence[str], stride: int) -> list[int]:
-    """Return every ``stride``-th call, and all that have to do with the saves of the result."""
-    return [
-        n
-        for n, call in enumerate(calls, 1)
-        if n % stride == 0 or (call.startswith(("os.rename", "os.rmdir")) and "pair" in call)
-    ]
+    """Return every ``stride``-th call, and those that put the last save of the result in place."""
+    moves = [n for n, call in enumerate(calls, 1) if call.startswith("os.rename pair/")]
+    return sorted({*range(stride, len(calls) + 1, stride), *moves[-2:]})
 
 
 def main() -> None:
