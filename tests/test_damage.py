@@ -10,16 +10,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from acdc.errors import InputError
 from acdc.files import alone
 from acdc.pages import run as report
 from acdc.runs import checkpoint, record, sealed, train
+from acdc.runs.models import Model
 from acdc.runs.sealed import Damaged
 from support.helpers import same
 from support.runs import BRANCH, assert_same_run, events, tiny
@@ -267,6 +270,43 @@ def test_a_checkpoint_of_the_first_format_is_read(whole: Path, run: Path) -> Non
     torch.save(state | {"format": 1}, last)
     assert resume(run) == []
     assert_same_run(whole, run)
+
+
+class Counting(nn.Linear):
+    """A layer with extra state: how often it was called."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        return super().forward(x)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
+@dataclass(frozen=True)
+class WithExtraState(Model):
+    """A network with such a layer."""
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return (1, 8, 8)
+
+    def build(self) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), Counting(144, 10))
+
+
+def test_a_checkpoint_with_extra_state_of_a_module_is_read(tmp_path: Path) -> None:
+    recipe = replace(tiny(), model=WithExtraState())
+    train.run(recipe, tmp_path / "whole", device="cpu")
+    with pytest.raises(train.Interrupted):
+        train.run(recipe, tmp_path / "run", device="cpu", watch=stop_at(STOPPED))
+    train.run(recipe, tmp_path / "run", device="cpu", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 # --- metrics -------------------------------------------------------------------------------------
