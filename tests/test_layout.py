@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.pages": {"numpy"},
     "acdc.bench.peers": {"sparseprop", "sparselab"},
     "acdc.pages.figure": {"matplotlib", "jinja2"},
-    "acdc.pages.run": {"matplotlib"},
+    "acdc.pages.plots": {"matplotlib"},
     "acdc.pages.comparison": {"matplotlib"},
     "acdc.console": {"rich"},
     "acdc.cli": {"rich"},
@@ -202,7 +202,7 @@ def test_the_rule_can_fail(module: str, source: str, complaint: str) -> None:
     [
         ("acdc.methods.acdc", "from acdc.methods.families import Phased\nfrom acdc import score"),
         ("acdc.runs.train", "from acdc import ACDC\nfrom acdc.runs.record import Record"),
-        ("acdc.pages.run", "import matplotlib, json"),
+        ("acdc.pages.plots", "import matplotlib, json"),
         ("acdc.engine.native", "from acdc import _kernels\nfrom acdc.engine import layout"),
         ("acdc.engine.layout", "from acdc import layers, support, errors"),
         ("acdc", "from acdc.sparsifier import Sparsifier"),
