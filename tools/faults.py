@@ -396,7 +396,7 @@ FAULTS = [
           'stream("order", seed, epoch)', 'stream("order", seed, 0)',
           "tests/test_data.py -k 'order or epoch'"),
     Fault("ranks share images", "runs/data/base.py",
-          "place = slice(rank * share, (rank + 1) * share)", "place = slice(0, share)",
+          "rows = slice(rank * share, (rank + 1) * share)", "rows = slice(0, share)",
           "tests/test_data.py -k ranks"),
     Fault("a step of the learning rate comes one epoch early", "runs/optim.py",
           "sum(epoch > end for end in self.at)", "sum(epoch >= end for end in self.at)",
@@ -586,10 +586,10 @@ def main() -> int:
         for fault in chosen:
             print(f"{fault.file:24} {fault.name}")
         return 0
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(arguments.jobs):
-            folder = Path(place).resolve() / str(number)
+            folder = Path(temporary).resolve() / str(number)
             folder.mkdir()
             copy_checkout(folder)
             copies.put(folder)
