@@ -66,8 +66,8 @@ def _difference(method: Method[Any], described: str, schedule: Schedule) -> str:
         return f"its method is {described}, and here it is {mine}"
     if schedule.phases != my_schedule.phases:
         pairs = zip_longest(schedule.phases, my_schedule.phases)
-        there, here = next((a, b) for a, b in pairs if a != b)
-        return f"its schedule has {there or 'no phase'} where this one has {here or 'none'}"
+        saved, current = next((a, b) for a, b in pairs if a != b)
+        return f"its schedule has {saved or 'no phase'} where this one has {current or 'none'}"
     return "" if schedule == my_schedule else "its epochs have other numbers of steps"
 
 
