@@ -1,4 +1,4 @@
-"""A profile counts what the kernels take, and changes nothing."""
+"""A profile counts the time of the kernels, and changes no result."""
 
 from __future__ import annotations
 

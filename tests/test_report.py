@@ -90,7 +90,7 @@ def write_run(
     """Write the folder of an invented run and return its record.
 
     ``cuts`` are the epochs at which the phases change, the first phase being dense; ``stop`` is the
-    step after which nothing was written any more.
+    step of the last event that was written.
     """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
