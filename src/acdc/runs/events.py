@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from acdc.cost import Ledger
 from acdc.result import DenseNetwork
 from acdc.runs.checkpoint import Leg
 from acdc.runs.record import Clocks, Event, Metrics
@@ -125,6 +126,11 @@ def evaluation(run: Setup, leg: Leg, after: int, found: dict[str, float]) -> Eve
         "nnz": support.numel if dense else support.nnz,
         "sparsity": 0.0 if dense else support.sparsity,
     }
+
+
+def spent(step: int, ledger: Ledger) -> Event:
+    """Return the event of the training FLOPs until ``step``: a run that stops has no record."""
+    return {"event": "ledger", "step": step, **ledger.to_dict()}
 
 
 def mark(leg: Leg) -> Event:

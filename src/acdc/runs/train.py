@@ -31,7 +31,7 @@ from acdc.random import seed_of
 from acdc.runs import checkpoint, events
 from acdc.runs.checkpoint import Progress, check_same
 from acdc.runs.data import Data
-from acdc.runs.details import costs, details
+from acdc.runs.details import costs, details, ledger
 from acdc.runs.evaluate import evaluate
 from acdc.runs.events import Journal, Watch
 from acdc.runs.finish import finish, trained_pair
@@ -168,9 +168,10 @@ class _Loop:
         run = self.run
         networks = finish(run, self.progress)
         self.progress.seconds = time.perf_counter() - self.started
-        record: dict[str, Any] = {"sparse": None, "dense": None} | networks | costs(run)
+        spent = ledger(run)
+        record: dict[str, Any] = {"sparse": None, "dense": None} | networks | costs(run, spent)
         record |= {"seconds": round(self.progress.seconds, 3), "run": str(run.folder.path)}
-        record["details"] = details(run, command, self.progress.leg == "finetune")
+        record["details"] = details(run, spent, command, self.progress.leg == "finetune")
         if run.fabric.is_global_zero:
             self.journal.sync()
             record["details"]["time"] = times(run.folder.metrics)
@@ -232,6 +233,8 @@ class _Loop:
             self.journal.write(evaluation | mark)
             self._check_finite(evaluation["loss"])
         chosen = self.journal.write_changes(progress.step, changes, compressing)
+        if evaluation is not None and progress.leg == "main":
+            self.journal.write(events.spent(progress.step, ledger(run, progress.step)))
         twin = run.sparsifier.dense_twin
         if twin is not None and twin.step == progress.step and progress.leg == "main":
             progress.batches_at_twin = progress.batches
