@@ -106,12 +106,12 @@ FAULTS = [
           "(begin - end) * left**3", "(begin - end) * left**2",
           "tests/test_methods.py -k 'cubic or nested'"),
     Fault("what comes again and again comes once more at the end", "schedule.py",
-          "while round(here) < stop:\n        steps.append(",
-          "while round(here) <= stop:\n        steps.append(",
+          "while round(now) < stop:\n        steps.append(",
+          "while round(now) <= stop:\n        steps.append(",
           "tests/test_schedule.py tests/test_methods.py"),
     Fault("rounding errors of epochs add up", "schedule.py",
-          "begin, here = here, clock.after(here, duration, kind)",
-          "begin, here = here, Fraction(round(clock.after(here, duration, kind)))",
+          "begin, now = now, clock.after(now, duration, kind)",
+          "begin, now = now, Fraction(round(clock.after(now, duration, kind)))",
           "tests/test_schedule.py"),
     # --- ranking, patterns ----------------------------------------------------------------------
     Fault("ties go to the last weights", "topk.py",
@@ -164,7 +164,7 @@ FAULTS = [
           "_lazy(params, lambda w: w.abs())", "_lazy(params, lambda w: w)",
           f"tests/test_pattern.py {CONTRACT} -k 'scores or at_the_compression'"),
     Fault("random scores ignore their seed", "score.py",
-          'stream("scores", *words, place[name])', 'stream("scores", place[name])',
+          'stream("scores", *words, index[name])', 'stream("scores", index[name])',
           "tests/test_pattern.py tests/test_methods.py -k 'random'"),
     Fault("scores outside a mask tie with zeros inside", "score.py",
           "masked_fill(~masks[name], -1.0)", "masked_fill(~masks[name], 0.0)",
@@ -443,7 +443,7 @@ FAULTS = [
           'stream("order", seed, epoch)', 'stream("order", seed, 0)',
           "tests/test_data.py -k 'order or epoch'"),
     Fault("ranks share images", "runs/data/base.py",
-          "place = slice(rank * share, (rank + 1) * share)", "place = slice(0, share)",
+          "rows = slice(rank * share, (rank + 1) * share)", "rows = slice(0, share)",
           "tests/test_data.py -k ranks"),
     Fault("a step of the learning rate comes one epoch early", "runs/optim.py",
           "sum(epoch > end for end in self.at)", "sum(epoch >= end for end in self.at)",
@@ -634,10 +634,10 @@ def main() -> int:
         for fault in chosen:
             print(f"{fault.file:24} {fault.name}")
         return 0
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as temporary:
         copies: SimpleQueue[Path] = SimpleQueue()
         for number in range(arguments.jobs):
-            folder = Path(place).resolve() / str(number)
+            folder = Path(temporary).resolve() / str(number)
             folder.mkdir()
             copy_checkout(folder)
             copies.put(folder)

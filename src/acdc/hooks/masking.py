@@ -142,7 +142,7 @@ class Masking:
         def clear(param: Tensor) -> None:
             if self.dense_gradient:
                 return
-            if engine is not None and engine.written.all_of(param, kept):
+            if engine is not None and engine.kernel_gradients.all_of(param, kept):
                 return  # zero there already
             if param.grad is not None:
                 param.grad.masked_fill_(dropped[name], 0.0)
