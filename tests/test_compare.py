@@ -396,7 +396,7 @@ def test_a_disk_that_fills_while_results_are_written(
     # All results were written, and one could not be put in place: the next command does that.
     assert (folder / ".acdc-saved" / file).exists()
     monkeypatch.undo()
-    compare(where("whole"), tmp_path, resume=True, device="cpu")
+    compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert {path.name for path in folder.iterdir()} - {".lock", "failed.jsonl"} == set(before)
 
 
