@@ -166,7 +166,8 @@ class Tied(Net):
 
 
 CHANGES = (
-    assigned, loaded, moved, converted, parametrized, weight_normed, pruned, tied, another_layer, removed,
+    assigned, loaded, moved, converted, parametrized, weight_normed, pruned, tied, another_layer,
+    removed,
 )  # fmt: skip
 
 

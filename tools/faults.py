@@ -331,7 +331,7 @@ FAULTS = [
           "return lambda: loss", "return closure",
           f"{CONTRACT} tests/test_methods.py tests/test_kept.py -k closure"),
     Fault("ranks keep supports of their own", "sparsifier.py",
-          "support = agreed(support)", "pass",
+          "support = agreed(support, self.step)", "pass",
           "tests/test_distributed.py"),
     # --- methods --------------------------------------------------------------------------------
     Fault("an exchange takes one weight too many", "methods/families.py",
@@ -445,6 +445,12 @@ FAULTS = [
     Fault("parts of a batch weigh the same whatever their size", "runs/loss.py",
           "(len(inputs) / len(x))", "(1 / len(pairs))",
           "tests/test_train.py -k 'parts'"),
+    Fault("ranks of different steps exchange their masks", "processes.py",
+          "    _check_same_place(support, step)\n", "",
+          "tests/test_peers.py"),
+    Fault("an error between processes is torch's own", "processes.py",
+          "if not has_peers() or not is_of_peers(error):", "if True:",
+          "tests/test_peers.py"),
     # --- one model, one optimizer, one sparsifier -----------------------------------------------
     Fault("a second sparsifier is not refused", "hooks/binding.py",
           "        if taken:\n", "        if False:\n",
@@ -460,7 +466,8 @@ FAULTS = [
           "tests/test_binding.py"),
     # --- the engine -----------------------------------------------------------------------------
     Fault("threads share a frame", "engine/segment.py",
-          "            with self.workspace.lock:\n                lease", "            if True:\n                lease",
+          "            with self.workspace.lock:\n                lease",
+          "            if True:\n                lease",
           "tests/test_engine_threads.py"),
     Fault("a fork leaves the locks to threads that the child lacks", "engine/locks.py",
           "    _held[:] = locks\n", "    _held[:] = []\n",

@@ -207,7 +207,7 @@ class Sparsifier:
         self._masking.tell_engine()
 
     def _change(self, support: Support, state: Any) -> None:
-        support = agreed(support)
+        support = agreed(support, self.step)
         last_dense = self.schedule.last("dense")
         if last_dense is not None and self.step == last_dense.stop:
             # Before anything is cut: this is the dense network at its best.

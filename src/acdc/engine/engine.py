@@ -31,7 +31,7 @@ from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.layers import unwrapped
-from acdc.processes import has_peers
+from acdc.processes import has_peers, together
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,8 @@ class Engine:
         """Give every process the choices of the first one: their own timings would differ."""
         if has_peers():
             choices = [self._policy.choices]
-            torch.distributed.broadcast_object_list(choices, src=0)
+            with together("receive which layers run sparse"):
+                torch.distributed.broadcast_object_list(choices, src=0)
             self._policy.choices = choices[0]
 
     def decompress(self) -> None:
