@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import cast
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from acdc.errors import InputError
 
@@ -60,7 +61,7 @@ class Layers:
         """Return the chosen weights by parameter name, in the order of the model's modules.
 
         Raises:
-            InputError: A glob matches no layer, or no layer is left.
+            InputError: A glob matches no layer, no layer is left, or one is lazy still.
         """
         candidates = prunable(model)
         names = list(candidates)
@@ -82,6 +83,12 @@ class Layers:
             and not (self.skip_last and name in last)
             and module.weight.requires_grad
         }
+        if lazy := [name for name in chosen if is_lazy(chosen[name])]:
+            raise InputError(
+                f"{len(lazy)} of the {len(chosen)} layers to prune are lazy and have no weights "
+                f"yet, {lazy[0].removesuffix('.weight')!r} first. Call the model once on a batch, "
+                f"then build the optimizer and the Sparsifier."
+            )
         if not chosen:
             raise InputError(
                 f"Nothing to prune: {self} leaves none of the model's {len(names)} convolutions "

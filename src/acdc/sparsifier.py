@@ -9,8 +9,6 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
   in where the method trains them behind a sparse view (Top-KAST, DPF, SR-STE, STR).
 * In a sparse phase, a hook on every pruned weight clears the gradient outside the support. In a
   dense phase there is none, and training is bitwise what it would be without a sparsifier.
-
-The parts are in :mod:`acdc.hooks`. The method decides, and the parts do what it decides.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from acdc.errors import InputError
+from acdc.hooks.binding import Binding
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
 from acdc.hooks.reset import StateReset
@@ -64,8 +63,8 @@ class Sparsifier:
         dense_twin: The network at the end of the last dense phase, once that has passed.
 
     Raises:
-        InputError: The method holds a plan, nothing can be pruned, or the optimizer does not hold
-            the weights that are pruned.
+        InputError: The method holds a plan, nothing can be pruned, the model or the optimizer has a
+            sparsifier already, or the optimizer does not hold the weights that are pruned.
     """
 
     def __init__(
@@ -91,6 +90,7 @@ class Sparsifier:
             )
         method.resolved  # noqa: B018  # a plan is refused before anything is touched
         params, self.refused = method.select(self.model)
+        self._hooks = StepHooks(optimizer, Binding(self.model, params, optimizer))
         self._reset = StateReset(optimizer, method.reset, params)
         self.step = 0
         self.dense_twin: DenseTwin | None = None
@@ -98,11 +98,10 @@ class Sparsifier:
         self._state = method.init(self._weights)
         self._changes = Changes()
         self._store = DenseStore(params, method.training)
-        self._hooks = StepHooks(optimizer)
         if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
-        self._masking = Masking(params, optimizer, engine)
+        self._masking = Masking(params, optimizer, engine, self._hooks)
         if state is None:
             self.advance()
         else:
@@ -214,7 +213,7 @@ class Sparsifier:
         self._masking.tell_engine()
 
     def _change(self, support: Support, state: Any) -> None:
-        support = agreed(support)
+        support = agreed(support, self.step)
         last = self.schedule.last("dense")
         if last is not None and self.step == last.stop:  # before anything is cut
             average = self._masking.average
@@ -268,6 +267,7 @@ class Sparsifier:
         Raises:
             InputError: The network is dense now, or there is no dense network.
         """
+        self._hooks.check()
         twin, behind = self.dense_twin, on_cpu(self._store.dense)
         pair = paired(self.method, self.step, self.support, self.model, twin, behind, facts)
         return pair if average is None else paired_averages(pair, average, twin)
