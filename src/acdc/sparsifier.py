@@ -10,7 +10,7 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
 * In a sparse phase, a hook on every pruned weight clears the gradient outside the support. In a
   dense phase there is none, and training is bitwise what it would be without a sparsifier.
 
-The parts are in :mod:`acdc.hooks`. The method decides, and the parts do what it decides.
+The parts are in :mod:`acdc.hooks`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from acdc.methods.weights import Weights
 from acdc.pair import Pair
 from acdc.processes import agreed, from_rank_zero
 from acdc.schedule import Phase, Schedule
+from acdc.summary import headline, summary
 from acdc.support import Support
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
@@ -60,7 +61,7 @@ class Sparsifier:
 
     Attributes:
         step: Executed optimizer steps.
-        refused: Name → why a layer that was chosen stays dense.
+        refused: Name → why a parameter of two dimensions or more is not pruned.
         dense_twin: The network at the end of the last dense phase, once that has passed.
 
     Raises:
@@ -109,11 +110,7 @@ class Sparsifier:
             self.load_state_dict(state)
         self._hooks.call_after(self._after_step if automatic else self._end_step)
 
-    def __repr__(self) -> str:
-        return (
-            f"Sparsifier({self.method.name}, step {self.step} of {self.schedule.total}, "
-            f"{self.phase.kind}, {self.support})"
-        )
+    __repr__, __str__ = headline, summary
 
     @property
     def schedule(self) -> Schedule:
