@@ -27,12 +27,15 @@ class Chosen(dict[str, nn.Parameter]):
 
     Args:
         params: The weights.
-        shapes: Their shapes, with the axes along which they are multiplied.
+        shapes: Their shapes, with the axes along which they are multiplied, where these are known.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], shapes: Mapping[str, Shape]) -> None:
         super().__init__(params)
-        self.shapes = {name: shapes[name] for name in params}
+        self.shapes = {
+            name: shapes[name] if name in shapes else Shape(param.shape)
+            for name, param in params.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Layers:
             InputError: A name matches nothing, or no weight is left.
         """
         found = weights(model)
-        means = _Means(model, found)
+        means = _Means(found)
         include = means.all_of(self.include, "include")
         exclude = means.all_of(self.exclude, "exclude")
         named = means.all_of(self.params, "params")
@@ -171,12 +174,11 @@ class _Means:
     """What names mean in a model.
 
     Args:
-        model: The model.
-        found: Its parameters of two dimensions or more.
+        found: The parameters of the model that have two dimensions or more.
     """
 
-    def __init__(self, model: nn.Module, found: Mapping[str, Weight]) -> None:
-        self.model, self.found = model, found
+    def __init__(self, found: Mapping[str, Weight]) -> None:
+        self.found = found
 
     def all_of(self, choices: Iterable[Choice], where: str) -> set[str]:
         """Return the parameters that one of these names or objects means."""
@@ -200,7 +202,6 @@ class _Means:
         )
 
     def _glob(self, glob: str, where: str) -> set[str]:
-        parameters = where in ("params", "axes")
         meant = {
             name
             for name, weight in self.found.items()
@@ -208,7 +209,7 @@ class _Means:
         }
         if meant or glob == "*":
             return meant
-        if parameters:
+        if where in ("params", "axes"):
             raise InputError(
                 f"No parameter of two dimensions or more is called {glob!r}. They are: "
                 f"{_listed(self.found)}."

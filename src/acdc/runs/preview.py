@@ -64,6 +64,10 @@ class Preview:
         """Name of a parameter of two dimensions or more that is not pruned → the reason."""
         return self._chosen[1]
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return a parameter of the model, without values."""
+        return self._model.get_parameter(name)
+
     @property
     def parameters(self) -> int:
         """All parameters of the model."""
