@@ -216,8 +216,8 @@ class _Means:
             )
         layers = [name.removesuffix(".weight") for name, w in self.found.items() if w.kind]
         raise InputError(
-            f"No layer is called {glob!r}. The model's convolutions and linear layers, and other "
-            f"layers with weights that can be pruned, are: {_listed(layers)}."
+            f"No layer is called {glob!r}. The model's layers whose weights can be pruned are: "
+            f"{_listed(layers)}."
         )
 
 
