@@ -9,6 +9,11 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
   in where the method trains them behind a sparse view (Top-KAST, DPF, SR-STE, STR).
 * In a sparse phase, a hook on every pruned weight clears the gradient outside the support. In a
   dense phase there is none, and training is bitwise what it would be without a sparsifier.
+<<<<<<< HEAD
+=======
+
+The parts are in :mod:`acdc.hooks`.
+>>>>>>> layers
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from acdc.methods.weights import Weights
 from acdc.pair import Pair
 from acdc.processes import agreed, from_rank_zero
 from acdc.schedule import Phase, Schedule
+from acdc.summary import headline, summary
 from acdc.support import Support
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
@@ -59,7 +65,7 @@ class Sparsifier:
 
     Attributes:
         step: Executed optimizer steps.
-        refused: Name → why a layer that was chosen stays dense.
+        refused: Name → why a parameter of two dimensions or more is not pruned.
         dense_twin: The network at the end of the last dense phase, once that has passed.
 
     Raises:
@@ -108,11 +114,7 @@ class Sparsifier:
             self.load_state_dict(state)
         self._hooks.call_after(self._after_step if automatic else self._end_step)
 
-    def __repr__(self) -> str:
-        return (
-            f"Sparsifier({self.method.name}, step {self.step} of {self.schedule.total}, "
-            f"{self.phase.kind}, {self.support})"
-        )
+    __repr__, __str__ = headline, summary
 
     @property
     def schedule(self) -> Schedule:
