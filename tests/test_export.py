@@ -18,7 +18,6 @@ from acdc.export import to_onnx, to_safetensors
 from acdc.pair import Pair
 from acdc.support import Support
 
-
 FULL = pytest.mark.skipif(not os.environ.get("ACDC_FULL"), reason="takes 10 s; ACDC_FULL=1 runs it")
 
 
@@ -358,7 +357,7 @@ def test_a_language_model_by_keywords_at_every_length(tmp_path):
     model = sparse_words()
     example = {"input_ids": ids_of(1, 16), "attention_mask": torch.ones(1, 16, dtype=torch.long)}
     session = session_of(to_onnx(model, example, tmp_path / "m.onnx", sparse=True))
-    assert dims_of(session) == dict.fromkeys(example, ["batch", "sequence"])
+    assert dims_of(session) == {name: ["batch", "sequence"] for name in example}
     for batch, length in SIZES:
         mask = torch.ones(batch, length, dtype=torch.long)
         mask[:, 4:6] = 0

@@ -37,8 +37,8 @@ def add(commands: Commands) -> None:
         metavar="INPUT:DIM=NAME",
         nargs="+",
         default=[],
-        help="onnx: let a dimension of an input vary, such as x:2=height; the batch always may, and "
-        "so may the length of token sequences unless this is given",
+        help="onnx: let a dimension of an input vary, such as x:2=height; the batch always may, "
+        "and so may the length of token sequences unless this is given",
     )
 
 
