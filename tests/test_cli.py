@@ -118,9 +118,9 @@ SURFACE = {
         ("--twin sparse|dense", "default sparse"),
         ("--out FILE", "default None"),
         ("--sparse", "flag"),
-        ("--dynamic INPUT:DIM=NAME", "default []"),
+        ("--dynamic INPUT:DIM=NAME", "any number"),
     ],
-    "doctor": [("--with MODULE", "default []"), JSON],
+    "doctor": [("--with MODULE", "any number"), ("--json", "flag")],
     "cite": [("METHOD", "optional")],
     "compare": [
         ("GRID", "required"),

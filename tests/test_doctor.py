@@ -63,7 +63,7 @@ def test_missing_kernels_are_a_problem_with_its_reason(monkeypatch: pytest.Monke
     monkeypatch.setattr(native, "_why_missing", "undefined symbol: omp_x")
     found = doctor.facts()
     assert found["kernels"] == {"built": False, "reason": "undefined symbol: omp_x"}
-    (problem,) = found["problems"]
+    (problem,) = problems_with("kernels are missing")
     assert "are missing (undefined symbol: omp_x)" in problem
     assert "not faster than dense" in problem
 
@@ -71,7 +71,7 @@ def test_missing_kernels_are_a_problem_with_its_reason(monkeypatch: pytest.Monke
 def test_more_threads_than_cpus_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
-    (problem,) = problems_with("threads")
+    (problem,) = problems_with("PyTorch has")
     assert "has 8 threads, and this process may run on 3 CPUs" in problem
     assert doctor.facts()["threads"]["CPUs of this process"] == "0-1, 5"
 
