@@ -30,6 +30,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file, and print its path and its size."""
+    from acdc import outfile
     from acdc.export import to_onnx, to_safetensors
     from acdc.result import load
     from acdc.runs.recipe import decode_model
@@ -38,11 +39,13 @@ def run(args: argparse.Namespace) -> int:
     folder = Folder(args.run)
     recipe = folder.read(folder.recipe)
     path = args.out or args.run / f"{args.twin}.{args.to}"
+    outfile.check(path)
     if args.to == "safetensors":
         to_safetensors(load(folder.result), path, args.twin)
     else:
         spec = decode_model(recipe["values"]["model"])
         with quiet_libraries():
             to_onnx(spec.build(), spec.example(1), path, load(folder.result), args.twin)
-    print(f"{path} ({path.stat().st_size:,} bytes)")
+    if not outfile.is_stream(path):  # standard output may be the file
+        print(f"{path} ({path.stat().st_size:,} bytes)")
     return 0

@@ -381,11 +381,12 @@ class _Board:
             return
         try:
             self.draw(self.folder, self.grid, self.outcomes())
-        except OSError as error:
+        except (OSError, InputError) as error:
+            cause = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise InputError(
                 f"The results are in {self.folder}, but the page that shows them could not be "
-                f"written: {error.strerror or error}. Once the cause is removed, the same command "
-                f"with --resume writes it."
+                f"written: {cause}. Once the cause is removed, the same command with --resume "
+                f"writes it."
             ) from error
 
 

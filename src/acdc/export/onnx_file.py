@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from acdc.errors import AcdcError, InputError, need
 from acdc.files import Staging
 from acdc.index import Twin
+from acdc.outfile import is_stream, keep_mode, regular, unwritable, write
 from acdc.result import Result
 from acdc.states import load_into
 
@@ -42,7 +44,7 @@ def to_onnx(
     Args:
         model: The model. Neither its weights nor its mode change.
         example: One input, or a tuple of them, each with the batch first; the values do not matter.
-        path: The file to write. One that is there is replaced.
+        path: The file to write. One that is there is replaced; a pipe or a device is written into.
         result: The result of training to take the weights from. None: those of ``model``.
         twin: Which network of the result.
 
@@ -59,14 +61,36 @@ def to_onnx(
         model = load_into(model, result.state(twin), result.index.noun)
     model.eval()
     program = _export(model, example if isinstance(example, tuple) else (example,))
-    with Staging(path.parent, path.name) as staging:
-        staging.place(f"{path.name}.data")  # renamed first: a graph is of no use without it
-        graph = staging.place(path.name)
-        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    try:
+        stream, target = is_stream(path), regular(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if stream:
+        _save_into(path, onnx, program, model, size)
+        return path
+    with Staging(target.parent, target.name) as staging:
+        staging.place(f"{target.name}.data")  # renamed first: a graph is of no use without it
+        graph = staging.place(target.name)
         program.save(graph, external_data=size > _ONE_FILE)
         _check_zeros(onnx, graph, model)
+        keep_mode(target, graph)
         staging.commit()
     return path
+
+
+def _save_into(path: Path, onnx: Any, program: Any, model: nn.Module, size: int) -> None:
+    """Write the file into a pipe or a device."""
+    if size > _ONE_FILE:
+        raise InputError(
+            f"The model has {size:,} bytes of weights, and ONNX puts more than {_ONE_FILE:,} into "
+            f"a second file beside the first: {path} cannot take both. Choose a regular file."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "model.onnx"
+        program.save(graph, external_data=False)
+        _check_zeros(onnx, graph, model)
+        write(path, graph.read_bytes())
 
 
 def _onnx() -> Any:

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 
 from acdc.errors import InputError
-from acdc.files import Staging
 from acdc.index import Twin
+from acdc.outfile import write
 
 Event = dict[str, Any]
 
@@ -134,9 +134,7 @@ class Folder:
 
     def write(self, file: Path, data: Mapping[str, Any]) -> None:
         """Write one of the JSON files, as a whole or not at all."""
-        with Staging(file.parent, file.name) as staging:
-            staging.add(file.name, (json.dumps(data, indent=1) + "\n").encode())
-            staging.commit()
+        write(file, (json.dumps(data, indent=1) + "\n").encode())
 
 
 class Metrics:
