@@ -37,7 +37,7 @@ ROWS: list[set[str]] = [
     {"pattern", "engine", "cost", "bitmask"},
     {"topk", "processes"},
     {"layers", "support", "schedule", "score"},
-    {"random", "outfile", "schema"},
+    {"random", "outfile", "shapes"},
     {"files"},
     {"errors"},
 ]
