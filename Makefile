@@ -9,7 +9,7 @@ DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/
 	src/acdc/console.py src/acdc/compare/cells.py src/acdc/methods/snfs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit faults sanitize format clean
+.PHONY: help install demo test lint types unit faults soak sanitize format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@touch $@
 
 # A demo that was stopped goes on, and one that is complete is shown again.
-demo: install  ## train AC/DC at 90 % on scikit-learn's digits, in about half a minute
+demo: install  ## train AC/DC at 90 % on scikit-learn's digits, in a quarter of a minute
 	$(BIN)/acdc run digits --out runs $(if $(wildcard runs/digits/recipe.json),--resume)
 
 test: lint types unit  ## everything: lint, types, tests
@@ -44,6 +44,10 @@ unit: install  ## tests and doctests
 
 faults: install  ## do the tests see deliberate faults? (an hour)
 	$(BIN)/python tools/faults.py --jobs 2 --control
+
+MINUTES ?= 10
+soak: install  ## random kills, fuzzed files and threads, for MINUTES=10 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --minutes $(MINUTES)
 
 # The sanitized module lies in a place of its own. `-S` keeps the editable install's import hook out, which
 # would put the plain module first; what else .venv holds comes by PYTHONPATH. The sanitizers' library must

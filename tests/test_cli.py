@@ -636,11 +636,34 @@ def test_a_checkpoint_of_another_model_is_refused(
     _, err = said(capsys)
     assert "is of another recipe: model.width was 12 and is 8" in err
     assert mine.read_bytes() == other.read_bytes()  # left as it was
-    mine.write_bytes(own[:-100])
-    assert main(typed(tmp_path / "8", "--resume", model__width="8")) == 2
-    assert "cannot be read" in said(capsys)[1]
     mine.write_bytes(own)
     assert main(typed(tmp_path / "8", "--resume", model__width="8")) == 0
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_taken(
+    done: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(7, signal.SIGTERM, monkeypatch)
+    assert main(typed(tmp_path)) == 143
+    monkeypatch.undo()
+    folder = only_run(tmp_path) / "checkpoint"
+    last, previous = folder / "last.ckpt", folder / "previous.ckpt"
+    damaged, before = last.read_bytes()[:-100], previous.read_bytes()
+    last.write_bytes(damaged)
+    previous.write_bytes(before[:-100])
+    capsys.readouterr()
+    assert main(typed(tmp_path, "--resume")) == 2
+    _, err = said(capsys)
+    assert "last.ckpt cannot be read: its end is damaged or missing" in err
+    assert "Nor can the one before it, previous.ckpt" in err
+    assert last.read_bytes() == damaged  # left as it was
+    previous.write_bytes(before)
+    assert main(typed(tmp_path, "--resume")) == 0
+    _, err = said(capsys)
+    assert "Warning: The checkpoint" in err
+    assert "goes on from the one before it, previous.ckpt, at step 6" in err
+    assert (folder / "damaged.ckpt").read_bytes() == damaged
+    assert_same_run(done, folder.parent)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(
@@ -665,7 +688,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     assert "Cannot write the checkpoint" in err
     assert "Free some space" in err
     assert checkpoint.read_bytes() == before
-    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert main(typed(tmp_path, "--resume")) == 0
     assert_same_run(done, folder)
 

@@ -33,6 +33,7 @@ from acdc.compare.results import Outcome
 from acdc.compare.work import Progress
 from acdc.console import GridWatcher
 from acdc.errors import InputError
+from acdc.files import alone
 from acdc.pages import comparison as page
 from acdc.recipes import grids
 from acdc.runs import record, train
@@ -368,7 +369,7 @@ def test_the_page_of_a_long_grid_is_there_before_its_end(
 def test_a_disk_that_fills_while_results_are_written(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """It is said in a sentence, and what was written before stays as it was."""
+    """The error is a sentence, and what was written before stays as it was."""
     folder = tmp_path / "whole"
     folder.mkdir()
     for name in ("results.jsonl", "origins.json", "report.html"):
@@ -389,6 +390,13 @@ def test_a_disk_that_fills_while_results_are_written(
         assert "with --resume writes it" in str(caught.value)
     for name, content in before.items():
         assert (folder / name).read_bytes() == content
+    if file == "report.html":
+        assert {path.name for path in folder.iterdir()} - {".lock", "failed.jsonl"} == set(before)
+        return
+    # All results were written, and one could not be put in place: the next command does that.
+    assert (folder / ".acdc-saved" / file).exists()
+    monkeypatch.undo()
+    compare(where("whole"), tmp_path, resume=True, device="cpu")
     assert {path.name for path in folder.iterdir()} - {".lock", "failed.jsonl"} == set(before)
 
 
@@ -431,7 +439,7 @@ def test_processes_end_with_the_command_even_if_it_is_killed(tmp_path: Path) -> 
     process.kill()
     process.wait()
     # The lock is held by the command and by every process of a cell.
-    with work._alone(tmp_path / "endless"):
+    with alone(tmp_path / "endless", "", patience=20):
         sizes = [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
         time.sleep(0.3)
         assert sizes == [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
@@ -450,7 +458,7 @@ def test_two_commands_do_not_train_the_same_cells(
     (tmp_path / "small").mkdir()
     monkeypatch.setattr(work, "PATIENCE", 0.3)
     with (
-        work._alone(tmp_path / "small"),
+        alone(tmp_path / "small", ""),
         pytest.raises(InputError, match="Another acdc compare is at work"),
     ):
         compare(where("small"), tmp_path)

@@ -201,3 +201,8 @@ def test_the_page_the_record_and_the_ledger_have_one_number(
     assert sum(parts) == ledger.flops
     assert sum(row.cells[4].value for row in tables.phases(run)) == ledger.flops
     assert tables.training(run)[0].value == ledger.flops  # type: ignore[index]
+    (folder / "record.json").rename(folder / "kept")  # as of a run that stopped just before
+    try:
+        assert history.read(folder).ledger == ledger
+    finally:
+        (folder / "kept").rename(folder / "record.json")

@@ -20,8 +20,10 @@ import pytest
 from acdc.errors import InputError, MissingDependency
 from acdc.pages import history
 from acdc.pages import run as report
+from acdc.runs import train
 from support.browser import CHROMIUM, SKIP, Browser
 from support.reader import Reader
+from support.runs import tiny
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=SKIP)
 
@@ -437,7 +439,27 @@ def test_stopped_run_shows_what_there_is(tmp_path: Path) -> None:
     assert "1 line of metrics.jsonl could not be read and was left out." in text
     assert read.figures == FIGURES
     assert "twins" not in read.rows
-    assert read.row("ledger", "Training")[0] == "250"
+    assert read.row("ledger", "Training")[:3] == ["250", "–", "–"]  # no evaluation counted FLOPs
+
+
+def test_a_stopped_run_has_the_flops_of_its_last_evaluation(tmp_path: Path) -> None:
+    """The trainer counts them after every epoch, for a run that is killed writes no record."""
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 14:  # epochs have 4 steps
+            raise KeyboardInterrupt
+
+    train.run(tiny(), tmp_path / "whole", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        train.run(tiny(), tmp_path / "stopped", device="cpu", watch=watch)
+    whole, stopped = (history.read(tmp_path / name).ledger for name in ("whole", "stopped"))
+    assert whole is not None
+    assert stopped is not None
+    assert [phase.stop for phase in stopped.phases] == [4, 8, 12]
+    assert stopped.phases == whole.phases[:3]
+    text = report.render(tmp_path / "stopped").read_text(encoding="utf-8")
+    assert "The FLOPs of training are those of the first 12 steps." in text
+    assert Reader(text).row("ledger", "Sparse phases")[2] != "–"
 
 
 @pytest.mark.parametrize(

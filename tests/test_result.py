@@ -239,12 +239,12 @@ def test_files_with_right_checksums_that_do_not_fit_are_refused(
 
 
 @every_lone_kind
-def test_a_save_that_dies_leaves_the_old_network_or_a_mixture_that_is_refused(
+def test_a_save_that_dies_leaves_the_old_network_or_the_new(
     tmp_path: Path, kind: type[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = made(kind), made(kind, seed=1)
     replace, outcomes = os.replace, []
-    for fatal in (1, 2):
+    for fatal in (1, 2, 3):
         folder = old.save(tmp_path / str(fatal))
         calls = [fatal]
 
@@ -258,13 +258,35 @@ def test_a_save_that_dies_leaves_the_old_network_or_a_mixture_that_is_refused(
             patch.setattr(os, "replace", dying)
             with pytest.raises(KeyboardInterrupt):
                 new.save(folder)
-        try:
-            outcomes.append("old" if load(folder) == old else "new")
-        except InputError:
-            outcomes.append("refused")
+        assert kind_in(folder) is kind
+        outcomes.append("old" if load(folder) == old else "new")
         new.save(folder)
         assert load(folder) == new
-    assert outcomes == ["old", "refused"]
+    assert outcomes == ["old", "new", "new"]
+
+
+@every_lone_kind
+def test_a_first_save_that_dies_is_found(
+    tmp_path: Path, kind: type[Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is in its place yet, and everything is on the disk."""
+    replace = os.replace
+
+    def dying(source: Any, target: Any) -> None:
+        if Path(source).name != ".acdc-saving":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            made(kind).save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".acdc-saved"]
+    assert load(tmp_path) == made(kind)
+    assert all(size > 0 for size in sizes(tmp_path).values())
+    other = next(one for one in KINDS if one is not kind)
+    with pytest.raises(InputError, match="already holds a"):
+        made(other).save(tmp_path)
 
 
 @every_lone_kind

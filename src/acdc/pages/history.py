@@ -95,6 +95,7 @@ class Run:
     branch_evals: tuple[Json, ...]
     changes: tuple[Json, ...]
     engines: tuple[Json, ...] = ()  # what the engine did at each compression
+    ledgers: tuple[Json, ...] = ()  # the training FLOPs so far, after each evaluation
     damaged: int = 0  # lines of metrics.jsonl that are not JSON
 
     @property
@@ -180,8 +181,8 @@ class Run:
 
     @cached_property
     def ledger(self) -> Ledger | None:
-        """The training FLOPs by phase, as the record has them; ``None`` for a run that stopped."""
-        stored = self.details.get("ledger")
+        """The training FLOPs by phase: of the record, or of the last event before a stop."""
+        stored = self.details.get("ledger", self.ledgers[-1] if self.ledgers else None)
         return None if stored is None else Ledger.from_dict(stored)
 
 
@@ -218,5 +219,6 @@ def read(run: Path) -> Run:
         branch_evals=tuple(pick("eval", "dense")),
         changes=tuple(pick("change", None)),
         engines=tuple(pick("engine", None)),
-        damaged=damaged,
+        ledgers=tuple(pick("ledger", None)),
+        damaged=len(damaged),
     )

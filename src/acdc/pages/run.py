@@ -582,6 +582,9 @@ def _notices(run: Run) -> list[str]:
             f"This run stopped before its end{where} and wrote no record. The page shows what it "
             f"had measured until then; the twins, their sizes and the machine are not known."
         )
+        if run.ledger is not None:
+            counted = run.ledger.phases[-1].stop
+            notices.append(f"The FLOPs of training are those of the first {counted:,} steps.")
     if run.damaged:
         lines = "line" if run.damaged == 1 else "lines"
         notices.append(

@@ -10,8 +10,13 @@ from acdc.runs.record import machine, peak_memory, versions
 from acdc.runs.setup import Setup
 
 
-def ledger(run: Setup) -> Ledger:
-    """Return the FLOPs of training, from the supports that the run had."""
+def ledger(run: Setup, until: int | None = None) -> Ledger:
+    """Return the FLOPs of training, from the supports that the run had.
+
+    Args:
+        run: The run.
+        until: Executed steps so far; ``None``: the whole schedule.
+    """
     return Ledger.of(
         run.network,
         run.schedule,
@@ -19,27 +24,29 @@ def ledger(run: Setup) -> Ledger:
         run.method.training.flops,
         run.recipe.batch_size,
         run.data.train_samples,
+        until=until,
     )
 
 
-def costs(run: Setup) -> dict[str, Any]:
+def costs(run: Setup, spent: Ledger) -> dict[str, Any]:
     """Return the FLOPs of inference and of training, as shares of the dense ones."""
     counts = run.sparsifier.support.counts()
     return {
         "inference_flops_ratio": run.network.inference_ratio(counts),
-        "train_flops_ratio": ledger(run).ratio,
+        "train_flops_ratio": spent.ratio,
     }
 
 
-def details(run: Setup, command: str, finetuned: bool) -> dict[str, Any]:
+def details(run: Setup, spent: Ledger, command: str, finetuned: bool) -> dict[str, Any]:
     """Return everything else that a record holds.
 
     Args:
         run: The run.
+        spent: The FLOPs of its training.
         command: What was typed.
         finetuned: Whether the dense twin was trained on.
     """
-    support, spent = run.sparsifier.support, ledger(run)
+    support = run.sparsifier.support
     parameters = sum(p.numel() for p in run.net.parameters())
     return {
         "recipe": run.recipe.name,
