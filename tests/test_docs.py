@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,13 @@ from acdc.pair import Pair
 from acdc.support import Support
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+HOW_TO = sorted((ROOT / "docs" / "howto").glob("*.md"))
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *HOW_TO,
+]
 
 
 def the_reader() -> Callable[[Path], dict[str, np.ndarray]]:
@@ -78,4 +86,17 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 def test_the_readme_names_the_pages_of_the_documentation() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[2:] if f"(docs/{page.name})" not in text] == []
+    pages = [page.relative_to(ROOT) for page in PAGES[2:]]
+    assert [str(page) for page in pages if f"({page})" not in text] == []
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.name)
+def test_the_script_of_a_how_to_runs(page: Path, tmp_path: Path) -> None:
+    """The first Python block of a how-to is complete: a new process in an empty folder runs it."""
+    script, *_ = re.findall(
+        r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

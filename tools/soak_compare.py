@@ -25,7 +25,7 @@ GRID = "slow"
 
 def _start(out: Path, *more: str) -> subprocess.Popen[bytes]:
     address = f"{compare_grids.__file__}:{GRID}"
-    words = [sys.executable, "-m", "acdc", "compare", address, "--device", "cpu"]
+    words = [sys.executable, "-m", "acdc", "compare", address]
     tests = str(Path(compare_grids.__file__).parent.parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
     return subprocess.Popen(

@@ -74,7 +74,8 @@ def _difference(method: Method[Any], described: str, schedule: Schedule) -> str:
 def _settings(method: Method[Any]) -> str:
     """Return a method and its arguments as text, without those that the state holds in full."""
     names: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
-    given = (f"{n}={getattr(method, n)!r}" for n in names if n not in ("schedule", "layers"))
+    values = {n: getattr(method, n) for n in names if n not in ("schedule", "layers")}
+    given = (f"{n}={v.digest() if isinstance(v, Support) else v!r}" for n, v in values.items())
     return f"{method.name}({', '.join(given)})"
 
 

@@ -7,6 +7,7 @@ from acdc.methods.base import Method
 from acdc.methods.dense import Dense
 from acdc.methods.dpf import DPF
 from acdc.methods.dsd import DSD
+from acdc.methods.given import Given
 from acdc.methods.gmp import GMP
 from acdc.methods.gradual import Gradual
 from acdc.methods.oneshot import OneShot
@@ -32,6 +33,7 @@ __all__ = [
     "SRSTE",
     "STR",
     "Dense",
+    "Given",
     "Gradual",
     "Method",
     "OneShot",
@@ -62,4 +64,4 @@ METHODS: dict[str, type[Method[Any]]] = {
         WoodFisher,
     )
 }
-"""Every method by its name."""
+"""Every method by its name. ``Given`` is not among them: a recipe cannot hold a support."""

@@ -31,6 +31,7 @@ class Phased(Method[State]):
 
     pattern: Pattern
     layers: Layers | None
+    keep_zeros: bool = False  # of those that can keep the zeros that the model has
 
     def __post_init__(self) -> None:
         check_schedule(type(self).__name__, self.schedule)
@@ -82,7 +83,7 @@ class Phased(Method[State]):
         """Return the supports of a run, estimated on ``weights`` where their values decide."""
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         supports: list[tuple[int, dict[str, int] | None]] = []
-        exact = True
+        exact = not self.keep_zeros
         known: dict[Pattern, dict[str, int]] = {}
         for phase in self.resolved.phases:
             if phase.kind == "dense":
@@ -137,7 +138,8 @@ class Ramped(Phased[State]):
 
     def begin(self, step: int, weights: Weights, state: State) -> Support:
         """Cut to the first sparsity."""
-        return self._at(step).select(self.rank(weights, state))
+        chosen = self._at(step).select(self.rank(weights, state))
+        return without_zeros(chosen, weights) if self.keep_zeros else chosen
 
     def go_on(
         self, step: int, phase: Phase, weights: Weights, support: Support, state: State
@@ -145,7 +147,9 @@ class Ramped(Phased[State]):
         """Cut further where it is due."""
         if not self.cuts(step, phase):
             return support
-        return self._at(step).select(score.among(self.rank(weights, state), support))
+        chosen = self._at(step).select(score.among(self.rank(weights, state), support))
+        # A layer that has more zeros than the pattern asks for: none of them comes back.
+        return both(chosen, support) if self.keep_zeros else chosen
 
     def rank(self, weights: Weights, state: State) -> Scores:
         """Return non-negative scores, the largest of which are kept."""
@@ -276,6 +280,26 @@ def exchange(support: Support, drop: Scores, grow: Scores, share: float) -> Supp
         others = score.among(grow.subset([name]), {name: ~rest[name]})
         masks[name] = rest[name] | largest(others, leaving[name])[name]
     return Support(masks)
+
+
+def without_zeros(support: Support, weights: Mapping[str, Tensor]) -> Support:
+    """Return a support without the weights that are exactly zero."""
+    return both(support, {name: weights[name].detach() != 0 for name in support})
+
+
+def both(support: Support, masks: Mapping[str, Tensor]) -> Support:
+    """Return the weights that are kept in a support and in these masks.
+
+    Raises:
+        InputError: A layer would keep no weight.
+    """
+    common = Support({name: mask & masks[name] for name, mask in support.items()})
+    if dead := [name for name, kept in common.counts().items() if not kept]:
+        raise InputError(
+            f"With keep_zeros=True, {dead[0]!r} would keep no weight: all of its weights that are "
+            f"not zero are cut. Exclude the layer, or lower the sparsity."
+        )
+    return common
 
 
 def check_seed(seed: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 from acdc.layers import Layers
@@ -30,6 +30,8 @@ class GMP(Ramped[None]):
             that is sparse from its start.
         reset: As for :class:`~acdc.ACDC`, where a dense phase follows a sparse one.
         layers: Which layers are pruned; ``None``: the pattern's default.
+        keep_zeros: Keep the zeros that the model has at the first cut, to prune a sparse network
+            further. A layer that has more zeros than the pattern asks for keeps them all.
 
     Source: Zhu and Gupta, 2017, section 3.
     """
@@ -52,3 +54,4 @@ class GMP(Ramped[None]):
     length: str = "75%"
     reset: Reset = "entered"
     layers: Layers | None = None
+    keep_zeros: bool = field(default=False, metadata={"added": True})

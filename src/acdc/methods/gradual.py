@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 from acdc.layers import Layers
@@ -30,6 +30,8 @@ class Gradual(Ramped[None]):
         length: Time from the first cut to the last; the rest of the phase is fine-tuning.
         reset: As for :class:`~acdc.ACDC`, where a dense phase follows a sparse one.
         layers: Which layers are pruned; ``None``: the pattern's default.
+        keep_zeros: Keep the zeros that the model has at the first cut, to prune a sparse network
+            further. A layer that has more zeros than the pattern asks for keeps them all.
 
     Source: Zhu and Gupta, 2017, for the cubic; Singh and Alistarh, NeurIPS 2020, for the setting:
     from .05, every 5 of 100 epochs until the 40th, the learning rate falling from then on.
@@ -53,3 +55,4 @@ class Gradual(Ramped[None]):
     length: str = "40%"
     reset: Reset = "entered"
     layers: Layers | None = None
+    keep_zeros: bool = field(default=False, metadata={"added": True})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 from acdc import score
 from acdc.layers import Layers
 from acdc.methods.base import Reset
-from acdc.methods.families import Phased
+from acdc.methods.families import Phased, without_zeros
 from acdc.methods.weights import Weights
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
@@ -30,6 +30,8 @@ class OneShot(Phased[None]):
             sparse one. No lengths and no learning rates are canonical: say which were taken.
         reset: As for :class:`~acdc.ACDC`, where a dense phase follows a sparse one.
         layers: Which layers are pruned; ``None``: the pattern's default.
+        keep_zeros: Keep the zeros that the model has at the first cut, to prune a sparse network
+            further. A layer that has more zeros than the pattern asks for keeps them all.
 
     Source: Han et al., NeurIPS 2015, section 3, with one cut.
     """
@@ -51,7 +53,9 @@ class OneShot(Phased[None]):
     schedule: Plan | Schedule
     reset: Reset = "all"
     layers: Layers | None = None
+    keep_zeros: bool = field(default=False, metadata={"added": True})
 
     def begin(self, step: int, weights: Weights, state: None) -> Support:
         """Keep the largest weights."""
-        return self.pattern.select(score.magnitude(weights))
+        chosen = self.pattern.select(score.magnitude(weights))
+        return without_zeros(chosen, weights) if self.keep_zeros else chosen

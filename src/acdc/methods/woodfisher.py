@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -54,6 +54,8 @@ class WoodFisher(Ramped[Memory]):
         compensation: Factor of what is added to the other weights; 0: nothing is.
         reset: As for :class:`~acdc.ACDC`, where a dense phase follows a sparse one.
         layers: Which layers are pruned; ``None``: the pattern's default.
+        keep_zeros: Keep the zeros that the model has at the first cut, to prune a sparse network
+            further. A layer that has more zeros than the pattern asks for keeps them all.
 
     Where we differ: the gradients are those of the training steps themselves, of whole batches, in
     training mode, and as clipped as the optimizer gets them; the authors stop before a cut and take
@@ -89,14 +91,15 @@ class WoodFisher(Ramped[Memory]):
     compensation: float = 1.0
     reset: Reset = "entered"
     layers: Layers | None = None
+    keep_zeros: bool = field(default=False, metadata={"added": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("gradients", "block"):
-            number = getattr(self, field)
+        for name in ("gradients", "block"):
+            number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise InputError(
-                    f"WoodFisher({field}=...) is {number!r}. Give a whole number from 1 up."
+                    f"WoodFisher({name}=...) is {number!r}. Give a whole number from 1 up."
                 )
         if not 0 < self.damping < math.inf:
             raise InputError(

@@ -304,10 +304,17 @@ def _spell(hint: Any) -> str:
 
 
 def encode(value: Any) -> Any:
-    """Return what JSON can hold: a dataclass becomes its fields and its type."""
+    """Return what JSON can hold: a dataclass becomes its fields and its type.
+
+    A field that was added later, ``field(default=..., metadata={"added": True})``, is left out
+    while it has its default: a recipe then has the same values, and a run the same label, as
+    before.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return {"type": type(value).__name__} | {
-            f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)
+            f.name: encode(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata.get("added") and getattr(value, f.name) == f.default)
         }
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
