@@ -252,7 +252,7 @@ class _Board:
             try:
                 train.check_same(folder, run.recipe)
                 if folder.record.exists():
-                    job.record, job.state = folder.read(folder.record), "done"
+                    job.record, job.state = results.record_in(folder), "done"
             except InputError as error:
                 job.reason, job.state = self._without_paths(str(error)), "failed"
         return job
