@@ -13,6 +13,7 @@ a signal; 1 with a traceback for a defect of acdc.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -28,7 +29,7 @@ from acdc.cli.output import (
     prepare_streams,
     say,
 )
-from acdc.errors import AcdcError
+from acdc.errors import AcdcError, InputError
 
 # In the order of 'acdc --help'.
 COMMANDS = (listing, show, run, compare, report, cost, export, cite, bench)
@@ -74,6 +75,10 @@ def _run(words: list[str]) -> int:
         if output_error():  # that of --help or --version
             return 2
         raise
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch would end the process
+        raise InputError("The current folder was removed. Change to another folder.") from None
     args.command_line = shlex.join(["acdc", *words])
     code: int = args.command(args)
     return code

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from acdc.cli.arguments import Commands, add_command, add_run
 from acdc.cli.output import quiet_libraries
+from acdc.errors import InputError
 
 
 def add(commands: Commands) -> None:
@@ -43,7 +44,10 @@ def run(args: argparse.Namespace) -> int:
     if args.to == "safetensors":
         to_safetensors(load(folder.result), path, args.twin)
     else:
-        spec = decode_model(recipe["values"]["model"])
+        try:
+            spec = decode_model(recipe["values"].get("model", {}))
+        except InputError as error:
+            raise InputError(f"{folder.recipe}: {error}") from error
         with quiet_libraries():
             to_onnx(spec.build(), spec.example(1), path, load(folder.result), args.twin)
     if not outfile.is_stream(path):  # standard output may be the file

@@ -225,8 +225,9 @@ def parse(text: str, hint: Any, path: str) -> Any:
     try:
         value = _read(text, hint)
     except ValueError as error:
+        shown = text if len(text) <= 100 else f"{text[:90]} ..."
         raise InputError(
-            f"--set {path}={text}: {text!r} is not of the type {_spell(hint)}."
+            f"--set {path}={shown}: {shown!r} is not of the type {_spell(hint)}."
         ) from error
     if isinstance(value, float) and math.isnan(value):
         raise InputError(f"--set {path}={text}: NaN is no value.")

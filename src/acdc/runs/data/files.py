@@ -28,13 +28,27 @@ VARIABLE = "ACDC_DATA"
 def named_folder() -> Path | None:
     """Return the folder that the environment variable ``ACDC_DATA`` names, if it names one."""
     value = os.environ.get(VARIABLE, "").strip()
-    return Path(value).expanduser() if value else None
+    return expanded(Path(value)) if value else None
 
 
-def cache_folder() -> Path:
-    """Return where downloads go when no folder is named: ``$XDG_CACHE_HOME/acdc``."""
+def expanded(path: Path) -> Path:
+    """Return a path with ``~`` replaced by the home folder; as it is if there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def cache_folder() -> Path | None:
+    """Return where downloads go when no folder is named: ``$XDG_CACHE_HOME/acdc``.
+
+    ``None`` for a user without a home folder, as in some containers.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "").strip()
-    return (Path(base) if base else Path.home() / ".cache") / "acdc"
+    home = expanded(Path("~/.cache"))
+    if not base and home.parts[0] == "~":
+        return None
+    return (Path(base) if base else home) / "acdc"
 
 
 def candidates(
@@ -49,19 +63,29 @@ def candidates(
     """
     named = named_folder()
     if root is not None:
-        bases, installed = [root.expanduser()], ()
+        bases, installed = [expanded(root)], ()
     else:
         bases = [] if named is None else [named]
     folders = [sub for base in bases for sub in (base, *(base / name for name in standard))]
     folders += installed
-    if root is None:
-        folders += [cache_folder() / name for name in standard[:1]]
+    cache = cache_folder()
+    if root is None and cache is not None:
+        folders += [cache / name for name in standard[:1]]
     return folders
 
 
 def target_folder(root: Path | None, standard: str) -> Path:
-    """Return where a download of the data set goes: its standard folder in the named folder."""
-    base = (root.expanduser() if root is not None else named_folder()) or cache_folder()
+    """Return where a download of the data set goes: its standard folder in the named folder.
+
+    Raises:
+        InputError: No folder is named, and the user has no home folder.
+    """
+    base = (expanded(root) if root is not None else named_folder()) or cache_folder()
+    if base is None:
+        raise InputError(
+            f"There is no folder for downloads: this user has no home folder. Set {VARIABLE} to a "
+            f"folder, or XDG_CACHE_HOME."
+        )
     return base if base.name == standard else base / standard
 
 
@@ -89,7 +113,7 @@ def not_found(
     endings: Sequence[str] = ("",),
 ) -> InputError:
     """Return the error for data that are nowhere: where we looked, and the ways to get them."""
-    looked = "; ".join(str(folder) for folder in folders)
+    looked = "; ".join(map(str, folders)) or f"nowhere, as {VARIABLE} is not set"
     text = f"{what} was not found. Looked in: {looked}."
     for folder in folders:
         some = _those_in(names, folder, endings)
