@@ -19,7 +19,7 @@ from acdc.states import load_into
 from support.damage import COMMANDS, Files
 
 # All of them with ACDC_FULL=1, and in 'make soak'; else one of so many.
-ONE_OF = 1 if os.environ.get("ACDC_FULL") else 12
+ONE_OF = 1 if os.environ.get("ACDC_FULL") else 40
 
 
 @pytest.fixture(scope="module")

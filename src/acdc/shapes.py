@@ -169,9 +169,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _is_deeper(value: Any, levels: int) -> bool:
     """Return whether a value is nested deeper than that, a level at a time."""
     layer = [value]
-    for _ in range(levels + 1):
+    for _ in range(levels):
         nested = [part for part in layer if isinstance(part, dict | list)]
         layer = [v for part in nested for v in (part.values() if isinstance(part, dict) else part)]
-        if not layer:
-            return False
-    return True
+    return any(isinstance(part, dict | list) for part in layer)
