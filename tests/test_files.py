@@ -80,7 +80,7 @@ def test_saves_of_several_threads_do_not_mix(tmp_path: Path) -> None:
 
     def work(name: str) -> None:
         try:
-            for _ in range(30):
+            for _ in range(10):
                 save(tmp_path, a=name * 1000, b=name * 1000)
         except BaseException as error:
             wrong.append(error)
@@ -160,12 +160,30 @@ def test_a_lock_is_waited_for(tmp_path: Path) -> None:
     thread.join()
 
 
-def test_a_lock_that_was_removed_while_it_was_waited_for_is_made_again(tmp_path: Path) -> None:
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else two could hold a lock: the one of the file that is gone, and the one of the new file."""
+    locked, calls = files._locked, []
+
+    def removed_meanwhile(descriptor: int, patience: float) -> bool:
+        calls.append(1)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        return locked(descriptor, patience)
+
+    monkeypatch.setattr(files, "_locked", removed_meanwhile)
+    with alone(tmp_path, "taken"):
+        assert len(calls) == 2
+        with pytest.raises(InputError, match="taken"), alone(tmp_path, "taken"):
+            pytest.fail("two hold it")
+
+
+def test_only_one_thread_at_a_time_holds_a_lock(tmp_path: Path) -> None:
     inside: list[str] = []
 
     def work(name: str) -> None:
-        for _ in range(50):
+        for _ in range(20):
             with alone(tmp_path / "x", "taken", patience=20):
                 inside.append(name)
                 assert len(inside) == 1

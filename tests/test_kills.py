@@ -1,6 +1,6 @@
 """A run is killed before any system call that changes the disk, and ends as if it had not been.
 
-``ACDC_FULL=1`` tries every call, of more kinds of runs. ``make soak`` tries them at random.
+``ACDC_FULL=1`` tries every call. ``make soak`` tries them at random, of more kinds of runs.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def killed_at_points(folder: Path, settings: dict[str, str], stride: int) -> dic
 def test_killed_before_any_call_that_changes_the_disk_it_ends_bitwise_the_same(
     tmp_path: Path,
 ) -> None:
-    found = killed_at_points(tmp_path, {}, stride=1 if FULL else 23)
+    found = killed_at_points(tmp_path, {"bn_batches": "2"}, stride=1 if FULL else 50)
     assert not found["wrong"]
-    assert found["tried"] > 10
+    assert found["tried"] > 3
     # The list of calls is whole: every kind of file, and every kind of call.
     for part in ("last.ckpt", "dense.safetensors", "pair.json", "record.json", "metrics.jsonl"):
         assert any(part in call for call in found["calls"]), part

@@ -1,4 +1,4 @@
-"""What training leaves: all three results come back bit for bit, and damage is refused."""
+"""The results of training: bitwise loading of all three, and refusal of damaged files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_lone_network_has_the_file_that_it_would_have_in_a_pair(
     made(Pair).save(tmp_path / "pair")
     made(kind).save(tmp_path / "alone")
     (twin,) = made(kind).networks()
-    files = [(tmp_path / place / FILES[twin]).read_bytes() for place in ("pair", "alone")]
+    files = [(tmp_path / name / FILES[twin]).read_bytes() for name in ("pair", "alone")]
     assert files[0] == files[1]
 
 
@@ -144,9 +144,9 @@ def test_one_flipped_bit_anywhere_is_refused(tmp_path: Path, kind: type[Result])
     for name in (only_file(kind), kind.index.name):
         data = (tmp_path / name).read_bytes()
         # Every byte of the index: no other checksum covers it.
-        for place in range(0, len(data), 1 if name == kind.index.name else 13):
+        for position in range(0, len(data), 1 if name == kind.index.name else 13):
             damaged = bytearray(data)
-            damaged[place] ^= 1 << (place % 8)
+            damaged[position] ^= 1 << (position % 8)
             (tmp_path / name).write_bytes(damaged)
             with pytest.raises(InputError, match=r"altered|not the index|version"):
                 load(tmp_path)
@@ -194,7 +194,7 @@ def test_an_index_of_a_newer_format_or_of_another_kind_is_refused(
 
 
 def forge(folder: Path, kind: type[Result], change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the index of a saved result as another program might: with a right checksum."""
+    """Change the index of a saved result as another program might: with a correct checksum."""
     path = folder / kind.index.name
     index = json.loads(path.read_text())
     change(index)

@@ -26,10 +26,10 @@ from acdc.errors import InputError
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
 from acdc.hooks.reset import StateReset
-from acdc.hooks.saved import check_same_run, identity, on_devices, unpacked
+from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpacked
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
-from acdc.hooks.twin import DenseTwin, on_cpu
+from acdc.hooks.twin import DenseTwin, on_cpu, paired, paired_averages
 from acdc.layers import unwrapped
 from acdc.methods.base import Method
 from acdc.methods.training import Masked
@@ -55,6 +55,8 @@ class Sparsifier:
         engine: An ``acdc.Engine`` of this model, which then computes sparse phases sparsely.
         automatic: Whether the support changes within ``optimizer.step()``. ``False``: call
             :meth:`advance` after every step, for example to evaluate the network before it changes.
+        state: What :meth:`state_dict` returned, to resume: model and optimizer may be loaded
+            before, because nothing is cut but what is pruned in this state.
 
     Attributes:
         step: Executed optimizer steps.
@@ -74,6 +76,7 @@ class Sparsifier:
         *,
         engine: Engine | None = None,
         automatic: bool = True,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(method, Method):
             raise InputError(
@@ -100,7 +103,10 @@ class Sparsifier:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
         self._masking = Masking(params, optimizer, engine)
-        self.advance()
+        if state is None:
+            self.advance()
+        else:
+            self.load_state_dict(state)
         self._hooks.call_after(self._after_step if automatic else self._end_step)
 
     def __repr__(self) -> str:
@@ -209,10 +215,10 @@ class Sparsifier:
 
     def _change(self, support: Support, state: Any) -> None:
         support = agreed(support)
-        last_dense = self.schedule.last("dense")
-        if last_dense is not None and self.step == last_dense.stop:
-            # Before anything is cut: this is the dense network at its best.
-            self.dense_twin = DenseTwin.capture(self.step, self.model, self.optimizer)
+        last = self.schedule.last("dense")
+        if last is not None and self.step == last.stop:  # before anything is cut
+            average = self._masking.average
+            self.dense_twin = DenseTwin.capture(self.step, self.model, self.optimizer, average)
         self._reset.clear(entered=support.entered(self.support))
         self._changes.note(self.step, self.phase.kind, support)
         move = self.method.training.move
@@ -237,21 +243,17 @@ class Sparsifier:
     def view(self) -> Iterator[None]:
         """Between a step and :meth:`advance`, make the parameters the weights of the forward pass.
 
-        Of a method that trains dense weights behind a view, the parameters hold these dense weights
-        until :meth:`advance`. They are put back on leaving the context.
+        A method that trains dense weights behind a view has these in the parameters until
+        :meth:`advance`. They are put back on leaving the context.
         """
-        with torch.no_grad():
-            dense = self._store.clones() if self._store.dense_now else {}
-            self._show()
-        try:
-            yield
-        finally:
+        with self._store.put_back():
             with torch.no_grad():
-                self._store.put_back(dense)
+                self._show()
+            yield
 
     # --- what comes out -------------------------------------------------------------------------
 
-    def pair(self, **facts: Any) -> Pair:
+    def pair(self, *, average: nn.Module | None = None, **facts: Any) -> Pair:
         """Return the sparse network as it is now, its dense twin, and the support that ties them.
 
         The dense twin is the network at the end of the last dense phase. A method that trains dense
@@ -260,28 +262,26 @@ class Sparsifier:
         thresholds: evaluate them before you use them.)
 
         Args:
+            average: An average that :meth:`register_average` was given: return the averages' pair.
             **facts: Anything JSON can hold, kept with the pair.
 
         Raises:
             InputError: The network is dense now, or there is no dense network.
         """
         twin, behind = self.dense_twin, on_cpu(self._store.dense)
-        if self.phase.kind == "dense" or (twin is None and not behind):
-            last = self.schedule.last("dense")
-            raise InputError(
-                f"There is no pair yet: after {self.step} of {self.schedule.total} steps the "
-                f"network is {self.phase.kind}. The dense twin is the end of the last dense phase"
-                + (f", at step {last.stop}" if last else ", and this schedule has none")
-                + "; the sparse one is the end of the run."
-            )
-        sparse = on_cpu(self.model.state_dict())
-        if twin is None or (behind and self.method.training.is_network):
-            dense, dense_step = sparse | behind, self.step
-        else:
-            dense, dense_step = dict(twin.model), twin.step
-        known = {"method": self.method.name, "step": self.step, "dense_step": dense_step}
-        known["schedule"] = self.schedule.to_dict()
-        return Pair(sparse, dense, self.support.to("cpu"), {**known, **facts})
+        pair = paired(self.method, self.step, self.support, self.model, twin, behind, facts)
+        return pair if average is None else paired_averages(pair, average, twin)
+
+    def register_average(self, average: nn.Module) -> None:
+        """Let the dense twin have its average of the weights, for ``pair(average=...)``.
+
+        The average is captured with the dense twin, as it was last updated before that. So the
+        update that follows the last step of the dense phase is not in it.
+
+        Args:
+            average: Such as ``torch.optim.swa_utils.AveragedModel``, or an EMA of timm.
+        """
+        self._masking.average = average
 
     @torch.no_grad()
     def project(self, model: nn.Module) -> None:
@@ -327,7 +327,8 @@ class Sparsifier:
 
         Build model, optimizer and sparsifier as the run was started, then load the state of all
         three, in any order. A schedule that starts sparse cuts the model when the sparsifier is
-        built, so a model loaded before that would lose weights.
+        built: load the model after that, or attach by ``Sparsifier(..., state=...)``. The schedule
+        may be another one from this step on, such as a longer one.
 
         Raises:
             InputError: The state is of another model, method or schedule. Nothing is changed then.
@@ -347,4 +348,6 @@ class Sparsifier:
         self._store.load(state["dense_weights"], trained)
         self._state = on_devices(state["method_state"], self.params)
         self._hold(support)  # the model holds the view already, and is not shrunk again
+        if is_due(state, self.method):
+            self.advance()
         self._masking.tell_engine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from acdc.bitmask import as_integers, same_bits
 from acdc.errors import InputError
 from acdc.support import Support
+
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,7 +27,7 @@ _DTYPES = {
 
 
 def plain_tensors(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
-    """Return a state dict without its autograd history.
+    """Return a state dict without its autograd history and without extra state of modules.
 
     Args:
         state: The state dict.
@@ -35,10 +38,13 @@ def plain_tensors(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
     """
     plain = {}
     for name, tensor in state.items():
+        if is_extra(name, tensor):
+            log.warning("%s is saved without %r, the extra state of a module.", what, name)
+            continue
         if not isinstance(tensor, Tensor):
             raise InputError(
                 f"The entry {name!r} of {what} is a {type(tensor).__name__}. Only tensors can be "
-                f"saved: keep extra state of modules elsewhere."
+                f"saved: remove the entry."
             )
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
             raise InputError(
@@ -48,6 +54,13 @@ def plain_tensors(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
             )
         plain[name] = tensor.detach()
     return plain
+
+
+def is_extra(name: str, value: Any) -> bool:
+    """Return whether an entry of a state dict is what ``get_extra_state`` of a module returned, and
+    no tensor. It may be any object, and no file of ours holds objects.
+    """
+    return name.rpartition(".")[2] == "_extra_state" and not isinstance(value, Tensor)
 
 
 def json_object(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,10 +153,12 @@ def load_into(model: Model, state: Mapping[str, Tensor], noun: str) -> Model:
     Raises:
         InputError: The model has other names, shapes or dtypes. It is left as it was.
     """
-    if found := differences(state, f"the {noun}", model.state_dict(), "the model"):
+    extra = {name: value for name, value in model.state_dict().items() if is_extra(name, value)}
+    mine = {name: value for name, value in model.state_dict().items() if name not in extra}
+    if found := differences(state, f"the {noun}", mine, "the model"):
         raise InputError(
             f"The {noun} is of another model: {found}. Build the model as in the run (not "
             f"wrapped, not compiled, same dtype). Nothing was loaded."
         )
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict({**state, **extra}, strict=True)  # extra state stays the model's own
     return model

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
+from acdc.errors import InputError
 from acdc.runs import train
 from acdc.runs.recipe import Recipe
 from support.killed import die, end
 from support.runs import assert_same_run, tiny
 
-STOP = 19  # the step at which the part that is tried begins: of 28, and of 8 more for the twin
+STOP = 24  # the step at which the last third begins: of 28, and of 8 more for the twin
 CALLS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
 WRITES = os.O_WRONLY | os.O_RDWR
 
@@ -80,6 +81,9 @@ def forked(what: Callable[[], object]) -> int:
         try:
             what()
             code = 0
+        except InputError as error:
+            print(error, file=sys.stderr)
+            code = 2
         except BaseException:
             traceback.print_exc()
         finally:
@@ -107,13 +111,13 @@ class Trials:
 
     Args:
         folder: Where everything is written; empty.
-        settings: Of the tiny recipe.
+        recipe: What is trained; two trainings of it are bitwise the same.
         step: Where it was stopped.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, str], step: int = STOP) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, step: int = STOP) -> None:
         torch.set_num_threads(1)
-        self.folder, self.recipe = folder, tiny(**settings)
+        self.folder, self.recipe = folder, recipe
         self.base, self.whole, self.tried = (folder / name for name in ("base", "whole", "tried"))
         assert forked(lambda: train.run(self.recipe, self.whole, device="cpu")) == 0
         assert forked(lambda: stopped(self.recipe, self.base, step)) == 0
@@ -157,19 +161,24 @@ class Trials:
         assert self.resume() == 0, f"killed before {calls}: it cannot be resumed"
         self.check(f"killed before {calls}")
 
-    def killed_at_size(self, size: int) -> None:
-        """Kill the run in the middle of the write that makes a file larger than ``size`` bytes."""
+    def limited(self, size: int, kill: bool) -> None:
+        """Let no file of the run become larger than ``size`` bytes; resume it; compare.
+
+        The write that reaches the limit writes a part. The next one kills the process, or fails as
+        on a full disk, which has to end the run with a sentence.
+        """
 
         def limit() -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+            if kill:
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
         self.begin()
         code = self.resume(limit)
-        assert code in (-signal.SIGXFSZ, 0), f"limited to {size} bytes: it ended with {code}"
-        assert self.resume() == 0, f"killed at {size} bytes: it cannot be resumed"
-        self.check(f"killed at {size} bytes")
+        assert code in (-signal.SIGXFSZ if kill else 2, 0), f"{size} bytes: it ended with {code}"
+        assert self.resume() == 0, f"limited to {size} bytes: it cannot be resumed"
+        self.check(f"limited to {size} bytes")
 
     def check(self, what: str) -> None:
         """Assert that the run that was tried ended as the one that nothing interrupted."""
@@ -180,18 +189,15 @@ class Trials:
 
 
 def points(calls: Sequence[str], stride: int) -> list[int]:
-    """Return every ``stride``-th call, and all that have to do with the saves of the result."""
-    return [
-        n
-        for n, call in enumerate(calls, 1)
-        if n % stride == 0 or (call.startswith(("os.rename", "os.rmdir")) and "pair" in call)
-    ]
+    """Return every ``stride``-th call, and those that put the last save of the result in place."""
+    moves = [n for n, call in enumerate(calls, 1) if call.startswith("os.rename pair/")]
+    return sorted({*range(stride, len(calls) + 1, stride), *moves[-2:]})
 
 
 def main() -> None:
     """Try every point; print the calls, those that were tried, and what went wrong."""
     folder, settings, stride = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-    trials = Trials(folder, settings)
+    trials = Trials(folder, tiny(**settings))
     calls = trials.calls()
     tried, wrong = points(calls, stride), []
     random.shuffle(tried)

@@ -56,7 +56,7 @@ class Engine:
     Attributes:
         off: Why the engine does nothing at all, or None.
         refused: Name of a layer -> why it stays with PyTorch.
-        written: The weight gradients that the kernels wrote since the last compression.
+        kernel_gradients: The weight gradients that the kernels wrote since the last compression.
         workspace: The memory that all segments share.
 
     Raises:
@@ -74,7 +74,7 @@ class Engine:
     ) -> None:
         self.model = unwrapped(model)
         self.refused: dict[str, str] = {}
-        self.written = KernelGradients()
+        self.kernel_gradients = KernelGradients()
         self.workspace = Workspace()
         self.off = _why_off(self.model)
         if backend is None:
@@ -149,7 +149,8 @@ class Engine:
         for host in self._hosts:
             host.pause()
         self._plans.start(support)
-        self.written = KernelGradients()  # an older autograd graph still holds the one before
+        # An older autograd graph still holds the gradients before.
+        self.kernel_gradients = KernelGradients()
         before = dict(self.choices)
         self._policy.forget_stale()
         self._policy.compressing = True
@@ -165,7 +166,7 @@ class Engine:
         if follows:
             self._agree()
         for host in self._hosts:
-            host.start(self.written)
+            host.start(self.kernel_gradients)
         if not follows:
             self._agree()
 

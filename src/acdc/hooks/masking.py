@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from acdc.errors import InputError
 from acdc.hooks.kept_steps import KeptSteps
-from acdc.layers import unwrapped
+from acdc.hooks.twin import averaged
 from acdc.support import Support
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
@@ -34,6 +34,7 @@ class Masking:
 
     Attributes:
         support: The support that is held.
+        average: The average of the weights that the user has registered.
         dense_gradient: Whether the gradient of the next step is that of every weight: it is not
             cleared, and the engine runs the step dense.
     """
@@ -51,6 +52,7 @@ class Masking:
         self._hooks: list[RemovableHandle] = []
         self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
         self._run_by_engine: Support | None = None
+        self.average: nn.Module | None = None
 
     def hold(self, support: Support, whole_steps: bool) -> None:
         """Hold ``support`` from here on: gradients and weights outside it are zero.
@@ -94,9 +96,7 @@ class Masking:
         Raises:
             InputError: The model lacks one of the weights.
         """
-        if isinstance(model, torch.optim.swa_utils.AveragedModel):
-            model = model.module
-        params = dict(unwrapped(model).named_parameters())
+        params = dict(averaged(model).named_parameters())
         if strangers := [name for name in self._dropped if name not in params]:
             raise InputError(
                 f"The model to project has no parameter {strangers[0]!r}. Give a copy of the model "
@@ -142,7 +142,7 @@ class Masking:
         def clear(param: Tensor) -> None:
             if self.dense_gradient:
                 return
-            if engine is not None and engine.written.all_of(param, kept):
+            if engine is not None and engine.kernel_gradients.all_of(param, kept):
                 return  # zero there already
             if param.grad is not None:
                 param.grad.masked_fill_(dropped[name], 0.0)

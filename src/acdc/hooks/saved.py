@@ -43,32 +43,58 @@ def check_same_run(
             f"The sparsifier's state has format {state.get('format')!r}, and this version of "
             f"acdc reads format {FORMAT}."
         )
-    saved = {name: tuple(shape) for name, shape in state["shapes"].items()}
+    shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
     mine = {name: tuple(param.shape) for name, param in params.items()}
-    if differ := sorted(n for n in saved.keys() | mine.keys() if saved.get(n) != mine.get(n)):
+    if differ := sorted(n for n in shapes.keys() | mine.keys() if shapes.get(n) != mine.get(n)):
         raise InputError(
             f"The state is of another model, or other layers were pruned: {len(differ)} weights "
-            f"differ, {differ[0]!r} first ({saved.get(differ[0], 'absent')} there, "
+            f"differ, {differ[0]!r} first ({shapes.get(differ[0], 'absent')} there, "
             f"{mine.get(differ[0], 'absent')} here)."
         )
-    schedule = Schedule.from_dict(state["schedule"])
-    if difference := _difference(method, state["method"], schedule):
+    if state["method"] != (current := _settings(method)):
         raise InputError(
-            f"The state is of another run: {difference}. Resume with the method and the schedule "
-            f"the run was started with."
+            f"The state is of another run: its method is {state['method']}, and here it is "
+            f"{current}. Resume with the method the run was started with."
+        )
+    saved, step, twin = Schedule.from_dict(state["schedule"]), state["step"], state["dense_twin"]
+    if difference := _difference(saved, method.resolved, step):
+        raise InputError(
+            f"The state is of another run: {difference}. A schedule may be changed at resume only "
+            f"where it lies ahead: the phases until step {step} must be those of the run."
+        )
+    last = method.resolved.last("dense")
+    if last is None or saved == method.resolved or is_due(state, method):
+        return
+    if last.stop <= step and (twin is None or twin["step"] != last.stop):
+        raise InputError(
+            f"The last dense phase of the new schedule ended at step {last.stop}, before the state "
+            f"was saved at step {step}, and the dense network of that moment was not kept. Let the "
+            f"new schedule have another dense phase, or keep the one that the run had."
         )
 
 
-def _difference(method: Method[Any], described: str, schedule: Schedule) -> str:
-    """Return how a method and a schedule differ from the saved ones, or nothing."""
-    mine, my_schedule = _settings(method), method.resolved
-    if described != mine:
-        return f"its method is {described}, and here it is {mine}"
-    if schedule.phases != my_schedule.phases:
-        pairs = zip_longest(schedule.phases, my_schedule.phases)
-        there, here = next((a, b) for a, b in pairs if a != b)
-        return f"its schedule has {there or 'no phase'} where this one has {here or 'none'}"
-    return "" if schedule == my_schedule else "its epochs have other numbers of steps"
+def is_due(state: Mapping[str, Any], method: Method[Any]) -> bool:
+    """Return whether a finished run goes on with a new phase, whose change is due at once."""
+    step, schedule = state["step"], method.resolved
+    finished = step == Schedule.from_dict(state["schedule"]).total < schedule.total
+    return bool(finished and schedule.phase_at(step).start == step)
+
+
+def _difference(saved: Schedule, mine: Schedule, step: int) -> str:
+    """Return how two schedules differ until a step, or nothing."""
+    if step > mine.total:
+        return f"it was saved at step {step}, and this schedule ends at {mine.total}"
+    # The phase that begins where a run ended is not of that run.
+    until = step + 1 if step < saved.total else step
+    pairs = zip_longest(
+        ((p.kind, p.start) for p in saved.phases if p.start < until),
+        ((p.kind, p.start) for p in mine.phases if p.start < until),
+    )
+    for theirs, ours in pairs:
+        if theirs != ours:
+            texts = [f"a {p[0]} phase at step {p[1]}" if p else "no phase" for p in (theirs, ours)]
+            return f"its schedule has {texts[0]} where this one has {texts[1]}"
+    return ""
 
 
 def _settings(method: Method[Any]) -> str:

@@ -9,7 +9,8 @@ it or saves it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,12 +100,18 @@ class DenseStore:
                 param.copy_(self._training.view(name, param, state))
         self.dense_now = False
 
-    def put_back(self, values: Mapping[str, Tensor]) -> None:
-        """Put dense values back that were shown for a while."""
-        assert not self.dense_now
-        for name, value in values.items():
-            self._params[name].copy_(value)
-        self.dense_now = bool(values)
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Put the dense weights back on leaving the context, if the parameters hold them now."""
+        dense = self.clones() if self.dense_now else {}
+        try:
+            yield
+        finally:
+            assert not self.dense_now
+            with torch.no_grad():
+                for name, value in dense.items():
+                    self._params[name].copy_(value)
+            self.dense_now = bool(dense)
 
     def clones(self) -> dict[str, Tensor]:
         """Return copies of the parameters as they are now."""

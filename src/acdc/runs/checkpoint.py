@@ -25,6 +25,7 @@ from acdc.runs.record import Folder
 from acdc.runs.sealed import Damaged
 from acdc.runs.setup import Setup
 from acdc.runs.shapes import Misfit
+from acdc.support import Support
 
 FORMAT = 2  # of checkpoints; those of format 1 have no hash, and no pair
 Leg = Literal["main", "finetune"]
@@ -223,18 +224,25 @@ def _restore(run: Setup, state: dict[str, Any]) -> Progress:
     state["optimizer"]["param_groups"] = groups
     if (twin := state["sparsifier"]["dense_twin"]) is not None:
         twin["optimizer"]["param_groups"] = groups
+    if progress.leg == "finetune":
+        progress.pair = _pair(run, state)
     run.sparsifier.load_state_dict(state["sparsifier"])
     if progress.leg == "finetune":
         run.sparsifier.remove()
-        if state["pair"] is None:  # format 1 kept the pair in the folder of the run alone
-            progress.pair = Pair.load(run.folder.result)
-        else:
-            support = run.sparsifier.support.to("cpu")
-            progress.pair = Pair(dense=twin["model"], support=support, **state["pair"])
     run.net.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.fabric.strategy.precision.load_state_dict(state["precision"])
     return progress
+
+
+def _pair(run: Setup, state: Mapping[str, Any]) -> Pair:
+    """Return the twins at the end of the main leg, from a checkpoint of the second leg."""
+    if state["pair"] is None:  # format 1 kept the pair in the folder of the run alone
+        return Pair.load(run.folder.result)
+    shapes = {name: tuple(weight.shape) for name, weight in run.sparsifier.params.items()}
+    support = Support.unpack(state["sparsifier"]["support"], shapes)
+    dense = state["sparsifier"]["dense_twin"]["model"]
+    return Pair(dense=dense, support=support, **state["pair"])
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from acdc.runs.setup import Setup
 from acdc.runs.shapes import AMOUNT, COUNT, SECONDS, SHARE, Each, Maybe, Misfit, Number, check
-from acdc.states import differences
+from acdc.states import differences, is_extra
 
 _TENSORS = Each(str, Tensor)
+_STATE = Each(str, object)  # of a module: tensors, and what its parts have as extra state
 _OPTIMIZER = {"state": Each(int, dict)}
 _CHANGE = {
     "step": COUNT,
@@ -36,7 +37,7 @@ _SPARSIFIER = {
     "trained": Maybe(_TENSORS),
     "last_sparse": Maybe(_TENSORS),
     "changes": [_CHANGE],
-    "dense_twin": Maybe({"step": COUNT, "model": _TENSORS, "optimizer": _OPTIMIZER}),
+    "dense_twin": Maybe({"step": COUNT, "model": _STATE, "optimizer": _OPTIMIZER}),
     "engine": Maybe({"choices": Each(str, _CHOICE)}),
 }
 _CHECKPOINT = {
@@ -48,7 +49,7 @@ _CHECKPOINT = {
     "batches_at_twin": COUNT,
     "seconds": SECONDS,
     "metrics": COUNT,
-    "model": _TENSORS,
+    "model": _STATE,
     "optimizer": _OPTIMIZER,
     "sparsifier": _SPARSIFIER,
     "precision": dict,
@@ -73,7 +74,7 @@ def check_fits(state: Mapping[str, Any], run: Setup) -> None:
     Raises:
         Misfit: They are not.
     """
-    total, own = run.schedule.total, run.net.state_dict()
+    total, own = run.schedule.total, _without_extra(run.net.state_dict())
     sparsifier, twin = state["sparsifier"], state["sparsifier"]["dense_twin"]
     finetune = state["leg"] == "finetune"
     _within("step", state["step"], 0, total)
@@ -83,6 +84,8 @@ def check_fits(state: Mapping[str, Any], run: Setup) -> None:
     _within("the step of the sparsifier", sparsifier["step"], main, main)
     if finetune and twin is None:
         raise Misfit("it trains the dense twin, and holds none")
+    if finetune and state["pair"] is None and state["format"] > 1:
+        raise Misfit("it trains the dense twin, and does not hold the sparse one")
     networks = {"model": state["model"]}
     if twin is not None:
         _within("the step of the dense twin", twin["step"], 0, sparsifier["step"])
@@ -91,12 +94,18 @@ def check_fits(state: Mapping[str, Any], run: Setup) -> None:
     if state["pair"] is not None:
         networks["sparse network"] = state["pair"]["sparse"]
     for what, network in networks.items():
-        if found := differences(network, f"its {what}", own, "the model"):
+        tensors = _without_extra(network)
+        check(tensors, _TENSORS, f"its {what}")
+        if found := differences(tensors, f"its {what}", own, "the model"):
             raise Misfit(found)
     weights = {name: own[name] for name in sparsifier["dense_weights"] if name in own}
     if found := differences(sparsifier["dense_weights"], "its dense weights", weights, "the model"):
         raise Misfit(found)
     _check_optimizer(state["optimizer"], run, "the optimizer")
+
+
+def _without_extra(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if not is_extra(name, value)}
 
 
 def _within(what: str, number: int, least: int, most: int) -> None:

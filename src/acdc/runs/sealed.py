@@ -47,7 +47,7 @@ def load(data: bytes) -> tuple[Any, bool]:
         digest = hashlib.sha256(data[:-_LENGTH]).hexdigest()
         if data[-_LENGTH:] != _MARK + digest.encode():
             raise Damaged("its checksum does not agree")
-    elif not data[-_END:].startswith(b"PK\5\6"):
+    elif not (data[-_END:].startswith(b"PK\5\6") and data.endswith(_NO_COMMENT)):
         raise Damaged("its end is damaged or missing")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

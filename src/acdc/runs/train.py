@@ -178,7 +178,7 @@ class _Loop:
         """Show a warning to the watcher, and log it for programs that watch nothing."""
         if self.run.fabric.is_global_zero:
             log.warning("%s", text)
-            self.watch({"event": "warning", "text": text})
+            self.watch({"event": "warning", "step": self.progress.step, "text": text})
 
     def _end_main(self) -> None:
         """Go back to the dense twin if it is to be trained on; save the pair as it is now."""
