@@ -535,7 +535,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "range": (["run", "digits", "--set", "batch_size=0"], "from 1 up"),
     "layer": (
         ["run", "digits", "--set", "method.layers.exclude=conv9,fc"],
-        "No layer is called 'conv9'. The model's convolutions and linear layers are: conv1,",
+        "No layer is called 'conv9'. The model's layers whose weights can be pruned are: conv1,",
     ),
     "sparsity 1": (["run", "digits", "--set", "method.pattern.sparsity=1.0"], "but without, 1"),
     "sparsity 90": (["run", "digits", "--set", "method.pattern.sparsity=90"], "0.9 for 90 %"),

@@ -126,13 +126,13 @@ def test_one_segment_at_a_time_uses_the_workspace(monkeypatch: pytest.MonkeyPatc
     pair, held, plain = Pair(nn.Linear(12, 8), (12,)), [], segment._plain
 
     def convert(*args):
-        held.append(pair.engine.workspace.lock.locked())
+        held.append(pair.engine.workspace.lock.is_mine)
         return plain(*args)
 
     monkeypatch.setattr(segment, "_plain", convert)
     pair.step(4)
     assert held == [True, True]  # forward and back
-    assert not pair.engine.workspace.lock.locked()
+    assert not pair.engine.workspace.lock.is_mine
 
 
 def test_a_tensor_that_changes_in_place_after_it_was_read() -> None:

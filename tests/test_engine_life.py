@@ -314,12 +314,19 @@ def test_a_graph_that_is_kept_goes_back_twice_and_one_that_is_not_refuses() -> N
         loss_of(model).backward(), loss.backward()
 
 
-def test_a_second_derivative_is_refused() -> None:
-    model, *_ = on_engine()
-    weight = model.get_submodule("layer1.0.conv1").weight
-    (grad,) = torch.autograd.grad(loss_of(model), weight, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+def test_a_gradient_penalty_is_pytorchs_and_leaves_the_frame_to_the_next_step(
+    ran: list[int],
+) -> None:
+    """More in ``test_engine_modes.py``."""
+    model, plain, _ = on_engine()
+    found = []
+    for m in (model, plain):
+        weight = m.get_submodule("layer1.0.conv1").weight
+        (grad,) = torch.autograd.grad(loss_of(m), weight, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), weight)[0] * (weight != 0))
+    same(*found)
+    assert ran
+    same(loss_of(model), loss_of(plain))
 
 
 def test_weights_that_move_before_the_way_back_raise() -> None:

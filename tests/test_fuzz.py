@@ -16,7 +16,7 @@ from acdc.bitmask import serialize
 from acdc.errors import InputError
 from acdc.result import SparseNetwork
 from acdc.runs.recipe import change
-from acdc.shapes import check, parse
+from acdc.schema import check, parse
 from support.fuzz import READERS, networks
 
 TRIES = 5_000 if os.environ.get("ACDC_FULL") else 150

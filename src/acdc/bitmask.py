@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from acdc.errors import InputError
-from acdc.shapes import Each, check, parse
+from acdc.schema import Each, check, parse
 from acdc.support import Support
 
 FIELDS = ("shape", "compressed", "bitmask", "row_offsets")

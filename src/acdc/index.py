@@ -24,7 +24,7 @@ from torch import Tensor
 from acdc.bitmask import serialize
 from acdc.errors import InputError
 from acdc.files import Staging, latest, read
-from acdc.shapes import COUNT, Each, Shape, check, parse
+from acdc.schema import COUNT, Each, Shape, check, parse
 from acdc.support import Support
 
 Twin = Literal["sparse", "dense"]

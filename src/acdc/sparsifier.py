@@ -9,8 +9,11 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
   in where the method trains them behind a sparse view (Top-KAST, DPF, SR-STE, STR).
 * In a sparse phase, a hook on every pruned weight clears the gradient outside the support. In a
   dense phase there is none, and training is bitwise what it would be without a sparsifier.
+<<<<<<< HEAD
+=======
 
-The parts are in :mod:`acdc.hooks`. The method decides, and the parts do what it decides.
+The parts are in :mod:`acdc.hooks`.
+>>>>>>> layers
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from acdc.errors import InputError
+from acdc.hooks.binding import Binding
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
 from acdc.hooks.reset import StateReset
@@ -37,6 +41,7 @@ from acdc.methods.weights import Weights
 from acdc.pair import Pair
 from acdc.processes import agreed, from_rank_zero
 from acdc.schedule import Phase, Schedule
+from acdc.summary import headline, summary
 from acdc.support import Support
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
@@ -60,12 +65,12 @@ class Sparsifier:
 
     Attributes:
         step: Executed optimizer steps.
-        refused: Name → why a layer that was chosen stays dense.
+        refused: Name → why a parameter of two dimensions or more is not pruned.
         dense_twin: The network at the end of the last dense phase, once that has passed.
 
     Raises:
-        InputError: The method holds a plan, nothing can be pruned, or the optimizer does not hold
-            the weights that are pruned.
+        InputError: The method holds a plan, nothing can be pruned, the model or the optimizer has a
+            sparsifier already, or the optimizer does not hold the weights that are pruned.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Sparsifier:
             )
         method.resolved  # noqa: B018  # a plan is refused before anything is touched
         params, self.refused = method.select(self.model)
+        self._hooks = StepHooks(optimizer, Binding(self.model, params, optimizer))
         self._reset = StateReset(optimizer, method.reset, params)
         self.step = 0
         self.dense_twin: DenseTwin | None = None
@@ -98,22 +104,17 @@ class Sparsifier:
         self._state = method.init(self._weights)
         self._changes = Changes()
         self._store = DenseStore(params, method.training)
-        self._hooks = StepHooks(optimizer)
         if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
-        self._masking = Masking(params, optimizer, engine)
+        self._masking = Masking(params, optimizer, engine, self._hooks)
         if state is None:
             self.advance()
         else:
             self.load_state_dict(state)
         self._hooks.call_after(self._after_step if automatic else self._end_step)
 
-    def __repr__(self) -> str:
-        return (
-            f"Sparsifier({self.method.name}, step {self.step} of {self.schedule.total}, "
-            f"{self.phase.kind}, {self.support})"
-        )
+    __repr__, __str__ = headline, summary
 
     @property
     def schedule(self) -> Schedule:
@@ -214,7 +215,7 @@ class Sparsifier:
         self._masking.tell_engine()
 
     def _change(self, support: Support, state: Any) -> None:
-        support = agreed(support)
+        support = agreed(support, self.step)
         last = self.schedule.last("dense")
         if last is not None and self.step == last.stop:  # before anything is cut
             average = self._masking.average
@@ -268,6 +269,7 @@ class Sparsifier:
         Raises:
             InputError: The network is dense now, or there is no dense network.
         """
+        self._hooks.check()
         twin, behind = self.dense_twin, on_cpu(self._store.dense)
         pair = paired(self.method, self.step, self.support, self.model, twin, behind, facts)
         return pair if average is None else paired_averages(pair, average, twin)

@@ -21,7 +21,7 @@ from acdc.files import Staging, latest
 from acdc.runs.recipe import Recipe, complete, encode
 from acdc.runs.record import Folder, bits
 from acdc.runs.shapes import check_compared
-from acdc.shapes import (
+from acdc.schema import (
     COUNT,
     POSITIVE,
     SECONDS,

@@ -31,6 +31,7 @@ class Masking:
         params: The prunable weights by name.
         optimizer: The optimizer that steps them.
         engine: What runs sparse phases sparsely, if anything does.
+        owner: Kept alive as long as a weight has a hook of this masking.
 
     Attributes:
         support: The support that is held.
@@ -44,8 +45,9 @@ class Masking:
         params: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         engine: Engine | None,
+        owner: object = None,
     ) -> None:
-        self._params, self.engine = params, engine
+        self._params, self.engine, self._owner = params, engine, owner
         self.support = Support.full(params)
         self.dense_gradient = False
         self._dropped = _Dropped({}, params)

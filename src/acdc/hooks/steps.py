@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from acdc.hooks.binding import Binding
+
 
 @dataclass(frozen=True)
 class Before:
@@ -29,10 +31,11 @@ class StepHooks:
 
     Args:
         optimizer: The user's.
+        binding: Checked after every step. Claimed by ``call_after``, and released by ``remove``.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, binding: Binding | None = None) -> None:
+        self._optimizer, self._binding = optimizer, binding
         self._found: Before | None = None
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._handles: list[RemovableHandle] = []
@@ -71,18 +74,28 @@ class StepHooks:
             for param, grad in self._hidden:
                 param.grad = grad
             self._hidden = []
+            self.check()
             # A GradScaler calls a fused optimizer also for a step that the optimizer then skips.
             found_inf = getattr(self._optimizer, "found_inf", None)
             found, self._found = self._found, None
             function(found_inf is None or not bool(found_inf), found)
 
         self._handles.append(self._optimizer.register_step_post_hook(post_hook))
+        if self._binding is not None:
+            self._binding.claim()
+
+    def check(self) -> None:
+        """Raise InputError if the model or the optimizer holds other weights than it did."""
+        if self._binding is not None:
+            self._binding.check()
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._binding is not None:
+            self._binding.release()
 
 
 def closed(closure: Callable[[], Any]) -> Callable[[], Any]:

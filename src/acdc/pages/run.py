@@ -10,7 +10,7 @@ The figures are in ``plots.py``, the tables in ``tables.py``.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -182,9 +182,20 @@ def _notices(run: Run) -> list[str]:
             f"{run.damaged} {lines} of metrics.jsonl could not be read and "
             f"{'was' if run.damaged == 1 else 'were'} left out."
         )
-    for layer, reason in run.refused.items():
-        notices.append(f"The layer {short(layer)} stayed dense: {reason}")
+    if run.prunable:  # a dense run refuses every layer
+        notices += _stayed_dense(run.refused)
     return notices
+
+
+def _stayed_dense(refused: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each reason why layers stayed dense."""
+    reasons: dict[str, list[str]] = {}
+    for layer, reason in refused.items():
+        reasons.setdefault(reason, []).append(short(layer))
+    for reason, (first, *others) in reasons.items():
+        layers = f"layers {first}, {', '.join(others[:3])}" if others else f"layer {first}"
+        more = f" and {len(others) - 3} more" if others[3:] else ""
+        yield f"The {layers}{more} stayed dense: {reason}"
 
 
 def _engine(run: Run) -> str:

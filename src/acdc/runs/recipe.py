@@ -27,7 +27,7 @@ from acdc.runs.data import Source
 from acdc.runs.models import Model
 from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, StepDecay
 from acdc.schedule import Constant
-from acdc.shapes import Misfit, Number, check
+from acdc.schema import Misfit, Number, check
 
 Computed = Literal["auto", "off", "reference"]
 

@@ -30,7 +30,7 @@ from acdc.errors import InputError
 from acdc.index import Twin
 from acdc.outfile import write
 from acdc.runs.shapes import Misfit, check_event, check_recipe, check_record
-from acdc.shapes import parse
+from acdc.schema import parse
 
 Event = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from acdc.cost import Ledger
 from acdc.schedule import Schedule
-from acdc.shapes import (
+from acdc.schema import (
     AMOUNT,
     COUNT,
     FLOPS,

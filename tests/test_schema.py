@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from acdc.shapes import COUNT, MOST_NESTED, SHARE, Each, Maybe, Misfit, Number, check, parse
+from acdc.schema import COUNT, MOST_NESTED, SHARE, Each, Maybe, Misfit, Number, check, parse
 
 SHAPE = {
     "count": COUNT,

@@ -6,7 +6,7 @@ ends with ``?`` may be missing. Other keys may be there.
 
 >>> check(parse('{"x": 1, "names": ["a", null]}'), {"x": float, "names?": [str]}, "the point")
 Traceback (most recent call last):
-acdc.shapes.Misfit: names[1] is null, and has to be a text
+acdc.schema.Misfit: names[1] is null, and has to be a text
 """
 
 from __future__ import annotations
