@@ -38,7 +38,7 @@ ROWS: list[set[str]] = [
     {"topk", "processes", "positions"},
     {"layers", "support", "schedule", "score"},
     {"kinds"},
-    {"random", "shape"},
+    {"random", "shape", "outfile", "schema"},
     {"files"},
     {"errors"},
 ]

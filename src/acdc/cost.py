@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -300,7 +300,9 @@ class Ledger:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Ledger:
         """Inverse of :meth:`to_dict`."""
-        return cls(tuple(PhaseCost(**phase) for phase in data["phases"]), data["exact"])
+        names = [field.name for field in fields(PhaseCost)]  # a later version may write more
+        costs = ({name: phase[name] for name in names} for phase in data["phases"])
+        return cls(tuple(PhaseCost(**cost) for cost in costs), data["exact"])
 
 
 def _samples_seen(schedule: Schedule, per_step: int, per_epoch: int | None) -> Seen:

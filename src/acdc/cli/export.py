@@ -7,6 +7,7 @@ from pathlib import Path
 
 from acdc.cli.arguments import Commands, add_command, add_run
 from acdc.cli.output import quiet_libraries
+from acdc.errors import InputError
 
 
 def add(commands: Commands) -> None:
@@ -44,6 +45,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file, and print its path and its size."""
+    from acdc import outfile
     from acdc.errors import InputError
     from acdc.export import to_onnx, to_safetensors
     from acdc.result import load
@@ -59,16 +61,21 @@ def run(args: argparse.Namespace) -> int:
     folder = Folder(args.run)
     recipe = folder.read(folder.recipe)
     path = args.out or args.run / f"{args.twin}.{args.to}"
+    outfile.check(path)
     if args.to == "safetensors":
         to_safetensors(load(folder.result), path, args.twin)
     else:
-        spec = decode_model(recipe["values"]["model"])
+        try:
+            spec = decode_model(recipe["values"].get("model", {}))
+        except InputError as error:
+            raise InputError(f"{folder.recipe}: {error}") from error
         with quiet_libraries():
             to_onnx(
                 spec.build(), spec.example(1), path, load(folder.result), args.twin,
                 dynamic=dynamic or None, sparse=args.sparse,
             )  # fmt: skip
-    print(f"{path} ({path.stat().st_size:,} bytes)")
+    if not outfile.is_stream(path):  # standard output may be the file
+        print(f"{path} ({path.stat().st_size:,} bytes)")
     return 0
 
 

@@ -40,14 +40,15 @@ def run(args: argparse.Namespace) -> int:
     from acdc.runs.preview import Preview
 
     view = Preview(recipe)
+    schedule = view.schedule  # first: phases that do not fit are an error, and nothing is printed
     print(f"{recipe.name}: {recipe.about}\n")
     print("Values, which --set PATH=VALUE changes:\n")
     print_rows(
         [(f"  {path}", str(value), _mark(path, changed)) for path, value in _values(recipe)],
         left=3,
     )
-    print(f"\nPhases ({view.schedule.total:,} optimizer steps):\n")
-    print(textwrap.indent(view.schedule.table(), "  "))
+    print(f"\nPhases ({schedule.total:,} optimizer steps):\n")
+    print(textwrap.indent(schedule.table(), "  "))
     print("\nLayers:\n")
     print_rows(list(_layers(view)), left=2, last_left=True)
     print("\nSize and cost:\n")

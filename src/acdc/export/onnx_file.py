@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from acdc.export.onnx_inputs import Dynamic, Example, Inputs, inputs_of
 from acdc.export.onnx_sparse import dense_array, make_sparse
 from acdc.files import Staging
 from acdc.index import Twin
+from acdc.outfile import is_stream, keep_mode, regular, unwritable, write
 from acdc.result import Result
 from acdc.states import load_into
 
@@ -51,7 +53,7 @@ def to_onnx(
         example: What the model is called with, each tensor with the batch first: a tensor, a tuple
             of arguments, or a mapping of keywords. The values of tensors do not matter. Other
             values, such as None or a flag, become a part of the file.
-        path: The file to write. One that is there is replaced.
+        path: The file to write. One that is there is replaced; a pipe or a device is written into.
         result: The result of training to take the weights from. None: those of ``model``.
         twin: Which network of the result.
         dynamic: Argument -> dimension -> name, for dimensions that may vary, such as
@@ -75,16 +77,42 @@ def to_onnx(
     model.eval()
     _switch_off_caches(model)
     program = _program(model, inputs_of(model, example, dynamic), automatic=dynamic is None)
-    with Staging(path.parent, path.name) as staging:
-        data = staging.place(f"{path.name}.data")  # renamed first: no graph is of use without it
-        graph = staging.place(path.name)
-        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    try:
+        stream, target = is_stream(path), regular(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if stream:
+        _save_into(path, onnx, program, model, size, sparse)
+        return path
+    with Staging(target.parent, target.name) as staging:
+        data = staging.place(f"{target.name}.data")  # a graph is of no use without it
+        graph = staging.place(target.name)
         program.save(graph, external_data=size > _ONE_FILE)
         if sparse:
             _rewrite_sparse(onnx, graph, data)
         _check_zeros(onnx, graph, model)
+        keep_mode(target, graph)
         staging.commit()
     return path
+
+
+def _save_into(
+    path: Path, onnx: Any, program: Any, model: nn.Module, size: int, sparse: bool
+) -> None:
+    """Write the file into a pipe or a device."""
+    if size > _ONE_FILE:
+        raise InputError(
+            f"The model has {size:,} bytes of weights, and ONNX puts more than {_ONE_FILE:,} into "
+            f"a second file beside the first: {path} cannot take both. Choose a regular file."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "model.onnx"
+        program.save(graph, external_data=False)
+        if sparse:
+            _rewrite_sparse(onnx, graph, graph.with_suffix(".data"))
+        _check_zeros(onnx, graph, model)
+        write(path, graph.read_bytes())
 
 
 def _rewrite_sparse(onnx: Any, graph: Path, data: Path) -> None:

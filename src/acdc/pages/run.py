@@ -79,7 +79,7 @@ def _method(run: Run) -> str:
     method = (run.recipe.get("values") or {}).get("method")
     kind = method.get("type") if isinstance(method, Mapping) else method
     labels = {cls.__name__: cls.label for cls in METHODS.values()} | {"Dense": "Dense training"}
-    return "Training" if kind is None else labels.get(kind, str(kind))
+    return labels.get(kind, kind) if isinstance(kind, str) else "Training"
 
 
 def _subtitle(run: Run) -> list[str]:
@@ -208,7 +208,8 @@ def _engine(run: Run) -> str:
     if choices := engine.get("choices"):
         sparse = sum(choice["sparse"] for choice in choices)
         sentences.append(
-            f"In sparse phases {sparse} of {plural(len(choices) + len(engine['refused']), 'layer')}"
+            f"In sparse phases {sparse} of "
+            f"{plural(len(choices) + len(engine.get('refused', {})), 'layer')}"
             f" ran on the engine ({engine['kind']})."
         )
     if engine.get("reason"):

@@ -118,6 +118,10 @@ def make_fabric(recipe: Recipe, device: str, folder: Path) -> Fabric:
         InputError: The device or the precision is not to be had here.
     """
     installed = importlib.util.find_spec("tensorboard") is not None
+    try:
+        str(folder.absolute()).encode("utf-8")
+    except UnicodeEncodeError:  # TensorBoard cannot write into a folder with such a name
+        installed = False
     logger = TensorBoardLogger(folder, name="tensorboard", version="") if installed else None
     try:
         return Fabric(
