@@ -56,8 +56,8 @@ def train(
     runs = acdc.Engine(model, case.example, choose=False) if engine else None
     method = acdc.ACDC(pattern, SCHEDULE, layers=Layers(types=EVERY))
     sparsifier = acdc.Sparsifier(method, model, stepper, engine=runs)
-    budget = pattern.total(sparsifier.params.shapes)  # type: ignore[attr-defined]
-    exact = pattern.counts(sparsifier.params.shapes)  # type: ignore[attr-defined]
+    shapes = {name: method.layers.select(model).shapes[name] for name in sparsifier.params}  # type: ignore[union-attr]
+    budget, exact = pattern.total(shapes), pattern.counts(shapes)
     for step in range(TOTAL):
         kind = sparsifier.phase.kind
         stepper.zero_grad()
@@ -73,6 +73,9 @@ def train(
                 weight = model.get_parameter(name)
                 assert is_plus_zero(weight[~mask]), (step, name)
                 assert mask.any()
+                if isinstance(pattern, NM):
+                    groups = mask.movedim(shapes[name].inputs, -1).unflatten(-1, (-1, pattern.m))
+                    assert (groups.sum(-1) == pattern.n).all(), (step, name)
     assert [change.to for change in sparsifier.changes] == ["sparse", "dense", "sparse"]
     return model, sparsifier
 

@@ -161,7 +161,7 @@ FAULTS = [
     Fault("a ranking forgets the axes of the weights", "methods/weights.py",
           "        return shapes_of(self._params)",
           "        return {name: Shape(param.shape) for name, param in self._params.items()}",
-          "tests/test_layers.py -k 'four_phases and tagger or u-net'"),
+          "tests/test_layers.py -k 'four_phases and u-net'"),
     Fault("the floor is ignored under the uniform scope", "pattern.py",
           "{name: max(kept(n, sparsity), min(floor, n)) for name, n in sizes.items()}",
           "{name: kept(n, sparsity) for name, n in sizes.items()}",
