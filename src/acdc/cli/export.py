@@ -46,7 +46,6 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the file, and print its path and its size."""
     from acdc import outfile
-    from acdc.errors import InputError
     from acdc.export import to_onnx, to_safetensors
     from acdc.result import load
     from acdc.runs.recipe import decode_model
@@ -81,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _dynamic(words: list[str]) -> dict[str, dict[int, str]]:
     """Return what ``--dynamic`` asks for, as ``to_onnx`` takes it."""
-    from acdc.errors import InputError
 
     found: dict[str, dict[int, str]] = {}
     for word in words:
