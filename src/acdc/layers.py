@@ -108,11 +108,7 @@ class Layers:
         """Return the chosen weights by parameter name, in the order of the model's modules.
 
         Raises:
-<<<<<<< HEAD
-            InputError: A glob matches no layer, no layer is left, or one is lazy still.
-=======
             InputError: A name matches nothing, or no weight is left.
->>>>>>> layers
         """
         return self.split(model)[0]
 
@@ -211,19 +207,9 @@ class _Means:
             for name, weight in self.found.items()
             if any(fnmatchcase(own, glob) for own in weight.names)
         }
-<<<<<<< HEAD
-        if lazy := [name for name in chosen if is_lazy(chosen[name])]:
-            raise InputError(
-                f"{len(lazy)} of the {len(chosen)} layers to prune are lazy and have no weights "
-                f"yet, {lazy[0].removesuffix('.weight')!r} first. Call the model once on a batch, "
-                f"then build the optimizer and the Sparsifier."
-            )
-        if not chosen:
-=======
         if meant or glob == "*":
             return meant
         if where in ("params", "axes"):
->>>>>>> layers
             raise InputError(
                 f"No parameter of two dimensions or more is called {glob!r}. They are: "
                 f"{_listed(self.found)}."

@@ -9,11 +9,6 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
   in where the method trains them behind a sparse view (Top-KAST, DPF, SR-STE, STR).
 * In a sparse phase, a hook on every pruned weight clears the gradient outside the support. In a
   dense phase there is none, and training is bitwise what it would be without a sparsifier.
-<<<<<<< HEAD
-=======
-
-The parts are in :mod:`acdc.hooks`.
->>>>>>> layers
 """
 
 from __future__ import annotations
