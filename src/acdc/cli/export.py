@@ -80,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _dynamic(words: list[str]) -> dict[str, dict[int, str]]:
     """Return what ``--dynamic`` asks for, as ``to_onnx`` takes it."""
-
     found: dict[str, dict[int, str]] = {}
     for word in words:
         place, equals, name = word.partition("=")

@@ -77,41 +77,42 @@ def to_onnx(
     model.eval()
     _switch_off_caches(model)
     program = _program(model, inputs_of(model, example, dynamic), automatic=dynamic is None)
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
     try:
         stream, target = is_stream(path), regular(path)
     except OSError as error:
         raise unwritable(path, error) from error
     if stream:
-        _save_into(path, onnx, program, model, size, sparse)
+        _save_into(path, onnx, program, model, sparse)
         return path
     with Staging(target.parent, target.name) as staging:
-        data = staging.place(f"{target.name}.data")  # a graph is of no use without it
-        graph = staging.place(target.name)
-        program.save(graph, external_data=size > _ONE_FILE)
-        if sparse:
-            _rewrite_sparse(onnx, graph, data)
-        _check_zeros(onnx, graph, model)
+        # The data are renamed first: no graph is of use without them.
+        data, graph = (staging.place(name) for name in (f"{target.name}.data", target.name))
+        _save(onnx, program, model, graph, data, sparse)
         keep_mode(target, graph)
         staging.commit()
     return path
 
 
-def _save_into(
-    path: Path, onnx: Any, program: Any, model: nn.Module, size: int, sparse: bool
-) -> None:
+def _save(onnx: Any, program: Any, model: nn.Module, graph: Path, data: Path, sparse: bool) -> None:
+    """Write the graph, and the data beside it if they are large; see that no zero was lost."""
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    program.save(graph, external_data=size > _ONE_FILE)
+    if sparse:
+        _rewrite_sparse(onnx, graph, data)
+    _check_zeros(onnx, graph, model)
+
+
+def _save_into(path: Path, onnx: Any, program: Any, model: nn.Module, sparse: bool) -> None:
     """Write the file into a pipe or a device."""
-    if size > _ONE_FILE:
-        raise InputError(
-            f"The model has {size:,} bytes of weights, and ONNX puts more than {_ONE_FILE:,} into "
-            f"a second file beside the first: {path} cannot take both. Choose a regular file."
-        )
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"
-        program.save(graph, external_data=False)
-        if sparse:
-            _rewrite_sparse(onnx, graph, graph.with_suffix(".data"))
-        _check_zeros(onnx, graph, model)
+        data = graph.with_name(f"{graph.name}.data")
+        _save(onnx, program, model, graph, data, sparse)
+        if data.exists():
+            raise InputError(
+                f"ONNX puts more than {_ONE_FILE:,} bytes of weights into a second file beside the "
+                f"first: {path} cannot take both. Choose a regular file."
+            )
         write(path, graph.read_bytes())
 
 
