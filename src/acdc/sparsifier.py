@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from acdc.errors import InputError
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
+from acdc.hooks.optimizers import Given, Optimizers, params_of
 from acdc.hooks.reset import StateReset
 from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpacked
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin, on_cpu, paired, paired_averages
+from acdc.hooks.watch import Watch
 from acdc.layers import unwrapped
 from acdc.methods.base import Method
 from acdc.methods.training import Masked
@@ -51,7 +53,9 @@ class Sparsifier:
     Args:
         method: What to do, with its schedule resolved in steps.
         model: The network. Wrappers for data parallelism and ``torch.compile`` are seen through.
-        optimizer: Any optimizer that steps the pruned weights and keeps state per parameter.
+        optimizer: Any optimizer that steps the pruned weights and keeps state per parameter, or a
+            list of several: one step is then one call of each. Wrappers of Accelerate, Lightning
+            Fabric and others are seen through.
         engine: An ``acdc.Engine`` of this model, which then computes sparse phases sparsely.
         automatic: Whether the support changes within ``optimizer.step()``. ``False``: call
             :meth:`advance` after every step, for example to evaluate the network before it changes.
@@ -72,7 +76,7 @@ class Sparsifier:
         self,
         method: Method[Any],
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Given,
         *,
         engine: Engine | None = None,
         automatic: bool = True,
@@ -91,23 +95,26 @@ class Sparsifier:
             )
         method.resolved  # noqa: B018  # a plan is refused before anything is touched
         params, self.refused = method.select(self.model)
-        self._reset = StateReset(optimizer, method.reset, params)
+        optimizers = Optimizers(optimizer)
+        self._reset = StateReset(optimizers, method, params)
         self.step = 0
         self.dense_twin: DenseTwin | None = None
-        self._weights = Weights.of(params, optimizer)
+        self._weights = Weights.of(params, optimizers)
         self._state = method.init(self._weights)
         self._changes = Changes()
         self._store = DenseStore(params, method.training)
-        self._hooks = StepHooks(optimizer)
+        self._hooks = StepHooks(optimizers)
         if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
-        self._masking = Masking(params, optimizer, engine)
+        self._masking = Masking(params, optimizers, engine, self._reset.copies)
         if state is None:
             self.advance()
         else:
             self.load_state_dict(state)
-        self._hooks.call_after(self._after_step if automatic else self._end_step)
+        after = self._after_step if automatic else self._end_step
+        self._hooks.call_after(after, self._between, self._reset.made_state)
+        self._watch = Watch(params.values())
 
     def __repr__(self) -> str:
         return (
@@ -127,8 +134,13 @@ class Sparsifier:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer whose steps are counted."""
-        return self._reset.optimizer
+        """The optimizer whose steps are counted; of several, the first."""
+        return self.optimizers[0]
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers whose steps are counted, without wrappers."""
+        return tuple(self._reset.optimizers)
 
     @property
     def support(self) -> Support:
@@ -175,6 +187,11 @@ class Sparsifier:
         self._store.put_in(self.support, getattr(self.optimizer, "grad_scale", None))
         return Before(hide=self._replaces_step, state=state)
 
+    @torch.no_grad()
+    def _between(self, index: int) -> None:
+        """Set to zero what one of several optimizers has moved outside the support."""
+        self._masking.project({id(p) for p in params_of(self.optimizers[index])})
+
     def _after_step(self, executed: bool, found: Before | None) -> None:
         self._end_step(executed, found)
         if executed:
@@ -187,6 +204,7 @@ class Sparsifier:
             self._show()
             return
         self.step += 1
+        self._watch.stop()
         self._reset.check()
         self._state = self._state if found is None else found.state
         self._store.take_over()
@@ -214,11 +232,14 @@ class Sparsifier:
         self._masking.tell_engine()
 
     def _change(self, support: Support, state: Any) -> None:
+        self._reset.check_before_change()
         support = agreed(support)
         last = self.schedule.last("dense")
         if last is not None and self.step == last.stop:  # before anything is cut
             average = self._masking.average
-            self.dense_twin = DenseTwin.capture(self.step, self.model, self.optimizer, average)
+            self.dense_twin = DenseTwin.capture(
+                self.step, self.model, self._reset.optimizers, average
+            )
         self._reset.clear(entered=support.entered(self.support))
         self._changes.note(self.step, self.phase.kind, support)
         move = self.method.training.move
@@ -231,7 +252,7 @@ class Sparsifier:
 
     def _hold(self, support: Support) -> None:
         # Without a reset, moments may move weights that come back; dense weights move as a whole.
-        whole = self.method.reset == "none" or bool(self._store.dense)
+        whole = self._reset.rule == "none" or bool(self._store.dense)
         self._masking.hold(support, whole_steps=whole)
 
     def _show(self) -> None:
@@ -302,6 +323,7 @@ class Sparsifier:
         """
         self._hooks.remove()
         self._masking.remove()
+        self._watch.stop()
 
     # --- stop and resume ------------------------------------------------------------------------
 
