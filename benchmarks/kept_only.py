@@ -103,11 +103,11 @@ def measure(bench: Bench, rounds: int, seconds: float) -> dict[str, object]:
     """Return one row."""
     steps = max(3, round(seconds / min(whole for whole, _ in bench.turn("dense", 3))))
     times: dict[str, list[list[tuple[float, float]]]] = {k: [] for k in ("dense", "kept", "again")}
-    order = list(times)
+    sequence = list(times)
     for _ in range(rounds):
-        for kind in order:
+        for kind in sequence:
             times[kind].append(bench.turn(kind, steps))
-        order = order[1:] + order[:1]
+        sequence = sequence[1:] + sequence[:1]
     row: dict[str, object] = {"weights_that_pay": bench.paying}
     middle: dict[str, float] = {}
     for kind, turns in times.items():

@@ -91,12 +91,12 @@ def measure(case: str, rounds: int, seconds: float) -> dict[str, object]:
     kinds = {"without": without, "engine": with_engine, "again": without}
     steps = max(2, round(seconds / min(without.step() for _ in range(3))))
     times: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    order = list(kinds)
+    sequence = list(kinds)
     for _ in range(rounds):
-        for kind in order:
+        for kind in sequence:
             kinds[kind].step()
             times[kind].append([kinds[kind].step() for _ in range(steps)])
-        order = order[1:] + order[:1]
+        sequence = sequence[1:] + sequence[:1]
     assert with_engine.engine is not None
     row: dict[str, object] = {
         "case": case,

@@ -80,11 +80,11 @@ def main() -> None:
         bench = Bench(model, batch)
         steps = max(3, round(args.seconds / min(bench.turn("plain", 3))))
         times: dict[str, list[list[float]]] = {k: [] for k in ("plain", "dense", "sparse", "again")}
-        order = list(times)
+        sequence = list(times)
         for _ in range(args.rounds):
-            for kind in order:
+            for kind in sequence:
                 times[kind].append(bench.turn(kind, steps))
-            order = order[1:] + order[:1]
+            sequence = sequence[1:] + sequence[:1]
         flat = {kind: [t for turn in turns for t in turn] for kind, turns in times.items()}
         for kind in ("dense", "sparse", "again"):
             ratio = statistics.median(flat[kind]) / statistics.median(flat["plain"])

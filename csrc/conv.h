@@ -30,10 +30,11 @@ struct NextTile {
     int per_row = 0;              // rows of the panel to fetch with each row of the list
     int64_t left = 0;             // rows of the panel that are left to fetch
 
-    // Prefetches TH rows of `bytes` of the next tile, at the position that is `here` in this tile.
-    template <int TH, int bytes, class real, class Body> void fetch_y(const real* here, int64_t pitch, Body body) const {
+    // Prefetches TH rows of `bytes` of the next tile, at the position that is `output` in this tile.
+    template <int TH, int bytes, class real, class Body>
+    void fetch_y(const real* output, int64_t pitch, Body body) const {
         if (!y) return;
-        const char* p = (const char*)here + y;
+        const char* p = (const char*)output + y;
         ACDC_UNROLL
         for (int i = 0; i < TH; ++i, p += pitch * int64_t(sizeof(real))) each_line<bytes>(p, body);
     }
@@ -181,7 +182,7 @@ inline TileShape tile_within(int rows, int columns, int limit, bool known_step) 
 }
 
 // The first pixel of a tile. Tiles are numbered along a row, then down, then from block to block.
-struct Place { int64_t block; int row, column; };
+struct TileOrigin { int64_t block; int row, column; };
 struct Grid {
     TileShape tile;
     int height, width, down, across;
@@ -189,21 +190,21 @@ struct Grid {
         : tile(t), height(height), width(width), down((height + t.rows - 1) / t.rows),
           across((width + t.columns - 1) / t.columns) {}
     int64_t tiles(int64_t blocks) const { return blocks * down * across; }
-    Place at(int64_t i) const {
+    TileOrigin at(int64_t i) const {
         return {i / (down * across), int(i / across % down) * tile.rows, int(i % across) * tile.columns};
     }
-    Place after(Place p) const {
+    TileOrigin after(TileOrigin p) const {
         p.column += tile.columns;
         if (p.column < width) return p;
         p.column = 0;
         p.row += tile.rows;
-        return p.row < height ? p : Place{p.block + 1, 0, 0};
+        return p.row < height ? p : TileOrigin{p.block + 1, 0, 0};
     }
 };
 
 // Prefetching of the panel of the tile `p`: the pixels of x that it reads. Without the output.
 template <class real>
-inline NextTile next_panel(const acdc_list& list, const acdc_image& x, const TileShape& tile, const Place& p,
+inline NextTile next_panel(const acdc_list& list, const acdc_image& x, const TileShape& tile, const TileOrigin& p,
                            int row_step, int column_step) {
     NextTile next;
     next.x = (const char*)(plane<real>(x, p.block, 0) + (p.row * row_step + list.top) * x.row +
@@ -224,17 +225,17 @@ template <class real> struct Conv {
     Grid grid;
     const real *all_live, *last_live;
 
-    // What to prefetch while the tile `here` is computed: the memory of the next tile `p`.
-    NextTile next_tile(const Place& here, const Place& p) const {
+    // What to prefetch while the tile `current` is computed: the memory of the next tile `p`.
+    NextTile next_tile(const TileOrigin& current, const TileOrigin& p) const {
         NextTile next = next_panel<real>(a.lists[0], a.x, grid.tile, p, a.in_row_step, a.in_column_step);
         if (!streams())
-            next.y = (plane<real>(a.y, p.block, 0) - plane<real>(a.y, here.block, 0) +
-                      int64_t(p.row - here.row) * a.out_row_step * a.y.row +
-                      int64_t(p.column - here.column) * a.out_column_step * lanes) * int64_t(sizeof(real));
+            next.y = (plane<real>(a.y, p.block, 0) - plane<real>(a.y, current.block, 0) +
+                      int64_t(p.row - current.row) * a.out_row_step * a.y.row +
+                      int64_t(p.column - current.column) * a.out_column_step * lanes) * int64_t(sizeof(real));
         return next;
     }
 
-    void run_list(const acdc_list& list, const Place& p, real* sums, NextTile* next) const {
+    void run_list(const acdc_list& list, const TileOrigin& p, real* sums, NextTile* next) const {
         const int height = phase_size(a.y.height, list.out_row, a.out_row_step);
         const int width = phase_size(a.y.width, list.out_column, a.out_column_step);
         const int rows = least(grid.tile.rows, height - p.row), columns = least(grid.tile.columns, width - p.column);
@@ -278,13 +279,13 @@ template <class real> struct Conv {
 
     void run(int thread, int64_t first, int64_t last) const {
         real* sums = a.sums ? static_cast<real*>(a.workspace) + int64_t(thread) * a.y.channels * 2 * lanes : nullptr;
-        Place here = grid.at(first);
+        TileOrigin current = grid.at(first);
         for (int64_t i = first; i < last; ++i) {
-            const Place there = grid.after(here);
-            NextTile next = next_tile(here, there);
+            const TileOrigin following = grid.after(current);
+            NextTile next = next_tile(current, following);
             for (int phase = 0; phase < a.phases; ++phase)
-                run_list(a.lists[phase], here, sums, phase == 0 && i + 1 < last ? &next : nullptr);
-            here = there;
+                run_list(a.lists[phase], current, sums, phase == 0 && i + 1 < last ? &next : nullptr);
+            current = following;
         }
         if (streams()) end_stream();
     }
@@ -333,9 +334,9 @@ template <class real> void conv(const acdc_conv_args* a, const acdc_share* share
             all_live[column * lanes + lane] = 1;
             last_live[column * lanes + lane] = lane < live_lanes(a->y, a->y.blocks - 1, column);
         }
-    const bool known = (a->in_column_step == 1 && a->out_column_step <= 2) ||
-                       (a->in_column_step == 2 && a->out_column_step == 1);
-    const Grid grid(tile_within(a->tile_rows, a->tile_columns, conv_tile_limit<real>, known),
+    const bool fixed_step = (a->in_column_step == 1 && a->out_column_step <= 2) ||
+                            (a->in_column_step == 2 && a->out_column_step == 1);
+    const Grid grid(tile_within(a->tile_rows, a->tile_columns, conv_tile_limit<real>, fixed_step),
                     phase_size(a->y.height, 0, a->out_row_step), phase_size(a->y.width, 0, a->out_column_step));
     ConvKernel<real> kernel{*a, grid, all_live, last_live};
     run(kernel, a->y.blocks, grid.tiles(1), a->threads, share);

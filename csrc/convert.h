@@ -15,9 +15,9 @@ template <class real> struct Walk {
     int64_t pitch;
     int width, column = 0;
     real* next() {
-        real* here = row + int64_t(column) * lanes;
+        real* pixel = row + int64_t(column) * lanes;
         if (++column == width) { column = 0; row += pitch; }
-        return here;
+        return pixel;
     }
 };
 

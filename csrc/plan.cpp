@@ -37,14 +37,14 @@ template <class Body> void each_kept(const acdc_plan_args& a, Body body) {
 }
 
 // The lists of one pass, one list per phase. All of them share one array of rows and one of entries.
-// Call order: shape, fits, bin for each weight (counts), lay_out, place for each weight, seal.
+// Call order: shape, fits, bin for each weight (counts), lay_out, insert for each weight, seal.
 struct Lists {
     int count, tiles, rows;
     std::vector<int32_t> list_of, offset_of;  // by tap
     int64_t pitch;                            // of the input channels
     int tile;                                 // input channels in a tile
     std::vector<int32_t> bin_of;              // first bin of the tile of a channel
-    std::vector<int32_t> next;                // by bin: number of entries, then where the next one goes
+    std::vector<int32_t> next;                // by bin: number of entries, then index of the next one
     std::vector<int32_t> tile_rows, channel, begin;
     std::unique_ptr<int32_t[]> source;
     std::unique_ptr<acdc_entry_f32[]> f32;
@@ -80,7 +80,7 @@ struct Lists {
     // Lays out the rows. The rows of a tile are sorted by length, so that the branch predictor learns the
     // trip count of the loop over the entries.
     void lay_out(int64_t nnz, bool is_double) {
-        std::vector<int32_t> order(static_cast<size_t>(rows)), first;
+        std::vector<int32_t> by_length(static_cast<size_t>(rows)), first;
         begin.assign(1, 0);
         begin.reserve(next.size() + 1);
         channel.reserve(next.size());
@@ -89,14 +89,14 @@ struct Lists {
             const size_t first_row = channel.size();
             tile_rows.push_back(0);
             for (int t = 0; t < tiles; ++t, counts += rows) {
-                by_count(counts, &order, &first);
+                sort_rows(counts, &by_length, &first);
                 const bool keep_empty = t == 0 || t == tiles - 1;
-                for (const int32_t row : order) {
-                    const int32_t here = begin.back(), entries = counts[row];
-                    counts[row] = here;
+                for (const int32_t row : by_length) {
+                    const int32_t start = begin.back(), entries = counts[row];
+                    counts[row] = start;
                     if (entries == 0 && !keep_empty) continue;
                     channel.push_back(row);
-                    begin.push_back(here + entries);
+                    begin.push_back(start + entries);
                 }
                 tile_rows.push_back(int32_t(channel.size() - first_row));
             }
@@ -109,15 +109,15 @@ struct Lists {
     }
 
     // Counting sort of the rows of a tile by their number of entries, longest first.
-    void by_count(const int32_t* counts, std::vector<int32_t>* order, std::vector<int32_t>* first) const {
+    void sort_rows(const int32_t* counts, std::vector<int32_t>* by_length, std::vector<int32_t>* first) const {
         const int32_t most = *std::max_element(counts, counts + rows);
         first->assign(size_t(most) + 2, 0);
         for (int row = 0; row < rows; ++row) ++(*first)[size_t(most - counts[row]) + 1];
         for (size_t i = 1; i < first->size(); ++i) (*first)[i] += (*first)[i - 1];
-        for (int row = 0; row < rows; ++row) (*order)[size_t((*first)[size_t(most - counts[row])]++)] = row;
+        for (int row = 0; row < rows; ++row) (*by_length)[size_t((*first)[size_t(most - counts[row])]++)] = row;
     }
 
-    template <class Entry> void place(Entry* entries, int written, int read, int tap, int32_t from) {
+    template <class Entry> void insert(Entry* entries, int written, int read, int tap, int32_t from) {
         const size_t k = size_t(bin(written, read, tap)++);
         entries[k] = {int32_t(read * pitch + offset_of[size_t(tap)]), 0};
         source[k] = from;
@@ -216,8 +216,8 @@ struct acdc_plan {
         each_kept(args, [&](Kept w) {
             const int32_t from = int32_t(w.out * args.out_stride + w.in_group * args.in_stride) +
                                  source_of[size_t(w.tap)];
-            forward.place(forward_entries, w.out, w.in, w.tap, from);
-            input_grad.place(grad_entries, w.in, w.out, w.tap, from);
+            forward.insert(forward_entries, w.out, w.in, w.tap, from);
+            input_grad.insert(grad_entries, w.in, w.out, w.tap, from);
         });
     }
 

@@ -65,10 +65,10 @@ template <class real> void max_pool_grad(const acdc_pool_args* args, const acdc_
         mask<real> open = ~mask<real>{};
         each_tap(p, w, [&](Pixel tap) {
             const vec<real> x = load(pixel<real>(a.x, tap));
-            const mask<real> here = open & ((x == best) | (x != x));
+            const mask<real> first_best = open & ((x == best) | (x != x));
             real* dx = pixel<real>(a.dx, tap);
-            store(dx, load(dx) + keep<real>(here, grad));
-            open &= ~here;
+            store(dx, load(dx) + keep<real>(first_best, grad));
+            open &= ~first_best;
         });
     });
 }

@@ -119,14 +119,15 @@ template <class real> struct WeightGrad {
     acdc_weight_grad_args a;
     Grid grid;
 
-    NextTile next_tile(const Place& here, const Place& p) const {
+    NextTile next_tile(const TileOrigin& current, const TileOrigin& p) const {
         NextTile next = next_panel<real>(*a.list, a.x, grid.tile, p, a.in_row_step, a.in_column_step);
-        next.y = (plane<real>(a.dy, p.block, 0) - plane<real>(a.dy, here.block, 0) + (p.row - here.row) * a.dy.row +
-                  int64_t(p.column - here.column) * lanes) * int64_t(sizeof(real));
+        next.y = (plane<real>(a.dy, p.block, 0) - plane<real>(a.dy, current.block, 0) +
+                  (p.row - current.row) * a.dy.row +
+                  int64_t(p.column - current.column) * lanes) * int64_t(sizeof(real));
         return next;
     }
 
-    void run_tile(const Place& p, real* grads, NextTile* next) const {
+    void run_tile(const TileOrigin& p, real* grads, NextTile* next) const {
         const acdc_list& list = *a.list;
         const int rows = least(grid.tile.rows, a.dy.height - p.row);
         const int columns = least(grid.tile.columns, a.dy.width - p.column);
@@ -153,12 +154,12 @@ template <class real> struct WeightGrad {
     }
 
     void run(real* grads, int64_t first, int64_t last) const {
-        Place here = grid.at(first);
+        TileOrigin current = grid.at(first);
         for (int64_t i = first; i < last; ++i) {
-            const Place there = grid.after(here);
-            NextTile next = next_tile(here, there);
-            run_tile(here, grads, i + 1 < last ? &next : nullptr);
-            here = there;
+            const TileOrigin following = grid.after(current);
+            NextTile next = next_tile(current, following);
+            run_tile(current, grads, i + 1 < last ? &next : nullptr);
+            current = following;
         }
     }
 };
@@ -197,8 +198,8 @@ template <class real> struct WeightGradKernel {
 };
 
 template <class real> void weight_grad(const acdc_weight_grad_args* a, const acdc_share* share) {
-    const bool known = a->in_column_step <= 2;
-    const TileShape tile = tile_within(a->tile_rows, a->tile_columns, grad_tile_limit<real>, known);
+    const bool fixed_step = a->in_column_step <= 2;
+    const TileShape tile = tile_within(a->tile_rows, a->tile_columns, grad_tile_limit<real>, fixed_step);
     const Grid grid(tile, a->dy.height, a->dy.width);
     WeightGradKernel<real> kernel{*a, grid};
     run(kernel, a->dy.blocks, grid.tiles(1), a->threads, share);

@@ -1,4 +1,4 @@
-"""``acdc bench``: everybody computes the same, takes turns, and nobody's failure ends it."""
+"""``acdc bench``: all competitors compute the same and take turns; a failing one is reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from acdc.bench import layers, networks, peers, race, run, step, table
 from acdc.bench.layers import CASES, Layer
 from acdc.bench.peers import Dense, Engine, Entrant, Problem, TorchCsr
-from acdc.bench.race import Turn
+from acdc.bench.race import Workload
 from acdc.cli import main
 from acdc.errors import InputError
 from acdc.support import kept
@@ -42,8 +42,8 @@ COLUMNS = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sweep nothing, and wait for nobody."""
-    monkeypatch.setattr(race, "SWEPT_BYTES", 4)
+    """Flush no cache, and wait for no thread."""
+    monkeypatch.setattr(race, "FLUSH_BYTES", 4)
     monkeypatch.setattr(race, "PAUSE", 0.0)
 
 
@@ -56,18 +56,18 @@ def problem(name: str, sparsity: float = 0.8) -> Problem:
 # --- turns --------------------------------------------------------------------------------------
 
 
-def test_everybody_takes_a_turn_in_every_round_and_the_order_rotates() -> None:
+def test_every_round_times_every_workload_and_the_sequence_rotates() -> None:
     calls: list[str] = []
 
-    def turn(name: str) -> Turn:
-        return Turn(
+    def workload(name: str) -> Workload:
+        return Workload(
             (lambda: calls.append(f"{name}1"), lambda: calls.append(f"{name}2")),
             before=lambda: calls.append("-"),
         )
 
-    seconds = race.race({name: turn(name) for name in "abc"}, rounds=3)
+    seconds = race.race({name: workload(name) for name in "abc"}, rounds=3)
     rounds = [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
-    assert calls == [x for order in rounds for n in order for x in ("-", f"{n}1", "-", f"{n}2")]
+    assert calls == [x for names in rounds for n in names for x in ("-", f"{n}1", "-", f"{n}2")]
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 3)
     assert all(second > 0 for times in seconds.values() for second in times)
 
@@ -75,13 +75,13 @@ def test_everybody_takes_a_turn_in_every_round_and_the_order_rotates() -> None:
 def test_caches_are_left_as_the_same_passes_left_them_or_emptied_before_each() -> None:
     calls: list[str] = []
     passes = (lambda: calls.append("forward"), lambda: calls.append("backward"))
-    left = race.Sweep("left").turn(*passes)
+    left = race.Caches("left").workload(*passes)
     left.seconds()
-    assert calls == ["forward", "backward"] * 2, "the first time is a rehearsal"
+    assert calls == ["forward", "backward"] * 2, "the first time is a warm-up"
     calls.clear()
-    emptied = race.Sweep("emptied")
+    emptied = race.Caches("emptied")
     emptied._memory = Mock(sum=lambda: calls.append("-"))
-    emptied.turn(*passes).seconds()
+    emptied.workload(*passes).seconds()
     assert calls == ["-", "forward", "-", "backward"]
 
 
@@ -93,8 +93,8 @@ def test_the_passes_are_timed_and_what_comes_before_is_not(monkeypatch: pytest.M
         now += seconds
 
     monkeypatch.setattr(race.time, "perf_counter", lambda: now)
-    turn = Turn((lambda: wait(2), lambda: wait(3)), before=lambda: wait(100))
-    assert race.race({"it": turn}, rounds=2) == {"it": [5, 5]}
+    workload = Workload((lambda: wait(2), lambda: wait(3)), before=lambda: wait(100))
+    assert race.race({"it": workload}, rounds=2) == {"it": [5, 5]}
 
 
 def test_the_best_dense_setting_counts_and_the_spread_is_that_of_the_rounds() -> None:
@@ -154,7 +154,7 @@ def test_layers_are_chosen_by_a_part_of_their_name_or_spelled() -> None:
 @pytest.mark.parametrize(
     "name", [*TINY, "conv3x3_8x4_s2_h7_n3", "conv1x1_8x4_s2_h6_n9", "conv5x5_4x8_h9_n2"]
 )
-def test_everybody_computes_the_same(
+def test_the_contenders_compute_what_dense_pytorch_does(
     way: type[peers.Contender], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "TOLERANCE", 2e-6)
@@ -321,16 +321,16 @@ def test_the_engine_and_dense_pytorch_train_the_same_masked_network(
     params = dict(masked.net.named_parameters())
     compress = Mock(wraps=engine.engine.compress)
     monkeypatch.setattr(engine.engine, "compress", compress)
-    for turn in range(4):
+    for number in range(4):
         with torch.no_grad():
             for name, mask in support.items():
                 params[name].masked_fill_(~mask, 0.0)
         loss = masked.step()
-        if turn == 2:
+        if number == 2:
             assert engine.again() > 0  # compresses anew, and takes a step
             compress.assert_called_once_with(support)
         else:
-            assert (engine.step() if turn else engine.loss) == pytest.approx(loss, rel=1e-5)
+            assert (engine.step() if number else engine.loss) == pytest.approx(loss, rel=1e-5)
 
 
 def test_bench_step_writes_a_row_for_every_sparsity(

@@ -1,4 +1,4 @@
-"""The command line: its surface is frozen, errors are sentences, and nothing trained is lost."""
+"""The command line: a frozen surface, errors as sentences, and no loss of trained networks."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def only_run(out: Path) -> Path:
     return folder
 
 
-def said(capture: Capture) -> tuple[str, str]:
-    """Return standard output, and standard error with its line breaks taken out."""
+def printed(capture: Capture) -> tuple[str, str]:
+    """Return standard output, and standard error without its line breaks."""
     out, err = capture.readouterr()
     return out, " ".join(err.split())
 
@@ -86,7 +86,7 @@ SCOPE = ("--scope uniform|erk|global", "default uniform")
 
 
 def bench(repeats: str) -> list[tuple[str, str]]:
-    """Return what every benchmark takes."""
+    """Return the options of every benchmark."""
     return [
         ("--case TEXT", "default []"),
         ("--sparsity S", "default None"),
@@ -139,7 +139,7 @@ SURFACE = {
 
 
 def surface(commands: argparse.ArgumentParser) -> dict[str, list[tuple[str, str]]]:
-    """Return all that can be typed: of every command its words, in order, and how they count."""
+    """Return the surface of the command line: the words of every command, and their arity."""
 
     def described(action: argparse.Action) -> tuple[str, str]:
         name = " ".join(action.option_strings)
@@ -170,7 +170,7 @@ def surface(commands: argparse.ArgumentParser) -> dict[str, list[tuple[str, str]
 
 
 def test_the_surface_is_frozen() -> None:
-    """A change here changes what people have in their scripts: do not make one lightly."""
+    """Users have these words in their scripts: change them only for a good reason."""
     assert surface(parser()) == {name: sorted(rows, key=str) for name, rows in SURFACE.items()}
 
 
@@ -398,8 +398,8 @@ def test_what_the_engine_does_is_one_line(
     with Watcher("it", False, plain) as watcher:
         watcher({**first, "engine": start})
         watcher({"event": "engine", **start, **event})
-    said = plain.file.getvalue().splitlines()[1:]  # type: ignore[attr-defined]
-    assert said == ([line] if line else [])
+    lines = plain.file.getvalue().splitlines()[1:]  # type: ignore[attr-defined]
+    assert lines == ([line] if line else [])
 
 
 def test_json_is_the_only_line_on_standard_output(
@@ -429,7 +429,7 @@ def test_a_dense_run_has_one_column(tmp_path: Path, capsys: Capture) -> None:
     assert "sparse twin" not in err
     folder = only_run(tmp_path)
     assert main(["export", str(folder), "--to", "safetensors"]) == 2
-    assert "--twin dense" in said(capsys)[1]
+    assert "--twin dense" in printed(capsys)[1]
     assert main(["export", str(folder), "--to", "safetensors", "--twin", "dense"]) == 0
     assert (folder / "dense.safetensors").read_bytes() == files(folder)["dense.safetensors"]
 
@@ -473,7 +473,7 @@ def test_a_seed_and_a_setting_give_a_folder_of_their_own(tmp_path: Path) -> None
 def test_a_run_that_is_there_is_not_overwritten(done: Path, capsys: Capture) -> None:
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
     assert main(typed(done.parent)) == 2
-    out, err = said(capsys)
+    out, err = printed(capsys)
     assert re.match(r"error: .* already holds a run\. Go on with it by --resume", err)
     assert out == ""
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == before
@@ -511,14 +511,14 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(
 ) -> None:
     signal_at(10, signal.SIGTERM, monkeypatch)
     assert main(typed(tmp_path)) == 143
-    _, err = said(capsys)
+    _, err = printed(capsys)
     assert f"Stopped at step 10 of {STEPS} (SIGTERM). Nothing is lost: go on with --resume." in err
     assert "error:" not in err
     monkeypatch.undo()
     assert main(typed(tmp_path, "--resume")) == 0
     folder = only_run(tmp_path)
     assert_same_run(done, folder)
-    assert "Going on with digits" in said(capsys)[1]
+    assert "Going on with digits" in printed(capsys)[1]
 
 
 # --- what can go wrong --------------------------------------------------------------------------
@@ -572,7 +572,7 @@ def test_a_mistake_is_a_sentence_and_leaves_nothing(
         code = main(argv)
     except SystemExit as left:  # argparse's own
         code = int(str(left.code))
-    out, err = said(capsys)
+    out, err = printed(capsys)
     assert code == 2
     assert out == ""
     assert sentence.lower() in err.lower()  # without torchvision, ImageNet is an extra's name
@@ -591,7 +591,7 @@ def test_no_data_names_all_three_ways_and_the_next_try_works(
     argv = ["run", "fashion_mnist", "--out", str(tmp_path / "runs")]
     for _ in range(2):  # the second time it is not "already a run"
         assert main(argv) == 2
-        _, err = said(capsys)
+        _, err = printed(capsys)
         for way in ("ACDC_DATA", "dataset-fashion-mnist", "--download"):
             assert way in err
     assert not (tmp_path / "runs").exists()
@@ -607,13 +607,13 @@ def test_a_missing_extra_is_its_install_line(
         monkeypatch.delitem(sys.modules, f"acdc.runs.{name}")
     monkeypatch.setitem(sys.modules, "lightning.fabric", None)
     assert main(typed(tmp_path)) == 2
-    assert 'pip install "acdc[lab]"' in said(capsys)[1]
+    assert 'pip install "acdc[lab]"' in printed(capsys)[1]
 
 
 def test_a_loss_that_diverges_keeps_the_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     argv = typed(tmp_path, optimizer__lr="1e30", checkpoint_steps="1")
     assert main(argv) == 2
-    _, err = said(capsys)
+    _, err = printed(capsys)
     checkpoint = only_run(tmp_path) / "checkpoint" / "last.ckpt"
     assert "training diverged" in err
     assert str(checkpoint) in err
@@ -633,20 +633,43 @@ def test_a_checkpoint_of_another_model_is_refused(
     shutil.copy(other, mine)
     capsys.readouterr()
     assert main(typed(tmp_path / "8", "--resume", model__width="8")) == 2
-    _, err = said(capsys)
+    _, err = printed(capsys)
     assert "is of another recipe: model.width was 12 and is 8" in err
     assert mine.read_bytes() == other.read_bytes()  # left as it was
-    mine.write_bytes(own[:-100])
-    assert main(typed(tmp_path / "8", "--resume", model__width="8")) == 2
-    assert "cannot be read" in said(capsys)[1]
     mine.write_bytes(own)
     assert main(typed(tmp_path / "8", "--resume", model__width="8")) == 0
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_taken(
+    done: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at(7, signal.SIGTERM, monkeypatch)
+    assert main(typed(tmp_path)) == 143
+    monkeypatch.undo()
+    folder = only_run(tmp_path) / "checkpoint"
+    last, previous = folder / "last.ckpt", folder / "previous.ckpt"
+    damaged, before = last.read_bytes()[:-100], previous.read_bytes()
+    last.write_bytes(damaged)
+    previous.write_bytes(before[:-100])
+    capsys.readouterr()
+    assert main(typed(tmp_path, "--resume")) == 2
+    _, err = printed(capsys)
+    assert "last.ckpt cannot be read: its end is damaged or missing" in err
+    assert "Nor can the one before it, previous.ckpt" in err
+    assert last.read_bytes() == damaged  # left as it was
+    previous.write_bytes(before)
+    assert main(typed(tmp_path, "--resume")) == 0
+    _, err = printed(capsys)
+    assert "Warning: The checkpoint" in err
+    assert "goes on from the one before it, previous.ckpt, at step 6" in err
+    assert (folder / "damaged.ckpt").read_bytes() == damaged
+    assert_same_run(done, folder.parent)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(
     done: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limit on the size of files fails a write as a full disk does."""
+    """With a limit on the size of files, a write fails as on a full disk."""
     signal_at(7, signal.SIGTERM, monkeypatch)
     assert main(typed(tmp_path)) == 143
     monkeypatch.undo()
@@ -660,12 +683,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         code = main(typed(tmp_path, "--resume"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    _, err = said(capsys)
+    _, err = printed(capsys)
     assert code == 2
     assert "Cannot write the checkpoint" in err
     assert "Free some space" in err
     assert checkpoint.read_bytes() == before
-    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert main(typed(tmp_path, "--resume")) == 0
     assert_same_run(done, folder)
 
@@ -682,7 +705,7 @@ def test_a_report_that_fails_does_not_lose_the_run(
 
     monkeypatch.setattr(report, "render", refuse)
     assert main(typed(tmp_path, "--json")) == 2
-    out, err = said(capsys)
+    out, err = printed(capsys)
     folder = only_run(tmp_path)
     assert json.loads(out)["run"] == str(folder)
     assert "test accuracy" in err
@@ -690,10 +713,10 @@ def test_a_report_that_fails_does_not_lose_the_run(
     monkeypatch.setattr(report, "render", break_down)
     with pytest.raises(ZeroDivisionError):
         main(typed(tmp_path, "--resume", "--json"))
-    assert json.loads(said(capsys)[0])["run"] == str(folder)
+    assert json.loads(printed(capsys)[0])["run"] == str(folder)
     monkeypatch.undo()
     assert main(["report", str(folder)]) == 0
-    assert said(capsys)[0] == f"{folder / 'report.html'}\n"
+    assert printed(capsys)[0] == f"{folder / 'report.html'}\n"
 
 
 # --- export -------------------------------------------------------------------------------------
@@ -732,5 +755,5 @@ def test_a_model_that_is_not_known_is_a_sentence(
     recipe["values"]["model"]["type"] = "Perceptron"
     (folder / "recipe.json").write_text(json.dumps(recipe))
     assert main(["export", str(folder), "--to", "onnx"]) == 2
-    assert "'Perceptron' is not known" in said(capsys)[1]
+    assert "'Perceptron' is not known" in printed(capsys)[1]
     assert events(folder) == events(done)

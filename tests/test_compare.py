@@ -1,4 +1,4 @@
-"""Comparisons: what is trained, what is written, and what survives a kill, an error, a full disk.
+"""Comparisons: training, files, and recovery from a kill, an error, a full disk.
 
 The file takes about 80 seconds on one thread.
 """
@@ -33,6 +33,7 @@ from acdc.compare.results import Outcome
 from acdc.compare.work import Progress
 from acdc.console import GridWatcher
 from acdc.errors import InputError
+from acdc.files import alone
 from acdc.pages import comparison as page
 from acdc.recipes import grids
 from acdc.runs import record, train
@@ -61,7 +62,7 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def where(name: str) -> str:
+def grid_of(name: str) -> str:
     return f"{GRIDS}:{name}"
 
 
@@ -71,10 +72,10 @@ def rows(folder: Path, name: str = "results.jsonl") -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a grid that went through, both budgets."""
+    """The folder of a complete grid with both budgets."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole")
-    compare(where("whole"), out, device="cpu", command="acdc compare whole")
+    compare(grid_of("whole"), out, device="cpu", command="acdc compare whole")
     return out / "whole"
 
 
@@ -99,14 +100,14 @@ def test_every_cell_has_its_row(whole: Path) -> None:
 
 
 def test_cells_are_trained_in_the_order_of_the_grid(whole: Path) -> None:
-    """A grid that is stopped has whole seeds; also where a cell waits for what it starts from."""
+    """A stopped grid has whole seeds, even if a cell waits for the network that it starts from."""
     runs = dict.fromkeys(row["cell"] for row in rows(whole))
     written = [(whole / "runs" / run / "record.json").stat().st_mtime_ns for run in runs]
     assert written == sorted(written)
 
 
 def test_flops_are_those_of_the_formula_and_epochs_exact(whole: Path) -> None:
-    """Uniform sparsity: every layer's count is known, and so is every FLOP."""
+    """At uniform sparsity the count of every layer is exact, and therefore the FLOPs."""
     sizes = [3 * 16, 16 * 16, 16 * 3]
     for row in rows(whole):
         share = sum(n - round(n * row["sparsity"]) for n in sizes) / sum(sizes)
@@ -160,7 +161,7 @@ def test_what_is_trained_beforehand_is_a_run_shared_and_counted(whole: Path) -> 
 
 
 def test_a_run_begins_with_the_network_it_starts_from(whole: Path) -> None:
-    """Its first loss is that of the trained network, cut; not that of a fresh one."""
+    """Its first loss is that of the trained network after the cut, not that of a fresh network."""
     row = next(r for r in rows(whole) if r["method"] == "one_shot")
     lines = (whole / "runs" / row["cell"] / "metrics.jsonl").read_text().splitlines()
     first = next(e for e in map(json.loads, lines) if e["event"] == "step")
@@ -184,7 +185,7 @@ def test_a_cell_is_a_normal_run(whole: Path, capsys: Capture) -> None:
 
 
 def test_a_cell_is_named_by_what_differs_and_by_nothing_else() -> None:
-    """These names are in people's folders: another one makes them train anew."""
+    """These names are in users' folders: with other names all runs would be trained again."""
     grid = compare_grids.whole()
     names = {str(cell): prepare(grid, cell, EPOCHS).label for cell in cells(grid)
              if cell.budget == "epochs"}  # fmt: skip
@@ -213,7 +214,7 @@ def test_resuming_a_finished_grid_trains_nothing(
 ) -> None:
     before = rows(whole)
     monkeypatch.setattr(train, "run", lambda *_, **__: pytest.fail("something was trained"))
-    compare(where("whole"), whole.parent, resume=True)
+    compare(grid_of("whole"), whole.parent, resume=True)
     assert rows(whole) == before
 
 
@@ -233,7 +234,7 @@ compare(sys.argv[1], Path(sys.argv[2]), device="cpu", watch=watch)
 @pytest.mark.slow
 def test_a_grid_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     killed, straight = tmp_path / "killed", tmp_path / "straight"
-    words = [sys.executable, "-c", KILL, where("slow"), str(killed)]
+    words = [sys.executable, "-c", KILL, grid_of("slow"), str(killed)]
     assert subprocess.run(words, env=_environment()).returncode == -signal.SIGKILL
     runs = killed / "slow" / "runs"
     finished = [path.parent for path in runs.glob("*/record.json")]
@@ -242,16 +243,16 @@ def test_a_grid_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path:
     assert len(begun) == 2
     stamp = (finished[0] / "record.json").stat().st_mtime_ns
     with pytest.raises(InputError, match="already holds runs or results of this grid"):
-        compare(where("slow"), killed)
+        compare(grid_of("slow"), killed)
     seen: list[float] = []
 
     def watch(progress: Progress) -> None:
         seen.extend(share for _, share in progress.running)
 
-    outcomes = compare(where("slow"), killed, resume=True, device="cpu", watch=watch)
+    outcomes = compare(grid_of("slow"), killed, resume=True, device="cpu", watch=watch)
     assert all(outcome.row for outcome in outcomes)
     assert (finished[0] / "record.json").stat().st_mtime_ns == stamp
-    compare(where("slow"), straight, device="cpu")
+    compare(grid_of("slow"), straight, device="cpu")
     for folder in runs.iterdir():
         assert_same_run(folder, straight / "slow" / "runs" / folder.name)
 
@@ -264,13 +265,13 @@ def _environment(**more: str) -> dict[str, str]:
 def test_rows_stand_for_runs_that_are_gone(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a clone of a repository that holds results, and not the runs."""
+    """A clone of a repository holds the results and not the runs."""
     folder = tmp_path / "whole"
     folder.mkdir()
     for name in ("results.jsonl", "origins.json"):
         shutil.copy(whole / name, folder)
     with pytest.raises(InputError, match="already holds runs or results"):
-        compare(where("whole"), tmp_path, device="cpu")
+        compare(grid_of("whole"), tmp_path, device="cpu")
     trained: list[str] = []
 
     def refuse(run: Any, *args: Any) -> str:
@@ -278,17 +279,17 @@ def test_rows_stand_for_runs_that_are_gone(
         return "Not today."
 
     monkeypatch.setattr(work, "train_cell", refuse)
-    compare(where("whole"), tmp_path, resume=True, device="cpu")
+    compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert not trained
     assert rows(folder) == rows(whole)
     origin = re.compile(r'<dl id="origin">.*?</dl>', re.DOTALL)
-    pages = [(where / "report.html").read_text() for where in (folder, whole)]
+    pages = [(path / "report.html").read_text() for path in (folder, whole)]
     assert origin.findall(pages[0]) == origin.findall(pages[1]) != []
 
     lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
     lost = next(row["cell"] for row in rows(whole) if row["method"] == "acdc")
     (folder / "results.jsonl").write_text("".join(line for line in lines if lost not in line))
-    compare(where("whole"), tmp_path, resume=True, device="cpu")
+    compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert set(trained) == {lost}
 
 
@@ -302,7 +303,7 @@ def test_the_page_says_first_where_the_data_are_not_the_published(
     for origin in origins.values():
         origin["data"] += " (not the published files)"
     (folder / "origins.json").write_text(json.dumps(origins))
-    compare(where("whole"), tmp_path, resume=True, device="cpu")
+    compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     name = next(iter(origins.values()))["data"]
     notice = f'<p class="notice" role="note">All figures here are of {html.escape(name)}.</p>'
     assert notice in (folder / "report.html").read_text()
@@ -347,7 +348,7 @@ def test_the_page_of_a_long_grid_is_there_before_its_end(
 
     monkeypatch.setattr(work, "train_cell", fails)
     monkeypatch.setattr(work, "DRAWN_EVERY", 0.0)
-    compare(where("whole"), tmp_path, resume=True, device="cpu")
+    compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert pages[0] is False
     assert len(pages) > 1
     assert all(pages[1:])
@@ -359,7 +360,7 @@ def test_the_page_of_a_long_grid_is_there_before_its_end(
     caplog.clear()
     before = len(pages)
     with pytest.raises(InputError, match="with --resume writes it"):
-        compare(where("whole"), tmp_path, resume=True, device="cpu")
+        compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert len(pages) - before == before  # none was kept from being trained
     assert "No space left on device" in caplog.text
 
@@ -368,7 +369,7 @@ def test_the_page_of_a_long_grid_is_there_before_its_end(
 def test_a_disk_that_fills_while_results_are_written(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
-    """It is said in a sentence, and what was written before stays as it was."""
+    """The error is a sentence, and files written before do not change."""
     folder = tmp_path / "whole"
     folder.mkdir()
     for name in ("results.jsonl", "origins.json", "report.html"):
@@ -383,12 +384,19 @@ def test_a_disk_that_fills_while_results_are_written(
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(InputError, match="No space left on device") as caught:
-        compare(where("whole"), tmp_path, resume=True, device="cpu")
+        compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert "Errno" not in str(caught.value)
     if file == "report.html":
         assert "with --resume writes it" in str(caught.value)
     for name, content in before.items():
         assert (folder / name).read_bytes() == content
+    if file == "report.html":
+        assert {path.name for path in folder.iterdir()} - {".lock", "failed.jsonl"} == set(before)
+        return
+    # All results were written, and one could not be put in place: the next command does that.
+    assert (folder / ".acdc-saved" / file).exists()
+    monkeypatch.undo()
+    compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert {path.name for path in folder.iterdir()} - {".lock", "failed.jsonl"} == set(before)
 
 
@@ -408,7 +416,7 @@ def test_several_jobs_one_killed_and_all_stopped(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(train.Interrupted, match="of 3 cells settled") as caught:
-        compare(where("deadly"), tmp_path, jobs=2, device="cpu", watch=watch)
+        compare(grid_of("deadly"), tmp_path, jobs=2, device="cpu", watch=watch)
     assert caught.value.signal == signal.SIGTERM
     folder = tmp_path / "deadly"
     reasons = {cell["method"]: cell["reason"] for cell in rows(folder, "failed.jsonl")}
@@ -416,22 +424,22 @@ def test_several_jobs_one_killed_and_all_stopped(
     assert reasons["acdc"] == "Not trained yet."
     assert "still to be trained" in (folder / "report.html").read_text()
     assert len(list((folder / "runs").glob("*/checkpoint/last.ckpt"))) == 2
-    # With one job it is this process that trains, and nobody dies.
-    compare(where("deadly"), tmp_path, resume=True, device="cpu")
+    # With one job this process trains, and no worker is killed.
+    compare(grid_of("deadly"), tmp_path, resume=True, device="cpu")
     assert len(rows(folder)) == 3
     assert not rows(folder, "failed.jsonl")
 
 
 @pytest.mark.slow
 def test_processes_end_with_the_command_even_if_it_is_killed(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "acdc", "compare", where("endless"), "--jobs", "2"]
+    words = [sys.executable, "-m", "acdc", "compare", grid_of("endless"), "--jobs", "2"]
     process = subprocess.Popen([*words, "--out", str(tmp_path)], env=_environment())
     runs = tmp_path / "endless" / "runs"
     _wait(lambda: len(list(runs.glob("*/checkpoint/last.ckpt"))) == 2)
     process.kill()
     process.wait()
     # The lock is held by the command and by every process of a cell.
-    with work._alone(tmp_path / "endless"):
+    with alone(tmp_path / "endless", "", patience=20):
         sizes = [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
         time.sleep(0.3)
         assert sizes == [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
@@ -450,17 +458,17 @@ def test_two_commands_do_not_train_the_same_cells(
     (tmp_path / "small").mkdir()
     monkeypatch.setattr(work, "PATIENCE", 0.3)
     with (
-        work._alone(tmp_path / "small"),
+        alone(tmp_path / "small", ""),
         pytest.raises(InputError, match="Another acdc compare is at work"),
     ):
-        compare(where("small"), tmp_path)
+        compare(grid_of("small"), tmp_path)
 
 
 # --- failed cells --------------------------------------------------------------------------------
 
 
 def test_a_failed_cell_has_a_reason_and_the_others_go_on(tmp_path: Path) -> None:
-    compare(where("failing"), tmp_path, device="cpu")
+    compare(grid_of("failing"), tmp_path, device="cpu")
     folder = tmp_path / "failing"
     reasons = {(f["method"], f["budget"]): f["reason"] for f in rows(folder, "failed.jsonl")}
     assert "its 3 inputs do not divide into groups of 4" in reasons["nm24", "epochs"]
@@ -490,12 +498,12 @@ def test_a_full_disk_fails_a_cell_that_is_tried_again(
         return sync(self)
 
     monkeypatch.setattr(record.Metrics, "sync", full)
-    compare(where("small"), tmp_path, device="cpu")
+    compare(grid_of("small"), tmp_path, device="cpu")
     (failed,) = rows(tmp_path / "small", "failed.jsonl")
     assert "No space left on device" in failed["reason"]
     assert [row["method"] for row in rows(tmp_path / "small")] == ["dense", "one_shot"]
     monkeypatch.undo()
-    compare(where("small"), tmp_path, resume=True, device="cpu")
+    compare(grid_of("small"), tmp_path, resume=True, device="cpu")
     assert len(rows(tmp_path / "small")) == 3
     assert not rows(tmp_path / "small", "failed.jsonl")
 
@@ -511,9 +519,9 @@ def test_what_starts_from_a_run_that_failed_says_so(
         return run(recipe, *args, **more)
 
     monkeypatch.setattr(train, "run", fails)
-    outcomes = compare(where("small"), tmp_path, device="cpu")
-    said = {str(outcome.cell): outcome.reason for outcome in outcomes if outcome.row is None}
-    assert said == {
+    outcomes = compare(grid_of("small"), tmp_path, device="cpu")
+    reasons = {str(outcome.cell): outcome.reason for outcome in outcomes if outcome.row is None}
+    assert reasons == {
         "dense, seed 0, 5 epochs": "MemoryError: too little",
         "one_shot 50 %, seed 0": (
             "It starts from dense, seed 0, 5 epochs, which failed: MemoryError: too little"
@@ -529,7 +537,7 @@ def test_runs_of_another_version_of_the_grid_are_no_results(whole: Path, tmp_pat
     recipe = json.loads((source / "recipe.json").read_text())
     recipe["values"]["optimizer"]["lr"] = 0.7
     (folder / "runs" / "small" / "recipe.json").write_text(json.dumps(recipe))
-    outcomes = compare(where("small"), tmp_path, resume=True, device="cpu")
+    outcomes = compare(grid_of("small"), tmp_path, resume=True, device="cpu")
     dense = next(outcome for outcome in outcomes if outcome.cell == Cell("dense", 0.0, 0))
     assert dense.row is None
     assert "has another recipe" in dense.reason
@@ -628,7 +636,7 @@ def test_remarks_beside_the_results_are_on_the_page(whole: Path, tmp_path: Path)
     folder = tmp_path / "whole"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("runs"))
     (folder / "remarks.md").write_text("Because of\nthe <weather>.\n\nSee `acdc list`.\n")
-    compare(where("whole"), tmp_path, resume=True, device="cpu")
+    compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     text = (folder / "report.html").read_text()
     assert "<p>Because of the &lt;weather&gt;.</p>" in text
     assert '<p>See <span class="name">acdc list</span>.</p>' in text
@@ -640,13 +648,13 @@ def test_without_a_drawing_there_is_no_page(whole: Path, tmp_path: Path) -> None
     folder.mkdir()
     for name in ("results.jsonl", "origins.json"):
         shutil.copy(whole / name, folder)
-    outcomes = work.compare(where("whole"), tmp_path, resume=True, device="cpu")
+    outcomes = work.compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert all(outcome.row for outcome in outcomes)
     assert not (folder / "report.html").exists()
 
 
 def test_a_method_that_ends_dense_is_shown_as_a_dense_network(tmp_path: Path) -> None:
-    compare(where("ends_dense"), tmp_path, device="cpu")
+    compare(grid_of("ends_dense"), tmp_path, device="cpu")
     _, dsd, _ = rows(tmp_path / "ends_dense")
     assert (dsd["method"], dsd["sparsity"], dsd["sparse_quality"]) == ("dsd", 0.3, None)
     assert dsd["dense_quality"] > 60
@@ -669,7 +677,7 @@ def test_a_method_that_ends_dense_is_shown_as_a_dense_network(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "sentence"),
     [
         ({"methods": ()}, "methods="),
         ({"seeds": (1, 1)}, "seeds="),
@@ -679,8 +687,8 @@ def test_a_method_that_ends_dense_is_shown_as_a_dense_network(tmp_path: Path) ->
         ({"longest": 0.5}, "longest is 0.5"),
     ],
 )
-def test_a_grid_that_cannot_be_is_a_sentence(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=re.escape(said)):
+def test_a_grid_that_cannot_be_is_a_sentence(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=re.escape(sentence)):
         replace(compare_grids.small(), **change)
 
 
@@ -691,30 +699,30 @@ def test_a_task_is_a_dense_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "said"),
+    ("grid", "sentence"),
     [
         ("compare_digit", "Did you mean compare_digits"),
         ("nothing", "There are: compare_digits"),
         ("nowhere.py:grid", "There is no file 'nowhere.py'"),
-        (where("nothing"), "has no function 'nothing'. It has:"),
-        (where("no_grid"), "returned a int"),
+        (grid_of("nothing"), "has no function 'nothing'. It has:"),
+        (grid_of("no_grid"), "returned a int"),
     ],
 )
-def test_no_such_grid_is_a_sentence(grid: str, said: str, capsys: Capture) -> None:
+def test_no_such_grid_is_a_sentence(grid: str, sentence: str, capsys: Capture) -> None:
     assert main(["compare", grid]) == 2
-    assert said in " ".join(capsys.readouterr().err.split())
+    assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_no_jobs_are_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--jobs is 0"):
-        compare(where("small"), tmp_path, jobs=0)
+        compare(grid_of("small"), tmp_path, jobs=0)
 
 
 # --- the worked example -------------------------------------------------------------------------
 
 
 def test_the_example_of_a_model_of_ones_own_runs(tmp_path: Path, capsys: Capture) -> None:
-    """As it stands in the documentation, but shorter."""
+    """The example of the documentation, shortened."""
     text = (Path(__file__).parent.parent / "docs" / "compare.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     for long, short in (
@@ -756,11 +764,11 @@ def test_every_grid_is_listed_and_shown(capsys: Capture) -> None:
 
 
 def test_show_names_cells_that_fail_and_what_comes_first(capsys: Capture) -> None:
-    assert main(["show", where("failing")]) == 0
+    assert main(["show", grid_of("failing")]) == 0
     assert "none: Not on Sundays." in capsys.readouterr().out
-    assert main(["show", where("small")]) == 0
+    assert main(["show", grid_of("small")]) == 0
     assert re.search(r"one_shot +50 % .* after small-\w{8}", capsys.readouterr().out)
-    assert main(["show", where("small"), "--set", "seed=1"]) == 2
+    assert main(["show", grid_of("small"), "--set", "seed=1"]) == 2
 
 
 def test_a_terminal_shows_what_runs_and_the_time_left() -> None:
@@ -778,11 +786,11 @@ def test_a_terminal_shows_what_runs_and_the_time_left() -> None:
 
 
 def test_the_command_line_tells_each_cell(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["compare", where("small"), "--out", str(tmp_path)]) == 0
-    said = capsys.readouterr()
-    assert said.out.strip() == str(tmp_path / "small" / "report.html")
-    assert re.search(r"1/3  dense, seed 0: dense \d+\.\d{3}", said.err)
-    assert re.search(r"3/3  one_shot 50 %, seed 0: sparse \d+\.\d{3}", said.err)
+    assert main(["compare", grid_of("small"), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path / "small" / "report.html")
+    assert re.search(r"1/3  dense, seed 0: dense \d+\.\d{3}", printed.err)
+    assert re.search(r"3/3  one_shot 50 %, seed 0: sparse \d+\.\d{3}", printed.err)
 
 
 def test_the_table_in_the_readme_is_what_its_command_prints() -> None:

@@ -1,4 +1,4 @@
-"""Costs: the convention on small layers, then every published or derived figure it must meet."""
+"""Costs: the convention on small layers, and every published or derived figure."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_model_that_is_itself_a_layer() -> None:
 
 
 class Repeats(nn.Module):
-    """One layer twice, one never, two that share a weight, one called by keyword."""
+    """One layer called twice, one never, two that share a weight, one called by keyword."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def test_a_parametrized_weight_goes_by_its_plain_name() -> None:
 
 
 class Fussy(nn.Module):
-    """Everything that a measurement could disturb."""
+    """Return all state that a measurement could change."""
 
     def __init__(self, fail: bool = False) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ def ledger(
     until: int | None = None,
     training: Masked | Behind = KEPT_ALONE,
 ) -> Ledger:
-    """Count a run whose phases have these counts; one mapping is that of every sparse phase."""
+    """Count a run whose phases have these counts; one mapping holds for every sparse phase."""
     if isinstance(counts, Mapping):
         counts = [counts if phase.kind == "sparse" else None for phase in schedule.phases]
     supports = [(p.start, kept) for p, kept in zip(schedule.phases, counts, strict=True)]
@@ -401,7 +401,7 @@ def test_reference_counts(
 
 
 def sparsified(spec: Model, pattern: Unstructured | NM, dense: tuple[str, ...]) -> dict[str, int]:
-    """Kept weights by a pattern that leaves layers with these globs dense."""
+    """Return the kept weights of a pattern that leaves layers with these globs dense."""
     found = pattern.counts(shapes(spec, dense))
     assert found is not None
     return found
@@ -528,7 +528,7 @@ def test_erk_on_resnet50(sparsity: float, dense: str, densities: dict[str, str])
 def rigl_densities(
     scope: Scope, pruned: Mapping[str, tuple[int, ...]], s: float
 ) -> dict[str, float]:
-    """Densities of the pruned layers, after the description of RigL's sparse_utils."""
+    """Return the densities of the pruned layers, by the description of RigL's sparse_utils."""
     sizes = {name: math.prod(shape) for name, shape in pruned.items()}
     if scope == "uniform":
         return dict.fromkeys(pruned, 1 - s)
@@ -548,7 +548,7 @@ def rigl_densities(
 def as_rigl_counts(
     spec: Model, scope: Scope, sparsity: float, dense: tuple[str, ...]
 ) -> tuple[float, int]:
-    """FLOPs by RigL's densities, and by our counts, which are checked against these."""
+    """Return the FLOPs by RigL's densities, and by our counts, which must agree."""
     density = rigl_densities(scope, shapes(spec, dense), sparsity)
     counts = sparsified(spec, Unstructured(sparsity, scope), dense)
     for layer in network(spec).layers:
@@ -615,7 +615,7 @@ def test_mobilenet(sparsity: float, by_erk: str, by_uniform: str, zeros: str) ->
 
 
 def test_mobilenet_as_the_notebook_prints_it() -> None:
-    """It counts 4.063 million FLOPs more, whatever the sparsity, in its uniform row."""
+    """RigL's uniform row counts 4.063 million FLOPs more at every sparsity."""
     net = network(MobileNetV1())
     more = 4.063e6
     assert f"{net.flops() / 1e6:.3f}" == "1137.481"

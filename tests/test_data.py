@@ -53,7 +53,7 @@ needs_debian = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _no_data_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test finds data of the machine unless it says so."""
+    """A test finds the machine's data only if it asks for them."""
     monkeypatch.delenv("ACDC_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(FashionMNIST, "installed", tmp_path / "not-installed")
@@ -61,7 +61,7 @@ def _no_data_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 @pytest.fixture
 def global_rng_untouched() -> Iterator[None]:
-    """The test must neither read nor move the global generators."""
+    """The test must not use the global generators."""
     torch.manual_seed(1)
     state, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
     yield
@@ -70,7 +70,7 @@ def global_rng_untouched() -> Iterator[None]:
 
 
 def toy(samples: int = 22, test: int = 5, augment: Augment | None = None) -> Images:
-    """Images whose pixels are all different within a split, so that any mix-up shows."""
+    """Images with pixels that are unique within a split, so that any mix-up shows."""
     generator = torch.Generator().manual_seed(samples)
 
     def split(n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -411,7 +411,7 @@ def test_a_damaged_idx_file_is_refused(
 
 @pytest.fixture(scope="session")
 def fashion_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four files of the right shapes with made-up content, packed."""
+    """Four compressed files of the right shapes, with invented content."""
     folder = tmp_path_factory.mktemp("fashion")
     for name, file in sources._FASHION.items():
         array = np.zeros(file.shape, dtype=np.uint8)
@@ -499,7 +499,7 @@ def test_the_published_fashion_files_and_their_constants() -> None:
 
 
 class _Python2(pickle._Pickler):
-    """Writes text and bytes as Python 2 did, whose pickles the official CIFAR files are."""
+    """Writes text and bytes as Python 2 did, which wrote the official CIFAR files."""
 
     dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)
 
@@ -593,7 +593,7 @@ def test_a_damaged_cifar_file_is_refused(tmp_path: Path, raw: bytes, words: str)
 
 
 def cifar_files(base: Path, source: Any) -> Path:
-    """The files of a CIFAR set with one distinct pixel an image."""
+    """The files of a CIFAR set, with one distinct pixel for each image."""
     layout = source.layout
     folder = base / layout.folder
     folder.mkdir(parents=True)
@@ -750,8 +750,8 @@ def test_fashion_is_downloaded_checked_and_found_again(
     with pytest.raises(InputError, match="8d4fb7e6c68d591d4c3dfef9ec88bf0d was expected"):
         FashionMNIST().load(root, download=True, mirror=mirror)
     if way != "ACDC_DATA":
-        where = tmp_path / ("root" if way == "root" else "cache/acdc") / "fashion-mnist"
-        assert list(where.iterdir()) == []
+        folder = tmp_path / ("root" if way == "root" else "cache/acdc") / "fashion-mnist"
+        assert list(folder.iterdir()) == []
     # ... and with their own they are taken.
     for name, file in sources._FASHION.items():
         md5 = hashlib.md5((fashion_files / f"{name}.gz").read_bytes()).hexdigest()
@@ -991,7 +991,7 @@ def test_imagenet_through_torchvision(jpegs: Path) -> None:
 
 
 def text(train: int = 40, test: int = 23, context: int = 5, windows: int = 12) -> Text:
-    """Return a text whose characters are their own places, so that a window says where it lay."""
+    """Return a text whose characters are their positions, so that a window shows its position."""
     return Text("text", torch.arange(train), torch.arange(test), 50, context, windows)
 
 
@@ -1063,14 +1063,14 @@ def test_shakespeare_is_found_checked_and_cut(
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "sentence"),
     [
         ({"context": 0}, "from 1 to 111539"),
         ({"context": 1000, "test_examples": 112}, "has 111 windows of 1000"),
     ],
 )
-def test_impossible_windows_are_refused(fields: dict[str, int], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_impossible_windows_are_refused(fields: dict[str, int], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
         TinyShakespeare(**fields)
 
 
@@ -1097,7 +1097,7 @@ def test_every_sample_comes_once_with_its_label() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "said"),
+    ("train", "test", "sentence"),
     [
         ((torch.zeros(3, 2), torch.zeros(2).long()), None, "one label for each sample"),
         ((torch.zeros(0, 2), torch.zeros(0).long()), None, "at least one"),
@@ -1106,7 +1106,7 @@ def test_every_sample_comes_once_with_its_label() -> None:
         ((torch.zeros(3, 2), torch.full((3,), 4)), None, "from 4 to 4"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(train: Any, test: Any, said: str) -> None:
+def test_tensors_that_do_not_fit_are_refused(train: Any, test: Any, sentence: str) -> None:
     good = (torch.zeros(3, 2), torch.zeros(3).long())
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=sentence):
         Tensors("mine", train or good, test or good, 4)

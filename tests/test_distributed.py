@@ -1,4 +1,4 @@
-"""Two processes that train one model: DDP over gloo on the CPU.
+"""Two processes train one model: DDP over gloo on the CPU.
 
 The processes are started once. Each writes down what it saw, and the tests read it. The file takes
 about 15 seconds.
@@ -57,7 +57,7 @@ METHOD = ACDC(PATTERN, SCHEDULE)
 
 
 def own_batch(step: int) -> int:
-    """Return the number of the batch that this rank trains on: no two ranks have the same."""
+    """Return the number of this rank's batch, which is different on every rank."""
     return WORLD * step + dist.get_rank()
 
 
@@ -68,7 +68,7 @@ def flat(tensors: Iterator[Tensor]) -> Tensor:
 def trained(
     wrap_first: bool, accumulate: int, method: ACDC = METHOD, factory: Any = sgd, **ddp: Any
 ) -> dict[str, Any]:
-    """Train under DDP; return weights, supports and what clipping saw, step by step."""
+    """Train under DDP; return weights, supports and the clipped norms, step by step."""
     model = build()
     optimizer = factory(model)
     if wrap_first:
@@ -163,7 +163,7 @@ MINE = ({"conv1", "fc1"}, {"conv2", "fc2"})  # what each rank measures to be fas
 
 
 def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[str, Any]:
-    """Train under DDP with or without an engine; every rank would choose other layers."""
+    """Train under DDP with or without an engine; each rank alone would choose other layers."""
 
     def measure(layer: Candidate, *_: Any) -> Choice:
         gains = layer.name in {"head", *MINE[dist.get_rank()]}
@@ -210,7 +210,7 @@ ENGINE_CASES: dict[str, dict[str, Any]] = {
 
 
 def exchanging(wrap_first: bool, accumulate: int) -> dict[str, Any]:
-    """Train by RigL; return what it grew by, and what the averaged gradients call for."""
+    """Train by RigL; return the weights that it grew, and those by the averaged gradients."""
     schedule = constant("sparse", 3).resolve(3)
     method = RigL(PATTERN, schedule, drop=0.5, every="3st", until="100%")
     model = build()
@@ -248,7 +248,7 @@ def exchanging(wrap_first: bool, accumulate: int) -> dict[str, Any]:
 
 
 def viewing(kind: type[DPF] | type[STR]) -> dict[str, Any]:
-    """Train; return the view, the dense weights behind it, and how many of them moved."""
+    """Train; return the view, its dense weights, and the number of dense weights that moved."""
     schedule = constant("sparse", 3).resolve(3)
     method = kind(PATTERN, schedule, first=0.5, every="2st", length="5st")
     model = build()

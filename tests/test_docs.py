@@ -27,7 +27,7 @@ PAGES = [
 
 
 def the_reader() -> Callable[[Path], dict[str, np.ndarray]]:
-    """Return the function of docs/formats.md, which does without acdc."""
+    """Return the function of docs/formats.md, which does not use acdc."""
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert not re.search(r"import.*\b(acdc|torch)\b", code)

@@ -101,13 +101,13 @@ def test_an_activation_goes_block_by_block_and_is_not_kept(activation: nn.Module
 
 
 def frames(pair: Pair) -> list[memory.Frame]:
-    """The frames of all segments, of one batch size each."""
+    """Return the frames of all segments, each of one batch size."""
     arenas = [a for run in segments(pair.engine) for free in run._free.values() for a in free]
     return [frame for arena in arenas for frame in arena._frames.values()]
 
 
 def test_segments_share_the_buffers_of_one_pass() -> None:
-    """Each of three segments of one shape keeps memory for what its backward pass reads again."""
+    """Each of three segments of one shape keeps memory only for the inputs of its backward pass."""
     layers = (nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)) for _ in range(3))
     pair = Pair(nn.Sequential(*(nn.Sequential(part, nn.Tanh()) for part in layers)), (24,))
     pair.step(256)
@@ -126,17 +126,17 @@ def test_one_segment_at_a_time_uses_the_workspace(monkeypatch: pytest.MonkeyPatc
     pair, held, plain = Pair(nn.Linear(12, 8), (12,)), [], segment._plain
 
     def convert(*args):
-        held.append(pair.engine.workspace.lock.locked())
+        held.append(pair.engine.workspace.lock.is_mine)
         return plain(*args)
 
     monkeypatch.setattr(segment, "_plain", convert)
     pair.step(4)
     assert held == [True, True]  # forward and back
-    assert not pair.engine.workspace.lock.locked()
+    assert not pair.engine.workspace.lock.is_mine
 
 
 def test_a_tensor_that_changes_in_place_after_it_was_read() -> None:
-    """The network is no graph then, and each layer runs alone. In training PyTorch refuses it."""
+    """The network cannot be traced, so each layer runs alone. PyTorch refuses to train it."""
     pair = Pair(in_place_late(), (8, 5, 5))
     pair.step(4, grad=False)
     assert [len(run.program.convs) for run in segments(pair.engine)] == [1, 1]
@@ -153,5 +153,5 @@ def test_an_empty_batch_is_left_to_pytorch_and_said_once(caplog) -> None:
     pair = Pair(nn.Linear(12, 8), (12,))
     pair.step(0)
     pair.step(0)
-    (said,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
-    assert "its batch has [0] samples" in said
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert "its batch has [0] samples" in warning

@@ -1,4 +1,4 @@
-"""What the engine promises around a step: copies, hooks, falling back, graphs kept and freed, the
+"""The engine around a step: copies, hooks, fallback to PyTorch, lifetime of graphs, the
 choice of layers, and whole cycles under a sparsifier.
 """
 
@@ -39,7 +39,7 @@ def batch(samples: int = 6, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def sparse(model: nn.Module, density: float = 0.3, seed: int = 2) -> dict[str, Tensor]:
-    """Cut a model at random, and return its masks. The layers before the head are one run."""
+    """Prune a model at random, and return its masks. The layers before the head are one segment."""
     g = torch.Generator().manual_seed(seed)
     masks = {}
     for name, p in model.named_parameters():
@@ -50,7 +50,7 @@ def sparse(model: nn.Module, density: float = 0.3, seed: int = 2) -> dict[str, T
 
 
 def on_engine(density: float = 0.3) -> tuple[nn.Module, nn.Module, acdc.Engine]:
-    """Return a network in a sparse phase, the same in plain PyTorch, and the engine."""
+    """Return a network in a sparse phase, its copy in plain PyTorch, and the engine."""
     model = net()
     masks = sparse(model, density)
     plain = copy.deepcopy(model)
@@ -182,9 +182,9 @@ def test_another_image_size_is_computed_by_pytorch_and_said_once(
     for _ in range(2):
         same(model(x), plain(x))
     assert len(ran) == 2  # the linear layer, twice
-    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(said) == 1
-    assert "its input has become" in said[0]
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "its input has become" in warnings[0]
 
 
 def test_autocast_is_left_to_pytorch(ran: list[int]) -> None:
@@ -233,7 +233,7 @@ def test_an_example_that_does_not_fit_is_a_sentence() -> None:
 
 
 class Reached(nn.Module):
-    """Layers that the engine cannot see, each for a reason of its own."""
+    """Layers that the engine refuses, each for another reason."""
 
     def __init__(self, traceable: bool) -> None:
         super().__init__()
@@ -314,12 +314,19 @@ def test_a_graph_that_is_kept_goes_back_twice_and_one_that_is_not_refuses() -> N
         loss_of(model).backward(), loss.backward()
 
 
-def test_a_second_derivative_is_refused() -> None:
-    model, *_ = on_engine()
-    weight = model.get_submodule("layer1.0.conv1").weight
-    (grad,) = torch.autograd.grad(loss_of(model), weight, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+def test_a_gradient_penalty_is_pytorchs_and_leaves_the_frame_to_the_next_step(
+    ran: list[int],
+) -> None:
+    """More in ``test_engine_modes.py``."""
+    model, plain, _ = on_engine()
+    found = []
+    for m in (model, plain):
+        weight = m.get_submodule("layer1.0.conv1").weight
+        (grad,) = torch.autograd.grad(loss_of(m), weight, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), weight)[0] * (weight != 0))
+    same(*found)
+    assert ran
+    same(loss_of(model), loss_of(plain))
 
 
 def test_weights_that_move_before_the_way_back_raise() -> None:
@@ -410,7 +417,7 @@ def test_choices_that_were_loaded_are_not_measured_again(monkeypatch: pytest.Mon
 def test_a_network_that_became_much_sparser_is_measured_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What cuts little by little is nearly dense at its first cut, where no layer gains."""
+    """A gradual method is nearly dense after its first cut, when no layer gains."""
     seen: list[float] = []
 
     def gains_below_half(*given: Any) -> Choice:
@@ -424,8 +431,8 @@ def test_a_network_that_became_much_sparser_is_measured_anew(
 
     def cut_to(density: float) -> None:
         for name, mask in masks.items():
-            order = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(0))
-            masks[name] = (order < density * mask.numel()).reshape(mask.shape)
+            ranks = torch.randperm(mask.numel(), generator=torch.Generator().manual_seed(0))
+            masks[name] = (ranks < density * mask.numel()).reshape(mask.shape)
         engine.compress(masks)
 
     cut_to(0.9)
@@ -451,7 +458,7 @@ def test_a_network_that_became_much_sparser_is_measured_anew(
 def test_what_was_chosen_stays_when_a_graph_of_another_mode_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A checkpoint may have been written in between: steps after it compute as it says."""
+    """A checkpoint may have been written in between: later steps compute by its choices."""
 
     class Probed(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Networks that nobody thought of, in a sparse phase, against masked dense PyTorch."""
+"""Random networks in a sparse phase, against masked dense PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ densities = st.sampled_from([0.0, 0.05, 0.3, 1.0])
 
 
 def columns_apart(x: Tensor) -> Tensor:
-    """The same values, with gaps between them in memory."""
+    """Return the same values, with gaps between them in memory."""
     return torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0]
 
 
@@ -47,7 +47,7 @@ LAYS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Residual(nn.Module):
-    """A branch, added to what goes past it."""
+    """A branch, added to a second branch."""
 
     def __init__(self, branch: nn.Module, past: nn.Module) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ class Residual(nn.Module):
 
 
 class Builder:
-    """Draws layers that fit one after another.
+    """Draws a chain of layers with matching shapes.
 
     Attributes:
-        shape: Channels, height and width of what the last layer makes.
+        shape: Channels, height and width of the last layer's output.
         least: The least pixels that a BatchNorm sees.
     """
 
@@ -155,7 +155,7 @@ def networks(draw: Callable[[Any], Any]) -> tuple[nn.Module, tuple[int, ...], in
 
 @st.composite
 def supports(draw: Callable[[Any], Any], model: nn.Module) -> dict[str, Tensor]:
-    """Return masks: of every density, with rows or columns that keep nothing."""
+    """Return masks of every density, some with rows or columns without kept weights."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     masks = {}
     for name, param in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A finished run of every method: whichever networks it leaves can be exported and used.
+"""A finished run of every method: all networks of its result can be exported and used.
 
 About 30 seconds on an idle core: sixteen runs are trained once for all tests of this file.
 """
@@ -86,7 +86,7 @@ def method(name: str) -> Method:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Return the folder of a finished run of a method; each is trained once."""
+    """Return the folder of a finished run of a method, which is trained once."""
     out, records = tmp_path_factory.mktemp("methods"), {}
     patch = pytest.MonkeyPatch()
     patch.setattr(models, "Small", Small, raising=False)  # where 'acdc export' looks for it
@@ -176,9 +176,9 @@ def test_a_network_that_a_method_does_not_leave_is_refused_in_a_sentence(
         for form in ("safetensors", "onnx"):
             words = ["export", str(finished(name)), "--to", form, "--twin", twin]
             assert main([*words, "--out", str(tmp_path / "file")]) == 2
-            said = " ".join(capsys.readouterr().err.split())
-            assert f"no {twin} network: the run left a {result.index.noun} alone" in said
-            assert "--twin" in said
+            error = " ".join(capsys.readouterr().err.split())
+            assert f"no {twin} network: the run left a {result.index.noun} alone" in error
+            assert "--twin" in error
     assert not (tmp_path / "file").exists()
 
 

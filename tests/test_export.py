@@ -1,4 +1,4 @@
-"""Twins elsewhere: a plain safetensors file, and ONNX run by another runtime."""
+"""Exported twins: a plain safetensors file, and ONNX in another runtime."""
 
 import copy
 import logging
@@ -85,7 +85,7 @@ def run_onnx(path, x):
 
 
 def zeros_in(path):
-    """Return shape sorted, size and zeros of every weight in the file."""
+    """Return sorted shape, size and number of zeros of every weight in the file."""
     import onnx
 
     arrays = map(onnx.numpy_helper.to_array, onnx.load(path).graph.initializer)
@@ -106,8 +106,8 @@ def test_a_twin_is_one_plain_file(pair, tmp_path, twin):
 
 def test_the_pair_can_be_a_folder_or_a_run(pair, tmp_path):
     pair.save(tmp_path / "run" / "pair")
-    for place in (tmp_path / "run" / "pair", str(tmp_path / "run")):
-        path = to_safetensors(place, tmp_path / "model.safetensors")
+    for source in (tmp_path / "run" / "pair", str(tmp_path / "run")):
+        path = to_safetensors(source, tmp_path / "model.safetensors")
         loaded = safetensors.torch.load_file(path)
         assert all(torch.equal(loaded[k], v) for k, v in pair.sparse.items())
     with pytest.raises(InputError, match=r"There is no result in"):
@@ -199,7 +199,7 @@ def test_lost_zeros_are_an_error_and_no_file(tmp_path, monkeypatch):
 
 
 class OneSample(nn.Module):
-    """A path of its own for one sample, which gives the same."""
+    """A separate branch for a single sample, with the same result."""
 
     def forward(self, x):
         return x * 2 if x.shape[0] == 1 else (x * 2).reshape(-1, 3)

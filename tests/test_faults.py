@@ -1,6 +1,6 @@
 """The table of deliberate faults (``tools/faults.py``) fits the sources and the tests.
 
-The faults themselves are tried by ``python tools/faults.py``, which takes about an hour.
+``python tools/faults.py`` tries the faults themselves, which takes about an hour.
 """
 
 from __future__ import annotations

@@ -102,8 +102,10 @@ def test_dense_phases_train_all_weights_and_the_same_support_returns() -> None:
 def test_a_resumed_run_has_the_same_support_and_another_support_is_refused() -> None:
     net, support = sparse_network()
     state = train(acdc.Given(support, SPARSE), net, 3, lambda s: None).state_dict()
+    net = network()
     other = acdc.Sparsifier(acdc.Given(support, SPARSE), net, torch.optim.SGD(net.parameters(), 1))
     other.load_state_dict(state)
+    other.remove()
     assert other.step == 3
     assert other.support == support
     masks = {name: mask.roll(1, 0) for name, mask in support.items()}

@@ -1,4 +1,4 @@
-"""Steps that touch only kept elements, against masked dense: the same numbers, the same objects."""
+"""Steps on kept elements alone, against masked dense steps: the same numbers and objects."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 
 
 def factory(which: str) -> Factory:
-    """Build the optimizer over two groups, so that places and options are of groups."""
+    """Build the optimizer over two parameter groups with different options."""
     kind, options = OPTIMIZERS[which]
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
@@ -73,7 +73,7 @@ def factory(which: str) -> Factory:
 
 
 class Run:
-    """A network, its optimizer and its sparsifier, with steps of kept elements or without."""
+    """A network, its optimizer and its sparsifier, with or without steps on kept elements."""
 
     def __init__(
         self,
@@ -107,13 +107,13 @@ class Run:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the last step was of kept elements."""
+        """Whether the last step was on kept elements alone."""
         params = self.sparsifier.params.values()
         return bool(self.steps._weights) and all(self.steps.left_zeros(p) for p in params)
 
 
 def compare(kept: Run, plain: Run) -> None:
-    """Same weights everywhere, same state where the support is."""
+    """Assert that all weights are equal, and the state inside the support."""
     for (name, a), b in zip(
         kept.model.state_dict().items(), plain.model.state_dict().values(), strict=True
     ):

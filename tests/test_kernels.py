@@ -36,10 +36,10 @@ densities = st.sampled_from([0.0, 0.05, 1.0]) | st.floats(0.0, 1.0)
 empties = st.sampled_from(["nothing", "output channels", "input channels"])
 
 
-def strided(t: torch.Tensor, order: tuple[int, ...], step: int = 1) -> torch.Tensor:
-    """The same values, with dimensions that lie in memory in this order, the last one spread."""
-    wide = t.new_full([t.shape[i] * (step if i == order[-1] else 1) for i in order], math.nan)
-    back = [order.index(i) for i in range(t.dim())]
+def strided(t: torch.Tensor, axes: tuple[int, ...], step: int = 1) -> torch.Tensor:
+    """Return the same values, with the axes in this order in memory, and gaps in the last axis."""
+    wide = t.new_full([t.shape[i] * (step if i == axes[-1] else 1) for i in axes], math.nan)
+    back = [axes.index(i) for i in range(t.dim())]
     return wide[..., ::step].permute(back).copy_(t)
 
 
@@ -59,7 +59,7 @@ memories = st.sampled_from(list(MEMORY))
 
 @pytest.fixture(scope="module", autouse=True)
 def recorder():
-    """Note every kernel that runs, where the compiled code is called. When all tests are over, a
+    """Note every kernel call of the compiled code. When all tests are over, a
     kernel of the table that none of these tests called fails the run.
     """
     run = native.NativeCall.__call__
@@ -303,7 +303,7 @@ class Layer:
 
 
 class OnKernels(torch.autograd.Function):
-    """The same for autograd, which differentiates it by numbers."""
+    """The same as an autograd function, for numerical differentiation."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, layer):

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the syntax trees: imports point down, never sideways or up."""
+"""The imports between modules, from the syntax trees: imports point down, never sideways or up."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.pages": {"numpy"},
     "acdc.bench.peers": {"sparseprop", "sparselab"},
     "acdc.pages.figure": {"matplotlib", "jinja2"},
-    "acdc.pages.run": {"matplotlib"},
+    "acdc.pages.plots": {"matplotlib"},
     "acdc.pages.comparison": {"matplotlib"},
     "acdc.console": {"rich"},
     "acdc.cli": {"rich"},
@@ -100,31 +100,31 @@ def room(module: str) -> str:
 
 def complaints(sources: dict[str, str]) -> list[str]:
     """Return a sentence for every import that the layout forbids."""
-    said = []
+    found = []
     for module, source in sources.items():
-        here = room(module)
-        if here not in RANK:
-            said.append(f"{module}: {here!r} is no room of the plan")
+        own = room(module)
+        if own not in RANK:
+            found.append(f"{module}: {own!r} is no room of the plan")
             continue
         for line, target in imports(module, source, sources):
-            place = f"{module}:{line}"
+            at = f"{module}:{line}"
             if target == KERNELS:
                 if module != KERNELS_OWNER:
-                    said.append(f"{place} imports {KERNELS}, which only {KERNELS_OWNER} may")
+                    found.append(f"{at} imports {KERNELS}, which only {KERNELS_OWNER} may")
             elif target.split(".")[0] == "acdc":
-                there = room(target)
-                if there not in RANK:
-                    said.append(f"{place} imports {target}, which is in no row")
-                elif module == "acdc" and RANK[there] >= RANK["acdc"]:
-                    said.append(f"{place} makes every user import {target}")
-                elif here != there and RANK[there] >= RANK[here]:
-                    said.append(f"{place} imports {target}: not below it")
+                other = room(target)
+                if other not in RANK:
+                    found.append(f"{at} imports {target}, which is in no row")
+                elif module == "acdc" and RANK[other] >= RANK["acdc"]:
+                    found.append(f"{at} makes every user import {target}")
+                elif own != other and RANK[other] >= RANK[own]:
+                    found.append(f"{at} imports {target}: not below it")
                 elif (
-                    here == there == "methods"
+                    own == other == "methods"
                     and module != "acdc.methods"  # the list of them all
                     and target not in SHARED_BY_METHODS
                 ):
-                    said.append(f"{place} imports {target}: methods do not know one another")
+                    found.append(f"{at} imports {target}: methods do not know one another")
             if target.split(".")[0] == "acdc":
                 continue
             package = target.split(".")[0]
@@ -134,8 +134,8 @@ def complaints(sources: dict[str, str]) -> list[str]:
                 continue
             owners = [o for o in ALLOWED if module == o or module.startswith(f"{o}.")]
             if not any(package in ALLOWED[owner] for owner in owners):
-                said.append(f"{place} imports {package}, which is not its business")
-    return said
+                found.append(f"{at} imports {package}, which is not its business")
+    return found
 
 
 def test_imports_point_down() -> None:
@@ -192,9 +192,9 @@ def test_imports_point_down() -> None:
 )
 def test_the_rule_can_fail(module: str, source: str, complaint: str) -> None:
     known = {name: "" for name in modules()}
-    said = complaints(known | {module: source})
-    assert len(said) == 1
-    assert complaint in said[0]
+    found = complaints(known | {module: source})
+    assert len(found) == 1
+    assert complaint in found[0]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_the_rule_can_fail(module: str, source: str, complaint: str) -> None:
     [
         ("acdc.methods.acdc", "from acdc.methods.families import Phased\nfrom acdc import score"),
         ("acdc.runs.train", "from acdc import ACDC\nfrom acdc.runs.record import Record"),
-        ("acdc.pages.run", "import matplotlib, json"),
+        ("acdc.pages.plots", "import matplotlib, json"),
         ("acdc.engine.native", "from acdc import _kernels\nfrom acdc.engine import layout"),
         ("acdc.engine.layout", "from acdc import layers, support, errors"),
         ("acdc", "from acdc.sparsifier import Sparsifier"),
@@ -271,7 +271,7 @@ def test_a_circle_is_found(sources: dict[str, str], found: list[str]) -> None:
 
 
 def unused(sources: dict[str, str]) -> list[str]:
-    """Return the rooms of the plan that are empty, and the permissions that nobody uses."""
+    """Return the rooms of the plan that are empty, and the permissions that are not used."""
     rooms = {room(module) for module in sources}
     found = [name for name in sorted(RANK) if name not in rooms]
     for owner, packages in ALLOWED.items():
@@ -301,16 +301,16 @@ def calls(source: str) -> Iterator[tuple[int, str]]:
 
 
 def global_effects(sources: dict[str, str]) -> list[str]:
-    """Return what a library has no right to do: print, and seed or own the process."""
-    said = []
+    """Return the places in which the library prints, or changes the state of the process."""
+    found = []
     for module, source in sources.items():
         for line, call in calls(source):
             if call == "print" and room(module) != "cli":
-                said.append(f"{module}:{line} prints")
+                found.append(f"{module}:{line} prints")
             seeds = {"torch.manual_seed", "torch.random.manual_seed", "random.seed"}
             seeds |= {"np.random.seed", "numpy.random.seed", "torch.cuda.manual_seed_all"}
             if call in seeds and room(module) not in ("runs", "compare", "bench", "recipes", "cli"):
-                said.append(f"{module}:{line} seeds the process")
+                found.append(f"{module}:{line} seeds the process")
             process = {"torch.set_num_threads", "torch.use_deterministic_algorithms"}
             process |= {"torch.set_default_dtype", "torch.set_default_device", "signal.signal"}
             if call in process and room(module) not in (
@@ -320,8 +320,8 @@ def global_effects(sources: dict[str, str]) -> list[str]:
                 "recipes",
                 "cli",
             ):
-                said.append(f"{module}:{line} calls {call}")
-    return said
+                found.append(f"{module}:{line} calls {call}")
+    return found
 
 
 def test_no_print_and_no_global_seed() -> None:
@@ -345,7 +345,7 @@ def run(code: str) -> str:
 
 
 def test_import_acdc_alone_does_not_load_torch() -> None:
-    """So ``acdc --help`` is quick; torch comes with the first name that is used."""
+    """``acdc --help`` is quick, because the first use of a name loads torch."""
     loaded = run(
         """
         import sys, acdc
@@ -424,7 +424,7 @@ def test_public_names_are_there_once() -> None:
 
 
 def test_type_checkers_see_the_public_names() -> None:
-    """They read the block under TYPE_CHECKING; Python reads the table ``_HOME``."""
+    """Type checkers read the block under TYPE_CHECKING; Python reads the table ``_HOME``."""
     tree = ast.parse((ROOT / "__init__.py").read_text("utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {

@@ -1,4 +1,4 @@
-"""The methods, each against vectors done by hand or by its authors' formulas.
+"""The methods, each against vectors computed by hand or by its authors' formulas.
 
 A letter such as (A7) names a bug of a peer that the test shows to be absent.
 """
@@ -180,8 +180,8 @@ def test_an_update_of_rigl_takes_the_place_of_an_optimizer_step(how: str) -> Non
             assert torch.equal(sparsifier.params[name], weight.where(new & old[name], 0))
             both = state and optimizer.state_dict()["state"]
             if both:
-                place = list(dict(model.named_parameters())).index(name)
-                then, now = (s[place]["momentum_buffer"] for s in (state, both))
+                number = list(dict(model.named_parameters())).index(name)
+                then, now = (s[number]["momentum_buffer"] for s in (state, both))
                 assert torch.equal(now, then.masked_fill(new & ~old[name], 0))
         for name, p in model.named_parameters():
             if name not in sparsifier.support:
@@ -780,7 +780,7 @@ LEARNING = STR(Unstructured(0.8), SPARSE, first=0.3, every="2st", length="7st", 
 
 
 class ByHand:
-    """The same training in the open: dense weights, masked for forward and backward."""
+    """The same training without the library: dense weights, masked for forward and backward."""
 
     def __init__(self, method: Any, names: list[str]) -> None:
         self.method, self.names = method, names
@@ -789,7 +789,7 @@ class ByHand:
         self.first, self.second = self.choose(0)
 
     def choose(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return what is computed with, and what is trained."""
+        """Return the support of the computation, and the support that is trained."""
         method = self.method
         magnitude = {n: self.model.get_parameter(n).abs().detach() for n in self.names}
         if isinstance(method, DPF):

@@ -1,4 +1,4 @@
-"""The networks: sizes to the last weight, names, initialisation, what is odd about each."""
+"""The networks: exact sizes, names, initialisation, and differences from the originals."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_images_to_logits(spec: Model) -> None:
 
 
 def test_characters_to_logits() -> None:
-    """The classes come second, and a character sees only those before it."""
+    """The classes are the second dimension, and a character sees only earlier characters."""
     spec = SmallGPT(width=16, depth=2, heads=2, context=6, vocabulary=11)
     net = seeded(spec).eval()
     assert on_meta(spec)(torch.zeros(3, 6, dtype=torch.int64, device="meta")).shape == (3, 11, 6)
@@ -176,15 +176,15 @@ def test_a_gpt_has_the_cost_of_its_matrices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "sentence"),
     [
         ({"width": 30}, "a multiple of 4"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"depth": 0}, "depth=0"),
     ],
 )
-def test_a_gpt_that_cannot_be_is_a_sentence(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_a_gpt_that_cannot_be_is_a_sentence(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
         SmallGPT(**fields)
 
 
@@ -257,9 +257,9 @@ def test_wide_resnet_is_the_papers_variant() -> None:
     assert all(conv.bias is not None for conv in convs)
     for stage, stride in (("layer1", 1), ("layer2", 2), ("layer3", 2)):
         for block in range(4):
-            here = stride if block == 0 else 1
+            expected = stride if block == 0 else 1
             assert model.get_submodule(f"{stage}.{block}.conv1").stride == (1, 1)
-            assert model.get_submodule(f"{stage}.{block}.conv2").stride == (here, here)
+            assert model.get_submodule(f"{stage}.{block}.conv2").stride == (expected, expected)
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.3] * 12
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert [norm.momentum for norm in norms] == [0.1] * 24 + [0.9]

@@ -1,4 +1,4 @@
-"""A method with a new kind of memory touches one file: this one.
+"""A method with a new kind of state touches one file: this one.
 
 It keeps a running average of the squared gradients of all kept weights, and at every change drops
 the weights with the smallest ``|w| · sqrt(average)``. No other part of the package knows it.

@@ -1,4 +1,4 @@
-"""Patterns against a brute-force oracle, published counts, ERK, and which layers are chosen.
+"""Patterns against a brute-force oracle, published counts, ERK, and the choice of layers.
 
 A letter such as (A3) names a bug of a peer that the test shows to be absent.
 """
@@ -36,7 +36,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def in_order(values: list[float]) -> list[int]:
-    """Return places by falling score; ties by place."""
+    """Return indices by falling score; ties by index."""
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
@@ -45,13 +45,13 @@ def oracle_layer(values: list[float], k: int) -> set[int]:
 
 
 def oracle_global(values: Mapping[str, list[float]], k: int, floor: int) -> dict[str, set[int]]:
-    """Every layer's own ``floor`` largest come first; the largest of the rest fill up."""
+    """Keep the ``floor`` largest of every layer, then the largest of all others."""
     must = {name: oracle_layer(v, min(floor, len(v))) for name, v in values.items()}
     everything = [(name, i, x) for name, v in values.items() for i, x in enumerate(v)]
     rest = [(name, i, x) for name, i, x in everything if i not in must[name]]
     left = k - sum(map(len, must.values()))
-    for place in in_order([x for _, _, x in rest])[:left]:
-        must[rest[place][0]].add(rest[place][1])
+    for index in in_order([x for _, _, x in rest])[:left]:
+        must[rest[index][0]].add(rest[index][1])
     return must
 
 
@@ -95,11 +95,11 @@ def oracle_nm(pattern: NM, scores: Mapping[str, Tensor]) -> Support:
     masks = {name: torch.zeros(t.shape, dtype=torch.bool) for name, t in scores.items()}
     for name, t in scores.items():
         kernel = itertools.product(*map(range, t.shape[2:]))
-        for row, place in itertools.product(range(t.shape[0]), kernel):
+        for row, position in itertools.product(range(t.shape[0]), kernel):
             for first in range(0, t.shape[1], pattern.m):
-                group = [float(t[(row, first + i, *place)]) for i in range(pattern.m)]
+                group = [float(t[(row, first + i, *position)]) for i in range(pattern.m)]
                 for i in in_order(group)[: pattern.n]:
-                    masks[name][(row, first + i, *place)] = True
+                    masks[name][(row, first + i, *position)] = True
     return Support(masks)
 
 
@@ -293,8 +293,8 @@ def test_more_weights_than_one_chunk() -> None:
     w = torch.randint(-50, 50, (1100, 1000), generator=generator).float()
     w[0, :5] = torch.tensor([1e-3, -1e-3, 7e30, -7e30, 49.5])
     support = Unstructured(0.9).select({"w": w})
-    order = torch.sort(w.flatten(), descending=True, stable=True).indices[: kept(w.numel(), 0.9)]
-    expected = torch.zeros(w.numel(), dtype=torch.bool).index_fill_(0, order, True)
+    largest = torch.sort(w.flatten(), descending=True, stable=True).indices[: kept(w.numel(), 0.9)]
+    expected = torch.zeros(w.numel(), dtype=torch.bool).index_fill_(0, largest, True)
     assert torch.equal(support["w"].flatten(), expected)
 
 
@@ -329,7 +329,7 @@ def test_nan_is_refused_by_name(pattern: Pattern, dtype: torch.dtype, negative: 
 
 
 class Counting(Scores):
-    """Scores that know how many of the tensors they handed out are still alive."""
+    """Scores that count how many of their tensors are still alive."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__(shapes, self._compute)
@@ -422,7 +422,7 @@ def test_a_network_of_published_size_keeps_its_published_count() -> None:
 
 
 def rigl_recipe(shapes: Shapes, sparsity: float) -> dict[str, float]:
-    """Return the densities that the RigL authors' rule gives, solved as they solve it."""
+    """Return the densities by the RigL authors' rule, with the authors' solver."""
     size = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
     dense: set[str] = set()
@@ -490,7 +490,7 @@ def test_erk_where_a_layer_is_dense_until_the_floors_of_others_take_its_share() 
 
 
 def bounded(shapes: Shapes, total: int, least: dict[str, int]) -> dict[str, float]:
-    """Return eps·sum(dims) held between floor and size, for the eps that fits ``total``."""
+    """Return eps·sum(dims), clipped to floor and size, with the eps that gives ``total``."""
     size = {n: math.prod(s) for n, s in shapes.items()}
 
     def at(eps: float) -> dict[str, float]:
@@ -556,7 +556,7 @@ def test_groups_run_along_the_inputs_of_one_output_channel() -> None:
 
 
 class Odd(nn.Module):
-    """Layers that do not divide, next to one that does."""
+    """Layers that the pattern's groups do not divide, and one that they divide."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -698,7 +698,7 @@ def test_bad_arguments_are_refused_at_construction(case: str) -> None:
 
 
 class Mixed(nn.Module):
-    """One of everything that has a weight."""
+    """One module of every kind that has a weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A profile counts what the kernels take, and changes nothing."""
+"""A profile counts the time of the kernels, and changes no result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import acdc
-from acdc.bench import where
+from acdc.bench import breakdown
 from acdc.cli import main
 from acdc.engine import native
 from acdc.engine.profile import Profile
@@ -124,7 +124,7 @@ def test_bench_where_sums_up_to_the_step(
     words = ["bench", "where", "--case", "resnet8_w8_n32", "--sparsity", "0.9", "--repeats", "3"]
     assert main([*words, "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())["rows"]
-    assert set(row["parts_ms"]) == set(where.PARTS)
+    assert set(row["parts_ms"]) == set(breakdown.PARTS)
     assert sum(row["parts_ms"].values()) == pytest.approx(row["clocked_ms"])
     assert row["parts_ms"]["optimizer"] > 0
     assert row["parts_ms"]["pytorch"] > 0

@@ -1,4 +1,4 @@
-"""The paper's recipes against its published configurations, and how a recipe is changed."""
+"""The paper's recipes against its published configurations, and changes of a recipe."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_value_is_changed_by_its_path(settings: dict, read: object, value: obj
 
 
 @pytest.mark.parametrize(
-    ("path", "text", "said"),
+    ("path", "text", "sentence"),
     [
         ("method.patern.sparsity", "0.9", "has no field 'patern'"),
         ("nothing", "1", "the recipe .Recipe. has no field 'nothing'"),
@@ -184,8 +184,8 @@ def test_a_value_is_changed_by_its_path(settings: dict, read: object, value: obj
         ("engine", "on", "'on' is not of the type auto, off or reference"),
     ],
 )
-def test_a_wrong_setting_is_a_sentence(path: str, text: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_a_wrong_setting_is_a_sentence(path: str, text: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
         change(recipes.get("digits"), {path: text})
 
 

@@ -1,4 +1,4 @@
-"""The report page: it says what the record says, and a browser shows it without a network."""
+"""The report page shows the values of the record, and a browser shows it without a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from acdc.errors import InputError, MissingDependency
-from acdc.pages import history
+from acdc.pages import history, plots
 from acdc.pages import run as report
 from acdc.runs import train
 from support.browser import CHROMIUM, SKIP, Browser
@@ -92,7 +92,7 @@ def write_run(
     """Write the folder of an invented run and return its record.
 
     ``cuts`` are the epochs at which the phases change, the first phase being dense; ``stop`` is the
-    step after which nothing was written any more.
+    step of the last event that was written.
     """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ def test_ledger_adds_up_to_the_record(run: tuple[Path, dict[str, Any], str]) -> 
 
 
 def with_engine(folder: Path, start: dict[str, Any], *events: dict[str, Any]) -> Reader:
-    """Write a run in which the engine said this, and return its page."""
+    """Write a run with these events of the engine, and return its page."""
     write_run(folder)
     path = folder / "metrics.jsonl"
     first, *rest = path.read_text().splitlines()
@@ -371,11 +371,11 @@ def test_every_value_of_the_recipe_with_the_changed_marked(
     run: tuple[Path, dict[str, Any], str],
 ) -> None:
     read = Reader(run[2])
-    said = {row[0]: row[1] for row in read.rows["recipe"][1:]}
-    assert said["optimizer.weight_decay"] == "0.0005"
-    assert said["method.pattern"] == "Unstructured"
-    assert said["method.pattern.sparsity"] == "0.9 ◆"
-    assert [path for path, value in said.items() if "◆" in value] == ["method.pattern.sparsity"]
+    values = {row[0]: row[1] for row in read.rows["recipe"][1:]}
+    assert values["optimizer.weight_decay"] == "0.0005"
+    assert values["method.pattern"] == "Unstructured"
+    assert values["method.pattern.sparsity"] == "0.9 ◆"
+    assert [path for path, value in values.items() if "◆" in value] == ["method.pattern.sparsity"]
     assert "acdc run fashion_mnist --set method.pattern.sparsity=0.9 --seed 3" in run[2]
     assert "Example CPU 9000" in run[2]
     assert "torch 2.13.0" in run[2]
@@ -630,7 +630,7 @@ def test_long_run_is_quick_and_small(tmp_path: Path) -> None:
     seconds = time.process_time() - start
     assert Reader(text).row("ledger", "Training")[0] == "100,000"
     assert len(text) < 1_000_000
-    assert max(path.count("L ") for path in re.findall(r' d="([^"]*)"', text)) <= report.POINTS
+    assert max(path.count("L ") for path in re.findall(r' d="([^"]*)"', text)) <= plots.POINTS
     assert seconds < 15  # of processor time; about 2 on an idle core
 
 
@@ -639,13 +639,13 @@ def test_decimate_keeps_every_spike() -> None:
     y = np.sin(x / 5000)
     y[12_345], y[67_890] = 9.0, -9.0
     y[50_000:60_000] = np.nan
-    thin_x, thin_y = report.decimate(x, y, 1500)
+    thin_x, thin_y = plots.decimate(x, y, 1500)
     assert len(thin_x) <= 1500
     assert np.all(np.diff(thin_x) >= 0)
     assert np.nanmax(thin_y) == 9.0
     assert np.nanmin(thin_y) == -9.0
     assert np.isnan(thin_y[(thin_x > 50_100) & (thin_x < 59_900)]).all()
-    same_x, same_y = report.decimate(x[:1500], y[:1500], 1500)
+    same_x, same_y = plots.decimate(x[:1500], y[:1500], 1500)
     assert np.array_equal(same_x, x[:1500])
     assert np.array_equal(same_y, y[:1500])
 
@@ -653,8 +653,8 @@ def test_decimate_keeps_every_spike() -> None:
 def test_smooth_is_the_mean_of_the_window() -> None:
     y = np.array([1.0, 2.0, np.nan, 4.0, 5.0, 6.0])
     expected = [1.5, 1.5, np.nan, 4.5, 5.0, 5.5]
-    np.testing.assert_allclose(report.smooth(y, 3), expected)
-    np.testing.assert_array_equal(report.smooth(y, 1), y)
+    np.testing.assert_allclose(plots.smooth(y, 3), expected)
+    np.testing.assert_array_equal(plots.smooth(y, 1), y)
 
 
 # --- In a browser --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What training leaves: all three results come back bit for bit, and damage is refused."""
+"""The results of training: bitwise loading of all three, and refusal of damaged files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_lone_network_has_the_file_that_it_would_have_in_a_pair(
     made(Pair).save(tmp_path / "pair")
     made(kind).save(tmp_path / "alone")
     (twin,) = made(kind).networks()
-    files = [(tmp_path / place / FILES[twin]).read_bytes() for place in ("pair", "alone")]
+    files = [(tmp_path / name / FILES[twin]).read_bytes() for name in ("pair", "alone")]
     assert files[0] == files[1]
 
 
@@ -144,9 +144,9 @@ def test_one_flipped_bit_anywhere_is_refused(tmp_path: Path, kind: type[Result])
     for name in (only_file(kind), kind.index.name):
         data = (tmp_path / name).read_bytes()
         # Every byte of the index: no other checksum covers it.
-        for place in range(0, len(data), 1 if name == kind.index.name else 13):
+        for position in range(0, len(data), 1 if name == kind.index.name else 13):
             damaged = bytearray(data)
-            damaged[place] ^= 1 << (place % 8)
+            damaged[position] ^= 1 << (position % 8)
             (tmp_path / name).write_bytes(damaged)
             with pytest.raises(InputError, match=r"altered|not the index|version"):
                 load(tmp_path)
@@ -194,7 +194,7 @@ def test_an_index_of_a_newer_format_or_of_another_kind_is_refused(
 
 
 def forge(folder: Path, kind: type[Result], change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the index of a saved result as another program might: with a right checksum."""
+    """Change the index of a saved result as another program might: with a correct checksum."""
     path = folder / kind.index.name
     index = json.loads(path.read_text())
     change(index)
@@ -239,12 +239,12 @@ def test_files_with_right_checksums_that_do_not_fit_are_refused(
 
 
 @every_lone_kind
-def test_a_save_that_dies_leaves_the_old_network_or_a_mixture_that_is_refused(
+def test_a_save_that_dies_leaves_the_old_network_or_the_new(
     tmp_path: Path, kind: type[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = made(kind), made(kind, seed=1)
     replace, outcomes = os.replace, []
-    for fatal in (1, 2):
+    for fatal in (1, 2, 3):
         folder = old.save(tmp_path / str(fatal))
         calls = [fatal]
 
@@ -258,13 +258,35 @@ def test_a_save_that_dies_leaves_the_old_network_or_a_mixture_that_is_refused(
             patch.setattr(os, "replace", dying)
             with pytest.raises(KeyboardInterrupt):
                 new.save(folder)
-        try:
-            outcomes.append("old" if load(folder) == old else "new")
-        except InputError:
-            outcomes.append("refused")
+        assert kind_in(folder) is kind
+        outcomes.append("old" if load(folder) == old else "new")
         new.save(folder)
         assert load(folder) == new
-    assert outcomes == ["old", "refused"]
+    assert outcomes == ["old", "new", "new"]
+
+
+@every_lone_kind
+def test_a_first_save_that_dies_is_found(
+    tmp_path: Path, kind: type[Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is in its place yet, and everything is on the disk."""
+    replace = os.replace
+
+    def dying(source: Any, target: Any) -> None:
+        if Path(source).name != ".acdc-saving":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            made(kind).save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".acdc-saved"]
+    assert load(tmp_path) == made(kind)
+    assert all(size > 0 for size in sizes(tmp_path).values())
+    other = next(one for one in KINDS if one is not kind)
+    with pytest.raises(InputError, match="already holds a"):
+        made(other).save(tmp_path)
 
 
 @every_lone_kind

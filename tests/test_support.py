@@ -1,4 +1,4 @@
-"""Counts and supports: one rounding rule, and a value that says what changed."""
+"""Counts and supports: one rounding rule, and the changes between two supports."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_pack_and_back(values: list[bool]) -> None:
     packed = pack_bits(mask)
     assert packed.dtype == torch.uint8
     assert packed.tolist() == [
-        sum(bit << place for place, bit in enumerate(values[i : i + 8]))
+        sum(bit << digit for digit, bit in enumerate(values[i : i + 8]))
         for i in range(0, len(values), 8)
     ]
     assert torch.equal(unpack_bits(packed, tuple(mask.shape)), mask)

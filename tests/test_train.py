@@ -1,4 +1,4 @@
-"""A run: it resumes bitwise from any death, and does what its recipe says.
+"""A run resumes bitwise after any kill, and follows its recipe.
 
 The file takes about 90 seconds on one thread.
 """
@@ -44,7 +44,7 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train.run(tiny(), folder, device="cpu")
     return folder
@@ -254,7 +254,7 @@ class Dropping(Plain):
 
 
 class Draw(nn.Module):
-    """Passes its input on, and notes a random number."""
+    """Returns its input, and notes a random number."""
 
     drawn: ClassVar[list[float]] = []
 
@@ -266,7 +266,7 @@ class Draw(nn.Module):
 
 @dataclass(frozen=True)
 class Drawing(Plain):
-    """A network that notes what its steps draw."""
+    """A network that notes the random numbers of its steps."""
 
     def build(self) -> nn.Module:
         return nn.Sequential(Draw(), super().build())
@@ -305,7 +305,7 @@ def test_a_batch_in_parts_is_the_same_step(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains_in_two_parts(tmp_path: Path) -> None:
-    """The halves of a batch are on two processes, and BatchNorm sees them apart in both cases."""
+    """Two processes train on the halves of a batch, and BatchNorm sees each half separately."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     settings = {**TINY, "devices": "2"}
     command = [sys.executable, "-m", "acdc", "run", "digits", *words(settings)]
@@ -318,15 +318,15 @@ def test_two_processes_train_what_one_trains_in_two_parts(tmp_path: Path) -> Non
         if line.startswith("epoch 2"):
             first.send_signal(signal.SIGTERM)
             break
-    said = first.stderr.read()
-    assert first.wait(timeout=60) == 128 + signal.SIGTERM, said
-    assert "Nothing is lost" in said
+    log = first.stderr.read()
+    assert first.wait(timeout=60) == 128 + signal.SIGTERM, log
+    assert "Nothing is lost" in log
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=env,
                           timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1  # the helper said nothing
     assert done.stderr.count("Report: ") == 1
-    assert "Initializing" not in said + done.stderr
+    assert "Initializing" not in log + done.stderr
     run = Path(json.loads(done.stdout)["run"])
     train.run(tiny(accumulate="2"), tmp_path / "one", device="cpu")
     assert different(run, tmp_path / "one") < 1e-4
@@ -375,7 +375,7 @@ def test_the_generator_and_the_threads_of_the_process_are_left_as_they_were(
 
 
 def sparse_by(choose: Callable[[str], bool]) -> Callable[..., Choice]:
-    """Return a measurement that takes no time and whose outcome is known."""
+    """Return a measurement without timing, with a fixed outcome."""
     return lambda site, *given: Choice(choose(site.name), given[2], 2.0, 1.0, 0.25)
 
 
@@ -392,7 +392,7 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 
 
 class Death(Exception):
-    """Ends a run as a crash does: no checkpoint is written for it."""
+    """Ends a run as a crash does, without a checkpoint."""
 
 
 def die_at(step: int) -> train.Watch:
@@ -494,8 +494,8 @@ def test_a_schedule_that_begins_sparse_says_its_first_support(tmp_path: Path) ->
     with pytest.raises(Death):
         train.run(recipe, tmp_path / "run", device="cpu", watch=die_at(1))
     train.run(recipe, tmp_path / "run", device="cpu", resume=True)
-    said = [e["event"] for e in events(tmp_path / "run")]
-    assert said[:4] == ["start", "change", "engine", "step"]
+    names = [e["event"] for e in events(tmp_path / "run")]
+    assert names[:4] == ["start", "change", "engine", "step"]
     assert [e["step"] for e in events(tmp_path / "run", "change")] == [0, 4, 8]
     assert len(events(tmp_path / "run", "start")) == 1
 
@@ -542,7 +542,8 @@ def test_a_run_that_began_before_there_was_an_engine_goes_on_without(
     del values["values"]["engine"]
     (folder / "recipe.json").write_text(json.dumps(values))
     state = checkpoint(folder)
-    del state["recipe"]["engine"], state["sparsifier"]["engine"]
+    del state["recipe"]["engine"], state["sparsifier"]["engine"], state["pair"]
+    state["format"] = 1  # which had no checksum either
     torch.save(state, folder / "checkpoint" / "last.ckpt")
     train.run(tiny(engine="auto"), folder, device="cpu", resume=True)
     assert files(folder) == files(whole)
@@ -661,7 +662,7 @@ def test_a_run_that_is_sparse_throughout_leaves_a_sparse_network_alone(tmp_path:
 
 
 def test_the_dense_weights_behind_a_sparse_network_outlive_an_evaluation(tmp_path: Path) -> None:
-    """The last step ends an epoch. What is measured then is sparse, and what is kept is not."""
+    """The last step ends an epoch: its evaluation is sparse, and the dense weights are kept."""
     recipe = _sparse_only(DPF)
     result = train.run(recipe, tmp_path / "run", device="cpu")
     pair = Pair.load(tmp_path / "run" / "pair")

@@ -376,11 +376,11 @@ def run(case: str, folder: Path) -> Flat:
     words = ["run", recipe, "--out", str(folder), "--device", "cpu"]
     for path, value in settings.items():
         words += ["--set", f"{path}={value}"]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         code = main(words)
     if code:
-        raise RuntimeError(f"acdc {' '.join(words)} exits with {code}:\n{said.getvalue()}")
+        raise RuntimeError(f"acdc {' '.join(words)} exits with {code}:\n{printed.getvalue()}")
     (metrics,) = folder.rglob("metrics.jsonl")
     seen: Flat = {}
     for number, line in enumerate(metrics.read_text().splitlines()):
@@ -464,8 +464,8 @@ def compare(a: Flat, b: Flat, allowed: Callable[[str], bool] = lambda key: False
         if key not in a or key not in b:
             if not allowed(key):
                 found.append(f"{key}: only in {'A' if key in a else 'B'}")
-        elif said := _difference(a[key], b[key]):
-            found.append(f"{key}: {said}")
+        elif difference := _difference(a[key], b[key]):
+            found.append(f"{key}: {difference}")
     return found
 
 
@@ -523,9 +523,9 @@ def child(source: Path, out: Path, cases: list[str]) -> None:
     import acdc
     import acdc.methods
 
-    here = Path(str(acdc.__file__)).resolve()
-    if not here.is_relative_to(source.resolve()):
-        raise RuntimeError(f"acdc was imported from {here}, not from {source}")
+    loaded = Path(str(acdc.__file__)).resolve()
+    if not loaded.is_relative_to(source.resolve()):
+        raise RuntimeError(f"acdc was imported from {loaded}, not from {source}")
     missing = set(acdc.methods.METHODS) - {variant.partition(":")[0] for variant in VARIANTS}
     if missing:
         raise RuntimeError(f"no case trains {', '.join(sorted(missing))}: add them to VARIANTS")
@@ -612,9 +612,9 @@ def judge(case: str, a: Flat, b: Flat) -> tuple[list[str], list[str]]:
     differences = compare(a, b, allowed)
     for name, side in (("A", a), ("B", b)):
         differences += [
-            f"{name}, {key}: it ends otherwise than the uninterrupted run. {said}"
-            for key, said in side.items()
-            if key.startswith("resumed/") and said != "same"
+            f"{name}, {key}: it ends otherwise than the uninterrupted run. {value}"
+            for key, value in side.items()
+            if key.startswith("resumed/") and value != "same"
         ]
     return differences, tolerated
 
@@ -649,16 +649,16 @@ def main() -> int:
         parser.error(f"no case is named {args.only!r}")
     began, bad = time.perf_counter(), 0
     with tempfile.TemporaryDirectory(prefix="same_as_") as temporary:
-        place = Path(temporary)
-        source = extract(args.revision, place / "source")
+        folder = Path(temporary)
+        source = extract(args.revision, folder / "source")
         print(f"A: {args.revision}. B: the work tree. {len(cases)} cases.", flush=True)
         with (
-            started(source, place / "a", cases) as reports_a,
-            started(ROOT / "src", place / "b", cases) as reports_b,
+            started(source, folder / "a", cases) as reports_a,
+            started(ROOT / "src", folder / "b", cases) as reports_b,
         ):
             for number, case in enumerate(cases):
-                a = result("A", place / "a", number, reports_a)
-                b = result("B", place / "b", number, reports_b)
+                a = result("A", folder / "a", number, reports_a)
+                b = result("B", folder / "b", number, reports_b)
                 differences, tolerated = judge(case, a, b)
                 bad += bool(differences)
                 show(case, differences, tolerated)

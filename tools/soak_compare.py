@@ -39,7 +39,7 @@ def _start(out: Path, *more: str) -> subprocess.Popen[bytes]:
 
 @cache
 def _straight() -> tuple[Path, float]:
-    """Return the folder of a grid that nobody killed, and the seconds that it took."""
+    """Return the folder of an uninterrupted grid, and the seconds that it took."""
     out = Path(tempfile.mkdtemp(prefix="acdc-soak-"))
     began = time.monotonic()
     _, errors = (process := _start(out)).communicate()

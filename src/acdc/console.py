@@ -87,6 +87,8 @@ class Watcher(_Bar):
             self._evaluated(event)
         elif kind == "engine" and "choices" in event:
             self._say(engine(event))
+        elif kind == "warning":
+            self._say(f"Warning: {event['text']}")
 
     def _start(self, event: Mapping[str, Any]) -> None:
         self._total, self._epochs = event["total_steps"], len(event["steps_per_epoch"])

@@ -4,9 +4,9 @@ An index is a JSON file. It holds the name and the version of its format, what i
 size and SHA-256 of every file beside it. Its last entry, ``sha256``, is that of the index's own
 bytes with those 64 digits replaced by zeros.
 
-Nothing is ever unpickled. All files are written aside and flushed to the disk before the first of
-them is renamed into the folder, the index last. A save that fails leaves what was there before. A
-save that is killed between two renames leaves a mixture that the hashes refuse.
+Nothing is ever unpickled. The files of a save replace those of the one before together, as
+:mod:`acdc.files` says: a save that fails, or is killed at any moment, leaves all files of one save.
+Copies that mix the files of two saves are refused by the hashes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from acdc.bitmask import serialize
 from acdc.errors import InputError
-from acdc.files import Staging
+from acdc.files import Staging, latest, read
 from acdc.support import Support
 
 Twin = Literal["sparse", "dense"]
@@ -75,7 +75,7 @@ class Index:
             InputError: The disk is full, the folder cannot be written, or the folder holds the
                 index of another kind.
         """
-        others = [index for index in INDICES if index != self and (folder / index.name).exists()]
+        others = [index for index in INDICES if index != self and index.is_in(folder)]
         if others:
             raise InputError(
                 f"{folder} already holds a {others[0].noun} ({others[0].name}). Choose another "
@@ -99,6 +99,10 @@ class Index:
             staging.add(self.name, (head + _sha256(text.encode()) + tail).encode())
             staging.commit()
         return folder
+
+    def is_in(self, folder: Path) -> bool:
+        """Return whether a folder has this index."""
+        return latest(folder / self.name).is_file()
 
     def read(self, folder: Path) -> dict[str, Any]:
         """Return the index that ``folder`` holds.
@@ -162,7 +166,7 @@ class Index:
         Raises:
             InputError: A file is missing.
         """
-        paths = {twin: folder / FILES[twin] for twin in self.twins}
+        paths = {twin: latest(folder / FILES[twin]) for twin in self.twins}
         for path in paths.values():
             if not path.is_file():
                 raise self._missing(path)
@@ -170,7 +174,7 @@ class Index:
 
     def _missing(self, path: Path) -> Refused:
         nested = path.parent / "pair"
-        hint = f" There is one in {nested}." if (nested / self.name).is_file() else ""
+        hint = f" There is one in {nested}." if self.is_in(nested) else ""
         return Refused(
             f"There is no {path.name} in {path.parent}: it is not the folder of a {self.noun}, or "
             f"the {self.noun} is not whole. Give the folder that {self.saver} wrote.{hint}"
@@ -192,7 +196,7 @@ class Index:
 
     def _bytes(self, path: Path) -> bytes:
         try:
-            return path.read_bytes()
+            return read(path)
         except (FileNotFoundError, NotADirectoryError):
             raise self._missing(path) from None
         except OSError as error:

@@ -246,8 +246,8 @@ class NM(Pattern):
         refuse_nan(name, score)
         inputs_last = score.movedim(1, -1)
         groups = inputs_last.reshape(-1, self.m)
-        order = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
-        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
+        largest = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, largest, True)
         return mask.reshape(inputs_last.shape).movedim(-1, 1).contiguous()
 
 
@@ -389,11 +389,11 @@ def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
         {Fraction(n[name], sum(shapes[name])) for n in (least, sizes) for name in shapes}
     )
     totals = [sum(shares(eps).values()) for eps in bounds]
-    place = bisect_left(totals, total)
-    eps = bounds[place]
-    if totals[place] > total:
-        slope = (eps - bounds[place - 1]) / (totals[place] - totals[place - 1])
-        eps -= slope * (totals[place] - total)
+    index = bisect_left(totals, total)
+    eps = bounds[index]
+    if totals[index] > total:
+        slope = (eps - bounds[index - 1]) / (totals[index] - totals[index - 1])
+        eps -= slope * (totals[index] - total)
     share = shares(eps)
     counts = {name: math.floor(part) for name, part in share.items()}
     short = total - sum(counts.values())

@@ -230,7 +230,7 @@ def kind_in(folder: str | os.PathLike[str]) -> type[Result]:
         InputError: The folder holds no result, or the indices of several.
     """
     folder = Path(folder)
-    found = [kind for kind in RESULTS if (folder / kind.index.name).is_file()]
+    found = [kind for kind in RESULTS if kind.index.is_in(folder)]
     if len(found) > 1:
         raise Refused(
             f"{folder} holds {' and '.join(kind.index.name for kind in found)}: the files of "

@@ -88,13 +88,13 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.phases:
             raise InputError("A schedule needs at least one phase, and none was given.")
-        here = 0
+        end = 0
         for before, phase in zip((None, *self.phases), self.phases, strict=False):
             _check_kind(phase.kind)
-            if phase.start != here:
+            if phase.start != end:
                 raise InputError(
                     f"The phases must touch: a phase starts at step {phase.start}, "
-                    f"and the one before it stops at {here}."
+                    f"and the one before it stops at {end}."
                 )
             if phase.stop <= phase.start:
                 raise InputError(
@@ -106,14 +106,14 @@ class Schedule:
                     f"Two {phase.kind} phases follow each other at step {phase.start}. "
                     f"Write them as one phase."
                 )
-            here = phase.stop
+            end = phase.stop
         if any(steps < 1 for steps in self.steps_per_epoch):
             raise InputError(
                 f"Every epoch has at least one step, and steps_per_epoch is {self.steps_per_epoch}."
             )
-        if here != sum(self.steps_per_epoch):
+        if end != sum(self.steps_per_epoch):
             raise InputError(
-                f"The phases end at step {here}, but the epochs have "
+                f"The phases end at step {end}, but the epochs have "
                 f"{sum(self.steps_per_epoch)} steps. Both must be the length of the run."
             )
 
@@ -315,11 +315,11 @@ def _after(lengths: tuple[int, ...], duration: str, start: int) -> int:
 @lru_cache(maxsize=256)
 def _every(lengths: tuple[int, ...], duration: str, start: int, stop: int) -> frozenset[int]:
     check_duration(duration, "what comes again and again")
-    clock, here = _Clock(lengths), Fraction(start)
+    clock, now = _Clock(lengths), Fraction(start)
     steps = []
-    while round(here) < stop:
-        steps.append(round(here))
-        here = clock.after(here, duration, "what comes again and again")
+    while round(now) < stop:
+        steps.append(round(now))
+        now = clock.after(now, duration, "what comes again and again")
     return frozenset(steps)
 
 
@@ -360,8 +360,8 @@ class Alternate(Plan):
         end = Fraction(clock.total)
         last_sparse = clock.before(end, self.last_sparse or self.sparse, "last_sparse")
         last_dense = clock.before(last_sparse, self.last_dense or self.dense, "last_dense")
-        here = clock.after(Fraction(0), self.warmup, "warmup")
-        if last_dense < here:
+        now = clock.after(Fraction(0), self.warmup, "warmup")
+        if last_dense < now:
             raise InputError(
                 f"The phases are longer than the run: warmup={self.warmup!r}, "
                 f"last_dense={self.last_dense or self.dense!r} and "
@@ -369,17 +369,17 @@ class Alternate(Plan):
                 f"{self.epochs} epochs ({clock.total} steps). Shorten them or raise epochs."
             )
         stop = round(last_dense)
-        stops: list[tuple[Kind, int]] = [("dense", round(here))] if here else []
+        stops: list[tuple[Kind, int]] = [("dense", round(now))] if now else []
         turns = cycle((("sparse", self.sparse), ("dense", self.dense)))
-        while round(here) < stop:
+        while round(now) < stop:
             kind, duration = next(turns)
-            begin, here = here, clock.after(here, duration, kind)
-            if round(here) == round(begin):
+            begin, now = now, clock.after(now, duration, kind)
+            if round(now) == round(begin):
                 raise InputError(f"A {kind} phase of {duration!r} has no step in this run.")
-            stops.append((cast(Kind, kind), round(here)))
+            stops.append((cast(Kind, kind), round(now)))
         if len(stops) == 1 and stops[0] == ("dense", stop):
             stops.clear()  # nothing in the middle: warm-up and last dense phase are one phase
-        elif round(here) != stop or (stops and stops[-1][0] == "dense"):
+        elif round(now) != stop or (stops and stops[-1][0] == "dense"):
             raise InputError(self._misfit(clock, last_dense))
         return [*stops, ("dense", round(last_sparse)), ("sparse", clock.total)]
 
@@ -451,16 +451,16 @@ class Spans(Plan):
     def boundaries(self, lengths: tuple[int, ...]) -> list[tuple[Kind, int]]:
         """Return (kind, stop step) of every phase for epochs of these lengths."""
         clock = _Clock(lengths)
-        here = Fraction(0)
+        now = Fraction(0)
         stops: list[tuple[Kind, int]] = []
         for number, (kind, duration) in enumerate(self.spans):
-            here = clock.after(here, duration, f"phase {number} ({kind})")
-            if here > clock.total:
+            now = clock.after(now, duration, f"phase {number} ({kind})")
+            if now > clock.total:
                 raise InputError(
                     f"Phase {number} ({kind}, {duration!r}) is longer than the run: it would stop "
-                    f"at step {round(here)} of {clock.total}. Shorten it or raise epochs."
+                    f"at step {round(now)} of {clock.total}. Shorten it or raise epochs."
                 )
-            stops.append((kind, round(here)))
+            stops.append((kind, round(now)))
         return stops
 
 

@@ -88,10 +88,10 @@ def random(params: Mapping[str, Tensor], *words: str | int) -> Scores:
         params: The weights.
         *words: What names the draw, such as a seed and a step.
     """
-    place = {name: i for i, name in enumerate(params)}
+    index = {name: i for i, name in enumerate(params)}
 
     def draw(name: str) -> Tensor:
-        generator = stream("scores", *words, place[name])
+        generator = stream("scores", *words, index[name])
         return torch.rand(params[name].shape, generator=generator).to(params[name].device)
 
     return Scores({name: tuple(w.shape) for name, w in params.items()}, draw)

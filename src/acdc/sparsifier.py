@@ -9,8 +9,6 @@ Nothing is wrapped. The sparsifier registers hooks, and the user's loop stays as
   in where the method trains them behind a sparse view (Top-KAST, DPF, SR-STE, STR).
 * In a sparse phase, a hook on every pruned weight clears the gradient outside the support. In a
   dense phase there is none, and training is bitwise what it would be without a sparsifier.
-
-The parts are in :mod:`acdc.hooks`. The method decides, and the parts do what it decides.
 """
 
 from __future__ import annotations
@@ -22,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from acdc.errors import InputError
+from acdc.hooks.attach import check_can_attach, checked, to_train
+from acdc.hooks.binding import Binding
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
 from acdc.hooks.optimizers import Given, Optimizers, params_of
@@ -31,8 +30,6 @@ from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpac
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin, on_cpu, paired, paired_averages
-from acdc.hooks.watch import Watch
-from acdc.layers import unwrapped
 from acdc.methods.base import Method
 from acdc.methods.training import Masked
 from acdc.methods.weights import Weights
@@ -68,8 +65,8 @@ class Sparsifier:
         dense_twin: The network at the end of the last dense phase, once that has passed.
 
     Raises:
-        InputError: The method holds a plan, nothing can be pruned, or the optimizer does not hold
-            the weights that are pruned.
+        InputError: The method holds a plan, nothing can be pruned, the model or the optimizer has a
+            sparsifier already, or the optimizer does not hold the weights that are pruned.
     """
 
     def __init__(
@@ -82,20 +79,11 @@ class Sparsifier:
         automatic: bool = True,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(method, Method):
-            raise InputError(
-                f"Sparsifier(method, model, optimizer) takes a method first, such as "
-                f"acdc.ACDC(...), and what was given is a {type(method).__name__}."
-            )
-        self.method, self.model = method, unwrapped(model)
-        if engine is not None and engine.model is not self.model:
-            raise InputError(
-                "The engine was made for another model. Build it from this very one: "
-                "acdc.Engine(model, example)."
-            )
-        method.resolved  # noqa: B018  # a plan is refused before anything is touched
+        self.method, self.model = checked(method), to_train(model, engine)
         params, self.refused = method.select(self.model)
         optimizers = Optimizers(optimizer)
+        check_can_attach(method, params, optimizers)
+        self._hooks = StepHooks(optimizers, Binding(self.model, params, optimizers))
         self._reset = StateReset(optimizers, method, params)
         self.step = 0
         self.dense_twin: DenseTwin | None = None
@@ -103,18 +91,17 @@ class Sparsifier:
         self._state = method.init(self._weights)
         self._changes = Changes()
         self._store = DenseStore(params, method.training)
-        self._hooks = StepHooks(optimizers)
         if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
-        self._masking = Masking(params, optimizers, engine, self._reset.copies)
-        if state is None:
-            self.advance()
-        else:
-            self.load_state_dict(state)
+        self._masking = Masking(params, optimizers, engine, self._reset.copies, self._hooks)
+        try:
+            self.advance() if state is None else self.load_state_dict(state)
+        except BaseException:
+            self.remove()
+            raise
         after = self._after_step if automatic else self._end_step
         self._hooks.call_after(after, self._between, self._reset.made_state)
-        self._watch = Watch(params.values())
 
     def __repr__(self) -> str:
         return (
@@ -204,7 +191,6 @@ class Sparsifier:
             self._show()
             return
         self.step += 1
-        self._watch.stop()
         self._reset.check()
         self._state = self._state if found is None else found.state
         self._store.take_over()
@@ -233,7 +219,7 @@ class Sparsifier:
 
     def _change(self, support: Support, state: Any) -> None:
         self._reset.check_before_change()
-        support = agreed(support)
+        support = agreed(support, self.step)
         last = self.schedule.last("dense")
         if last is not None and self.step == last.stop:  # before anything is cut
             average = self._masking.average
@@ -289,6 +275,7 @@ class Sparsifier:
         Raises:
             InputError: The network is dense now, or there is no dense network.
         """
+        self._hooks.check()
         twin, behind = self.dense_twin, on_cpu(self._store.dense)
         pair = paired(self.method, self.step, self.support, self.model, twin, behind, facts)
         return pair if average is None else paired_averages(pair, average, twin)
@@ -323,7 +310,6 @@ class Sparsifier:
         """
         self._hooks.remove()
         self._masking.remove()
-        self._watch.stop()
 
     # --- stop and resume ------------------------------------------------------------------------
 

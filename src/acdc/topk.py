@@ -111,9 +111,9 @@ def _kth_key(scores: Scores, k: int) -> tuple[int, int]:
                 refuse_nan(name, score)
             histogram += counts.cpu()
         from_top = histogram.flip(0).cumsum(0)
-        place = int(torch.searchsorted(from_top, left))
-        left -= int(from_top[place - 1]) if place else 0
-        digit_of_kth = _BUCKETS - 1 - place
+        bucket = int(torch.searchsorted(from_top, left))
+        left -= int(from_top[bucket - 1]) if bucket else 0
+        digit_of_kth = _BUCKETS - 1 - bucket
         prefix = digit_of_kth - _BUCKETS // 2 if first else (prefix << 16) | digit_of_kth
     return prefix, left
 

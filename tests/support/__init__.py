@@ -1,1 +1,1 @@
-"""What the tests share. Modules of this package hold no tests, except ``sanitized.py``."""
+"""Shared code of the tests. Modules of this package hold no tests, except ``sanitized.py``."""

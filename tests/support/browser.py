@@ -1,4 +1,4 @@
-"""Opens a page in headless Chromium with the network off and says what a reader would see.
+"""Opens a page in headless Chromium without a network, and returns what a reader would see.
 
 Chromium speaks its DevTools protocol over a pipe (descriptors 3 and 4), so nothing but the standard
 library is needed and the page under test is opened as it is, not a changed copy of it.
@@ -27,7 +27,7 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-default-apps", "--disable-extensions", "--disable-dev-shm-usage", "--mute-audio",
     "--hide-scrollbars",
-    # Two locks: no name resolves, and the proxy is a port that nobody listens on. The second is for
+    # Two locks: no name resolves, and the proxy is a port without a server. The second is for
     # addresses without a name, and "<-loopback>" sends those of this machine there as well.
     "--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=http://127.0.0.1:1",
     "--proxy-bypass-list=<-loopback>",
@@ -51,7 +51,7 @@ LOOK = """
 
 @dataclass(frozen=True)
 class Seen:
-    """What the browser made of a page.
+    """The state of a page in the browser.
 
     Args:
         errors: Messages of the console, of uncaught exceptions and of loads that failed.
@@ -69,7 +69,7 @@ class Seen:
     text: str
 
     def problems(self) -> list[str]:
-        """Say everything that is wrong with the page, an empty list if nothing is."""
+        """Return all problems of the page; an empty list if there are none."""
         found = [f"error: {message}" for message in self.errors]
         found += [f"asks for {address}" for address in self.requests]
         for figure in self.figures:
@@ -124,7 +124,7 @@ class Browser:
     def look(
         self, page: Path, width: int = 1200, screenshot: Path | None = None, media: str = "screen"
     ) -> Seen:
-        """Open ``page`` in a window ``width`` CSS pixels wide and say what there is to see."""
+        """Open ``page`` in a window ``width`` CSS pixels wide and return what it shows."""
         target = self._say("Target.createTarget", url="about:blank")["targetId"]
         session = self._say("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 

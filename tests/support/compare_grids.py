@@ -104,7 +104,7 @@ def _one_shot(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
 
 
 def _nm24(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
-    """Of the first layer alone, which has three inputs."""
+    """Prunes the first layer alone, which has three inputs."""
     return Candidate(ACDC(NM(2, 4), _plan(epochs), layers=Layers(include=("0",))))
 
 
@@ -121,7 +121,7 @@ def _broken(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
 
 
 def _killer(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
-    """Kills the process of its cell, and leaves alone the one that ordered it."""
+    """Kills the process of its cell, and not the process that started it."""
     if os.environ["ACDC_TEST_PARENT"] != str(os.getpid()):
         os.kill(os.getpid(), signal.SIGKILL)
     return replace(_acdc(task, sparsity, epochs, seed), changes={"clip": 5.0})
@@ -176,7 +176,7 @@ def deadly() -> Grid:
 
 
 def slow() -> Grid:
-    """Three cells that take long enough to be killed in."""
+    """Three cells that train long enough for a kill in between."""
     return _long(_grid("slow", DENSE, ACDC_, sparsities=(0.5, 0.75)), 60)
 
 

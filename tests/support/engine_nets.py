@@ -23,7 +23,7 @@ BACKENDS = ["default", *native.instruction_sets()[:2], "reference"]
 
 
 def backend(name: str) -> Native | Reference | None:
-    """Return kernels by name; None is what an engine takes by itself."""
+    """Return kernels by name; None: the default of the engine."""
     if name == "reference":
         return Reference()
     return None if name == "default" else Native(name)
@@ -46,7 +46,7 @@ class Written(nn.Module):
 
 
 def conv(c_in: int, c_out: int, kernel: int = 3, **settings: Any) -> nn.Conv2d:
-    """Return a convolution that keeps the image size, if not told otherwise."""
+    """Return a convolution that keeps the image size by default."""
     settings = {"padding": kernel // 2, "bias": False} | settings
     return nn.Conv2d(c_in, c_out, kernel, **settings)
 
@@ -113,7 +113,7 @@ def in_place_sum() -> nn.Module:
 
 
 def in_place_late() -> nn.Module:
-    """What the first layer reads is changed in place before the second layer runs."""
+    """The input of the first layer is changed in place before the second layer runs."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         x = torch.sigmoid(x)
@@ -249,7 +249,7 @@ class PreActivation(nn.Module):
 
 
 class Branching(nn.Module):
-    """The way depends on the numbers: only its parts can be traced."""
+    """The branch depends on values: only its parts can be traced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -410,7 +410,7 @@ def support_of(model: nn.Module, density: float = 0.3, seed: int = 0) -> dict[st
 
 @torch.no_grad()
 def cut(model: nn.Module, support: Mapping[str, Tensor]) -> None:
-    """Set the weights outside of the support to zero."""
+    """Set the weights outside the support to zero."""
     for name, mask in support.items():
         model.get_parameter(name).masked_fill_(~mask, 0.0)
 
@@ -462,7 +462,7 @@ class Pair:
         return torch.randn(samples, *self.shape, generator=generator, dtype=self.dtype)
 
     def train(self, mode: bool) -> None:
-        """Set both to a mode."""
+        """Set the mode of both networks."""
         self.model.train(mode)
         self.plain.train(mode)
 
@@ -535,12 +535,12 @@ def tensors(out: Any) -> list[Tensor]:
 
 
 def backward(outs: list[Tensor], **settings: Any) -> None:
-    """Run back from random gradients."""
+    """Run the backward pass from random gradients."""
     torch.autograd.backward(outs, gradients(outs), **settings)
 
 
 def gradients(outs: list[Tensor]) -> list[Tensor]:
-    """Return random numbers for each tensor, another time the same."""
+    """Return random numbers for each tensor, the same at every call."""
     generator = torch.Generator().manual_seed(7)
     return [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in outs]
 

@@ -1,4 +1,4 @@
-"""What the tests of the core share: a small network, its data, and bitwise comparison."""
+"""Shared code of the core's tests: a small network, its data, and bitwise comparison."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Net(nn.Module):
 
 
 class Flat(nn.Module):
-    """Matrices only, for the optimizer that takes nothing else (Muon)."""
+    """Matrices only, for an optimizer that accepts no other parameters (Muon)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,6 +158,6 @@ def is_plus_zero(tensor: Tensor) -> bool:
 
 
 def dropped(sparsifier: Sparsifier) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield the name, the weight and the mask of what is *not* kept, for every pruned layer."""
+    """Yield the name, the weight and the mask of the pruned weights, for every pruned layer."""
     for name, mask in sparsifier.support.items():
         yield name, sparsifier.params[name], ~mask

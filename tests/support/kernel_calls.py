@@ -42,7 +42,7 @@ def verdict(
 
 
 class KernelCalls:
-    """The plugin. In a worker it reports to the controller, elsewhere it judges."""
+    """The plugin. A worker reports to the controller, and any other process judges."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.output: dict[str, Any] | None = getattr(config, "workeroutput", None)
@@ -58,21 +58,21 @@ class KernelCalls:
         self.sentence: str | None = None
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        """Remember the tests that ``-k``, ``-m`` and their like took out."""
-        here = [item for item in items if item.path.name == FILE]
-        self.left_out |= {item.nodeid for item in here}
-        self.functions |= {getattr(item, "originalname", "") for item in here}
+        """Note the tests that options such as ``-k`` and ``-m`` deselect."""
+        mine = [item for item in items if item.path.name == FILE]
+        self.left_out |= {item.nodeid for item in mine}
+        self.functions |= {getattr(item, "originalname", "") for item in mine}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Note which tests of the kernels there are."""
-        here = [item for item in session.items if item.path.name == FILE]
-        self.collected |= {item.nodeid for item in here}
-        if here:
-            module = here[0].getparent(pytest.Module)
+        """Note the tests of the kernels."""
+        mine = [item for item in session.items if item.path.name == FILE]
+        self.collected |= {item.nodeid for item in mine}
+        if mine:
+            module = mine[0].getparent(pytest.Module)
             assert module is not None
             written = {name for name in vars(module.obj) if name.startswith("test_")}
-            self.functions |= {getattr(item, "originalname", "") for item in here}
-            self.left_out |= {f"{here[0].path.name}::{name}" for name in written - self.functions}
+            self.functions |= {getattr(item, "originalname", "") for item in mine}
+            self.left_out |= {f"{mine[0].path.name}::{name}" for name in written - self.functions}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note a test of the kernels that passed; the controller sees the reports of all."""
@@ -80,7 +80,7 @@ class KernelCalls:
             self.passed.add(report.nodeid)
 
     def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """Take over what a worker saw; a hook of pytest-xdist."""
+        """Add the calls of a worker; a hook of pytest-xdist."""
         seen = getattr(node, "workeroutput", {}).get("kernels")
         if seen is not None:
             self.collected |= set(seen["collected"])

@@ -31,7 +31,7 @@ def die() -> None:
 
 
 def attempt(recipe: Recipe, folder: Path, death: dict[str, Any] | None) -> None:
-    """Train, and die where it is said; in a child process."""
+    """Train in a child process, and die at the given moment."""
     moment = (death or {}).get("at")
     if moment == "rename":  # the n-th set of files is written, and not yet in place
         commit, left = Staging.commit, [death["count"]]
@@ -47,11 +47,11 @@ def attempt(recipe: Recipe, folder: Path, death: dict[str, Any] | None) -> None:
         save, left = Pair.save, [death["count"]]
 
         def save_and_die(self: Pair, target: Path) -> Path:
-            place = save(self, target)
+            saved = save(self, target)
             left[0] -= 1
             if not left[0]:
                 die()
-            return place
+            return saved
 
         Pair.save = save_and_die
     elif moment in ("record", "recorded"):  # before the record is there, and after

@@ -1,4 +1,4 @@
-"""What the tests of the run share: a recipe that trains in a second, and how two runs compare."""
+"""Shared code of the tests of runs: a recipe that trains in a second, and a comparison of runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tiny(**more: str) -> Recipe:
 
 
 def text_of_shakespeares_size(root: Path) -> bytes:
-    """Write the 65 characters over and over where the data set is looked for, and return them."""
+    """Write the 65 characters repeatedly into the file of the data set, and return them."""
     body = (bytes(range(40, 105)) * (1_115_394 // 65 + 1))[:1_115_394]
     (root / "tinyshakespeare").mkdir()
     (root / "tinyshakespeare" / "tinyshakespeare.txt").write_bytes(body)
@@ -48,14 +48,14 @@ def words(settings: Mapping[str, str]) -> list[str]:
 
 
 def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
-    """Return the events of a run, without the seconds, which no two runs share."""
+    """Return the events of a run, without the seconds, which differ between runs."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     chosen = [event for event in lines if not kinds or event["event"] in kinds]
     return [{k: v for k, v in event.items() if "seconds" not in k} for event in chosen]
 
 
 def record(run: Path) -> dict[str, Any]:
-    """Return the record of a run, without what no two runs share."""
+    """Return the record of a run, without the values that differ between runs."""
     found: dict[str, Any] = json.loads((run / "record.json").read_text())
     del found["seconds"], found["run"]
     for name in ("finished", "command", "time", "peak_memory"):
@@ -69,7 +69,7 @@ def files(run: Path) -> dict[str, bytes]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Assert that two runs trained the same, bit for bit, and said the same."""
+    """Assert that two runs trained the same, bit for bit, and wrote the same events."""
     assert files(one) == files(other)
     assert events(one) == events(other)
     assert record(one) == record(other)

@@ -4,8 +4,9 @@ A convolution is timed in the engine's layout, as inside a network. The conversi
 activations to and from the layout is a column of its own (``convert_ms``). A network pays it only
 at the ends of a segment. A linear layer's time includes it.
 
-Passes follow each other, so that a small layer finds its tensors in the last-level cache; or the
-caches are emptied before each. In a network it is something in between.
+By default passes follow each other, and a small layer finds its tensors in the last-level cache.
+With ``--caches emptied`` the caches are flushed before each pass. A layer inside a network is
+between the two.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from acdc.bench import peers
 from acdc.bench.peers import ENTRANTS, PEERS, Contender, Dense, Engine, Problem, Unable
-from acdc.bench.race import Row, Sweep, Turn, median_ms, race, summary
+from acdc.bench.race import Caches, Row, Workload, median_ms, race, summary
 from acdc.errors import InputError
 from acdc.support import kept
 
@@ -104,19 +105,19 @@ def measure(
     Args:
         layers: What to time.
         sparsities: Fractions of weights that are zero.
-        rounds: Turns of everybody.
+        rounds: Timings of each competitor.
         caches: ``"left"`` as the passes before left them, or ``"emptied"`` before every pass.
     """
-    sweep = Sweep(caches)
+    state = Caches(caches)
     for layer in layers:
-        yield from _Field(layer, sparsities, sweep).rows(rounds)
+        yield from _Comparison(layer, sparsities, state).rows(rounds)
 
 
-class _Field:
-    """All who compute one layer, at all sparsities; dense PyTorch computes it once."""
+class _Comparison:
+    """The competitors for one layer at all sparsities. Dense PyTorch competes once for all."""
 
-    def __init__(self, layer: Layer, sparsities: Sequence[float], sweep: Sweep) -> None:
-        self.layer, self.sweep = layer, sweep
+    def __init__(self, layer: Layer, sparsities: Sequence[float], caches: Caches) -> None:
+        self.layer, self.caches = layer, caches
         problem = layer.problem()
         formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
         if problem.linear:
@@ -142,29 +143,29 @@ class _Field:
             except Unable as reason:
                 self.notes[sparsity][name] = str(reason)
 
-    def _turn(self, contender: Contender) -> Turn:
+    def _workload(self, contender: Contender) -> Workload:
         passes = (contender.forward, contender.backward)
-        return self.sweep.turn(*passes, own_threads=contender.own_threads)
+        return self.caches.workload(*passes, own_threads=contender.own_threads)
 
     def _seconds(self, contender: Contender) -> float:
-        turn = self._turn(contender)
-        return min(turn.seconds() for _ in range(3))
+        workload = self._workload(contender)
+        return min(workload.seconds() for _ in range(3))
 
     def rows(self, rounds: int) -> Iterator[Row]:
-        """Let them race, and yield a row for every sparsity."""
-        turns: dict[tuple[str, float | None], Turn] = {}
+        """Time all competitors, and yield a row for every sparsity."""
+        workloads: dict[tuple[str, float | None], Workload] = {}
         for setting, contender in self.dense.items():
-            turns[setting, None] = self._turn(contender)
+            workloads[setting, None] = self._workload(contender)
         for sparsity, contenders in self.sparse.items():
             for name, contender in contenders.items():
-                turns[name, sparsity] = self._turn(contender)
-                if isinstance(contender, Engine):  # whatever the sparsity
-                    turns["convert", None] = self.sweep.turn(contender.convert)
-        seconds = race(turns, rounds)
+                workloads[name, sparsity] = self._workload(contender)
+                if isinstance(contender, Engine):  # the same at every sparsity
+                    workloads["convert", None] = self.caches.workload(contender.convert)
+        seconds = race(workloads, rounds)
         dense = {setting: seconds[setting, None] for setting in self.dense}
         for sparsity, contenders in self.sparse.items():
             sparse = {name: seconds[name, sparsity] for name in contenders}
-            row = {"case": self.layer.name, "sparsity": sparsity, "caches": self.sweep.caches}
+            row = {"case": self.layer.name, "sparsity": sparsity, "caches": self.caches.state}
             row |= summary(dense, sparse, PEERS)
             convert = seconds.get(("convert", None))
             row["convert_ms"] = median_ms(convert) if convert else None
@@ -178,6 +179,6 @@ def _masked(problem: Problem, sparsity: float) -> Problem:
 
 def _largest(weight: Tensor, sparsity: float) -> Tensor:
     flat = torch.zeros(weight.numel())
-    order = weight.flatten().abs().topk(kept(weight.numel(), sparsity)).indices
-    flat[order] = weight.flatten()[order]
+    largest = weight.flatten().abs().topk(kept(weight.numel(), sparsity)).indices
+    flat[largest] = weight.flatten()[largest]
     return flat.view_as(weight)

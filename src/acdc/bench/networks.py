@@ -1,4 +1,4 @@
-"""Whole networks to time, named by what they are: ``resnet20_w16_n128``, ``gpt_d768_l4_t512``."""
+"""Whole networks to time, named by their sizes: ``resnet20_w16_n128``, ``gpt_d768_l4_t512``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPELLING = (
 )
 _IMAGES = re.compile(r"resnet(\d+)_w(\d+)_n(\d+)")
 _BYTES = re.compile(r"gpt_d(\d+)_l(\d+)_t(\d+)")
-_VOCABULARY, _LENGTH = 256, 128  # bytes, and how many of them a sequence has
+_VOCABULARY, _LENGTH = 256, 128  # values of a byte, bytes of a sequence
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Network:
     """A network and the shape of its batch.
 
     Args:
-        name: What it is called.
-        build: Makes it, with fresh weights.
-        batch: Images, or tokens.
-        images: Whether it takes 32x32 images; else it takes sequences of tokens.
-        layers: What is pruned; ``None``: what the pattern prunes where nobody names layers.
+        name: Name of the network.
+        build: Makes the network with fresh weights.
+        batch: Images, or tokens, of a batch.
+        images: Whether the input is 32x32 images; otherwise it is sequences of tokens.
+        layers: The layers to prune; ``None``: the default layers of the pattern.
     """
 
     name: str
@@ -111,11 +111,11 @@ class _GPT(nn.Module):
     def __init__(self, features: int, layers: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(_VOCABULARY, features)
-        self.places = nn.Parameter(torch.zeros(_LENGTH, features))
+        self.positions = nn.Parameter(torch.zeros(_LENGTH, features))
         self.blocks = nn.Sequential(*(_Block(features) for _ in range(layers)))
         self.ln = nn.LayerNorm(features)
         self.head = nn.Linear(features, _VOCABULARY, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.blocks(self.tokens(x) + self.places[: x.shape[1]])
+        hidden = self.blocks(self.tokens(x) + self.positions[: x.shape[1]])
         return cast(Tensor, self.head(self.ln(hidden)).flatten(0, 1))

@@ -1,7 +1,8 @@
-"""One layer, computed by us and by others: the engine, dense PyTorch, its CSR, other libraries.
+"""The competitors for one layer: the engine, dense PyTorch, PyTorch's CSR, other libraries.
 
-Every contender takes the same tensors, masked the same way, and is compared with dense PyTorch
-before it is timed: a wrong result has no speed. Other libraries are looked for, never required.
+Every contender gets the same tensors, masked the same way. The result of a contender is compared
+with that of dense PyTorch, and only contenders with a correct result are timed. Other libraries are
+optional.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from acdc.engine.layout import Buffer, Shape
 from acdc.errors import AcdcError
 
 Answer = dict[str, Tensor]
-"""What a layer computed: ``y``, ``dx``, and ``dw`` where it can be had in the weight's order."""
+"""What a layer computed: ``y``, ``dx``, and ``dw`` if it has the shape of the weight."""
 
-# Largest difference to dense PyTorch, as a share of the largest value. Sums of a hundred thousand
-# terms in float32, some of them added in any order, agree to some 1e-5.
+# Largest difference to dense PyTorch, as a share of the largest value. Two float32 sums of 10^5
+# terms, added in different orders, agree to about 1e-5.
 TOLERANCE = 1e-3
 
 
@@ -38,7 +39,7 @@ class Contender(Protocol):
     """One way to compute a layer; ``backward`` follows ``forward``.
 
     Attributes:
-        own_threads: Whether it computes on other threads than torch's.
+        own_threads: Whether the contender computes on other threads than torch's.
     """
 
     own_threads: bool
@@ -50,7 +51,7 @@ class Contender(Protocol):
         """Compute the gradients of input and weight from the gradient of the output."""
 
     def answer(self) -> Answer:
-        """Return what was computed last."""
+        """Return the results of the last two passes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Problem:
         x: Images ``[N, C, H, W]``, or tokens ``[tokens, features]``.
         weight: As in ``torch.nn.Conv2d`` or ``torch.nn.Linear``.
         grad: Gradient of the output.
-        stride: Of a convolution; it is padded by half of its kernel.
+        stride: Stride of a convolution. Its padding is half of its kernel.
     """
 
     x: Tensor
@@ -94,11 +95,11 @@ def answer(contender: Contender) -> Answer:
 
 
 def check(found: Answer, expected: Answer) -> None:
-    """Raise ``Unable`` unless a contender computed what dense PyTorch did."""
+    """Raise ``Unable`` unless a contender's results are those of dense PyTorch."""
     for name, value in found.items():
         largest = float(expected[name].abs().max()) or 1.0
         error = float((value - expected[name]).abs().max()) / largest
-        if not error < TOLERANCE:  # a NaN is not
+        if not error < TOLERANCE:  # true for NaN, too
             raise Unable(f"its {name} is wrong: it differs from dense PyTorch's by {error:.0e}")
 
 
@@ -127,7 +128,7 @@ class Autograd(ABC):
         self.grads = torch.autograd.grad(self.y, self.leaves, self.grad)
 
     def answer(self) -> Answer:
-        """Return output and gradients, as far as they are in the order of the dense layer."""
+        """Return output and gradients; the weight's gradient only if its shape is the weight's."""
         found = {"y": self.y.detach(), "dx": self.grads[0]}
         if len(self.grads) > 1 and self.grads[1].shape == self.problem.weight.shape:
             found["dw"] = self.grads[1] * (self.problem.weight != 0)
@@ -151,10 +152,9 @@ class Dense(Autograd):
 
 
 class Engine:
-    """Our kernels. Images are in the layout already, as inside a segment; tokens are not.
+    """The engine's kernels. Images are in the engine's layout, as inside a segment; tokens are not.
 
-    The values of the kept weights are copied into the lists in both passes, as after a step of the
-    optimizer.
+    Both passes copy the values of the kept weights into the lists, as after an optimizer step.
     """
 
     own_threads = False
@@ -175,7 +175,7 @@ class Engine:
         self.convert()
 
     def convert(self) -> None:
-        """Bring all four activations from one side to the other."""
+        """Convert two activations to the engine's layout, and two from it."""
         self._enter()
         self._leave()
 
@@ -229,7 +229,7 @@ def _shapes(geometry: ConvGeometry, x: Tensor, lanes: int) -> tuple[Shape, Shape
 class TorchCsr:
     """``torch.sparse`` in CSR: a product with the tokens, or with the unfolded images.
 
-    Its passes are written out, which is faster than what autograd makes of ``torch.sparse.mm``:
+    The passes are written by hand, which is faster than the autograd of ``torch.sparse.mm``:
     ``W @ x``; ``W.t() @ dy``, folded back; and ``sampled_addmm`` for the kept weights' gradients.
     """
 
@@ -301,12 +301,12 @@ class SparseProp(Autograd):
 
 
 def use_sparseprop(net: nn.Module, name: str, shape: torch.Size) -> None:
-    """Put SparseProp's module in the place of a masked layer of a network.
+    """Replace a masked layer of a network by SparseProp's module.
 
     Args:
         net: The network.
-        name: Of a convolution or a linear layer.
-        shape: Of the layer's input.
+        name: Name of a convolution or a linear layer.
+        shape: Shape of the layer's input.
     """
     from sparseprop.modules import SparseConv2d, SparseLinear, sparsify_conv2d_auto
     from sparseprop.utils import swap_module
@@ -335,7 +335,7 @@ class SparseLab(Autograd):
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             self.weight = sparselab.PaddedCSR.from_dense(problem.weight)
         self.spmm: Callable[..., Tensor] = sparselab.spmm
-        # It computes the weight's gradient in every backward pass, and keeps it to itself here.
+        # SparseLab computes the weight's gradient in every backward pass, and does not return it.
         super().__init__(problem, problem.x, None)
 
     def call(self) -> Tensor:
@@ -348,8 +348,8 @@ class Entrant:
     """A library with sparse layers.
 
     Args:
-        package: What must be installed.
-        ways: Contenders for a problem; the fastest that is right stands for the library.
+        package: The package that must be installed.
+        ways: Contenders for a problem. The fastest correct one represents the library.
     """
 
     package: str
@@ -377,16 +377,16 @@ PEERS = tuple(name for name in ENTRANTS if name != "engine")
 def enter(
     entrant: Entrant, problem: Problem, expected: Answer, clock: Callable[[Contender], float]
 ) -> Contender:
-    """Return the library's contender: of those that compute the layer right, the fastest.
+    """Return the fastest contender of a library that computes the layer correctly.
 
     Args:
-        entrant: Whom to ask.
+        entrant: The library.
         problem: What to compute.
         expected: What dense PyTorch computed.
         clock: Times a contender.
 
     Raises:
-        Unable: There is none.
+        Unable: The library has no such contender.
     """
     if not entrant.installed():
         raise Unable("not installed")
@@ -397,7 +397,7 @@ def enter(
             contender = way()
             check(answer(contender), expected)
             able.append(contender)
-        except Exception as error:  # whatever another library raises is its own affair
+        except Exception as error:  # another library may raise any exception
             reasons.append(reason(error))
     if not able:
         raise Unable("; ".join(reasons))
@@ -405,7 +405,7 @@ def enter(
 
 
 def reason(error: Exception) -> str:
-    """Return in one line why a contender could not take part."""
+    """Return in one line why a contender failed."""
     if isinstance(error, Unable):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

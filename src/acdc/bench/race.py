@@ -1,7 +1,7 @@
-"""Who is faster: everybody takes a turn in every round, so that all meet the same machine.
+"""Interleaved timing: every round times every competitor once, so that all meet the same machine.
 
-The order rotates from round to round. Medians are compared; a ratio's spread is that of the
-rounds, because a round's turns lie next to each other in time.
+The sequence of the competitors rotates from round to round. Medians are compared. The spread of a
+ratio is its spread over the rounds, because the timings of one round are close together in time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Pass = Callable[[], object]
 Row = dict[str, Any]
 
 # More than the last-level caches of most machines hold.
-SWEPT_BYTES = 2**27
+FLUSH_BYTES = 2**27
 PAUSE = 0.02  # seconds
-OMP = "OMP_NUM_THREADS"  # a library with threads of its own reads it when it is loaded
+OMP = "OMP_NUM_THREADS"  # a library with its own threads reads the variable when it is loaded
 
 
 def nothing() -> None:
@@ -33,22 +33,22 @@ def nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a contender does in a turn.
+class Workload:
+    """What is timed of a competitor in one round.
 
     Args:
         passes: Timed one by one, and summed.
         before: Called before every pass, untimed.
-        rehearse: Go through all once before, untimed: the caches then hold what the passes left.
+        warm_up: Run all passes once before, untimed. The caches then hold what the passes left.
     """
 
     passes: Sequence[Pass]
     before: Pass = nothing
-    rehearse: bool = False
+    warm_up: bool = False
 
     def seconds(self) -> float:
-        """Take the turn and return its seconds."""
-        if self.rehearse:
+        """Run the passes and return their seconds."""
+        if self.warm_up:
             for part in self.passes:
                 part()
         return sum(self._timed(part) for part in self.passes)
@@ -60,48 +60,48 @@ class Turn:
         return time.perf_counter() - began
 
 
-def race(turns: Mapping[Key, Turn], rounds: int) -> dict[Key, list[float]]:
-    """Return the seconds of every contender in every round."""
-    seconds: dict[Key, list[float]] = {key: [] for key in turns}
-    order = list(turns)
+def race(workloads: Mapping[Key, Workload], rounds: int) -> dict[Key, list[float]]:
+    """Return the seconds of every competitor in every round."""
+    seconds: dict[Key, list[float]] = {key: [] for key in workloads}
+    sequence = list(workloads)
     for _ in range(rounds):
-        for key in order:
-            seconds[key].append(turns[key].seconds())
-        order = order[1:] + order[:1]
+        for key in sequence:
+            seconds[key].append(workloads[key].seconds())
+        sequence = sequence[1:] + sequence[:1]
     return seconds
 
 
-class Sweep:
-    """What happens to the caches before a pass. Torch's threads stay awake.
+class Caches:
+    """State of the processor caches before a pass. Torch's threads stay awake.
 
     Args:
-        caches: ``"left"``: nothing, they hold what the passes before left. ``"emptied"``: they are
-            emptied, as by the other layers of a large network.
+        state: ``"left"``: the caches hold what the passes before left. ``"emptied"``: they are
+            flushed, as the other layers of a large network would.
     """
 
-    def __init__(self, caches: str) -> None:
-        self.caches = caches
-        # Read, not written: what was written would still be on its way to memory when the
-        # clock runs.
-        self._memory = torch.ones(SWEPT_BYTES // 4) if caches == "emptied" else None
+    def __init__(self, state: str) -> None:
+        self.state = state
+        # The memory is read, not written. Written cache lines would still be on their way to
+        # memory when the clock runs.
+        self._memory = torch.ones(FLUSH_BYTES // 4) if state == "emptied" else None
 
-    def __call__(self) -> None:
+    def flush(self) -> None:
         """Read more than the caches hold, if they are to be empty."""
         if self._memory is not None:
             self._memory.sum()
 
-    def and_pause(self) -> None:
-        """Do so, and wait until torch's threads sleep: for a library that has threads of its own.
+    def flush_and_pause(self) -> None:
+        """Flush, and wait until torch's threads sleep: for a library that has its own threads.
 
         OpenMP's threads go on spinning for some milliseconds after their work.
         """
-        self()
+        self.flush()
         time.sleep(PAUSE)
 
-    def turn(self, *passes: Pass, own_threads: bool = False) -> Turn:
-        """Return the turn of a contender, who may have threads of its own."""
-        before = self.and_pause if own_threads else self
-        return Turn(passes, before, rehearse=self._memory is None)
+    def workload(self, *passes: Pass, own_threads: bool = False) -> Workload:
+        """Return the workload of a competitor, which may have its own threads."""
+        before = self.flush_and_pause if own_threads else self.flush
+        return Workload(passes, before, warm_up=self._memory is None)
 
 
 def summary(
@@ -113,8 +113,8 @@ def summary(
 
     Args:
         dense: Seconds of dense PyTorch, by setting; the fastest counts.
-        sparse: Seconds at one sparsity: of ``"engine"`` and of peers, as far as they took part.
-        peers: All who could have taken part.
+        sparse: Seconds at one sparsity, of ``"engine"`` and of the peers that were timed.
+        peers: All peers, timed or not.
     """
     best = min(dense, key=lambda setting: statistics.median(dense[setting]))
     seconds = {"dense": dense[best], **sparse}
@@ -146,10 +146,10 @@ def quartiles(values: Sequence[float], scale: float = 1) -> list[float]:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let torch, and all others with it, use so many threads; ``None``: as many as torch does.
+    """Set the number of threads of torch and of other libraries; ``None``: torch's present number.
 
     Raises:
-        InputError: Fewer than one.
+        InputError: The number is below one.
     """
     if count is not None and count < 1:
         raise InputError(f"--threads is {count}. It is a whole number from 1 up.")

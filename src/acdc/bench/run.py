@@ -1,11 +1,13 @@
 """A whole run of AC/DC, half of it sparse: data loading, training and evaluation, all epochs.
 
-A quarter of the run is dense, a quarter sparse, and both once more. A dense run of the same epochs
-takes place at the same time: every epoch of one run stands beside the same epoch of the others, so
-that all meet the same machine. What is timed is everything but checkpoints and logs: making the
-batches, augmentation, steps, compressions with their index lists, decompressions, evaluation.
+A quarter of the run is dense, a quarter sparse, a quarter dense, and a quarter sparse. A dense run
+of the same epochs is interleaved with it: every epoch of one run is timed next to the same epoch of
+the others, so that all meet the same machine. Everything is timed except checkpoints and logs:
+making the batches, augmentation, steps, compressions with their index lists, decompressions,
+evaluation.
 
-The images are CIFAR-10's in shape and number of classes, and random: accuracies mean nothing.
+The images are random, with the shape and the number of classes of CIFAR-10, so accuracies mean
+nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import nn
 import acdc
 from acdc.bench.networks import Network
 from acdc.bench.race import Row, summary
-from acdc.bench.step import NOT_HERE, PEERS, choices
+from acdc.bench.step import LAYERS_ONLY, PEERS, choices
 from acdc.errors import InputError
 from acdc.pattern import Scope
 from acdc.runs.data import Cifar10, Images
@@ -33,7 +35,7 @@ def images(samples: int) -> Images:
     """Return random images of CIFAR-10's shape, a fifth as many of them for testing.
 
     Raises:
-        InputError: There are fewer than five.
+        InputError: ``samples`` is below five.
     """
     if samples < 5:
         raise InputError(f"--samples is {samples}. It is a whole number from 5 up.")
@@ -59,11 +61,11 @@ class Run:
     """One run, an epoch at a time: dense, or AC/DC with the engine.
 
     Args:
-        network: What to train; it takes images.
-        data: What to train it on.
+        network: The network to train. Its input is images.
+        data: The data to train on.
         epochs: Length of the run.
         sparsity: Fraction of zeros in the sparse phases; ``None``: a dense run.
-        scope: Over what the weights compete.
+        scope: Scope in which the weights compete.
     """
 
     def __init__(
@@ -112,10 +114,10 @@ def measure(
     Args:
         chosen: What to train.
         sparsities: Fractions of weights that are zero in the sparse phases.
-        repeats: Whole runs of everybody.
+        repeats: Whole runs of each competitor.
         epochs: Length of a run.
         samples: Images of an epoch.
-        scope: Over what the weights compete.
+        scope: Scope in which the weights compete.
     """
     if epochs < 1:
         raise InputError(f"--epochs is {epochs}. It is a whole number from 1 up.")
@@ -134,7 +136,7 @@ def _rows(
     scope: Scope,
 ) -> Iterator[Row]:
     taken: dict[float | None, list[list[float]]] = {key: [] for key in (None, *sparsities)}
-    for key in taken:  # what a process does once, at its first step, is no run's own
+    for key in taken:  # a process does some work once, at its first step: not timed
         Run(network, images(len(PHASES) * network.batch), 1, key, scope).epoch(0)
     for _ in range(repeats):
         runs, seconds = _side_by_side(network, data, epochs, list(taken), scope)
@@ -151,27 +153,27 @@ def _rows(
         row["dense_epochs_ms"] = _milliseconds(taken[None])
         row["engine_epochs_ms"] = _milliseconds(taken[sparsity])
         row["layers"] = choices(engine)
-        yield row | {"notes": dict.fromkeys(PEERS, NOT_HERE)}
+        yield row | {"notes": dict.fromkeys(PEERS, LAYERS_ONLY)}
 
 
 def _side_by_side(
     network: Network, data: Images, epochs: int, keys: Sequence[float | None], scope: Scope
 ) -> tuple[dict[float | None, Run], dict[float | None, list[float]]]:
-    """Take all runs to their end; return them, and the seconds of their epochs.
+    """Train all runs to their end; return them, and the seconds of their epochs.
 
-    What it takes to begin a run counts to its first epoch.
+    The time to set a run up counts to its first epoch.
     """
     runs: dict[float | None, Run] = {}
     seconds: dict[float | None, list[float]] = {key: [] for key in keys}
-    order = list(keys)
+    sequence = list(keys)
     for number in range(epochs):
-        for key in order:
+        for key in sequence:
             began = time.perf_counter()
             if number == 0:
                 runs[key] = Run(network, data, epochs, key, scope)
             runs[key].epoch(number)
             seconds[key].append(time.perf_counter() - began)
-        order = order[1:] + order[:1]
+        sequence = sequence[1:] + sequence[:1]
     return runs, seconds
 
 

@@ -1,12 +1,12 @@
 """A whole training step: forward, loss, backward, and a step of SGD with momentum.
 
-Dense PyTorch in each memory format, beside the engine with its sparsifier at each sparsity, in a
-sparse phase from the first step on. Every pruned layer has the same sparsity unless another scope
-is asked for: on weights that were never trained a global cut would fall on the wide layers alone.
-Of a ResNet the first and the last layer stay dense, as the uniform scope has it; of a GPT the head.
+Dense PyTorch in each memory format is timed beside the engine with its sparsifier at each sparsity,
+in a sparse phase from the first step on. By default every pruned layer has the same sparsity,
+because a global cut on untrained weights would prune the wide layers alone. A ResNet keeps its
+first and its last layer dense, as the uniform scope does. A GPT keeps its head dense.
 
-The memory of a step is that of a fresh process which trains this one network: its peak during a
-step, after two others, above what it held before the network was built.
+The memory of a step is measured in a fresh process that trains this one network: the peak during
+the third step, minus the memory in use before the network was built.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import acdc
 from acdc.bench import networks
 from acdc.bench.networks import Network
 from acdc.bench.peers import TOLERANCE, Unable, reason, use_sparseprop
-from acdc.bench.race import Row, Turn, race, summary
+from acdc.bench.race import Row, Workload, race, summary
 from acdc.cost import measure as flops_of
 from acdc.pattern import Scope
 from acdc.runs.models import CifarResNet
@@ -35,7 +35,7 @@ from acdc.support import Support
 
 CASES = ("resnet20_w16_n128", "resnet14_w64_n64", "gpt_d768_l4_t512")
 PEERS = ("torch_csr", "sparseprop", "sparselab")
-NOT_HERE = "single layers only: see 'acdc bench layers'"
+LAYERS_ONLY = "single layers only: see 'acdc bench layers'"
 WARM_UP = 2  # steps
 
 
@@ -44,7 +44,7 @@ class Training:
 
     Args:
         network: What to train.
-        memory_format: Of images and convolutions.
+        memory_format: Memory format of images and convolutions.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Training:
         self.optimizer = self._optimizer()
 
     def _optimizer(self) -> torch.optim.SGD:
-        # Small steps: it is the arithmetic that is timed, and it must not diverge.
+        # The learning rate is small, so that the training cannot diverge.
         return torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9)
 
     def step(self) -> float:
@@ -73,15 +73,15 @@ class Training:
 
 
 class OnEngine(Training):
-    """The same by the engine, in a sparse phase.
+    """One network in training on the engine, in a sparse phase.
 
     Args:
         network: What to train.
         sparsity: Fraction of zeros.
-        scope: Over what the weights compete.
+        scope: Scope in which the weights compete.
 
     Attributes:
-        loss: Of the first step.
+        loss: Loss of the first step.
         first: Seconds of the first compression, in which layers are timed and index lists built,
             and of the step after it.
     """
@@ -105,7 +105,7 @@ class OnEngine(Training):
 
 
 class OnSparseProp(Training):
-    """The same with SparseProp's modules in place of all pruned layers.
+    """One network in training with SparseProp's modules in place of all pruned layers.
 
     Args:
         network: What to train.
@@ -139,8 +139,8 @@ def measure(
     Args:
         chosen: What to train.
         sparsities: Fractions of weights that are zero.
-        rounds: Steps of everybody, taken in turn.
-        scope: Over what the weights compete.
+        rounds: Timed steps of each training, taken in turn.
+        scope: Scope in which the weights compete.
     """
     for network in chosen:
         yield from _rows(network, sparsities, rounds, scope)
@@ -154,22 +154,23 @@ def _rows(
         formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
     dense = {setting: Training(network, formats[setting]) for setting in formats}
     engines = {sparsity: OnEngine(network, sparsity, scope) for sparsity in sparsities}
-    notes = {sparsity: dict.fromkeys(PEERS, NOT_HERE) for sparsity in sparsities}
-    everybody: dict[tuple[str, float | None], Training] = {}
-    everybody |= {(setting, None): training for setting, training in dense.items()}
+    notes = {sparsity: dict.fromkeys(PEERS, LAYERS_ONLY) for sparsity in sparsities}
+    trainings: dict[tuple[str, float | None], Training] = {}
+    trainings |= {(setting, None): training for setting, training in dense.items()}
     for sparsity, engine in engines.items():
-        everybody["engine", sparsity] = engine
+        trainings["engine", sparsity] = engine
         try:
-            everybody["sparseprop", sparsity] = _sparseprop(network, engine)
+            trainings["sparseprop", sparsity] = _sparseprop(network, engine)
             del notes[sparsity]["sparseprop"]
         except Unable as error:
             notes[sparsity]["sparseprop"] = str(error)
         if engine.engine.off:
             notes[sparsity]["engine"] = engine.engine.off
-    for training in everybody.values():
+    for training in trainings.values():
         for _ in range(WARM_UP):
             training.step()
-    seconds = race({key: Turn((training.step,)) for key, training in everybody.items()}, rounds)
+    workloads = {key: Workload((training.step,)) for key, training in trainings.items()}
+    seconds = race(workloads, rounds)
 
     by_setting = {setting: seconds[setting, None] for setting in dense}
     cost = flops_of(network.build(), network.data()[0][:1])
@@ -195,7 +196,7 @@ def _sparseprop(network: Network, engine: OnEngine) -> Training:
     try:
         peer = OnSparseProp(network, engine.sparsifier.support)
         loss = peer.step()
-    except Exception as error:  # whatever another library raises is its own affair
+    except Exception as error:  # another library may raise any exception
         raise Unable(reason(error)) from error
     if not abs(loss - engine.loss) < TOLERANCE * engine.loss:
         raise Unable(f"its loss is {loss:.4f}, and the engine's {engine.loss:.4f}")
@@ -203,7 +204,7 @@ def _sparseprop(network: Network, engine: OnEngine) -> Training:
 
 
 def choices(engine: acdc.Engine) -> dict[str, str]:
-    """Return what every layer ran on."""
+    """Return for every layer whether it ran sparse or dense, and why it was refused."""
     ran = {name: "sparse" if choice.sparse else "dense" for name, choice in engine.choices.items()}
     return ran | {name: f"dense: {reason}" for name, reason in engine.refused.items()}
 
@@ -216,10 +217,10 @@ STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_mb(name: str, *how: Any) -> float | None:
     """Return the peak memory of a step in megabytes (10^6 bytes), measured in a fresh process.
 
-    ``None`` where the system does not tell, which is everywhere but on Linux.
+    Only Linux reports the peak of a process. Other systems return ``None``.
 
     Args:
-        name: Of the network.
+        name: Name of the network.
         how: The memory format of dense PyTorch; or sparsity and scope, for the engine.
     """
     if not (STATUS.exists() and FORGET.exists()):
@@ -228,7 +229,7 @@ def peak_mb(name: str, *how: Any) -> float | None:
     try:
         with ProcessPoolExecutor(1, mp_context=fresh) as pool:
             return pool.submit(_peak_mb, name, *how).result()
-    except (BrokenProcessPool, OSError):  # killed for want of memory, or not allowed to look
+    except (BrokenProcessPool, OSError):  # killed for lack of memory, or no permission
         return None
 
 
@@ -236,7 +237,7 @@ def _peak_mb(name: str, *how: Any) -> float:
     network = networks.parse(name)
     assert network is not None
     Training(networks.Network("", CifarResNet(depth=8, width=1).build, 1, images=True)).step()
-    before = _kilobytes("VmRSS")  # with all that PyTorch loads at a first step
+    before = _kilobytes("VmRSS")  # includes what PyTorch loads at a first step
     training = OnEngine(network, *how) if len(how) > 1 else Training(network, *how)
     for _ in range(WARM_UP):
         training.step()
@@ -245,7 +246,7 @@ def _peak_mb(name: str, *how: Any) -> float:
 
 def peak_during(call: Callable[[], object]) -> float:
     """Return the peak memory of this process during a call, in megabytes."""
-    FORGET.write_text("5")  # the peak so far; see proc(5)
+    FORGET.write_text("5")  # resets the peak; see proc(5)
     call()
     return _kilobytes("VmHWM") / 1e3
 

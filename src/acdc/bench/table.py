@@ -22,18 +22,18 @@ NAMES = {
 
 
 class Table:
-    """Lines of one benchmark, each printed as soon as its row is there.
+    """Lines of one benchmark, each printed as soon as its row is measured.
 
     Args:
-        cases: What the first column will hold.
-        columns: Keys of further figures, and what stands above them.
+        cases: Names in the first column.
+        columns: Keys of further figures, and the titles of their columns.
     """
 
     def __init__(self, cases: Iterable[str], columns: Mapping[str, str]) -> None:
         self.case, self.columns = max(map(len, cases)), columns
 
     def header(self) -> str:
-        """Return the line above all others."""
+        """Return the header line."""
         left = f"{'case':{self.case}}  {'zeros':>6}  {'dense ms':>8}  {'(best setting)':15}"
         left += f"  {'engine ms':>9}  {'ratio':>6}  {'(quartiles)':13}"
         return left + "".join(f"  {title:>{_width(title)}}" for title in self.columns.values())
@@ -57,14 +57,14 @@ def _width(title: str) -> int:
 
 
 def number(value: float | None) -> str:
-    """Write a figure with three digits that count; a dash for what could not be measured."""
+    """Write a figure with three significant digits; a dash for a figure that is missing."""
     if value is None:
         return "–"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """Return a sentence for everybody who could not take part, with the cases it holds for."""
+    """Return a sentence for each library that was not timed, with the cases it holds for."""
     found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for name, reason in row["notes"].items():
@@ -73,8 +73,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     every = len({row["case"] for row in rows})
     lines = []
     for (name, reason), cases in found.items():
-        where = ", ".join(cases) if len(cases) < 4 else f"{len(cases)} of {every} cases"
-        lines.append(f"{NAMES[name]}: {reason}" + (f" ({where})" if len(cases) < every else ""))
+        scope = ", ".join(cases) if len(cases) < 4 else f"{len(cases)} of {every} cases"
+        lines.append(f"{NAMES[name]}: {reason}" + (f" ({scope})" if len(cases) < every else ""))
     return lines
 
 
@@ -82,7 +82,7 @@ def save(path: Path, command: str, rows: Sequence[Row], **facts: Any) -> None:
     """Write the file: command, date, machine, versions, further facts, and the rows so far.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The file cannot be written.
     """
     record = {
         "command": command,

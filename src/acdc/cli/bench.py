@@ -12,8 +12,8 @@ from acdc.cli.arguments import Commands, add_command
 from acdc.errors import InputError
 
 if TYPE_CHECKING:
+    from acdc.bench.breakdown import Table as PartsTable
     from acdc.bench.table import Table
-    from acdc.bench.where import Table as WhereTable
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ STEP = Bench(
     "'compression' is the cost of the first compression, in which layers are timed and index lists "
     "are built, and 'and again' that of a later compression, both in steps of the engine.",
 )
-WHERE = Bench(
+BREAKDOWN = Bench(
     "where",
     "where the time of a training step goes",
     "resnet20_w16_n128, gpt_d768_l4_t512",
@@ -106,7 +106,7 @@ def add(commands: Commands) -> None:
         "or emptied, as the other layers of a large network would (default: left)",
     )
     step = _add_bench(benches, STEP, _step)
-    where = _add_bench(benches, WHERE, _where)
+    breakdown = _add_bench(benches, BREAKDOWN, _breakdown)
     run = _add_bench(benches, RUN, _run)
     run.add_argument("--epochs", metavar="N", type=int, default=4, help="of a run (default: 4)")
     run.add_argument(
@@ -116,7 +116,7 @@ def add(commands: Commands) -> None:
         default=12_800,
         help="training images; a fifth as many for testing (default: 12800)",
     )
-    for sub in (step, where, run):
+    for sub in (step, breakdown, run):
         sub.add_argument(
             "--scope",
             choices=("uniform", "erk", "global"),
@@ -191,13 +191,13 @@ def _step(args: argparse.Namespace) -> int:
     return _measure(args, table, step.measure(chosen, sparsities, args.repeats, args.scope))
 
 
-def _where(args: argparse.Namespace) -> int:
-    from acdc.bench import networks, step, where
+def _breakdown(args: argparse.Namespace) -> int:
+    from acdc.bench import breakdown, networks, step
 
     chosen = networks.choose(args.case, step.CASES)
-    table = where.Table([network.name for network in chosen])
-    sparsities = _sparsities(args, WHERE)
-    return _measure(args, table, where.measure(chosen, sparsities, args.repeats, args.scope))
+    table = breakdown.Table([network.name for network in chosen])
+    sparsities = _sparsities(args, BREAKDOWN)
+    return _measure(args, table, breakdown.measure(chosen, sparsities, args.repeats, args.scope))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -220,7 +220,7 @@ def _sparsities(args: argparse.Namespace, bench: Bench) -> list[float]:
 
 
 def _measure(
-    args: argparse.Namespace, table: Table | WhereTable, measured: Iterator[dict[str, Any]]
+    args: argparse.Namespace, table: Table | PartsTable, measured: Iterator[dict[str, Any]]
 ) -> int:
     """Print each row when it is measured, and write the file again with every row."""
     from acdc.bench.race import threads

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from acdc.compare.cells import Cell, Prepared
 from acdc.compare.grid import Grid, Task
 from acdc.errors import InputError
-from acdc.files import Staging
+from acdc.files import Staging, latest
 from acdc.runs.recipe import Recipe, complete, encode
 from acdc.runs.record import bits
 
@@ -164,7 +164,7 @@ def read(folder: Path, base: Recipe) -> dict[str, tuple[Json, Json]]:
     Raises:
         InputError: A file is there and cannot be read.
     """
-    results, origins = folder / "results.jsonl", folder / "origins.json"
+    results, origins = latest(folder / "results.jsonl"), latest(folder / "origins.json")
     if not (results.exists() and origins.exists()):
         return {}
     try:

@@ -29,8 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +50,7 @@ from acdc.compare.cells import (
 from acdc.compare.grid import Grid, locate
 from acdc.compare.results import Outcome
 from acdc.errors import AcdcError, InputError
+from acdc.files import alone
 from acdc.runs import train
 from acdc.runs.record import Folder
 from acdc.runs.signals import stop_signals
@@ -126,8 +126,12 @@ def compare(
             f"{folder} already holds runs or results of this grid. Go on with them by --resume, "
             f"or choose another folder with --out."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder) as lock:
+    # The workers hold the lock, too: a new command waits until those of a killed one have ended.
+    refusal = (
+        f"Another acdc compare is at work in {folder}. Wait for it, stop it, or choose another "
+        f"folder with --out."
+    )
+    with alone(folder, refusal, PATIENCE) as lock:
         board = _Board(grid, folder, watch or (lambda _: None), draw)
         trainer = _Trainer(address, folder, device, command, jobs, lock)
         try:
@@ -406,7 +410,7 @@ class _Trainer:
     """Trains jobs: in this process, or each in a worker."""
 
     def __init__(
-        self, address: str, folder: Path, device: str, command: str, jobs: int, lock: int | None
+        self, address: str, folder: Path, device: str, command: str, jobs: int, lock: int
     ) -> None:
         self.folder, self.device, self.command = folder, device, command
         self.jobs, self.lock = jobs, lock
@@ -435,7 +439,7 @@ class _Trainer:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=os.environ | {"OMP_NUM_THREADS": threads},
-                pass_fds=() if self.lock is None else (self.lock,),
+                pass_fds=(self.lock,),
                 start_new_session=True,  # Ctrl-C reaches this process, which stops the workers
             )
             self.processes[run.label] = process
@@ -555,33 +559,3 @@ def _why_it_died(code: int, errors: str) -> str:
         return f"Its process was killed by {name}.{hint}"
     last = errors.splitlines()[-1] if errors else "it printed no error"
     return f"Its process ended with code {code}: {last}"
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[int | None]:
-    """Lock the grid's folder: two commands must not train the same cell.
-
-    The workers hold the lock, too: a new command waits until those of a killed command have ended.
-
-    Raises:
-        InputError: Another command holds the lock.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield None
-        return
-    with (folder / ".lock").open("w") as file:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise InputError(
-                        f"Another acdc compare is at work in {folder}. Wait for it, stop it, or "
-                        f"choose another folder with --out."
-                    ) from None
-                time.sleep(0.2)
-        yield file.fileno()

@@ -125,9 +125,9 @@ class Fold:
     """
 
     def __init__(self, channels: int, dtype: torch.dtype) -> None:
-        self.mean, self.inverse, self.scale, self.offset = torch.zeros(4, channels, dtype=dtype)
-        self.a, self.b, self.c = torch.zeros(3, channels, dtype=dtype)
-        self.weight_grad, self.bias_grad = torch.zeros(2, channels, dtype=dtype)
+        vectors = torch.zeros(9, channels, dtype=dtype, device="cpu")
+        self.mean, self.inverse, self.scale, self.offset = vectors[:4]
+        self.a, self.b, self.c, self.weight_grad, self.bias_grad = vectors[4:]
 
 
 class Kernels(Protocol):

@@ -31,7 +31,7 @@ from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.layers import unwrapped
-from acdc.processes import has_peers
+from acdc.processes import has_peers, together
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Engine:
     Attributes:
         off: Why the engine does nothing at all, or None.
         refused: Name of a layer -> why it stays with PyTorch.
-        written: The weight gradients that the kernels wrote since the last compression.
+        kernel_gradients: The weight gradients that the kernels wrote since the last compression.
         workspace: The memory that all segments share.
 
     Raises:
@@ -74,7 +74,7 @@ class Engine:
     ) -> None:
         self.model = unwrapped(model)
         self.refused: dict[str, str] = {}
-        self.written = KernelGradients()
+        self.kernel_gradients = KernelGradients()
         self.workspace = Workspace()
         self.off = _why_off(self.model)
         if backend is None:
@@ -110,7 +110,8 @@ class Engine:
 
     def table(self) -> str:
         """Return the times of each layer, or why it stays with PyTorch, as text."""
-        return table(self.choices, self.refused)
+        with self.workspace.lock:
+            return table(self.choices, self.refused)
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -146,17 +147,19 @@ class Engine:
         """
         if self.off is not None:
             return
-        for host in self._hosts:
-            host.pause()
-        self._plans.start(support)
-        self.written = KernelGradients()  # an older autograd graph still holds the one before
         before = dict(self.choices)
-        self._policy.forget_stale()
-        self._policy.compressing = True
-        try:
-            self._start()
-        finally:
-            self._policy.compressing = False
+        with self.workspace.lock:  # another thread may evaluate the network meanwhile
+            for host in self._hosts:
+                host.pause()
+            self._plans.start(support)
+            # An older autograd graph still holds the gradients before.
+            self.kernel_gradients = KernelGradients()
+            self._policy.forget_stale()
+            self._policy.compressing = True
+            try:
+                self._start()
+            finally:
+                self._policy.compressing = False
         if self.choices != before:
             log.info("Layers, dense and sparse:\n%s", self.table())
 
@@ -165,7 +168,7 @@ class Engine:
         if follows:
             self._agree()
         for host in self._hosts:
-            host.start(self.written)
+            host.start(self.kernel_gradients)
         if not follows:
             self._agree()
 
@@ -173,21 +176,24 @@ class Engine:
         """Give every process the choices of the first one: their own timings would differ."""
         if has_peers():
             choices = [self._policy.choices]
-            torch.distributed.broadcast_object_list(choices, src=0)
+            with together("receive which layers run sparse"):
+                torch.distributed.broadcast_object_list(choices, src=0)
             self._policy.choices = choices[0]
 
     def decompress(self) -> None:
         """Run everything on plain PyTorch from now on, and free all buffers."""
-        for host in self._hosts:
-            host.stop()
-        self._plans.start({})
-        self.workspace.clear()
+        with self.workspace.lock:
+            for host in self._hosts:
+                host.stop()
+            self._plans.start({})
+            self.workspace.clear()
 
     # --- stop and resume --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return the choices. A resumed run then computes bitwise the same."""
-        return {"choices": {name: asdict(c) for name, c in self.choices.items()}}
+        with self.workspace.lock:
+            return {"choices": {name: asdict(c) for name, c in self.choices.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the choices of another run. They apply from the next compression on."""

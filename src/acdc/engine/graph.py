@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.utils.parametrize import is_parametrized
 
 from acdc.engine.geometry import ConvGeometry, Size2
+from acdc.engine.locks import Lock
 from acdc.errors import InputError
+
+ATTEMPTS = 3  # to trace a module, if random numbers are drawn meanwhile
 
 Kind = Literal["images", "tokens"]
 """How the layout holds a tensor: as ``[N, C, H, W]`` or as ``[..., features]``."""
@@ -78,8 +82,35 @@ for _name, _function in _IN_PLACE.items():
     setattr(_Proxy, _name, _write_in_place(_function))
 
 
+_tracing = Lock(rank=1)
+
+
 class _Tracer(fx.Tracer):
-    """Traces into every module that is neither opaque nor one of PyTorch's own."""
+    """Traces into every module that is neither opaque nor one of PyTorch's own.
+
+    While it is at work, ``torch.fx`` replaces ``nn.Module.__call__`` for all threads. So only one
+    thread traces at a time, and the calls of all others are passed through.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -96,26 +127,36 @@ def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
             have only once: it draws random numbers, makes new tensors, or counts.
 
     """
-    before = _outside_state(root)
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(root, concrete_args=dict(defaults) or None)
-    except Exception as error:  # fx raises whatever the user's code raises on a proxy
-        raise Untraceable(
-            f"{type(root).__name__}.forward is no fixed graph ({first_line(error)})"
-        ) from error
-    finally:
-        after = _outside_state(root)
-        _restore(root, before, after)
-    if before != after:
-        raise Untraceable(
-            f"{type(root).__name__}.forward draws random numbers or counts in Python as it runs"
-        )
+    with _tracing:
+        tracer, graph = _traced(root, defaults)
     if any(
         node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes
     ):
         raise Untraceable(f"{type(root).__name__}.forward makes tensors of its own")
     return fx.GraphModule(tracer.root, graph, type(root).__name__)
+
+
+def _traced(root: nn.Module, defaults: Mapping[str, Any]) -> tuple[_Tracer, fx.Graph]:
+    """Trace without an effect that lasts. Another thread may draw random numbers meanwhile."""
+    for attempts_left in range(ATTEMPTS - 1, -1, -1):
+        before = _outside_state(root)
+        tracer = _Tracer()
+        try:
+            graph = tracer.trace(root, concrete_args=dict(defaults) or None)
+        except Exception as error:  # fx raises whatever the user's code raises on a proxy
+            _restore(root, before, _outside_state(root))
+            raise Untraceable(
+                f"{type(root).__name__}.forward is no fixed graph ({first_line(error)})"
+            ) from error
+        after = _outside_state(root)
+        if before == after:
+            return tracer, graph
+        if before[-1] != after[-1] or not attempts_left:
+            _restore(root, before, after)
+            break
+    raise Untraceable(
+        f"{type(root).__name__}.forward draws random numbers or counts in Python as it runs"
+    )
 
 
 def _outside_state(root: nn.Module) -> tuple[Any, ...]:
@@ -147,8 +188,8 @@ def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
     try:
-        # ShapeProp prints the errors that it raises.
-        with mode, redirect_stderr(StringIO()):
+        # ShapeProp prints its errors. The lock: stderr is redirected for all threads.
+        with _tracing, mode, redirect_stderr(StringIO()):
             shapes = ShapeProp(graph, fake_mode=mode)
             for module in shapes.fake_module.modules():  # a copy whose tensors have no values
                 module.training = False  # a BatchNorm in training may read values

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from acdc.engine.choice import Policy
 from acdc.engine.contract import KernelPlan
@@ -33,6 +35,7 @@ from acdc.engine.graph import (
 )
 from acdc.engine.lowering import lower
 from acdc.engine.memory import Workspace
+from acdc.engine.modes import why_plain
 from acdc.engine.operations import Program
 from acdc.engine.partition import fuse
 from acdc.engine.plans import Plans
@@ -79,6 +82,8 @@ class Host:
         self.module, self.name, self.refused = module, name, refused
         self.plans, self.policy, self.workspace = plans, policy, workspace
         self.written = KernelGradients()
+        self._started = False
+        self._warned: set[str] = set()
         if has_other_forward(module):
             raise Untraceable("its forward was replaced by other code")
         self._root = module
@@ -88,8 +93,7 @@ class Host:
         self._graphs: dict[Hashable, fx.GraphModule | None] = {}
         self._sparse: set[str] = set()  # the layers that the graphs run sparse
         self._chosen: set[str] = set()  # the layers that had a choice when the graphs were built
-        self._modules = list(module.modules())
-        self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
+        self._note_modules()
         # The first graph is built from this trace, if the modes are still the same.
         self._traced: tuple[Hashable, fx.GraphModule] | None
         self._traced = (self._modes(), self._trace())
@@ -114,10 +118,10 @@ class Host:
             self.stop()
             self._graphs.clear()
             self._traced = None
-            self._modules = list(self.module.modules())
-            self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
+            self._note_modules()
         for segment in self.segments():
             segment.start(self._plans_of(segment.program), written)
+        self._started = True
         self._graph()
         self._sparse, self._chosen = self.policy.sparse, set(self.policy.choices)
         if self.segments():
@@ -136,6 +140,7 @@ class Host:
         self._restore_forward()
 
     def _restore_forward(self) -> None:
+        self._started = False
         if self.active:
             del self.module.forward
 
@@ -145,21 +150,44 @@ class Host:
             m for g in self._graphs.values() if g for m in g.children() if isinstance(m, Segment)
         ]
 
+    def _note_modules(self) -> None:
+        """Note the modules and parameters that graphs are built for."""
+        self._modules = list(self.module.modules())
+        self._params = list(self.module.parameters())
+        self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
+
+    def _has_own_params(self) -> bool:
+        """Return whether the modules hold the parameters that graphs are built for."""
+        now = list(self.module.parameters())
+        return len(now) == len(self._params) and all(map(operator.is_, now, self._params))
+
     def _is_current(self) -> bool:
         """Return whether network and choices are those that the graphs were built for."""
         return (
             self.policy.sparse == self._sparse
             and self._chosen <= self.policy.choices.keys()
             and self._modules == list(self.module.modules())
+            and self._has_own_params()
             and all(segment.program.is_current for segment in self.segments())
         )
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module."""
+        reason = why_plain((*args, *kwargs.values()))
+        if reason is None and torch.is_autocast_enabled("cpu"):
+            reason = "autocast is on"
+        if reason is not None:
+            self._warn(reason)
+            return self.original(*args, **kwargs)
         graph = self._graph()
         if graph is None or not self._as_traced(args, kwargs):
             return self.original(*args, **kwargs)
         return graph.forward(*args, **kwargs)
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            log.warning("%s runs on plain PyTorch: %s.", self._title, reason)
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -171,13 +199,19 @@ class Host:
     def _graph(self) -> fx.GraphModule | None:
         """Return the graph for the present modes and hooks, or None if it cannot be traced."""
         key = self._modes()
-        if key not in self._graphs:
-            try:
-                self._graphs[key] = self._build(key)
-            except Untraceable as error:
-                log.warning("%s runs on plain PyTorch: %s.", self._title, error)
-                self._graphs[key] = None
-        return self._graphs[key]
+        if (graph := self._graphs.get(key)) is not None:
+            return graph
+        with self.workspace.lock:
+            if key not in self._graphs:
+                # `functional_call` puts other parameters into the modules for the time of a call.
+                if not (self._started and self._has_own_params()):
+                    return None
+                try:
+                    self._graphs[key] = self._build(key)
+                except Untraceable as error:
+                    self._warn(str(error))
+                    self._graphs[key] = None
+            return self._graphs[key]
 
     def _modes(self) -> Hashable:
         """Return everything that a graph depends on: training modes and hooks."""
@@ -277,7 +311,7 @@ class _Forward:
         self._original = host.original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting() or torch._C._is_tracing():
+        if torch.compiler.is_exporting() or torch._C._is_tracing() or is_fx_symbolic_tracing():
             return self._original(*args, **kwargs)
         return self._run(*args, **kwargs)
 
@@ -285,6 +319,14 @@ class _Forward:
     def __code__(self) -> Any:
         """The code that ``torch.export`` reads the names of arguments from."""
         return self._original.__code__
+
+    @property
+    def __globals__(self) -> Any:
+        # Others look here too, and go on without it: so it is no InputError.
+        raise AttributeError(
+            "torch.jit.script cannot read the forward of a network that runs on the engine. Give "
+            "it a copy, which is plain: torch.jit.script(copy.deepcopy(model))."
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return own_forward, (self._original.__self__,)  # type: ignore[attr-defined]

@@ -149,7 +149,7 @@ def allocate(
         return []
     dtype = shapes[0].dtype
     spare = LINE // dtype.itemsize
-    data = torch.empty(sum(shape.numel for shape in shapes) + spare, dtype=dtype)
+    data = torch.empty(sum(shape.numel for shape in shapes) + spare, dtype=dtype, device="cpu")
     if prepare is not None:
         prepare(data)
     data.zero_()

@@ -6,20 +6,23 @@ from a workspace that the segments of a network share.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch._C._autograd import SavedTensor
 
 from acdc.engine.contract import Call, KernelPlan, Kernels, Step, WeightGradCall
 from acdc.engine.gradients import LARGE
 from acdc.engine.layout import LINE, Buffer, Shape, allocate
+from acdc.engine.locks import Lock
 from acdc.engine.native import advise_huge_pages
 from acdc.engine.tape import Instruction, Op, Slot, Tape
 
@@ -27,17 +30,17 @@ T = TypeVar("T")
 
 
 class Workspace:
-    """Memory that the segments of a network share. Only one segment computes at a time.
+    """Memory that the segments of a network share. Only one thread computes in it at a time.
 
     It holds what a segment needs within its forward pass or within its backward pass.
 
     Attributes:
-        lock: Held by the segment that computes.
+        lock: Held while a segment computes, and while graphs, index lists or buffers change.
 
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self._buffers: WeakValueDictionary[tuple[Shape, int], Buffer] = WeakValueDictionary()
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}  # by id of the parameter
@@ -65,7 +68,7 @@ class Workspace:
         spare = LINE // dtype.itemsize
         if dtype not in self._scratch or self._scratch[dtype].numel() < count + spare:
             self._scratch.pop(dtype, None)
-            self._scratch[dtype] = torch.empty(count + spare, dtype=dtype)
+            self._scratch[dtype] = torch.empty(count + spare, dtype=dtype, device="cpu")
         start = -self._scratch[dtype].data_ptr() % LINE // dtype.itemsize
         return self._scratch[dtype][start : start + count]
 
@@ -92,6 +95,10 @@ class Workspace:
         """Free the memory for partial sums and gradients."""
         self._scratch.clear()
         self._gradients.clear()
+
+
+def _shape_of(tensor: Tensor) -> torch.Size:
+    return tensor.shape
 
 
 def _users(tensor: Tensor) -> int:
@@ -270,13 +277,36 @@ class Lease:
         frame: The frame.
         free: The list that the arena returns to.
 
+    Attributes:
+        reads_inputs: Whether the tensors that autograd saved for ``hold`` are read with their
+            values. Otherwise they are placeholders, which cost nothing.
+
     """
 
     def __init__(self, arena: Arena, frame: Frame, free: list[Arena]) -> None:
         self.frame, self.tape = frame, arena.tape
         self.kept, self.workspace = arena.kept, arena.workspace
+        self.reads_inputs = False
         self._finalizer = weakref.finalize(self, free.append, arena)
         self._finalizer.atexit = False
+
+    def hold(self, saved: Sequence[SavedTensor]) -> None:
+        """Free inputs that autograd saved, where the frame keeps their values anyway.
+
+        Derivatives of second order need the inputs with their history, and are rare. Autograd keeps
+        the history of what it saved, and reads the values from here.
+        """
+        for one, slot in zip(saved, self.tape.inputs, strict=True):
+            if not self.tape.is_kept(slot):
+                continue
+            with suppress(RuntimeError):  # the user packs saved tensors: `save_on_cpu`, checkpoint
+                one.register_hooks(_shape_of, partial(self._unpacked, slot))  # type: ignore[attr-defined]
+
+    def _unpacked(self, slot: Slot, shape: torch.Size) -> Tensor:
+        if not self.reads_inputs:
+            return torch.empty((), dtype=slot.value.dtype, device="cpu").expand(shape)
+        with self.workspace.lock:
+            return self.frame.backend.from_layout(self.frame.buffer(slot)).reshape(shape)
 
     def end(self) -> None:
         """Give the frame back."""

@@ -127,7 +127,7 @@ class NativePlan(KernelPlan):
         weight = weight.detach()
         if not self.has_strides_of(weight):
             weight = torch.empty_strided(
-                self.geometry.weight_shape, self.strides, dtype=weight.dtype
+                self.geometry.weight_shape, self.strides, dtype=weight.dtype, device="cpu"
             ).copy_(weight.reshape(self.geometry.weight_shape))
         self.compiled.refresh(weight.data_ptr(), input_grad, torch.get_num_threads())
 
@@ -283,7 +283,7 @@ class Native(Kernels):
             size = (
                 (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
             )
-            out = torch.empty(size, dtype=s.dtype)
+            out = torch.empty(size, dtype=s.dtype, device="cpu")
         if not _convertible(out):
             return out.copy_(self.from_layout(buffer))
         a = _kernels.convert_args()
@@ -705,7 +705,7 @@ class Native(Kernels):
     def _sums(self, sums: Tensor | None, rows: int, buffer: Buffer) -> Tensor:
         shape = (buffer.shape.channels,) if rows == 1 else (rows, buffer.shape.channels)
         if sums is None:
-            return torch.empty(shape, dtype=torch.float64)
+            return torch.empty(shape, dtype=torch.float64, device="cpu")
         if sums.shape != shape or sums.dtype != torch.float64 or not sums.is_contiguous():
             raise InputError(f"Sums are contiguous float64 {shape}, got {tuple(sums.shape)}.")
         return sums
@@ -746,7 +746,7 @@ class Native(Kernels):
 
 def _aligned(count: int, dtype: torch.dtype) -> Tensor:
     """Return memory for so many numbers, aligned to a cache line."""
-    memory = torch.empty(count + LINE // dtype.itemsize, dtype=dtype)
+    memory = torch.empty(count + LINE // dtype.itemsize, dtype=dtype, device="cpu")
     start = -memory.data_ptr() % LINE // dtype.itemsize
     return memory[start : start + count]
 

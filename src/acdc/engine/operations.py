@@ -132,7 +132,7 @@ class Conv(Op):
 
     def _bias_grad(self, f: Binder, dy: Buffer) -> Call:
         bias = self.spec.module.bias
-        sums = torch.zeros(dy.shape.channels, dtype=torch.float64)
+        sums = torch.zeros(dy.shape.channels, dtype=torch.float64, device="cpu")
         f.after.append(lambda: f.results[id(bias)].add_(sums))
         return f.backend.bind(f.backend.channel_sums, dy, sums=sums)
 
@@ -225,7 +225,8 @@ class Norm:
 
 def _sums(f: Binder, key: object, rows: int, value: Value) -> Tensor:
     """Return float64 ``[rows, channels]`` that belongs to this key in this frame."""
-    return f.once(key, lambda: torch.zeros(rows, value.channels, dtype=torch.float64))
+    shape = (rows, value.channels)
+    return f.once(key, lambda: torch.zeros(shape, dtype=torch.float64, device="cpu"))
 
 
 def _add_result(f: Binder, param: Tensor, grad: Tensor) -> None:

@@ -43,7 +43,7 @@ class Plans:
         if (key := (name, x_shape, dy_shape)) not in self._made:
             mask = self._mask(name)
             if mask is None:
-                support = torch.arange(weight.numel())
+                support = torch.arange(weight.numel(), device="cpu")
             else:
                 support = mask.reshape(-1).nonzero()[:, 0]
             # The strides that its gradient will have: the weight's own, or contiguous ones if the

@@ -165,7 +165,7 @@ class _TimedNative(Native):
         plain = super()._compiled_sequence(steps)
 
         def run(blocks: int, threads: int) -> None:
-            seconds = torch.zeros(1 + threads, len(steps), dtype=torch.float64)
+            seconds = torch.zeros(1 + threads, len(steps), dtype=torch.float64, device="cpu")
             began = time.perf_counter()
             plain(blocks, threads, seconds)
             self._profile.add_sequence(steps, seconds, time.perf_counter() - began)

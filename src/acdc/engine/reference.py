@@ -32,7 +32,7 @@ class ReferencePlan(KernelPlan):
     ) -> None:
         super().__init__(geometry, support, x, dy, strides)
         self.support = support.clone()
-        self.weight = torch.zeros(geometry.weight_shape, dtype=x.dtype)
+        self.weight = torch.zeros(geometry.weight_shape, dtype=x.dtype, device="cpu")
 
     def refresh(self, weight: Tensor, input_grad: bool = False) -> None:
         flat = weight.detach().reshape(-1)

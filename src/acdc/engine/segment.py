@@ -2,6 +2,9 @@
 
 A segment stands in the traced graph in place of the nodes that it computes. It keeps those nodes,
 and runs them in PyTorch for every call that the kernels cannot take.
+
+Several threads may call one network. A thread holds the lock of the workspace from the lease of a
+frame to the end of the pass, since frames, index lists and the workspace serve one pass at a time.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd.function import once_differentiable
 
 from acdc.engine.contract import KernelPlan, Kernels
 from acdc.engine.gradients import KernelGradients
 from acdc.engine.graph import first_line
 from acdc.engine.memory import Arena, Frame, Lease, Workspace
+from acdc.engine.modes import why_plain
 from acdc.engine.operations import Program
 from acdc.engine.tape import GradientRequest, Op, Slot, Tape, Value
 
@@ -41,6 +44,7 @@ class Segment(nn.Module):
         super().__init__()
         # In a tuple, so that they are not submodules: the network has these modules already.
         self._held = (plain, program)
+        self._params = dict(plain.named_parameters(remove_duplicate=False))
         self.backend, self.workspace = backend, workspace
         self.plans: Mapping[Op, KernelPlan] = {}
         self.written = KernelGradients()
@@ -57,6 +61,16 @@ class Segment(nn.Module):
     def program(self) -> Program:
         """The layers as a program."""
         return self._held[1]
+
+    def plain(self, *inputs: Tensor) -> Any:
+        """Compute once more on PyTorch, with the parameters of the program.
+
+        Buffers stay as they are: a BatchNorm has counted this batch already.
+        """
+        # The lock: meanwhile these tensors are in the network's own modules.
+        with self.workspace.lock, torch.autocast("cpu", enabled=False):
+            buffers = {name: b.clone() for name, b in self._held[0].named_buffers()}
+            return torch.func.functional_call(self._held[0], self._params | buffers, inputs)
 
     def start(self, plans: Mapping[Op, KernelPlan], written: KernelGradients) -> None:
         """Compute with these index lists from now on, in the buffers that exist.
@@ -95,9 +109,9 @@ class Segment(nn.Module):
         if reason is None:
             try:
                 return self._run(inputs)
-            except _NoMemory as error:
+            except _NoFrame as error:
                 reason = str(error)
-        if reason not in self._warned:
+        if reason and reason not in self._warned:
             self._warned.add(reason)
             log.warning("A segment of sparse layers runs on plain PyTorch: %s.", reason)
         return self._held[0](*inputs)
@@ -108,10 +122,6 @@ class Segment(nn.Module):
             if not _fits(x, value):
                 return f"its input has become {x.dtype} {tuple(x.shape)} on {x.device}"
             samples.add(_samples(x, value))
-        if torch._C._are_functorch_transforms_active():
-            return "a function transform is active"
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast is on"
         if len(samples) != 1 or samples == {0}:
             return f"its batch has {sorted(samples)} samples"
         if not self.program.is_current:
@@ -128,10 +138,13 @@ class Segment(nn.Module):
             outputs = SegmentFunction.apply(  # type: ignore[no-untyped-call]
                 self, len(inputs), *inputs, *self.program.params
             )
+            if (node := outputs[0].grad_fn) is not None:
+                node.lease.hold(node._raw_saved_tensors[: len(inputs)])
         else:
-            lease = self.lease(inputs, None)
-            outputs = compute(lease, inputs)
-            lease.end()
+            with self.workspace.lock:
+                lease = self.lease(inputs, None)
+                outputs = compute(lease, inputs)
+                lease.end()
         return outputs[0] if self.program.returns_one else outputs
 
     # --- frames -----------------------------------------------------------------------------------
@@ -141,16 +154,17 @@ class Segment(nn.Module):
         return request, modes, torch.get_num_threads()
 
     def lease(self, inputs: tuple[Tensor, ...], request: GradientRequest | None) -> Lease:
-        """Return an unused frame for these inputs."""
+        """Return an unused frame for these inputs. The caller holds the lock of the workspace."""
+        if not self.plans:
+            raise _NoFrame  # another thread has ended the sparse phase
+        pointers = tuple(t.data_ptr() for t in self._read_by_address())
+        if pointers != self._pointers:  # tapes hold the old tensors, bound calls their addresses
+            self._pointers = pointers
+            self._tapes, self._free = {}, {}
         key = self._key(request)
         if key not in self._tapes:
             self._tapes[key] = self.program.tape(request)
             self._free[key] = []
-        pointers = tuple(t.data_ptr() for t in self._read_by_address())
-        if pointers != self._pointers:  # bound calls hold the old addresses
-            self._pointers = pointers
-            for other in self._free:
-                self._free[other] = []
         samples = _samples(inputs[0], self.program.inputs[0])
         free = self._free[key]
         arena = free.pop() if free else None
@@ -162,7 +176,7 @@ class Segment(nn.Module):
                         self._tapes[key], samples, self.backend, self.plans, self.workspace
                     )
             except (RuntimeError, MemoryError) as error:
-                raise _NoMemory(f"no memory for its buffers ({first_line(error)})") from error
+                raise _NoFrame(f"no memory for its buffers ({first_line(error)})") from error
         with torch.inference_mode(False), torch.no_grad():
             frame = arena.frame(samples)
         return Lease(arena, frame, free)
@@ -177,8 +191,8 @@ class Segment(nn.Module):
         return [tensor for tensor in found if tensor is not None]
 
 
-class _NoMemory(Exception):
-    """There is not enough memory for a frame."""
+class _NoFrame(Exception):
+    """There is no frame. The message says why, if that is worth a warning."""
 
 
 class SegmentFunction(torch.autograd.Function):
@@ -190,47 +204,70 @@ class SegmentFunction(torch.autograd.Function):
         inputs, flags = tensors[:count], ctx.needs_input_grad[2:]
         takes = [p for p, f in zip(segment.program.params, flags[count:], strict=True) if f]
         request = GradientRequest(frozenset(map(id, takes)), tuple(flags[:count]))
-        ctx.lease = segment.lease(inputs, request)
-        ctx.written, ctx.nnz = segment.written, segment.nnz
-        ctx.params, ctx.takes = segment.program.params, takes
+        # The weights are saved so that autograd raises if one was modified in place, and raises on
+        # a second backward pass: the first one frees the frame. The inputs: see `Lease.hold`.
+        ctx.save_for_backward(*inputs, *segment.weights)
+        ctx.segment, ctx.params, ctx.takes = segment, segment.program.params, takes
         ctx.like = [(x.shape, _format(x)) for x in inputs]
-        # Saved only so that autograd raises if a weight was modified in place, and raises on a
-        # second backward pass: the first one frees the frame.
-        ctx.save_for_backward(*segment.weights)
-        return compute(ctx.lease, inputs)
+        with segment.workspace.lock:
+            ctx.lease = segment.lease(inputs, request)
+            ctx.written, ctx.nnz = segment.written, segment.nnz
+            return compute(ctx.lease, inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Run the backward pass."""
-        _ = ctx.saved_tensors
         lease: Lease = ctx.lease
+        lease.reads_inputs = torch.is_grad_enabled() or why_plain(grads) is not None
+        saved = ctx.saved_tensors
+        if lease.reads_inputs:
+            return (None, None, *plain_backward(ctx, saved[: len(ctx.like)], grads))
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        kept = [memory.clone() for memory in lease.kept] if keep else []
         with lease.workspace.lock:
+            kept = [memory.clone() for memory in lease.kept] if keep else []
             inputs, results = compute_backward(lease, grads, ctx.takes, ctx.like)
+            for memory, copy in zip(lease.kept, kept, strict=keep):
+                memory.copy_(copy)
         for key in ctx.nnz.keys() & results.keys():
             ctx.written.note(key, results[key], ctx.nnz[key])
-        if keep:
-            for memory, copy in zip(lease.kept, kept, strict=True):
-                memory.copy_(copy)
-        else:
+        if not keep:
             lease.end()
         return (None, None, *inputs, *(results.get(id(p)) for p in ctx.params))
 
 
-def compute(lease: Lease, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Run the forward pass of a frame, from plain tensors to plain tensors."""
-    frame, tape, first = lease.frame, lease.tape, inputs[0]
-    with lease.workspace.lock:
-        for x, slot in zip(inputs, tape.inputs, strict=True):
-            frame.backend.to_layout(_flat(x.detach(), slot.value), frame.buffer(slot))
-        for call in frame.before + frame.forward:
-            call()
-        return tuple(
-            _plain(frame, slot, _out_shape(first, slot.value), _format(first))
-            for slot in tape.outputs
+def plain_backward(
+    ctx: Any, inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Run the backward pass on PyTorch, where its result is differentiated or mapped over.
+
+    The kernels have no derivatives of second order, so the forward pass is computed again.
+    """
+    with torch.enable_grad():
+        outs = ctx.segment.plain(*inputs)
+    needed = ctx.needs_input_grad[2:]
+    wanted = [t for t, need in zip((*inputs, *ctx.params), needed, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            outs, wanted, grads, create_graph=torch.is_grad_enabled(), allow_unused=True
         )
+    )
+    return [next(found) if need else None for need in needed]
+
+
+def compute(lease: Lease, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Run the forward pass of a frame, from plain tensors to plain tensors.
+
+    Here and in ``compute_backward``, the caller holds the lock of the workspace.
+    """
+    assert lease.workspace.lock.is_mine
+    frame, tape, first = lease.frame, lease.tape, inputs[0]
+    for x, slot in zip(inputs, tape.inputs, strict=True):
+        frame.backend.to_layout(_flat(x.detach(), slot.value), frame.buffer(slot))
+    for call in frame.before + frame.forward:
+        call()
+    return tuple(
+        _plain(frame, slot, _out_shape(first, slot.value), _format(first)) for slot in tape.outputs
+    )
 
 
 def compute_backward(
@@ -251,6 +288,7 @@ def compute_backward(
         The gradients of the inputs that need one, and those of the parameters by id.
 
     """
+    assert lease.workspace.lock.is_mine
     frame, tape = lease.frame, lease.tape
     frame.results = {id(p): lease.workspace.zeros_like(p) for p in takes}
     frame.set_targets(lease.workspace)
@@ -285,6 +323,7 @@ def _samples(x: Tensor, value: Value) -> int:
 
 
 def _flat(x: Tensor, value: Value) -> Tensor:
+    x = x.resolve_neg()  # the kernels read memory, and a lazy sign is not in memory
     return x.reshape(-1, value.channels) if value.tokens else x
 
 
@@ -302,6 +341,6 @@ def _format(x: Tensor) -> torch.memory_format:
 def _plain(frame: Frame, slot: Slot, shape: tuple[int, ...], memory: torch.memory_format) -> Tensor:
     """Return the contents of a slot as a tensor of this shape and memory format."""
     with torch.no_grad():
-        out = torch.empty(shape, dtype=slot.value.dtype, memory_format=memory)
+        out = torch.empty(shape, dtype=slot.value.dtype, device="cpu", memory_format=memory)
         frame.backend.from_layout(frame.buffer(slot), _flat(out, slot.value))
     return out

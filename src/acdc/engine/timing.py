@@ -171,10 +171,9 @@ def _random(value: Value, samples: int) -> Tensor:
     shape: tuple[int, ...] = (min(samples, FEW), value.channels)
     if not value.tokens:
         shape = (*shape, value.height, value.width)
-    generator = torch.Generator().manual_seed(
-        0
-    )  # a generator of its own: timing must not change the user's random numbers
-    few = torch.randn(shape, generator=generator, dtype=value.dtype)
+    # A generator of its own: timing must not change the user's random numbers.
+    generator = torch.Generator("cpu").manual_seed(0)
+    few = torch.randn(shape, generator=generator, dtype=value.dtype, device="cpu")
     times = -(-samples // FEW)
     return few if times == 1 else torch.cat([few] * times)[:samples]
 

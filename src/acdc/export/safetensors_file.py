@@ -48,4 +48,4 @@ def _load(result: Result | str | os.PathLike[str]) -> Result:
 
 
 def _holds_one(folder: Path) -> bool:
-    return any((folder / index.name).exists() for index in INDICES)
+    return any(index.is_in(folder) for index in INDICES)

@@ -217,7 +217,7 @@ def _constructed(
     """Build another optimizer of this class with the defaults of this one."""
     names = inspect.signature(type(optimizer)).parameters
     options = {k: v for k, v in optimizer.defaults.items() if k in names}
-    small = type(optimizer)([_parameter(group)], **copy.deepcopy(options))  # type: ignore[arg-type]
+    small = type(optimizer)([_parameter(group)], **copy.deepcopy(options))
     plain = dict(small.param_groups[0])
     small.param_groups[0].update(_own(group, plain["params"]))
     small.param_groups[0].update({k: plain[k] for k in _counters(small, plain)})

@@ -69,7 +69,7 @@ class KeptSteps:
         self.optimizer, self._worth = optimizer, worth
         self._weights: dict[int, _Weight] = {}
         self._twin: Optimizer | None = None
-        self._places: list[int] = []  # of the twin's groups among the optimizer's
+        self._groups: list[int] = []  # of the twin's groups among the optimizer's
         self._grads: list[tuple[Tensor, Tensor]] = []  # that the optimizer shall not find
         self._before_hook = optimizer.register_step_pre_hook(self._before)
         self._after_hook = optimizer.register_step_post_hook(self._after)
@@ -95,17 +95,17 @@ class KeptSteps:
                 if weight.flat(param) is not None:
                     self._weights[id(param)] = weight
         groups = []
-        for place, group in enumerate(self.optimizer.param_groups):
+        for number, group in enumerate(self.optimizer.param_groups):
             mine = [self._weights[id(p)] for p in group["params"] if id(p) in self._weights]
             if mine:
-                self._places.append(place)
+                self._groups.append(number)
                 groups.append({"params": [weight.vector for weight in mine]})
         if groups:
             self._twin = type(self.optimizer)(groups, lr=0.0)  # type: ignore[call-arg]
 
     def stop(self) -> None:
         """Leave all steps to the optimizer from here on."""
-        self._weights, self._twin, self._places = {}, None, []
+        self._weights, self._twin, self._groups = {}, None, []
 
     def remove(self) -> None:
         """Stop, and take the hooks off."""
@@ -134,8 +134,8 @@ class KeptSteps:
 
     def _step(self, twin: Optimizer) -> None:
         state = self.optimizer.state
-        for place, group in zip(self._places, twin.param_groups, strict=True):
-            options = self.optimizer.param_groups[place].items()
+        for number, group in zip(self._groups, twin.param_groups, strict=True):
+            options = self.optimizer.param_groups[number].items()
             group.update({k: v for k, v in options if k not in ("params", "param_names")})
         stepped = [weight for weight in self._weights.values() if weight.is_ready]
         for weight in self._weights.values():
@@ -180,9 +180,9 @@ class _Weight:
     def __init__(self, param: nn.Parameter, mask: Tensor) -> None:
         self.param, self._stride = param, param.stride()
         self._order = sorted(range(param.dim()), key=lambda d: -self._stride[d])
-        places = mask.permute(self._order).reshape(-1).nonzero()[:, 0]
+        positions = mask.permute(self._order).reshape(-1).nonzero()[:, 0]
         # Half the memory, where that will do.
-        self._index = places.int() if param.numel() < 2**31 else places
+        self._index = positions.int() if param.numel() < 2**31 else positions
         self.vector = nn.Parameter(param.detach().new_empty(0))  # filled for a step
         self.version: int | None = None  # of the weight, when it was last written
         self._copies: dict[str, _Copy] = {}

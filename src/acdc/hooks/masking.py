@@ -32,6 +32,7 @@ class Masking:
         optimizers: The optimizers that step them.
         engine: What runs sparse phases sparsely, if anything does.
         copies: Name of a weight → state of its optimizer that must be zero where the weight is.
+        owner: Kept alive as long as a weight has a hook of this masking.
 
     Attributes:
         support: The support that is held.
@@ -46,8 +47,10 @@ class Masking:
         optimizers: Iterable[torch.optim.Optimizer],
         engine: Engine | None,
         copies: Callable[[str], Iterable[Tensor]] = lambda name: (),
+        owner: object = None,
     ) -> None:
-        self._params, self.engine, self._copies = params, engine, copies
+        self._params, self.engine, self._owner = params, engine, owner
+        self._copies = copies
         self.support = Support.full(params)
         self.dense_gradient = False
         self._dropped = _Dropped({}, params)
@@ -107,7 +110,9 @@ class Masking:
         Raises:
             InputError: The model lacks one of the weights.
         """
-        params = dict(averaged(model).named_parameters())
+        params = dict(model.named_parameters())
+        if any(name not in params for name in self._dropped):
+            params = dict(averaged(model).named_parameters())
         if strangers := [name for name in self._dropped if name not in params]:
             raise InputError(
                 f"The model to project has no parameter {strangers[0]!r}. Give a copy of the model "
@@ -153,7 +158,7 @@ class Masking:
         def clear(param: Tensor) -> None:
             if self.dense_gradient:
                 return
-            if engine is not None and engine.written.all_of(param, kept):
+            if engine is not None and engine.kernel_gradients.all_of(param, kept):
                 return  # zero there already
             if param.grad is not None:
                 param.grad.masked_fill_(dropped[name], 0.0)

@@ -1,8 +1,8 @@
 """One or several optimizers as one, seen through the wrappers of trainers.
 
-The clock hangs on the hooks that ``torch.optim.Optimizer`` calls after ``step``. A wrapper, such as
-that of Accelerate or Lightning Fabric, passes ``step`` on to the optimizer inside it, sometimes, and
-calls no hook itself. So the hooks go to the optimizer whose ``step`` really runs.
+The clock hangs on the hooks that ``torch.optim.Optimizer`` calls after ``step``. The wrappers of
+Accelerate and Lightning Fabric call no hook: they call ``step`` of the optimizer inside, and not
+every time. So the hooks go to the optimizer whose ``step`` really runs.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Optimizers:
         return " and ".join(type(each).__name__ for each in self)
 
     def check_held(self, params: Mapping[str, Tensor]) -> None:
-        """Raise InputError unless each of these weights is held by exactly one of the optimizers."""
+        """Raise InputError unless each of these weights is held by exactly one optimizer."""
         holders = [_held(each) for each in self]
         counts = {n: sum(id(p) in held for held in holders) for n, p in params.items()}
         if strangers := [name for name, count in counts.items() if not count]:

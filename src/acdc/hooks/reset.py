@@ -56,7 +56,6 @@ class StateReset:
                 "LBFGS keeps one flat history for all parameters, so the state of single weights "
                 "cannot be reset. Use SGD, Adam, AdamW or another optimizer with state per weight."
             )
-        optimizers.check_held(params)
         self.optimizers, self.rule, self._params = optimizers, method.reset_rule, params
         reset = method.reset
         self._declared = dict(reset) if isinstance(reset, Mapping) else {}
@@ -164,8 +163,8 @@ class StateReset:
                             f"the weight {name!r} of shape {tuple(param.shape)}, and how to reset "
                             f"it is not known. Say how it starts, for example "
                             f'reset={{{key!r}: "weight"}} for a copy of the weight or '
-                            f"reset={{{key!r}: 0.0}}; or use an optimizer with state per weight, or "
-                            f'reset="none".'
+                            f"reset={{{key!r}: 0.0}}. Or use an optimizer with state per weight, "
+                            f'or reset="none".'
                         )
 
     def _check_no_copies(self) -> None:

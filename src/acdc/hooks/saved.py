@@ -51,10 +51,10 @@ def check_same_run(
             f"differ, {differ[0]!r} first ({shapes.get(differ[0], 'absent')} there, "
             f"{mine.get(differ[0], 'absent')} here)."
         )
-    if state["method"] != (here := _settings(method)):
+    if state["method"] != (current := _settings(method)):
         raise InputError(
-            f"The state is of another run: its method is {state['method']}, and here it is {here}. "
-            f"Resume with the method the run was started with."
+            f"The state is of another run: its method is {state['method']}, and here it is "
+            f"{current}. Resume with the method the run was started with."
         )
     saved, step, twin = Schedule.from_dict(state["schedule"]), state["step"], state["dense_twin"]
     if difference := _difference(saved, method.resolved, step):
@@ -90,9 +90,9 @@ def _difference(saved: Schedule, mine: Schedule, step: int) -> str:
         ((p.kind, p.start) for p in saved.phases if p.start < until),
         ((p.kind, p.start) for p in mine.phases if p.start < until),
     )
-    for there, here in pairs:
-        if there != here:
-            texts = [f"a {p[0]} phase at step {p[1]}" if p else "no phase" for p in (there, here)]
+    for theirs, ours in pairs:
+        if theirs != ours:
+            texts = [f"a {p[0]} phase at step {p[1]}" if p else "no phase" for p in (theirs, ours)]
             return f"its schedule has {texts[0]} where this one has {texts[1]}"
     return ""
 

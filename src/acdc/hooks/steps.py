@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from acdc.hooks.binding import Binding
 from acdc.hooks.optimizers import Given, Optimizers, as_optimizers, clear_grads, params_of
 
 
@@ -40,10 +42,11 @@ class StepHooks:
 
     Args:
         optimizers: The user's.
+        binding: Checked after every step. Claimed by ``call_after``, and released by ``remove``.
     """
 
-    def __init__(self, optimizers: Given | Optimizers) -> None:
-        self._optimizers = tuple(as_optimizers(optimizers))
+    def __init__(self, optimizers: Given | Optimizers, binding: Binding | None = None) -> None:
+        self._optimizers, self._binding = tuple(as_optimizers(optimizers)), binding
         self._needed: Callable[[], bool] = lambda: False
         self._before: Callable[[], Before] | None = None
         self._found: Before | None = None
@@ -81,6 +84,7 @@ class StepHooks:
         def finish() -> None:
             executed, found = self._round.end(), self._found
             self._found = None
+            self.check()
             function(executed, found)
 
         def after(index: int, optimizer: Optimizer) -> None:
@@ -105,20 +109,26 @@ class StepHooks:
             self._handles.append(
                 optimizer.register_step_post_hook(lambda opt, *_, i=index: after(i, opt))
             )
+        if self._binding is not None:
+            self._binding.claim()
+
+    def check(self) -> None:
+        """Raise InputError if the model or the optimizer holds other weights than it did."""
+        if self._binding is not None:
+            self._binding.check()
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._binding is not None:
+            self._binding.release()
 
     def _register_before(self) -> None:
         for index, optimizer in enumerate(self._optimizers):
-            self._handles.append(
-                optimizer.register_step_pre_hook(
-                    lambda opt, args, kwargs, i=index: self._begin(i, opt, args, kwargs)
-                )
-            )
+            begin = partial(self._begin, index)
+            self._handles.append(optimizer.register_step_pre_hook(begin))
 
     def _begin(
         self, index: int, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]
@@ -221,7 +231,7 @@ def only_makes_state(optimizer: Optimizer) -> bool:
     return bool(grads) and not any(bool(grad.any()) for grad in grads)
 
 
-_STEP = Optimizer.profile_hook_step(lambda self: None).__code__  # type: ignore[attr-defined]
+_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def _is_nested(optimizer: Optimizer) -> bool:

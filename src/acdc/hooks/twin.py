@@ -48,7 +48,8 @@ class DenseTwin:
     def restore(self, model: nn.Module, optimizer: Given | None = None) -> None:
         """Load the twin into ``model`` and ``optimizer``, to fine-tune it on the rest of the run.
 
-        Give as many optimizers as the sparsifier had, in the same order. Remove the sparsifier first, and set the learning-rate scheduler to ``step``.
+        Give as many optimizers as the sparsifier had, in the same order. Remove the sparsifier
+        first, and set the learning-rate scheduler to ``step``.
         """
         unwrapped(model).load_state_dict(self.model)
         if optimizer is not None:

@@ -83,7 +83,7 @@ class Phased(Method[State]):
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         supports: list[tuple[int, dict[str, int] | None]] = []
         exact = not self.keep_zeros
-        known: dict[Pattern, dict[str, int]] = {}
+        selected: dict[Pattern, dict[str, int]] = {}
         for phase in self.resolved.phases:
             if phase.kind == "dense":
                 supports.append((phase.start, None))
@@ -92,7 +92,7 @@ class Phased(Method[State]):
             counts = {step: pattern.counts(shapes) for step, pattern in patterns.items()}
             if None in counts.values():
                 exact = False
-                counts = _estimated(patterns, weights, known)
+                counts = _estimated(patterns, weights, selected)
             supports += counts.items()
         return Forecast(tuple(supports), exact)
 
@@ -345,26 +345,26 @@ _ESTIMATES = 16  # selections in a phase at most; between them counts are interp
 def _estimated(
     patterns: Mapping[int, Pattern],
     weights: Mapping[str, Tensor],
-    known: dict[Pattern, dict[str, int]],
+    selected: dict[Pattern, dict[str, int]],
 ) -> dict[int, dict[str, int] | None]:
     """Return the kept weights at every step, by the magnitudes of ``weights``.
 
     A rising sparsity may have thousands of cuts: the counts of a few are selected, and those of the
-    others interpolated. ``known`` holds what was selected before, and takes what is selected here.
+    others interpolated. ``selected`` caches the counts of each pattern.
     """
     steps = list(patterns)
     count = min(len(steps), _ESTIMATES)
     anchors = sorted({round(i * (len(steps) - 1) / max(1, count - 1)) for i in range(count)})
     found: dict[int, dict[str, int] | None] = {}
     low: dict[str, int] | None = None
-    for before, place in zip([0, *anchors], anchors, strict=False):
-        pattern = patterns[steps[place]]
-        if pattern not in known:
-            known[pattern] = pattern.select(score.magnitude(weights)).counts()
-        high = known[pattern]
-        for between in range(before + 1, place):
+    for before, anchor in zip([0, *anchors], anchors, strict=False):
+        pattern = patterns[steps[anchor]]
+        if pattern not in selected:
+            selected[pattern] = pattern.select(score.magnitude(weights)).counts()
+        high = selected[pattern]
+        for between in range(before + 1, anchor):
             assert low is not None
-            share = (between - before) / (place - before)
+            share = (between - before) / (anchor - before)
             found[steps[between]] = {n: round(low[n] + share * (high[n] - low[n])) for n in high}
-        found[steps[place]] = low = high
+        found[steps[anchor]] = low = high
     return dict(sorted(found.items()))

@@ -93,11 +93,11 @@ class SNFS(Evolving):
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         momentum = Scores(shapes, lambda name: weights.momentum(name).abs())
         rest = self._rest(self.share(step, phase), weights, support)
-        places = self._places(momentum, support, rest)
+        growth = self._growth(momentum, support, rest)
         masks = {}
         for name, mask in rest.items():
             others = score.among(momentum.subset([name]), {name: ~mask})
-            masks[name] = mask | largest(others, places[name])[name]
+            masks[name] = mask | largest(others, growth[name])[name]
         return Support(masks)
 
     def _rest(self, share: float, weights: Weights, support: Support) -> Support:
@@ -114,7 +114,7 @@ class SNFS(Evolving):
             masks[name] = largest(magnitude.subset([name]), kept - leaving)[name]
         return Support(masks)
 
-    def _places(self, momentum: Scores, support: Support, rest: Support) -> dict[str, int]:
+    def _growth(self, momentum: Scores, support: Support, rest: Support) -> dict[str, int]:
         """Share out among the layers as many weights as have left."""
         mean = {
             name: float((momentum[name] * mask).sum(dtype=momentum.dtype)) / max(1, kept)

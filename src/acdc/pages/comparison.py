@@ -1,8 +1,8 @@
 """The page of a comparison: accuracy against sparsity and against what it costs, and every cell.
 
-Like the report of a run it holds its figures and its style, asks the network for nothing and runs
-no script. The page of an unfinished comparison, or of one with failed cells, shows the other cells
-and says so.
+Like the report of a run the page holds its figures and its style, loads nothing from the network
+and runs no script. If the comparison is unfinished or has failed cells, the page shows the other
+cells and a notice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 BUDGETS: dict[Budget, str] = {"epochs": "equal epochs", "flops": "equal training FLOPs"}
 
-# Dark enough to be read on white; who shares a hue has another marker.
+# Dark enough to be read on white. Methods that share a hue have different markers.
 HUES = ("#2a7f62", "#8a4f9e", "#a6761d", "#c2407a", "#3a8fb7", "#6b4a2b", "#4d5d8c", "#5f7f1f")
 MARKERS = "osD^vPX<>p*h"
 
@@ -49,13 +49,13 @@ class Mean:
     """All seeds of one method at one sparsity and one budget.
 
     Args:
-        method: Its name.
-        sparsity: What was asked for.
-        budget: What its length was measured by.
-        sparse: Whether the networks are. Those of DSD are not, which has a sparsity on the way.
-        qualities: Of the seeds that have finished.
-        dense: Of their dense twins, where there are some.
-        seeds: Cells, failed ones included.
+        method: Name of the method.
+        sparsity: The sparsity asked for.
+        budget: Unit of the length of the runs.
+        sparse: Whether the networks are sparse. DSD has a sparsity, and its networks are dense.
+        qualities: Qualities of the seeds that have finished.
+        dense: Qualities of the dense twins, if there are any.
+        seeds: Number of cells, failed ones included.
         costs: Means over the seeds: ``"train_flops_ratio"``, ``"inference_flops_ratio"``,
             ``"seconds"``, ``"epochs"``, ``"sparsity_reached"``.
     """
@@ -86,8 +86,8 @@ def render(folder: Path, grid: Grid, outcomes: Sequence[Outcome]) -> Path:
     """Write ``report.html`` into the folder of a comparison and return its path.
 
     Args:
-        folder: Where.
-        grid: What was compared.
+        folder: The folder.
+        grid: The grid of the comparison.
         outcomes: The outcome of every cell.
 
     Raises:
@@ -98,7 +98,7 @@ def render(folder: Path, grid: Grid, outcomes: Sequence[Outcome]) -> Path:
 
 
 def _remarks(folder: Path) -> str:
-    """Return the author's remarks on the results, which lie beside them."""
+    """Return the author's remarks on the results, from a file in the same folder."""
     path = folder / "remarks.md"
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
@@ -107,10 +107,10 @@ def page(grid: Grid, outcomes: Sequence[Outcome], remarks: str = "") -> str:
     """Return the page as the text of an HTML file.
 
     Args:
-        grid: What was compared.
+        grid: The grid of the comparison.
         outcomes: The outcome of every cell.
-        remarks: What its author writes about the results: paragraphs between empty lines, with
-            names and commands in backticks.
+        remarks: The author's remarks on the results: paragraphs between empty lines, with names and
+            commands in backticks.
     """
     found = means(grid, outcomes)
     fronts = {cost: front(found, cost) for cost in COSTS}
@@ -152,13 +152,13 @@ def paragraphs(text: str) -> list[list[str]]:
 
 
 def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
-    """Return the means over the seeds, in the order of the grid; those without results left out."""
+    """Return the means over the seeds, in the order of the grid, without empty ones."""
     groups: dict[tuple[Budget, float, str], list[Outcome]] = {}
     for outcome in outcomes:
         cell = outcome.cell
         if cell.budget != "beforehand":
             groups.setdefault((cell.budget, cell.sparsity, cell.method), []).append(outcome)
-    order = {method.name: number for number, method in enumerate(grid.methods)}
+    rank = {method.name: number for number, method in enumerate(grid.methods)}
     found = []
     for (budget, sparsity, method), cells in groups.items():
         rows = [outcome.row for outcome in cells if outcome.row is not None]
@@ -176,12 +176,12 @@ def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
             found.append(Mean(method, sparsity, budget, sparse, values, twins, len(cells), costs))
     budgets = list(BUDGETS)
     return sorted(
-        found, key=lambda m: (budgets.index(m.budget), m.sparse, m.sparsity, order[m.method])
+        found, key=lambda m: (budgets.index(m.budget), m.sparse, m.sparsity, rank[m.method])
     )
 
 
 def _seconds(outcome: Outcome) -> float:
-    """The time that a cell took of its processors; elsewhere than on a CPU, by the clock."""
+    """Return the processor time of a cell on a CPU, and the wall time on another device."""
     assert outcome.row is not None
     on_cpu = outcome.origin is None or outcome.origin["device"] == "cpu"
     return float(outcome.row["cpu_seconds" if on_cpu else "seconds"])
@@ -200,9 +200,9 @@ def _quality(row: Json) -> float:
 
 
 def front(found: Sequence[Mean], cost: str) -> list[Mean]:
-    """Return the Pareto front: those that no other one beats in both quality and cost.
+    """Return the Pareto front: the means that no other mean dominates in quality and cost.
 
-    From cheap to dear. Of two that are equal in both, both are on it.
+    The front is sorted by rising cost. Two means of equal quality and equal cost are both on it.
     """
 
     def beaten(one: Mean) -> bool:
@@ -217,10 +217,10 @@ def front(found: Sequence[Mean], cost: str) -> list[Mean]:
 
 
 def window(found: Sequence[Mean]) -> tuple[float, float, int]:
-    """Return where the quality axis starts and ends, and how many means lie below it.
+    """Return start and end of the quality axis, and the number of means below it.
 
-    A network that collapsed is not half as good as the best one; drawn in full it would take the
-    height that the differences between the others need.
+    The axis leaves out means that are less than half as good as the best one: a network that
+    collapsed. They would take the height that the differences between the other means need.
     """
     best = max(mean.quality for mean in found)
     least = best / 2 if best > 0 else 2 * best
@@ -230,7 +230,7 @@ def window(found: Sequence[Mean]) -> tuple[float, float, int]:
     return low - margin, high + margin, len(found) - len(shown)
 
 
-# --- how things look ----------------------------------------------------------------------------
+# --- colours, markers, number formats -----------------------------------------------------------
 
 
 class _Look:
@@ -380,7 +380,7 @@ def _by_cost(found: Sequence[Mean], cost: str, best: Sequence[Mean], look: _Look
 def _line(
     axes: Axes, points: Sequence[Mean], x: Sequence[float], look: _Look, filled: bool
 ) -> None:
-    """Draw one method at rising sparsities: means, spreads, and the line that joins them."""
+    """Draw one method at rising sparsities: means, spreads, and the line between the means."""
     if not points:
         return
     colour = look.colours[points[0].method]
@@ -395,7 +395,7 @@ def _line(
 
 
 def _hidden(count: int) -> str:
-    """Say that points lie below the axis."""
+    """Return the sentence on points below the axis, if there are any."""
     if not count:
         return ""
     verb = "lies" if count == 1 else "lie"
@@ -429,7 +429,7 @@ def _summary(grid: Grid, outcomes: Sequence[Outcome]) -> str:
 
 
 def _verdicts(grid: Grid, found: Sequence[Mean], look: _Look) -> list[str]:
-    """Who is best at each sparsity; and where AC/DC is not, that it is not."""
+    """Return a sentence for each sparsity: the best method, and AC/DC's rank if it is not best."""
     sentences = []
     for budget in grid.budgets:
         mine = [m for m in found if m.budget == budget and m.sparse]
@@ -556,7 +556,7 @@ def _needs(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
 
 
 def _origin(grid: Grid, outcomes: Sequence[Outcome]) -> list[tuple[str, str]]:
-    """Where and with what the cells were trained; every value that occurs."""
+    """Return data, machine, versions and dates of the cells; every value that occurs."""
     origins = [outcome.origin for outcome in outcomes if outcome.origin]
     rows = [("Grid", grid.name)]
     parts: tuple[tuple[str, Callable[[Json], str]], ...] = (

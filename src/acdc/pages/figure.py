@@ -1,7 +1,7 @@
 """How figures and pages are made: drawings as SVG, templates, files that appear as a whole.
 
-Every figure is drawn twice, wide and narrow, and the page shows the one that fits the screen: a
-drawing scaled down to a telephone has labels that nobody can read.
+Every figure is drawn twice, wide and narrow, and the page shows the drawing that fits the screen.
+The labels of a wide drawing would be too small on a telephone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WIDTH: dict[Form, float] = {"wide": 7.1, "narrow": 3.7}  # inches
 
 @dataclass(frozen=True)
 class Plate:
-    """A numbered figure with its caption, or the sentence that says why there is none."""
+    """A numbered figure with its caption, or the reason why there is no figure."""
 
     id: str
     heading: str
@@ -107,7 +107,7 @@ def _svg(draw: Draw, form: Form, height: float, prefix: str) -> str:
 
 
 def _embed(svg: str, prefix: str) -> str:
-    """Turn a file of SVG into an element of a page that holds several of them."""
+    """Turn an SVG file into an element of a page that holds several drawings."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.S)  # would style the whole page
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
@@ -137,7 +137,7 @@ def plate(name: str, heading: str, caption: str, draw: Draw, height: Mapping[For
 
 
 def legend(axes: Axes, handles: Sequence[Any], form: Form, columns: int | None = None) -> None:
-    """Draw a legend above the axes, in so many columns where the page is wide."""
+    """Draw a legend above the axes, with this number of columns on a wide page."""
     axes.legend(
         handles=handles,
         loc="lower left",
@@ -159,7 +159,7 @@ def entry(color: str, label: str, **style: Any) -> Line2D:
 
 
 def environment() -> Environment:
-    """Return the template engine. What a page is given is escaped; an unknown name is an error.
+    """Return the template engine. It escapes all values, and an unknown name is an error.
 
     Raises:
         MissingDependency: jinja2 is not installed.

@@ -33,7 +33,7 @@ class Steps:
 
     Args:
         step: Executed steps so far, this one included.
-        loss: Training loss, not finite where it was not.
+        loss: Training loss; NaN if it was not finite.
         rate: Learning rate.
         seconds: Time the step took.
     """
@@ -59,8 +59,8 @@ class Steps:
         return len(self.step)
 
     def within(self, start: int, stop: int) -> slice:
-        """Return where the steps of the phase ``[start, stop)`` are."""
-        # The event of a phase's first step says start + 1: it was written after the step.
+        """Return the slice of the steps of the phase ``[start, stop)``."""
+        # The event of a phase's first step has the step start + 1, because it was written after it.
         first, last = np.searchsorted(self.step, [start, stop], side="right")
         return slice(int(first), int(last))
 
@@ -84,7 +84,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Run:
-    """What is known about a run, from its three files."""
+    """The contents of the three files of a run."""
 
     recipe: Json
     record: Json | None
@@ -128,16 +128,16 @@ class Run:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Layers that were to be pruned and could not be, and why: they stayed dense."""
+        """Layers that could not be pruned and stayed dense → the reason."""
         return dict((self.start or {}).get("refused") or self.details.get("refused") or {})
 
     @property
     def engine(self) -> Json:
-        """What computed the sparse phases: its kind, its choices, why others stayed dense."""
-        known = dict((self.start or {}).get("engine") or {})
+        """The engine of the sparse phases: its kind, its choices, and the refused layers."""
+        engine = dict((self.start or {}).get("engine") or {})
         for event in self.engines:
-            known |= {key: event[key] for key in ("choices", "refused") if key in event}
-        return known
+            engine |= {key: event[key] for key in ("choices", "refused") if key in event}
+        return engine
 
     @property
     def finished(self) -> bool:
@@ -220,5 +220,5 @@ def read(run: Path) -> Run:
         changes=tuple(pick("change", None)),
         engines=tuple(pick("engine", None)),
         ledgers=tuple(pick("ledger", None)),
-        damaged=damaged,
+        damaged=len(damaged),
     )

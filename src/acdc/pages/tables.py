@@ -1,6 +1,6 @@
-"""The tables of the report: their rows, and how numbers are written.
+"""The tables of the report: their rows, and the format of numbers.
 
-Every cell keeps the exact number beside its text, so that the page can be read by machines as well.
+Every cell keeps the exact number beside its text, so that programs can read the page, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from acdc.schedule import Phase
 
 
 class Cell(NamedTuple):
-    """What a table shows (``text``, times 10 to ``power``), and the exact number behind it."""
+    """The shown ``text`` of a cell, times 10 to ``power``, and the exact number."""
 
     text: str
     value: Any = None
@@ -26,7 +26,7 @@ class Cell(NamedTuple):
 
 NONE = Cell("–")
 
-# What a network is measured by: name, label, digits, unit of a difference. Bits for text alone.
+# Measures of a network: name, label, digits, unit of a difference. Bits for text alone.
 MEASURES = (
     ("accuracy", "Test accuracy, %", 2, "points"),
     ("bits", "Bits of a character", 3, "bits"),
@@ -47,7 +47,7 @@ def percent(share: float, digits: int = 2) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Write a number of things."""
+    """Write a count and its noun, in the plural unless the count is 1."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
@@ -60,7 +60,7 @@ def _share(value: Any, digits: int = 2) -> Cell:
 
 
 def _flops(value: Any) -> Cell:
-    """Three significant digits and a power of ten; small numbers in full."""
+    """Write three significant digits and a power of ten; small numbers in full."""
     if value is None:
         return NONE
     if abs(value) < 1e5:
@@ -80,14 +80,14 @@ def one_power(rows: Sequence[Row], *columns: int) -> tuple[list[Row], int | None
     power = math.floor(math.log10(max(values)))
     digits = min(3, max(2, 1 + power - math.floor(math.log10(min(values)))))
 
-    def written(row: Row) -> Row:
+    def scaled(row: Row) -> Row:
         cells = list(row.cells)
         for c in columns:
             if (value := cells[c].value) is not None:
                 cells[c] = Cell(f"{value / 10**power:.{digits}f}", value)
         return row._replace(cells=tuple(cells))
 
-    return [written(row) for row in rows], power
+    return [scaled(row) for row in rows], power
 
 
 def _seconds(value: Any) -> Cell:
@@ -113,7 +113,7 @@ def _reached(*networks: Any) -> list[Row]:
 
 
 def twins(run: Run) -> list[Row]:
-    """Table 1: the trained networks, a column each; two of them are compared in a third column."""
+    """Table 1: a column for each trained network; a third column compares two networks."""
     networks, details = run.networks, run.details
     if not networks:
         return []
@@ -172,7 +172,7 @@ class Stretch(NamedTuple):
 
 
 def _stretch(run: Run, phases: Sequence[Phase]) -> Stretch:
-    """Return the cost of these phases, as far as the run came."""
+    """Return the cost of these phases, up to the last step of the run."""
     spans = [(phase.start, min(phase.stop, run.reached)) for phase in phases]
     starts = {phase.start for phase in phases}
     costs = [cost for cost in run.ledger.phases if cost.start in starts] if run.ledger else []
@@ -212,7 +212,7 @@ def _stretch_cells(stretch: Stretch) -> tuple[Cell, ...]:
 
 
 def ledger(run: Run) -> list[Row]:
-    """Table 2: what training cost, by kind of phase."""
+    """Table 2: the cost of training, by kind of phase."""
     if run.schedule is None or not run.reached:
         return []
     rows = []
@@ -241,7 +241,7 @@ def ledger(run: Run) -> list[Row]:
 
 
 def engine(run: Run) -> list[Row]:
-    """What the engine measured of each layer, in milliseconds, and what it chose."""
+    """The engine's timings of each layer, in milliseconds, and its choice."""
 
     def time(value: Any) -> Cell:
         return NONE if value is None else Cell(f"{value:.2f}", round(float(value), 6))
@@ -262,7 +262,7 @@ def engine(run: Run) -> list[Row]:
 
 
 def phases(run: Run) -> list[Row]:
-    """Table 3: the schedule, phase by phase, with what each phase cost."""
+    """Table 3: the schedule, phase by phase, with the cost of each phase."""
     if run.schedule is None:
         return []
     rows = []
@@ -325,7 +325,7 @@ def layers(run: Run) -> list[Row]:
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, value) of nested values; the type of a part stands at its own path."""
+    """Yield (dotted path, value) of nested values; the path of a part has its type as value."""
     if isinstance(value, Mapping) and value:
         if "type" in value and path:
             yield path, value["type"]
@@ -337,7 +337,7 @@ def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def values(run: Run) -> list[Row]:
-    """The recipe, value by value; what differs from the recipe's default has the kind "changed"."""
+    """The values of the recipe; a value that differs from the default has the kind "changed"."""
     changed = run.recipe.get("changed") or {}
 
     def text(value: Any) -> str:

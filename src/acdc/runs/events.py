@@ -8,7 +8,7 @@ from collections.abc import Callable
 from acdc.cost import Ledger
 from acdc.result import DenseNetwork
 from acdc.runs.checkpoint import Leg
-from acdc.runs.record import Clocks, Event, Metrics
+from acdc.runs.record import Clocks, Event, Metrics, events
 from acdc.runs.setup import Setup
 
 Watch = Callable[[Event], None]
@@ -30,6 +30,29 @@ class Journal:
         zero = run.fabric.is_global_zero
         self._metrics = Metrics(run.folder.metrics, size) if zero else None
         self._group = "dense" if run.leaves is DenseNetwork else "sparse"
+
+    def check(self) -> str | None:
+        """Read what a resumed run found in the file, and see that the file has a start event.
+
+        Returns:
+            A sentence, if a part of the file cannot be read.
+        """
+        if self._metrics is None:
+            return None
+        path = self._run.folder.metrics
+        found, damaged = events(path)
+        if not any(event["event"] == "start" for event in found):
+            self._metrics.write(start(self._run))
+        lost = [f"its last {self._metrics.lost} bytes are gone"] if self._metrics.lost else []
+        if damaged:
+            more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+            lost.append(f"no event can be read from line {', '.join(map(str, damaged[:5]))}{more}")
+        if not lost:
+            return None
+        return (
+            f"{path} is damaged: {', and '.join(lost)}. The training is not affected. The page and "
+            f"the times of the run lack these events; to have them, restore the file from a copy."
+        )
 
     def write(self, event: Event) -> None:
         """Write an event everywhere."""

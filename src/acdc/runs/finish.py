@@ -47,12 +47,11 @@ def finish(run: Setup, progress: Progress) -> dict[Twin, dict[str, Any]]:
 
 def _trained(run: Setup, progress: Progress) -> Result:
     """Return what was trained, before BatchNorm statistics are estimated anew."""
+    if (pair := progress.pair) is not None:
+        facts = pair.facts | {"dense_step": progress.step, "dense_finetuned": True}
+        return replace(pair, dense=on_cpu(run.net.state_dict()), facts=facts)
     if run.leaves is Pair:
-        pair = Pair.load(run.folder.result)
-        if progress.leg == "finetune":
-            facts = pair.facts | {"dense_step": progress.step, "dense_finetuned": True}
-            pair = replace(pair, dense=on_cpu(run.net.state_dict()), facts=facts)
-        return pair
+        return trained_pair(run)
     state = on_cpu(run.net.state_dict())
     facts = _facts(run) | {"method": run.method.name, "step": progress.step}
     if run.leaves is DenseNetwork:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from acdc.processes import together
 from acdc.runs.setup import Setup
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def backward(run: Setup, x: Tensor, y: Tensor) -> float:
             loss = nn.functional.cross_entropy(
                 run.model(inputs), targets, label_smoothing=run.recipe.label_smoothing
             ) * (len(inputs) / len(x))
-            run.fabric.backward(loss)
+            with together("average the gradients"):
+                run.fabric.backward(loss)
         total += loss.detach()
     return float(total)
 
@@ -43,5 +45,6 @@ def agreed(fabric: Fabric, loss: float, stop: int) -> tuple[float, int]:
     """
     if fabric.world_size == 1:
         return loss, 0
-    every = cast(Tensor, fabric.all_gather(torch.tensor([loss, stop], device=fabric.device)))
+    with together("compare the losses"):
+        every = cast(Tensor, fabric.all_gather(torch.tensor([loss, stop], device=fabric.device)))
     return float(every[:, 0].mean()), int(every[:, 1].max())

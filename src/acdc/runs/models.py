@@ -1,16 +1,16 @@
 """The networks of the recipes, short enough to be read.
 
-A network is asked for by a frozen *specification*, which is what a recipe holds and a record shows;
-``build`` makes the module with fresh random weights, drawn from torch's generator.
+A frozen *specification* describes a network. Recipes hold it and records show it. ``build`` makes
+the module, with fresh random weights from torch's generator.
 
 >>> net = CifarResNet(depth=20).build()
 >>> sum(p.numel() for p in net.parameters())
 272474
 
-Shapes: every network takes float images ``[N, C, H, W]`` and returns logits ``[N, classes]``, but
-for the transformer, which takes and returns sequences.
-ResNets carry torchvision's layer names (``conv1``, ``layer1.0.conv1``, ``layer2.0.downsample.0``,
-``fc``); what has no torchvision counterpart keeps to the same words.
+Shapes: every network takes float images ``[N, C, H, W]`` and returns logits ``[N, classes]``,
+except the transformer, which takes and returns sequences.
+ResNets have torchvision's layer names (``conv1``, ``layer1.0.conv1``, ``layer2.0.downsample.0``,
+``fc``). Networks that torchvision does not have use the same words.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from acdc.errors import InputError
 
 @dataclass(frozen=True)
 class Model(ABC):
-    """What a network is, before it has weights."""
+    """The specification of a network, without weights."""
 
     @property
     @abstractmethod
@@ -44,7 +44,7 @@ class Model(ABC):
         """Return the network in training mode, with fresh weights, on torch's default device."""
 
     def example(self, samples: int) -> Tensor:
-        """Return a batch of zeros as the network takes it, on torch's default device."""
+        """Return a batch of zeros of the network's input, on torch's default device."""
         return torch.zeros(samples, *self.input_shape)
 
     def network(self) -> Network:
@@ -78,12 +78,12 @@ def _blocks(spec: Model, depth: int, layers_per_block: int, other_layers: int) -
 
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the image size at stride 1; BatchNorm follows, so it has no bias."""
+    """A convolution that keeps the image size at stride 1. BatchNorm follows: there is no bias."""
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
 
 
 def _shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
-    """The path around a block: a 1x1 convolution where the shape changes, else nothing."""
+    """The path around a block: a 1x1 convolution if the shape changes, otherwise the identity."""
     if stride == 1 and c_in == c_out:
         return nn.Identity()
     return nn.Sequential(_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
@@ -139,7 +139,7 @@ class _ResNet(nn.Module):
 
     Args:
         conv1: The stem's convolution.
-        maxpool: What follows the stem.
+        maxpool: The layer after the stem.
         block: Makes a block from input channels, width and stride.
         expansion: Output channels of a block, as a multiple of its width.
         blocks: Number of blocks of each stage; the first stage keeps the image size.
@@ -192,8 +192,8 @@ class SmallResNet(Model):
         width: Channels of the first stage; the others have twice and four times as many.
         blocks: Basic blocks of each stage.
         stem_stride: Stride of the first convolution.
-        stem_pool: Size of the max-pooling after it; 1: none. With a stride of 2 and a pooling of 2,
-            as in the stem of an ImageNet ResNet, 28x28 images are affordable on a CPU.
+        stem_pool: Size of the max-pooling after the stem; 1: none. With a stride of 2 and a pooling
+            of 2, as in the stem of an ImageNet ResNet, 28x28 images are affordable on a CPU.
         channels: Channels of the images.
         size: Height and width of the images.
         classes: Number of logits.
@@ -267,7 +267,7 @@ class ResNet50(Model):
 
     Args:
         classes: Number of logits.
-        stride_in_1x1: Put it into the first 1x1 convolution, as the original v1 does.
+        stride_in_1x1: Put the stride into the first 1x1 convolution, as the original v1 does.
     """
 
     classes: int = 1000
@@ -327,8 +327,8 @@ class _WideResNet(nn.Module):
                 layers.append(_Wide(channels, width, strides, dropout))
                 channels = width
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
-        # torch's momentum is the weight of the new batch: these statistics are almost the last
-        # batch's own. Odd, and kept because the published runs have it.
+        # In torch momentum is the weight of the new batch, so these statistics are almost those of
+        # the last batch. The published runs have this momentum.
         self.bn1 = nn.BatchNorm2d(channels, momentum=0.9)
         self.fc = nn.Linear(channels, classes)
 
@@ -343,9 +343,9 @@ class _WideResNet(nn.Module):
 class WideResNet(Model):
     """WideResNet for 32x32 images (Zagoruyko and Komodakis, BMVC 2016), as the AC/DC paper ran it.
 
-    That code differs from the original: convolutions have biases, the stride of a stage is in the
-    *second* convolution of its first block, the last BatchNorm has momentum 0.9, and the weights
-    start as torch makes them.
+    The code of the AC/DC paper differs from the original: convolutions have biases, the stride of a
+    stage is in the *second* convolution of its first block, the last BatchNorm has momentum 0.9,
+    and the initialisation is torch's.
 
     Args:
         depth: 10, 16, 22, 28, 34, ...
@@ -385,7 +385,7 @@ class WideResNet(Model):
 
 
 class _Separable(nn.Module):
-    """A 3x3 convolution of each channel by itself, then a 1x1 convolution across channels."""
+    """A depthwise 3x3 convolution, then a 1x1 convolution across channels."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -486,7 +486,7 @@ class _Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:  # what is added to the stream grows with the depth
+        for block in self.blocks:  # keeps the residual stream's variance independent of the depth
             for layer in (block.proj, block.down):
                 nn.init.normal_(cast(nn.Linear, layer).weight, std=0.02 / math.sqrt(2 * depth))
 
@@ -499,16 +499,16 @@ class _Transformer(nn.Module):
 class SmallGPT(Model):
     """A small transformer over characters, in the style of GPT-2.
 
-    It takes int64 ``[N, T]`` with ``T <= context`` and returns logits ``[N, vocabulary, T]``: the
-    classes come second, as in PyTorch's losses. Weights start as in GPT-2.
+    It takes int64 ``[N, T]`` with ``T <= context`` and returns logits ``[N, vocabulary, T]``, with
+    the classes as second dimension, as in PyTorch's losses. The initialisation is GPT-2's.
 
     Args:
         width: Features of a character.
-        depth: Blocks.
+        depth: Number of blocks.
         heads: Heads of the attention; they share the width.
-        context: Characters that it sees.
-        vocabulary: Different characters.
-        dropout: Probability of zero in what a block adds, while training.
+        context: Largest number of characters of an input.
+        vocabulary: Number of different characters.
+        dropout: Probability of zero in the outputs that a block adds, while training.
     """
 
     width: int = 128

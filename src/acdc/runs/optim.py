@@ -1,7 +1,7 @@
 """Optimizers and learning-rate curves of a recipe, as values.
 
-A curve is a function of the executed step and never of a phase: AC/DC runs one continuous curve
-through all its phases. Source of the presets: the published configurations of AC/DC.
+A curve is a function of the executed step and never of a phase: AC/DC has one continuous curve over
+all phases. Source of the presets: the published configurations of AC/DC.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from acdc.schedule import Schedule
 
 @dataclass(frozen=True)
 class Optimizer(ABC):
-    """How weights move. ``lr`` is the peak that a curve scales."""
+    """An optimizer. ``lr`` is the peak of the learning rate, which a curve scales."""
 
     lr: float
 
@@ -85,9 +85,9 @@ class Cosine(Curve):
 
     Args:
         warmup: Epochs of warm-up.
-        every: ``"epoch"``: the rate changes only at the start of an epoch ``t``: ``(t+1)/warmup``
-            in the warm-up and ``(1 + cos(π (t - warmup)/(epochs - warmup)))/2`` after it, as in the
-            published runs. ``"step"``: the same curve, at every step.
+        every: ``"epoch"``: the rate changes only at the start of an epoch ``t``, to
+            ``(t+1)/warmup`` in the warm-up and to ``(1 + cos(π (t - warmup)/(epochs - warmup)))/2``
+            after it, as in the published runs. ``"step"``: the rate changes at every step.
     """
 
     warmup: int = 0

@@ -1,4 +1,4 @@
-"""What a recipe amounts to, without training and without data: layers, supports, cost."""
+"""Layers, supports and cost of a recipe, without training and without data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Preview:
     """A recipe before it is run.
 
     Args:
-        recipe: What would be run.
+        recipe: The recipe.
     """
 
     recipe: Recipe
@@ -41,13 +41,13 @@ class Preview:
 
     @cached_property
     def _model(self) -> nn.Module:
-        """The model without values: no weight takes memory."""
+        """The model on the meta device: its weights take no memory."""
         with torch.device("meta"):
             return self.recipe.model.build()
 
     @cached_property
     def network(self) -> Network:
-        """The convolutions and linear layers, and what they cost."""
+        """The convolutions and linear layers, and their cost."""
         return measure(self._model, self.recipe.model.example(1).to("meta"))
 
     @cached_property
@@ -61,7 +61,7 @@ class Preview:
 
     @property
     def refused(self) -> Mapping[str, str]:
-        """Name of a weight → why it stays dense, though it was chosen."""
+        """Name of a chosen weight that stays dense → the reason."""
         return self._chosen[1]
 
     @property
@@ -99,7 +99,7 @@ class Preview:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """What training will cost."""
+        """The cost of training."""
         return Ledger.of(
             self.network,
             self.schedule,

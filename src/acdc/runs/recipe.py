@@ -1,8 +1,8 @@
 """A recipe: everything about a run, as one value.
 
 A recipe is written as a function that returns a :class:`Recipe` (see ``acdc.recipes``). The command
-line changes single values by their path, ``method.pattern.sparsity=0.95``: the text is read by the
-type of the field, and a component is replaced by the name of another one, ``method=dense``.
+line changes single values by their path, ``method.pattern.sparsity=0.95``. The type of the field
+decides how the text is read. A component is replaced by the name of another one, ``method=dense``.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Recipe:
     """Everything about a run.
 
     Args:
-        name: What it is called on the command line.
+        name: Name of the recipe on the command line.
         about: One sentence for ``acdc list``.
         model: The network.
         data: The data.
         method: The method, holding a plan in epochs.
-        optimizer: How weights move.
+        optimizer: The optimizer.
         lr: The learning-rate curve, through all phases.
         batch_size: Samples of one optimizer step, over all processes.
         accumulate: Number of parts in which a batch is computed, to save memory. The step is the
@@ -54,19 +54,20 @@ class Recipe:
             after training. 0: the statistics of the training stay.
         eval_batch_size: Samples evaluated at a time.
         checkpoint_steps: Steps between two checkpoints.
-        precision: Of Lightning Fabric: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``.
+        precision: Precision of Lightning Fabric: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``.
         channels_last: Keep images and convolutions in PyTorch's channels-last layout.
-        devices: Processes, one a device. They share every batch, and BatchNorm sees the share.
-        threads: Threads of PyTorch in each process; ``None``: as PyTorch chooses. Results are
+        devices: Number of processes, one for each device. Every batch is divided among the
+            processes, and BatchNorm takes its statistics over the part of a process.
+        threads: Threads of PyTorch in each process; ``None``: PyTorch's default. Results are
             bitwise the same only for the same number of threads.
-        engine: How sparse phases are computed on a CPU. ``"auto"``: each layer as is faster here,
-            on the kernels or in PyTorch, as timed at the first compression. ``"off"``: in PyTorch.
-            ``"reference"``: by the engine, but in plain PyTorch and slowly, to check the kernels.
-            Two runs with ``"auto"`` may choose differently, and then differ in the last bits; a
-            resumed run goes on with what it had chosen, and stays bitwise the same.
-        seed: Of weights, data order, augmentation and dropout.
-        start: A finished run, by the name of its folder beside this run's, whose dense network
-            this run starts from; ``None``: fresh weights.
+        engine: How sparse phases are computed on a CPU. ``"auto"``: each layer on the kernels or in
+            PyTorch, whichever was faster at the first compression. ``"off"``: in PyTorch.
+            ``"reference"``: by the engine in plain PyTorch, slowly, to check the kernels. Two runs
+            with ``"auto"`` may choose differently, and then differ in the last bits. A resumed run
+            keeps its choices, and stays bitwise the same.
+        seed: Seed of weights, data order, augmentation and dropout.
+        start: A finished run, given by the name of its folder beside this run's folder. This run
+            starts from its dense network. ``None``: fresh weights.
     """
 
     name: str
@@ -131,9 +132,9 @@ def _dense(old: Method[Any]) -> Method[Any]:
 
 def _pattern(kind: type[Pattern]) -> _Component:
     def build(old: Pattern) -> Pattern:
-        same = {"sparsity": old.target, "scope": getattr(old, "scope", "global")}
+        common = {"sparsity": old.target, "scope": getattr(old, "scope", "global")}
         names = {f.name for f in fields(kind)}
-        return kind(**{name: value for name, value in same.items() if name in names})
+        return kind(**{name: value for name, value in common.items() if name in names})
 
     return build
 
@@ -203,7 +204,7 @@ def _change(node: Any, path: list[str], text: str, whole: str) -> Any:
 
 
 def _kind(node: Any, name: str) -> type | None:
-    """Return the component type of a field, where it can be replaced by name."""
+    """Return the component type of a field that can be replaced by name, otherwise ``None``."""
     hint = get_type_hints(type(node))[name]
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [get_origin(option) or option for option in options]
@@ -300,11 +301,11 @@ def _spell(hint: Any) -> str:
     return names.get(hint, "none" if hint is type(None) else str(hint).replace("typing.", ""))
 
 
-# --- what a recipe is on disk -------------------------------------------------------------------
+# --- recipes on disk ----------------------------------------------------------------------------
 
 
 def encode(value: Any) -> Any:
-    """Return what JSON can hold: a dataclass becomes its fields and its type.
+    """Return a value as JSON can hold it: a dataclass becomes its fields and its type.
 
     A field that was added later, ``field(default=..., metadata={"added": True})``, is left out
     while it has its default: a recipe then has the same values, and a run the same label, as
@@ -326,12 +327,12 @@ def encode(value: Any) -> Any:
 
 
 def complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a recipe.json with the fields that older versions did not have."""
+    """Return the values of a recipe.json, with defaults for the fields that older versions lack."""
     return {"engine": "off", "start": None, **values}
 
 
 def decode_model(values: Mapping[str, Any]) -> Model:
-    """Return the model whose encoded values these are: the other way round of :func:`encode`.
+    """Return the model with these encoded values: the inverse of :func:`encode`.
 
     Raises:
         InputError: This version has no such model.
@@ -350,7 +351,7 @@ def decode_model(values: Mapping[str, Any]) -> Model:
 
 
 def label(name: str, settings: Mapping[str, str]) -> str:
-    """Return the name of a run: its recipe, and the hash of what differs from the default."""
+    """Return the name of a run: its recipe, and the hash of the changed values."""
     if not settings:
         return name
     text = json.dumps(dict(sorted(settings.items())))

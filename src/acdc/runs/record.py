@@ -3,7 +3,7 @@
 =====================  ==================================================================
 ``recipe.json``        every value of the recipe, and which ones were changed
 ``metrics.jsonl``      one event a line: start, step, change, engine, eval, ledger
-``checkpoint/``        ``last.ckpt``, replaced as a whole
+``checkpoint/``        ``last.ckpt``, and ``previous.ckpt``, the one before it
 ``pair/``              the trained networks and their index (:mod:`acdc.result`)
 ``record.json``        what came out, written last
 ``report.html``        the page
@@ -29,6 +29,7 @@ import torch
 from acdc.errors import InputError
 from acdc.files import Staging
 from acdc.index import Twin
+from acdc.runs.shapes import Misfit, check_event
 
 Event = dict[str, Any]
 
@@ -90,6 +91,16 @@ class Folder:
         return self.path / "checkpoint" / "last.ckpt"
 
     @property
+    def previous_checkpoint(self) -> Path:
+        """The checkpoint before the last one."""
+        return self.checkpoint.with_name("previous.ckpt")
+
+    @property
+    def damaged_checkpoint(self) -> Path:
+        """A checkpoint that could not be read when the run was resumed."""
+        return self.checkpoint.with_name("damaged.ckpt")
+
+    @property
     def result(self) -> Path:
         """The folder of the trained networks."""
         return self.path / "pair"
@@ -145,18 +156,15 @@ class Metrics:
     Args:
         path: The file.
         size: Bytes that count, from the checkpoint; what was written after it is cut off, because
-            the resumed run writes it again.
+            the resumed run writes it again. A file that is shorter keeps its whole lines.
     """
 
     def __init__(self, path: Path, size: int = 0) -> None:
+        whole = _whole_lines(path, size) if size else 0
+        self.lost = size - whole  # bytes that the checkpoint knew, and that are no whole line now
         self._file = path.open("ab")
-        if self._file.tell() < size:
-            raise InputError(
-                f"{path} has {self._file.tell()} bytes, and the checkpoint was taken when it had "
-                f"{size}: it was cut. Restore it, or start the run anew in another folder."
-            )
-        self._file.truncate(size)
-        self._file.seek(size)
+        self._file.truncate(whole)
+        self._file.seek(whole)
 
     def write(self, event: Event) -> None:
         """Append one event."""
@@ -173,24 +181,44 @@ class Metrics:
         self._file.close()
 
 
-def events(path: Path) -> tuple[list[Event], int]:
-    """Return the events of a run, and the number of lines that are no events.
+def _whole_lines(path: Path, size: int) -> int:
+    """Return how many of the first ``size`` bytes of a file are whole lines."""
+    try:
+        with path.open("rb") as file:
+            return file.read(size).rfind(b"\n") + 1
+    except FileNotFoundError:
+        return 0
+
+
+def events(path: Path) -> tuple[list[Event], list[int]]:
+    """Return the events of a run, and the numbers of the lines that are no events, from 1.
 
     A run that was killed may leave half a line at the end. A run without the file has no events.
+    Every event has the shape that :mod:`acdc.runs.shapes` says.
+
+    Raises:
+        InputError: The file cannot be read at all.
     """
     found: list[Event] = []
-    damaged = 0
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in filter(str.strip, lines):
+    damaged: list[int] = []
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
                 try:
-                    event = json.loads(line)
-                    if not isinstance(event, dict):
-                        raise ValueError("not an object")
-                except ValueError:
-                    damaged += 1
+                    event = json.loads(line.decode())
+                    check_event(event)
+                except (ValueError, RecursionError, Misfit):
+                    damaged.append(number)
                 else:
                     found.append(event)
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror or error}. Check the disk and its permissions."
+        ) from error
     return found, damaged
 
 
@@ -212,13 +240,14 @@ def times(path: Path) -> dict[str, float | None]:
     parts = {"eval": "evaluation", "engine": "engine"}
     cpu = 0.0
     for event in events(path)[0]:
+        taken = event.get("seconds", 0.0)
         if event["event"] == "step":
             part = "finetune" if "twin" in event else event["phase"]
-            seconds[part] += event["seconds"]
+            seconds[part] += taken
             if part in steps:
                 steps[part] += 1
         elif event["event"] in parts:
-            seconds[parts[event["event"]]] += event["seconds"]
+            seconds[parts[event["event"]]] += taken
         if event["event"] in ("step", "engine") and "twin" not in event:
             cpu += event.get("cpu_seconds", 0.0)  # runs of older versions have none
     means = {

@@ -1,6 +1,6 @@
 """Runs a recipe: trains, resumes, and writes what comes out.
 
-The loop is plain; Lightning Fabric supplies devices, processes, precision and checkpoint files.
+The loop is plain; Lightning Fabric supplies devices, processes and precision.
 Everything random is a function of the seed and the step: a batch of (seed, epoch, index), dropout
 of (seed, step, rank). So a resumed run needs no state of any generator, and ends bitwise where the
 uninterrupted one ends, wherever it was stopped.
@@ -12,11 +12,12 @@ The test data is measured after every epoch and decides nothing.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from acdc.errors import InputError
+from acdc.files import alone
 from acdc.hooks.steps import StepHooks
 from acdc.pair import Pair
 from acdc.random import seed_of
@@ -43,6 +45,8 @@ from acdc.runs.signals import Interrupted, stop_signals
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Interrupted", "Watch", "check_same", "run"]
 
@@ -83,11 +87,17 @@ def run(
     if resume:
         recipe = checkpoint.as_begun(recipe, files)
     checkpoint.check_free(files, recipe, resume)
-    fabric.launch()
     threads = torch.get_num_threads()
     try:
-        # The generator is the process's own: what the run draws from it is put back.
-        with torch.random.fork_rng(enabled=True), stop_signals() as stop:
+        with (
+            _alone(files, fabric),
+            # The generator is the process's own: what the run draws from it is put back.
+            torch.random.fork_rng(enabled=True),
+            stop_signals() as stop,
+        ):
+            # Again: another process may have begun a run meanwhile.
+            checkpoint.check_free(files, recipe, resume)
+            fabric.launch()
             if recipe.threads is not None:
                 torch.set_num_threads(recipe.threads)
             data = recipe.data.load(root, download)
@@ -103,6 +113,17 @@ def run(
         ) from error
     finally:
         torch.set_num_threads(threads)
+
+
+def _alone(folder: Folder, fabric: Fabric) -> AbstractContextManager[object]:
+    """Keep other processes from training in the folder; the first process of a run does so."""
+    if not fabric.is_global_zero:
+        return nullcontext()
+    return alone(
+        folder.path,
+        f"Another process trains the run in {folder.path}. Wait until it ends, or stop it and go "
+        f"on with --resume; for a second run choose another folder with --out.",
+    )
 
 
 class _Loop:
@@ -127,14 +148,19 @@ class _Loop:
     def go(self, command: str, resume: bool) -> dict[str, Any]:
         """Train both legs and return the record."""
         run, size = self.run, 0
-        resumed = resume and run.folder.checkpoint.exists()
+        resumed = resume and checkpoint.exists(run.folder)
         if resumed:
-            self.progress, size = checkpoint.load(run)
+            found = checkpoint.load(run)
+            self.progress, size = found.progress, found.metrics
+            if found.warning is not None:
+                self._warn(found.warning)
         self.journal = Journal(run, self.watch, size)
         self.started = time.perf_counter() - self.progress.seconds
         try:
             if resumed:
                 self.watch(events.start(run))
+                if (damage := self.journal.check()) is not None:
+                    self._warn(damage)
             else:
                 self.journal.write(events.start(run))
                 if self.journal.write_changes(0, 0, self._built):  # some schedules begin sparse
@@ -148,20 +174,26 @@ class _Loop:
         finally:
             self.journal.close()
 
+    def _warn(self, text: str) -> None:
+        """Show a warning to the watcher, and log it for programs that watch nothing."""
+        if self.run.fabric.is_global_zero:
+            log.warning("%s", text)
+            self.watch({"event": "warning", "step": self.progress.step, "text": text})
+
     def _end_main(self) -> None:
-        """Save the pair as it is now; go back to the dense twin if it is to be trained on."""
+        """Go back to the dense twin if it is to be trained on; save the pair as it is now."""
         run = self.run
         run.sparsifier.remove()
-        if run.leaves is not Pair:
-            return
-        if run.fabric.is_global_zero:
-            trained_pair(run).save(run.folder.result)
         twin = run.sparsifier.dense_twin
-        if run.recipe.dense_finetune and twin is not None:
-            twin.restore(run.net, run.optimizer)
-            at = self.progress.batches_at_twin
-            self.progress = Progress("finetune", twin.step, at, at)
-            self._checkpoint()
+        if run.leaves is not Pair or not run.recipe.dense_finetune or twin is None:
+            return
+        pair = trained_pair(run)
+        if run.fabric.is_global_zero:
+            pair.save(run.folder.result)  # to be used while the dense twin is trained on
+        twin.restore(run.net, run.optimizer)
+        at = self.progress.batches_at_twin
+        self.progress = Progress("finetune", twin.step, at, at, pair=pair)
+        self._checkpoint()
 
     def _finish(self, command: str) -> dict[str, Any]:
         """Save the result, evaluate it, and write the record."""

@@ -1,10 +1,10 @@
-"""Data sets in their standard layouts, images and a text, and batches that are pure functions.
+"""Data sets of images and text in their standard layouts; batches are pure functions.
 
 A *source* is a frozen description (``Digits()``, ``FashionMNIST()``, ``Cifar10()``, ``Cifar100()``,
 ``ImageNet()``, ``TinyShakespeare()``) that a recipe can hold and print without touching a disk.
 ``source.load(...)`` finds the files, checks them and returns a ``Data``. Batch ``index`` of epoch
-``epoch`` depends only on the seed and those two numbers, so a resumed run needs no state of a data
-loader.
+``epoch`` depends only on the seed, ``index`` and ``epoch``, so a resumed run needs no state of a
+data loader.
 """
 
 from __future__ import annotations

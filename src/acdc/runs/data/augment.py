@@ -20,7 +20,7 @@ def crop(images_NCHW: Tensor, top_N: Tensor, left_N: Tensor, padding: int) -> Te
     Args:
         images_NCHW: Images of any dtype.
         top_N: First row of each window in the padded image, int64 in ``[0, 2 * padding]``.
-        left_N: First column, likewise.
+        left_N: First column of each window, int64 in ``[0, 2 * padding]``.
         padding: Zeros on each side, in pixels.
 
     Returns:
@@ -42,8 +42,8 @@ def flip(images_NCHW: Tensor, mirrored_N: Tensor) -> Tensor:
 class Augment:
     """A random crop after zero padding, and a random horizontal flip.
 
-    Random numbers are drawn apart from their use, so that one of several ranks can draw for the
-    whole global batch and apply its own share.
+    Drawing random numbers and using them are separate, so that each of several ranks can draw for
+    the whole global batch and apply its own share.
 
     Args:
         padding: Zeros added on each side before the crop, in pixels; 0 means no crop.
@@ -64,7 +64,7 @@ class Augment:
             )
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw what ``count`` images need: int64 ``[count, 3]`` of top, left, mirrored (0 or 1)."""
+        """Draw for ``count`` images: int64 ``[count, 3]`` of top, left, mirrored (0 or 1)."""
         top_left = torch.randint(0, 2 * self.padding + 1, (count, 2), generator=generator)
         mirrored = torch.randint(0, 2, (count, 1), generator=generator)
         return torch.cat([top_left, mirrored], dim=1)

@@ -1,4 +1,4 @@
-"""What every data set can do: steps of an epoch, batch number i of an epoch, evaluation batches."""
+"""The interface of data sets: steps of an epoch, batch i of an epoch, evaluation batches."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
-"""Images, float32 ``[N, C, H, W]``, normalised; and their labels, int64 ``[N]``. Or windows of a
-text, int64 ``[N, T]``, and what follows at each of their places, int64 ``[N, T]``."""
+"""Normalised images, float32 ``[N, C, H, W]``, and their labels, int64 ``[N]``. Or windows of a
+text, int64 ``[N, T]``, and the next character at each of their positions, int64 ``[N, T]``."""
 
 
 class Data(ABC):
     """Training and test images of one data set, ready for batches.
 
     Attributes:
-        name: What to write beside a figure, e.g. ``"CIFAR-10"``; it says so where the files are not
-            the published ones.
+        name: Name of the data set in reports, e.g. ``"CIFAR-10"``. The name says so if the files
+            are not the published ones.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._last_order: tuple[tuple[int, int], Tensor] | None = None
+        self._cached: tuple[tuple[int, int], Tensor] | None = None
 
     @property
     @abstractmethod
@@ -56,11 +56,11 @@ class Data(ABC):
     ) -> Batch:
         """Return batch ``index`` of epoch ``epoch``, a pure function of the arguments.
 
-        With several ranks ``batch_size`` is the size on each rank. The ranks' batches together are
-        the images, with the augmentation, of batch ``index`` of one rank with a batch of
-        ``batch_size * world``. The last batch may be short. All ranks get equally many images: if
-        the last ones do not divide evenly, at most ``world - 1`` images from the start of the
-        epoch's order come again.
+        With several ranks ``batch_size`` is the size on each rank. Together the batches of all
+        ranks equal batch ``index`` of a single rank with ``batch_size * world`` images,
+        augmentation included. The last batch may be short. All ranks get the same number of images:
+        if the last images do not divide evenly, at most ``world - 1`` images from the start of the
+        epoch's permutation are used again.
 
         Raises:
             InputError: The epoch has no such batch, or there is no such rank.
@@ -84,13 +84,13 @@ class Data(ABC):
         """Yield every image of a split once, in file order, without augmentation."""
 
     def steps_per_epoch(self, batch_size: int, world: int = 1) -> int:
-        """Return the batches of an epoch on each rank; a short last one counts."""
+        """Return the number of batches of an epoch on each rank, a short last batch included."""
         return steps_per_epoch(self.train_samples, batch_size, world)
 
     def _indices(
         self, epoch: int, index: int, batch_size: int, seed: int, rank: int, world: int
     ) -> tuple[Tensor, slice]:
-        """Return the images of one rank's batch and their places in the global batch."""
+        """Return the images of one rank's batch, and their rows in the global batch."""
         steps = self.steps_per_epoch(batch_size, world)
         if epoch < 0 or not 0 <= index < steps:
             raise InputError(
@@ -104,21 +104,21 @@ class Data(ABC):
         first = index * batch_size * world
         last = min(first + batch_size * world, -(-n // world) * world)
         share = (last - first) // world
-        place = slice(rank * share, (rank + 1) * share)
-        positions = torch.arange(first + place.start, first + place.stop) % n
-        return self._order(seed, epoch)[positions], place
+        rows = slice(rank * share, (rank + 1) * share)
+        positions = torch.arange(first + rows.start, first + rows.stop) % n
+        return self._permutation(seed, epoch)[positions], rows
 
-    def _order(self, seed: int, epoch: int) -> Tensor:
-        """Return the order of the training images in an epoch; the last one asked for is kept."""
+    def _permutation(self, seed: int, epoch: int) -> Tensor:
+        """Return the permutation of the training images in an epoch; the last one is cached."""
         key = (seed, epoch)
-        if self._last_order is None or self._last_order[0] != key:
-            order = torch.randperm(self.train_samples, generator=stream("order", seed, epoch))
-            self._last_order = (key, order)
-        return self._last_order[1]
+        if self._cached is None or self._cached[0] != key:
+            generator = stream("order", seed, epoch)
+            self._cached = (key, torch.randperm(self.train_samples, generator=generator))
+        return self._cached[1]
 
 
 class Images(Data):
-    """A data set that lies in memory as bytes.
+    """A data set in memory, as bytes.
 
     Args:
         name: See ``Data``.
@@ -126,8 +126,8 @@ class Images(Data):
         test: The same for the test images.
         classes: Labels are ``0 .. classes - 1``.
         mean: Mean of each channel over the training pixels, on a scale where 255 is 1.
-        std: Their standard deviation, likewise.
-        augment: What is done to the training images.
+        std: Their standard deviation, on the same scale.
+        augment: The augmentation of the training images.
 
     Raises:
         InputError: Shapes, types or labels do not fit together.
@@ -195,10 +195,10 @@ class Images(Data):
         self, epoch: int, index: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> Batch:
         """Return batch ``index`` of epoch ``epoch``; see ``Data.train_batch``."""
-        picked, place = self._indices(epoch, index, batch_size, seed, rank, world)
+        picked, rows = self._indices(epoch, index, batch_size, seed, rank, world)
         images, labels = self._splits["train"]
         generator = stream("augment", seed, epoch, index)
-        drawn = self.augment.draw(batch_size * world, generator)[place]
+        drawn = self.augment.draw(batch_size * world, generator)[rows]
         return self._normalised(self.augment.apply(images[picked], drawn)), labels[picked]
 
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
@@ -214,10 +214,10 @@ class Images(Data):
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Where a data set comes from; a recipe holds one.
+    """Description of a data set; a recipe holds one.
 
     Args:
-        train_examples: Use only so many training images: the first of a fixed random order. For
+        train_examples: Number of training images to use: the first of a fixed permutation. For
             quick runs and tests. None means all.
         test_examples: The same for the test images.
 
@@ -230,16 +230,16 @@ class Source(ABC):
 
     name: ClassVar[str]
     published: ClassVar[tuple[int, int]]
-    quality: ClassVar[Literal["accuracy", "bits"]] = "accuracy"  # what a network is judged by
+    quality: ClassVar[Literal["accuracy", "bits"]] = "accuracy"  # measure of a network
 
     def __post_init__(self) -> None:
-        for split, asked, there in zip(
+        for split, asked, available in zip(
             SPLITS, (self.train_examples, self.test_examples), self.published, strict=True
         ):
-            if asked is not None and not 1 <= asked <= there:
+            if asked is not None and not 1 <= asked <= available:
                 raise InputError(
-                    f"{split}_examples is {asked}, and {self.name} has {there} {split} images. "
-                    f"Give a number from 1 to {there}, or leave it out for all of them."
+                    f"{split}_examples is {asked}, and {self.name} has {available} {split} images. "
+                    f"Give a number from 1 to {available}, or leave it out for all of them."
                 )
 
     @property
@@ -254,7 +254,7 @@ class Source(ABC):
 
     @property
     def test_samples(self) -> int:
-        """Test images that will be used, likewise."""
+        """Test images that will be used, by the published numbers; no file is read."""
         return self.published[1] if self.test_examples is None else self.test_examples
 
     def steps_per_epoch(self, batch_size: int, world: int = 1) -> int:
@@ -266,12 +266,12 @@ class Source(ABC):
         """Find the files, check them and return the data.
 
         Args:
-            root: The folder to look in, and in nothing else. None: the folder that the environment
-                variable ``ACDC_DATA`` names, then the usual places.
-            download: Fetch what is not found from the official place, where there is one.
+            root: The only folder to look in. None: the folder that the environment variable
+                ``ACDC_DATA`` names, then the usual folders.
+            download: Fetch missing files from the official address, if there is one.
 
         Raises:
-            InputError: Nothing was found, or what was found is damaged. The message has a remedy.
+            InputError: The files were not found, or are damaged. The message names a remedy.
         """
 
 
@@ -286,7 +286,7 @@ def steps_per_epoch(samples: int, batch_size: int, world: int = 1) -> int:
 
 
 def first_of(samples: int, wanted: int | None, split: Split) -> Tensor | None:
-    """Return which ``wanted`` of ``samples`` images to keep; None means all, in file order."""
+    """Return the indices of ``wanted`` out of ``samples`` images; None: all, in file order."""
     if wanted is None:
         return None
     if wanted > samples:
@@ -298,7 +298,7 @@ def first_of(samples: int, wanted: int | None, split: Split) -> Tensor | None:
 
 
 def known_split(split: str) -> Split:
-    """Return ``split`` if there is such a split."""
+    """Return ``split``, or raise ``InputError`` if it is not the name of a split."""
     if split not in SPLITS:
         raise InputError(f"The split is {split!r}. It must be 'train' or 'test'.")
     return split

@@ -1,4 +1,4 @@
-"""Finding, fetching and reading data files; everything read is checked before it is used."""
+"""Finding, fetching and reading data files; every file is checked before it is used."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ VARIABLE = "ACDC_DATA"
 
 
 def named_folder() -> Path | None:
-    """Return the folder that the environment variable ``ACDC_DATA`` names, if it names one."""
+    """Return the folder that the environment variable ``ACDC_DATA`` names; ``None`` if unset."""
     value = os.environ.get(VARIABLE, "").strip()
     return Path(value).expanduser() if value else None
 
 
 def cache_folder() -> Path:
-    """Return where downloads go when no folder is named: ``$XDG_CACHE_HOME/acdc``."""
+    """Return the folder of downloads if no other folder is named: ``$XDG_CACHE_HOME/acdc``."""
     base = os.environ.get("XDG_CACHE_HOME", "").strip()
     return (Path(base) if base else Path.home() / ".cache") / "acdc"
 
@@ -44,9 +44,10 @@ def candidates(
     """Return the folders to look in, best first.
 
     Args:
-        root: The folder that the caller named; then only it and its subfolders are returned.
+        root: The folder that the caller named. If it is given, only ``root`` and its subfolders
+            are returned.
         standard: Usual names of the data set's own folder inside a folder of data sets.
-        installed: Where a package of the operating system puts the files.
+        installed: Folders of a package of the operating system.
     """
     named = named_folder()
     if root is not None:
@@ -61,7 +62,7 @@ def candidates(
 
 
 def target_folder(root: Path | None, standard: str) -> Path:
-    """Return where a download of the data set goes: its standard folder in the named folder."""
+    """Return the folder for a download of the data set: its standard folder in the named folder."""
     base = (root.expanduser() if root is not None else named_folder()) or cache_folder()
     return base if base.name == standard else base / standard
 
@@ -79,7 +80,7 @@ def find(
 
 def _those_in(names: Sequence[str], folder: Path, endings: Sequence[str]) -> list[Path]:
     paths = ([folder / (name + ending) for ending in endings] for name in names)
-    return [there for path in paths if (there := next(filter(Path.is_file, path), None))]
+    return [found for path in paths if (found := next(filter(Path.is_file, path), None))]
 
 
 def not_found(
@@ -89,7 +90,7 @@ def not_found(
     ways: Sequence[str],
     endings: Sequence[str] = ("",),
 ) -> InputError:
-    """Return the error for data that are nowhere: where we looked, and the ways to get them."""
+    """Return the error for missing data: the folders that were searched, and ways to get them."""
     looked = "; ".join(str(folder) for folder in folders)
     text = f"{what} was not found. Looked in: {looked}."
     for folder in folders:
@@ -104,7 +105,7 @@ def not_found(
 
 @contextmanager
 def _readable(path: Path, remedy: str) -> Iterator[None]:
-    """Turn what can go wrong in reading a file into a sentence."""
+    """Turn errors of reading a file into ``InputError``."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -117,7 +118,7 @@ def _readable(path: Path, remedy: str) -> Iterator[None]:
 
 
 def fetch(url: str, target: Path, md5: str) -> None:
-    """Download ``url`` to ``target``; nothing appears there unless the md5 checksum agrees.
+    """Download ``url`` to ``target``, which appears only if the md5 checksum agrees.
 
     Raises:
         InputError: The server cannot be reached, the file is not the published one, or it cannot be
@@ -150,7 +151,7 @@ def fetch(url: str, target: Path, md5: str) -> None:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[IO[bytes]]:
-    """Write beside ``target`` and rename at the end, so that no half-written file has its name."""
+    """Write beside ``target`` and rename at the end, so that ``target`` is never half-written."""
     descriptor, name = tempfile.mkstemp(
         dir=target.parent, prefix=f".{target.name}.", suffix=".part"
     )
@@ -167,7 +168,7 @@ def _appearing(target: Path) -> Iterator[IO[bytes]]:
 
 
 def unpack(archive: Path, members: Sequence[str], folder: Path) -> None:
-    """Write the named members of a .tar.gz into ``folder``, by their last names; nothing else.
+    """Write only the named members of a .tar.gz into ``folder``, without their inner folders.
 
     Raises:
         InputError: The archive lacks a member or is damaged, or the disk is full.
@@ -189,7 +190,7 @@ def unpack(archive: Path, members: Sequence[str], folder: Path) -> None:
         ) from error
 
 
-# --- IDX, the format of MNIST and its relatives ---------------------------------------------------
+# --- IDX, the format of MNIST and of data sets like it --------------------------------------------
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], str]:
@@ -201,7 +202,7 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], str
 
     Args:
         path: The file.
-        shape: The shape it must have.
+        shape: The shape that the array must have.
 
     Returns:
         The array, and the md5 (hex) of the unpacked content.
@@ -236,14 +237,14 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], str
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Stand in for ``codecs.encode``, with which Python 3 writes bytes into old pickles."""
+    """Replace ``codecs.encode``, which Python 3 uses to write bytes into old pickles."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"the encoding {encoding!r} is not admitted")
     return text.encode("latin1")
 
 
-# Not only the class that pickles call, but also numpy's own helper behind it, without naming a
-# private module of one numpy version.
+# The helpers that pickles of arrays call. Taking them from ``__reduce__`` avoids naming a private
+# module of one numpy version.
 _RECONSTRUCT: Any = np.empty(0, dtype=np.uint8).__reduce__()[0]
 _FROM_BUFFER: Any = np.empty(1, dtype=np.uint8).__reduce_ex__(5)[0]
 
@@ -269,19 +270,19 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_cifar(path: Path, key: str, rows: int, classes: int) -> tuple[NDArray[np.uint8], Any, str]:
-    """Read one pickle of CIFAR-10 or CIFAR-100 without running what else a pickle may hold.
+    """Read one pickle of CIFAR-10 or CIFAR-100 without running other code that it may hold.
 
     Args:
         path: The file.
-        key: Where the labels are: ``"labels"`` or ``"fine_labels"``.
-        rows: The number of images it must have.
+        key: Key of the labels: ``"labels"`` or ``"fine_labels"``.
+        rows: The number of images that the file must have.
         classes: Labels must be ``0 .. classes - 1``.
 
     Returns:
         Images, uint8 ``[rows, 3, 32, 32]``; labels, int64 ``[rows]``; the md5 (hex) of the file.
 
     Raises:
-        InputError: The file is damaged, asks for anything but arrays, or holds something else.
+        InputError: The file is damaged, or holds other content than arrays of this shape.
     """
     remedy = "Get the data set anew."
     with _readable(path, remedy):

@@ -30,17 +30,17 @@ _ENDINGS = (b".jpeg", b".jpg")
 class ImageFolder(Data):
     """Images in ``train/CLASS/*.JPEG`` and ``val/CLASS/*.JPEG``; classes in alphabetical order.
 
-    The random numbers of a training image depend on (seed, epoch, image) alone: on no worker, no
-    batch size and no rank. They are torch's, from the global generator of the process, which is
-    put back afterwards; a transform must not draw from another one.
+    The random numbers of a training image are a function of (seed, epoch, image), and independent
+    of workers, batch size and rank. Transforms draw them from torch's global generator, whose state
+    is restored afterwards. A transform must not use another generator.
 
     Args:
         name: See ``Data``.
         folder: The folder that holds ``train`` and ``val``.
         size: Height and width of the transformed images.
         transforms: For training and for evaluation.
-        workers: Processes that read images; 0 reads in the calling one.
-        train_examples: Use only so many training images, the first of a fixed random order.
+        workers: Processes that read images; 0 reads in the calling process.
+        train_examples: Number of training images to use: the first of a fixed permutation.
         test_examples: The same for the test images, those of ``val``.
 
     Raises:
@@ -118,8 +118,8 @@ class ImageFolder(Data):
         """Yield ``train_batch`` for ``index`` from ``start`` to the end, made by the workers."""
 
         steps = self.steps_per_epoch(batch_size, world)
-        # The order is made here once, so that workers inherit it instead of each making its own.
-        self._order(seed, epoch)
+        # The permutation is computed once before the fork, so that the workers inherit it.
+        self._permutation(seed, epoch)
         task = _TrainTask(self, epoch, batch_size, seed, rank, world)
         return self._through_workers(task, range(start, steps))
 
@@ -142,7 +142,7 @@ class ImageFolder(Data):
             sampler=indices,
             num_workers=self.workers,
             collate_fn=_unchanged,
-            # The loader seeds its workers from the global generator unless it has one of its own.
+            # Without this argument the loader seeds its workers from the global generator.
             generator=stream("workers"),
         )
         for made in loader:
@@ -156,13 +156,13 @@ class ImageNet(Source):
     """ImageNet (ILSVRC 2012): ``train/WNID/*.JPEG`` and ``val/WNID/*.JPEG``, read by torchvision.
 
     Training images: a random crop resized to 224 and a random flip. Test images: the shorter side
-    resized to 256, the central 224. Normalised by the mean and standard deviation in common use.
+    resized to 256, the central 224. Normalised by the mean and standard deviation commonly used.
 
     Args:
         train_examples: See ``Source``.
         test_examples: See ``Source``.
-        classes: Class folders that must be there; fewer for a subset such as ImageNet-100.
-        workers: Processes that read images; 0 reads in the calling one.
+        classes: Required number of class folders; fewer for a subset such as ImageNet-100.
+        workers: Processes that read images; 0 reads in the calling process.
     """
 
     classes: int = 1_000
@@ -191,18 +191,18 @@ class ImageNet(Source):
         """Find the folders ``train`` and ``val`` and return the data.
 
         Args:
-            root: The folder to look in, and in nothing else. None: the folder that ``ACDC_DATA``
-                names. It holds ``train`` and ``val``, or a folder ``imagenet`` that does.
-            download: Without effect but an error when the folders are not there: ImageNet may only
-                be had from https://image-net.org after signing up.
-            transforms: Others than torchvision's, for training and for evaluation.
+            root: The only folder to look in. None: the folder that ``ACDC_DATA`` names. The folder
+                holds ``train`` and ``val``, or a folder ``imagenet`` that does.
+            download: Changes only the error for missing folders: ImageNet is available only from
+                https://image-net.org, after signing up.
+            transforms: Transforms for training and for evaluation, instead of torchvision's.
 
         Raises:
             MissingDependency: torchvision is not installed and no transforms are given.
-            InputError: Nothing was found, or the folders are not as they should be.
+            InputError: The folders were not found, or do not hold what they must.
         """
         made = self._transforms() if transforms is None else transforms
-        # The cache is for downloads, and there are none of ImageNet.
+        # The cache is for downloads, and ImageNet has none.
         folders = candidates(root, ("imagenet", "ImageNet", "ILSVRC2012"))
         folders = folders if root is not None else folders[:-1]
         for folder in folders:
@@ -267,8 +267,8 @@ class _Files:
                 )
             names += [os.path.join(os.fsencode(name), file) for file in inside]
             counts.append(len(inside))
-        # One array, not a million strings: forked workers then share the memory, because nobody
-        # counts references in it.
+        # One array instead of a million strings has no reference counts, so forked workers share
+        # its memory.
         self.names: NDArray[np.bytes_] = np.array(names)
         self.labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
         rows = first_of(len(names), wanted, split)
@@ -298,7 +298,7 @@ class _Files:
 
 @dataclass(frozen=True)
 class _TrainTask:
-    """Makes batch ``index``. A class and not a closure, so that spawned workers can have it."""
+    """Makes batch ``index``. A class and not a closure, so that it can be pickled for workers."""
 
     data: ImageFolder
     epoch: int
@@ -328,7 +328,7 @@ class _Batches(Dataset[Batch | InputError]):
         self.task = task
 
     def __getitem__(self, index: int) -> Batch | InputError:
-        # An error is handed over, not raised: torch would put the worker's traceback into its text.
+        # The error is returned, not raised: torch would add the worker's traceback to its text.
         try:
             return self.task(index)
         except InputError as error:
@@ -351,7 +351,7 @@ def _classes(folder: Path) -> list[str]:
 
 @contextmanager
 def _seeded(*words: str | int) -> Iterator[None]:
-    """Seed torch's global CPU generator inside, because torchvision draws from no other."""
+    """Seed torch's global CPU generator, the only one that torchvision uses, and restore it."""
     before = torch.get_rng_state()
     torch.set_rng_state(stream(*words).get_state())
     try:

@@ -34,9 +34,9 @@ from acdc.runs.data.files import (
 class Digits(Source):
     """scikit-learn's bundled handwritten digits: 1,797 images of 8x8, 10 classes; no download.
 
-    360 of them, drawn once and evenly over the classes, are the test images; the other 1,437 are
-    for training. (The bundled file is the test part of the UCI set "Optical Recognition of
-    Handwritten Digits", so there is no official split of it.)
+    The test images are 360 of them, a fixed random choice with equal shares of the classes. The
+    other 1,437 are the training images. (The bundled file is the test part of the UCI set "Optical
+    Recognition of Handwritten Digits", so it has no official split.)
     """
 
     augment: Augment = field(default_factory=Augment)
@@ -50,7 +50,7 @@ class Digits(Source):
         return 10
 
     def load(self, root: Path | None = None, download: bool = False) -> Images:
-        """Return the data; both arguments are without effect, scikit-learn holds the images.
+        """Return the data. scikit-learn holds the images, so both arguments have no effect.
 
         Raises:
             MissingDependency: scikit-learn is not installed.
@@ -64,10 +64,10 @@ class Digits(Source):
         # Grey values 0 to 16 become 0 to 255, as in the other data sets; 17 values stay 17 values.
         images = np.rint(bundle.images * (255 / 16)).astype(np.uint8)[:, None]
         labels = bundle.target.astype(np.int64)
-        where = train_test_split(
+        parts = train_test_split(
             np.arange(len(labels)), test_size=self.published[1], stratify=labels, random_state=0
         )
-        train, test = ((images[rows], labels[rows]) for rows in where)
+        train, test = ((images[rows], labels[rows]) for rows in parts)
         pixels = train[0] / 255
         return _images(self, train, test, [pixels.mean()], [pixels.std()], True)
 
@@ -81,7 +81,7 @@ class FashionMNIST(Source):
     name: ClassVar[str] = "Fashion-MNIST"
     published: ClassVar[tuple[int, int]] = (60_000, 10_000)
     mirror: ClassVar[str] = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-    # Over the 60,000 training images; a test computes them again where the files are.
+    # Over the 60,000 training images; a test computes both again if the files are found.
     mean: ClassVar[tuple[float, ...]] = (0.2860,)
     std: ClassVar[tuple[float, ...]] = (0.3530,)
     installed: ClassVar[Path] = Path("/usr/share/datasets/fashion-mnist")
@@ -97,13 +97,13 @@ class FashionMNIST(Source):
         """Find the four IDX files (plain or .gz), check them and return the data.
 
         Args:
-            root: The folder to look in, and in nothing else. None: the folder that ``ACDC_DATA``
-                names, where Debian's package puts the files, then the cache of earlier downloads.
+            root: The only folder to look in. None: the folder that ``ACDC_DATA`` names, the folder
+                of Debian's package, then the cache of earlier downloads.
             download: Fetch the files if they are not found: into the named folder, or the cache.
             mirror: Another address than the official one, ending in ``/``.
 
         Raises:
-            InputError: Nothing was found, or what was found is damaged. The message has a remedy.
+            InputError: The files were not found, or are damaged. The message names a remedy.
         """
         names, endings = list(_FASHION), ("", ".gz")
         folders = candidates(root, ("fashion-mnist", "FashionMNIST/raw"), (self.installed,))
@@ -137,7 +137,7 @@ class FashionMNIST(Source):
 class _Idx:
     """One file of Fashion-MNIST: the md5 as published (of the .gz), and of its content.
 
-    Debian packs the same content anew, so its .gz files have other checksums than the published.
+    Debian compresses the same content anew, so the checksums of its .gz files are different.
     """
 
     name: str
@@ -182,12 +182,12 @@ class _Layout:
     """The official archive of one of the CIFAR sets.
 
     Args:
-        folder: The folder inside it, which holds the pickles.
+        folder: The folder inside the archive, which holds the pickles.
         archive: File name of the archive.
         md5: Checksum of the archive, as on the official page.
         key: The labels' key in the pickles.
         train: Training files and their checksums.
-        test: Test files and theirs.
+        test: Test files and their checksums.
         rows: Images in a training file and in a test file.
     """
 
@@ -202,7 +202,7 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _Cifar(Source):
-    """What CIFAR-10 and CIFAR-100 share."""
+    """The common parts of CIFAR-10 and CIFAR-100."""
 
     augment: Augment = field(default_factory=partial(Augment, padding=4, flip=True))
 
@@ -222,14 +222,14 @@ class _Cifar(Source):
         """Find the pickles of the official Python version, check them and return the data.
 
         Args:
-            root: The folder to look in, and in nothing else. None: the folder that ``ACDC_DATA``
-                names, then the cache of earlier downloads.
+            root: The only folder to look in. None: the folder that ``ACDC_DATA`` names, then the
+                cache of earlier downloads.
             download: Fetch the archive if the files are not found, and unpack it into the named
                 folder or the cache.
             mirror: Another address than the official one, ending in ``/``.
 
         Raises:
-            InputError: Nothing was found, or what was found is damaged. The message has a remedy.
+            InputError: The files were not found, or are damaged. The message names a remedy.
         """
         layout = self.layout
         names = [*layout.train, *layout.test]
@@ -237,7 +237,7 @@ class _Cifar(Source):
         files = find(names, folders)
         if files is None and download:
             folder = target_folder(root, layout.folder)
-            # Not under its own name, where an archive that the user fetched may lie.
+            # Another name than the archive's own, because the user may have fetched the archive.
             archive = folder.parent / f".{layout.archive}.fetched"
             fetch((mirror or self.mirror) + layout.archive, archive, layout.md5)
             try:
@@ -272,7 +272,7 @@ class Cifar10(_Cifar):
     """CIFAR-10 (Krizhevsky, 2009): 60,000 colour images of 32x32 in 10 classes."""
 
     name: ClassVar[str] = "CIFAR-10"
-    # Over all pixels of the 50,000 training images, the figures in common use.
+    # Over all pixels of the 50,000 training images, as commonly used.
     mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
     std: ClassVar[tuple[float, ...]] = (0.2470, 0.2435, 0.2616)
 
@@ -292,7 +292,7 @@ class Cifar100(_Cifar):
     """CIFAR-100 (Krizhevsky, 2009): 60,000 colour images of 32x32 in 100 (fine) classes."""
 
     name: ClassVar[str] = "CIFAR-100"
-    # Over all pixels of the 50,000 training images, the figures in common use.
+    # Over all pixels of the 50,000 training images, as commonly used.
     mean: ClassVar[tuple[float, ...]] = (0.5071, 0.4865, 0.4409)
     std: ClassVar[tuple[float, ...]] = (0.2673, 0.2564, 0.2762)
 
@@ -341,7 +341,7 @@ def _images(
     std: Sequence[float],
     official: bool,
 ) -> Images:
-    """Put the arrays of a source together, shortened where the source says so."""
+    """Build the data set from its arrays, with the number of examples that the source asks for."""
     return Images(
         source.name if official else f"{source.name} (not the published files)",
         _kept(train, source.train_examples, "train"),

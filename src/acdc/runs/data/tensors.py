@@ -13,10 +13,10 @@ from acdc.runs.data.base import SPLITS, Batch, Data, Split, known_split, steps_p
 
 
 class Tensors(Data):
-    """Inputs of any shape and their labels, used as they are: normalise them before.
+    """Inputs of any shape and their labels. They are not changed: normalise them before.
 
     Args:
-        name: What to write beside a figure.
+        name: Name of the data set in reports.
         train: Inputs ``[N, ...]`` and labels, int64 ``[N]``; or, for sequences, int64 ``[N, T]``
             for a network that returns ``[N, classes, T]``.
         test: The same for the test data.

@@ -1,4 +1,4 @@
-"""Text as characters: the network reads a window and says at each place what comes next."""
+"""Text as characters: the network predicts the next character at each position of a window."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from acdc.runs.data.files import VARIABLE, candidates, find, not_found
 class Text(Data):
     """A text in memory, as the numbers of its characters.
 
-    A sample is a window of ``context`` characters, int64 ``[context]``; its targets are the same
-    window one character further, of the same shape. Training windows begin anywhere, drawn anew
-    for every batch from seed, epoch and index. Test windows follow one another; what is left at
-    the end and fills none is not used.
+    A sample is a window of ``context`` characters, int64 ``[context]``. Its targets are the window
+    of the same shape one character later. The starts of training windows are random, a function of
+    seed, epoch and index of the batch. Test windows are consecutive. Characters at the end that do
+    not fill a window are not used.
 
     Args:
         name: See ``Data``.
         train: Characters to train on, int64 ``[n]``, ``n > context``.
-        test: Characters to test on, likewise.
+        test: Characters to test on, int64 ``[n]``, ``n > context``.
         classes: Characters are ``0 .. classes - 1``.
         context: Characters of a window.
         windows: Training windows of an epoch.
@@ -76,17 +76,17 @@ class Text(Data):
         self, epoch: int, index: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> Batch:
         """Return batch ``index`` of epoch ``epoch``; see ``Data.train_batch``."""
-        picked, place = self._indices(epoch, index, batch_size, seed, rank, world)
+        picked, rows = self._indices(epoch, index, batch_size, seed, rank, world)
         generator = stream("windows", seed, epoch, index)
         starts = torch.randint(
             len(self._train) - self.context, (batch_size * world,), generator=generator
         )
-        places = starts[place][: len(picked), None] + torch.arange(self.context + 1)
-        windows = self._train[places]
+        positions = starts[rows][: len(picked), None] + torch.arange(self.context + 1)
+        windows = self._train[positions]
         return windows[:, :-1], windows[:, 1:]
 
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
-        """Yield every test window once, in order; of the training part, windows in order too."""
+        """Yield every window of a split once, in the order of the text."""
         inputs, targets = self._test
         if known_split(split) == "train":
             count = (len(self._train) - 1) // self.context
@@ -100,9 +100,9 @@ class Text(Data):
 class TinyShakespeare(Source):
     """The plays of Shakespeare, 1,115,394 characters of 65 kinds, in one file.
 
-    The first nine tenths are for training, the rest is the test text. ``train_examples`` are the
-    windows of an epoch; None: as many as cover the training text once. ``test_examples``: use only
-    so many of the test windows, the first ones.
+    The first nine tenths are the training text, the rest is the test text. ``train_examples`` is
+    the number of windows of an epoch; None: as many as cover the training text once.
+    ``test_examples`` is the number of test windows to use, from the first on.
 
     Args:
         context: Characters that the network reads at a time.
@@ -152,12 +152,12 @@ class TinyShakespeare(Source):
         """Find ``tinyshakespeare.txt`` and return its characters.
 
         Args:
-            root: The folder to look in, and in nothing else. None: the folder that ``ACDC_DATA``
-                names, then the cache of earlier downloads.
-            download: Without effect: there is no official place to fetch it from.
+            root: The only folder to look in. None: the folder that ``ACDC_DATA`` names, then the
+                cache of earlier downloads.
+            download: Without effect: the text has no official address.
 
         Raises:
-            InputError: The file was not found, or it is of another length or alphabet.
+            InputError: The file was not found, or has another length or alphabet.
         """
         names = ["tinyshakespeare.txt"]
         folders = candidates(root, ("tinyshakespeare",))

@@ -1,6 +1,7 @@
-"""Where the time of a training step goes: a step on the engine by its parts, which sum up to it.
+"""The time of a training step on the engine by its parts: ``acdc bench where``.
 
-Beside it stand the same step without a clock in it, and that of dense PyTorch; both take turns.
+The parts sum up to the step. Two further steps are timed in turn for comparison: the same step
+without the profile, and the step of dense PyTorch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from acdc.bench.networks import Network
-from acdc.bench.race import Row, Turn, quartiles, race
+from acdc.bench.race import Row, Workload, quartiles, race
 from acdc.bench.step import WARM_UP, OnEngine, Training
 from acdc.bench.table import number
 from acdc.engine.profile import CONVERSIONS, LISTS, Timing
@@ -32,14 +33,14 @@ PARTS = {
     "pytorch": "PyTorch",
     "optimizer": "optimizer",
 }
-"""Parts of a step, and what stands above them."""
+"""Parts of a step, and the titles of their columns."""
 
 
-class Clocked(OnEngine):
-    """A training on the engine that knows what its optimizer took.
+class ProfiledTraining(OnEngine):
+    """A training on the engine that also times its optimizer.
 
     Attributes:
-        optimizer_seconds: Of the optimizer's steps and the sparsifier's part in them, so far.
+        optimizer_seconds: Total time of the optimizer's steps, sparsifier included.
     """
 
     optimizer_seconds = 0.0
@@ -77,36 +78,37 @@ def measure(
     Args:
         chosen: What to train.
         sparsities: Fractions of weights that are zero.
-        rounds: Steps of everybody.
-        scope: Over what the weights compete.
+        rounds: Timed steps of each training.
+        scope: Scope in which the weights compete.
     """
     for network in chosen:
         dense = Training(network)
         for sparsity in sparsities:
-            yield _row(network, dense, Clocked(network, sparsity, scope), rounds) | {
+            yield _row(network, dense, ProfiledTraining(network, sparsity, scope), rounds) | {
                 "case": network.name,
                 "sparsity": sparsity,
             }
 
 
-def _row(network: Network, dense: Training, engine: Clocked, rounds: int) -> Row:
-    everybody: dict[str, Training] = {"dense": dense, "engine": engine}
-    for training in everybody.values():
+def _row(network: Network, dense: Training, engine: ProfiledTraining, rounds: int) -> Row:
+    trainings: dict[str, Training] = {"dense": dense, "engine": engine}
+    for training in trainings.values():
         for _ in range(WARM_UP):
             training.step()
-    seconds = race({name: Turn((training.step,)) for name, training in everybody.items()}, rounds)
+    workloads = {name: Workload((training.step,)) for name, training in trainings.items()}
+    seconds = race(workloads, rounds)
     row: Row = {f"{name}_ms": 1e3 * statistics.median(s) for name, s in seconds.items()}
     row["quartiles"] = {f"{name}_ms": quartiles(s, 1000) for name, s in seconds.items()}
     row |= {"rounds": rounds, "notes": {} if engine.engine.off is None else _off(engine)}
     return row | _parts(engine, rounds)
 
 
-def _off(engine: Clocked) -> dict[str, str]:
+def _off(engine: ProfiledTraining) -> dict[str, str]:
     return {"engine": str(engine.engine.off)}
 
 
-def _parts(engine: Clocked, steps: int) -> Row:
-    """Return what a step with a clock in it takes, and its parts, as means."""
+def _parts(engine: ProfiledTraining, steps: int) -> Row:
+    """Return the mean time of a profiled step, and the means of its parts."""
     with engine.engine.profile() as profile:
         for _ in range(WARM_UP):
             engine.step()
@@ -144,14 +146,14 @@ class Table:
     """Lines of the parts of steps, in milliseconds.
 
     Args:
-        cases: What the first column will hold.
+        cases: Names in the first column.
     """
 
     def __init__(self, cases: Iterable[str]) -> None:
         self.case = max(map(len, cases))
 
     def header(self) -> str:
-        """Return the line above all others."""
+        """Return the header line."""
         left = (
             f"{'case':{self.case}}  {'zeros':>6}  {'dense ms':>8}  {'engine ms':>9}  {'clocked':>8}"
         )

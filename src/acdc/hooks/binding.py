@@ -1,0 +1,152 @@
+"""What a sparsifier is bound to: the weights of one model, and the optimizer that steps them.
+
+A model, its weights and an optimizer belong to one sparsifier at a time: two would cut each other's
+weights and count each other's steps. And they must stay what they were: a weight that is replaced
+by another tensor would be trained dense, without a word.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from acdc.errors import InputError
+from acdc.hooks.watch import Watch
+
+# Model, weight or optimizer -> its binding. A copy of a model is another model.
+_bound = WeakIdKeyDictionary()
+
+
+class Binding:
+    """Weights as a model and an optimizer hold them.
+
+    Args:
+        model: The network.
+        params: The prunable weights by name.
+        optimizers: The optimizers that step them.
+
+    Raises:
+        InputError: One of them has a sparsifier already, or a weight has no values.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        optimizers: Iterable[torch.optim.Optimizer],
+    ) -> None:
+        self._model, self._params, self._optimizers = model, params, tuple(optimizers)
+        self._watch: Watch | None = None
+        if meta := [name for name, param in params.items() if param.is_meta]:
+            raise InputError(
+                f"{len(meta)} of the {len(params)} weights to prune have no values: {meta[0]!r} is "
+                f"on the device 'meta'. Give the model memory and values first, for example by "
+                f"model.to_empty(device=...) and load_state_dict, then build the optimizer and the "
+                f"Sparsifier."
+            )
+        taken = [
+            what
+            for what, thing in self._parts()
+            if (other := _bound.get(thing)) is not None and other() is not None
+        ]
+        if taken:
+            raise InputError(
+                f"{taken[0]} has a sparsifier already, and two would cut each other's weights. "
+                f"Call remove() on the first one before you attach another."
+            )
+        self._groups = self._groups_now()
+        self._places = list(_places(model, params))
+
+    def claim(self) -> None:
+        """Keep other sparsifiers off until ``release``."""
+        for _, thing in self._parts():
+            _bound[thing] = weakref.ref(self)
+        self._watch = Watch(self._params.values())
+
+    def release(self) -> None:
+        """Let other sparsifiers have the model and the optimizer."""
+        for _, thing in self._parts():
+            _bound.pop(thing, None)
+        self._seen_a_step()
+
+    def check(self) -> None:
+        """Check that model and optimizer still hold the weights.
+
+        Called after every step: it compares references, a few for each layer.
+
+        Raises:
+            InputError: A weight was replaced, or taken from its group.
+        """
+        self._seen_a_step()
+        if not all(holder.get(key) is held for holder, key, held in self._places):
+            # A module may have got a wrapper, such as torch.compile's: then the weight is elsewhere
+            # in the same model.
+            self._places = list(_places(self._model, self._params))
+        if (now := self._groups_now()) != self._groups:
+            name = next(n for n in self._groups if now.get(n) != self._groups[n])
+            raise InputError(
+                f"The optimizer's parameter groups have changed: the weight {name!r} was in group "
+                f"{self._groups[name]}, and is now in {now.get(name, 'none')}. Groups may be added "
+                f"with add_param_group; otherwise call sparsifier.remove(), then attach a new one."
+            )
+
+    def _seen_a_step(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _parts(self) -> Iterator[tuple[str, Any]]:
+        yield "The model", self._model
+        for optimizer in self._optimizers:
+            yield "The optimizer", optimizer
+        for name, param in self._params.items():
+            yield f"The weight {name!r}", param
+
+    def _groups_now(self) -> dict[str, str]:
+        """Return the group that each weight is in, and of several optimizers the optimizer."""
+        several = len(self._optimizers) > 1
+        number = {
+            id(p): f"{i} of optimizer {k}" if several else str(i)
+            for k, optimizer in enumerate(self._optimizers, 1)
+            for i, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        }
+        return {n: number[id(p)] for n, p in self._params.items() if id(p) in number}
+
+
+def _places(
+    model: nn.Module, params: Mapping[str, Tensor]
+) -> Iterator[tuple[dict[str, Any], str, object]]:
+    """Yield dictionaries, with a key and the value there, that lead from a model to weights.
+
+    Raises:
+        InputError: A weight is not the ``weight`` of a module of the model.
+    """
+    owners: dict[int, nn.Module] = {}
+    above: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        owners.setdefault(id(module._parameters.get("weight")), module)
+        for key, child in module._modules.items():
+            if child is not None:
+                above.setdefault(child, (module, key))
+    walked = {model}
+    for name, param in params.items():
+        owner = owners.get(id(param))
+        if owner is None:
+            raise InputError(
+                f"The weight {name!r} of the model was replaced by another tensor after the "
+                f"sparsifier was attached (by an assignment, load_state_dict(assign=True), a "
+                f"parametrization, or another layer in its place), so it would train dense. Call "
+                f"sparsifier.remove(), then build the optimizer and the Sparsifier anew."
+            )
+        yield owner._parameters, "weight", param
+        while owner not in walked:
+            walked.add(owner)
+            parent, key = above[owner]
+            yield parent._modules, key, owner
+            owner = parent

@@ -1,0 +1,73 @@
+"""Something goes wrong in one of several processes: all end within seconds, with a sentence.
+
+The processes are those of ``support/ranks.py``, which tries everything once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from support.ranks import CASES
+
+TESTS = Path(__file__).parent
+End = tuple[int | None, str]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[End]]:
+    """What happens -> exit code and standard error of each rank; None: it did not end."""
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this build of torch has no gloo")
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "support.ranks", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    result: dict[str, list[End]] = json.loads(done.stdout)
+    assert result.keys() == CASES.keys()
+    return result
+
+
+def test_with_nothing_wrong_all_train_to_the_end(found: dict[str, list[End]]) -> None:
+    assert [code for code, _ in found["nothing"]] == [0, 0]
+
+
+ENDED = {
+    "killed": -9, "killed, of four": -9, "terminated": -15, "raised": 1, "fewer batches": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ENDED)
+def test_the_others_say_that_a_process_has_ended(what: str, found: dict[str, list[End]]) -> None:
+    *others, (code, said) = found[what]
+    assert code == ENDED[what], said
+    assert what != "raised" or "the data of this rank are broken" in said
+    for rank, (other, why) in enumerate(others):
+        assert other == 2, why
+        sentence = f"Rank {rank} cannot change the support after step 2: another process has ended"
+        assert sentence in why
+
+
+@pytest.mark.parametrize(
+    ("what", "first", "second"),
+    [
+        ("another sparsity", "is after step 2 and keeps 178", "is after step 2 and keeps"),
+        ("another model", "is after step 2 and keeps", "is after step 2 and keeps"),
+        ("another schedule", "is after step 2 and keeps", "is after step 3 and keeps"),
+    ],
+)
+def test_processes_that_do_not_agree_all_say_so(
+    what: str, first: str, second: str, found: dict[str, list[End]]
+) -> None:
+    ends = found[what]
+    assert [code for code, _ in ends] == [2, 2], ends
+    for number, (_, said) in enumerate(ends):
+        mine, other = (first, second) if number == 0 else (second, first)
+        assert f"The processes do not agree: rank {number} {mine}" in said
+        assert f"rank {1 - number} {other}" in said
