@@ -27,6 +27,7 @@ from acdc.methods.base import FreshValue
 
 Options = MutableMapping[str, Any]
 
+_UNKNOWN = object()
 _LARGEST = 4  # elements of a dimension of the trial's parameter
 
 
@@ -37,13 +38,16 @@ class Fresh:
     Args:
         is_absent: Whether there is no state before the first step, so that dropping it is fresh.
         values: Entry of the state → its fresh value; ``None``: not known.
-        options: Counters that the optimizer keeps among the options of the group, as they start.
+        late: Entries that only a step makes, where others are there from the start.
+        options: Counters that the optimizer keeps among the options of the group, as they start;
+            ``None``: absent until the first step.
         attributes: Counters that it keeps as its own attributes, as they start.
     """
 
     is_absent: bool
     values: Mapping[str, FreshValue | None] = field(default_factory=dict)
-    options: Mapping[str, float] = field(default_factory=dict)
+    late: frozenset[str] = frozenset()
+    options: Mapping[str, float | None] = field(default_factory=dict)
     attributes: Mapping[str, float] = field(default_factory=dict)
 
     def restart(self, optimizer: Optimizer, group: Options, params: Iterable[Tensor]) -> None:
@@ -51,10 +55,22 @@ class Fresh:
         for param in params:
             if self.is_absent:
                 optimizer.state.pop(param, None)
-            else:
-                fill(optimizer.state.get(param, {}), param, self.values)
-        group.update(self.options)
-        vars(optimizer).update(self.attributes)
+            elif param in optimizer.state:
+                for key in self.late:
+                    optimizer.state[param].pop(key, None)
+                fill(optimizer.state[param], param, self.values)
+        self.restart_counters(optimizer, group)
+
+    def restart_counters(self, optimizer: Optimizer, group: Options) -> None:
+        """Set the counters outside the state to where they start."""
+        for values, starts in ((group, self.options), (vars(optimizer), self.attributes)):
+            for key, start in starts.items():
+                if start is None:
+                    values.pop(key, None)
+                elif isinstance(values.get(key), Tensor):
+                    values[key].fill_(start)
+                else:
+                    values[key] = start
 
 
 class NotKnown(Exception):
@@ -126,26 +142,26 @@ def _trial(small: Optimizer, plain: Mapping[str, Any]) -> Fresh:
     if callable(set_to_train := getattr(small, "train", None)):  # schedule-free
         set_to_train()
     start, attributes = param.detach().clone(), _numbers(vars(small))
-    made = dict(small.state.get(param, {}))
-    is_absent = not made
     before = _numbers(group)
-    if not is_absent:
-        values = {key: _value(made[key], start) for key in made}
+    values = {key: _value(v, start) for key, v in small.state.get(param, {}).items()}
+    is_absent = not values
     _step(small, param, 0.0)
-    if is_absent:
-        made = small.state.get(param, {})
-        found = {key: _value(value, start) for key, value in made.items()}
-        # A step has changed any other constant, and counts.
-        values = {key: v if v in (0.0, "weight") else None for key, v in found.items()}
+    found = {key: _value(v, start) for key, v in small.state.get(param, {}).items()}
+    late = frozenset(found.keys() - values.keys())
+    # A step has changed any other constant, and counts.
+    values |= {key: found[key] if found[key] in (0.0, "weight") else None for key in late}
     _step(small, param, 0.25)
-    counted = {k for k, v in _numbers(group).items() if v != before.get(k, v) and k != "lr"}
-    if unknown := sorted(k for k in counted if k not in plain):
+    numbers = _numbers(group)
+    counted = {k: plain.get(k) for k in sorted(numbers) if numbers[k] != before.get(k)}
+    counted.pop("lr", None)
+    if unknown := [key for key, value in counted.items() if value is _UNKNOWN]:
         raise NotKnown(f"the option {unknown[0]!r} counts steps, and where it starts is not known")
     fresh = Fresh(
         is_absent,
         values,
-        {key: plain[key] for key in sorted(counted)},
-        {k: v for k, v in attributes.items() if getattr(small, k, v) != v},
+        late,
+        counted,
+        {k: v for k, v in attributes.items() if _numbers(vars(small)).get(k, v) != v},
     )
     ends, random = [], torch.get_rng_state()
     for _ in range(2):
@@ -167,16 +183,16 @@ def seen(optimizer: Optimizer, group: Mapping[str, Any]) -> Fresh:
     Raises:
         NotKnown: There is no state, or it looks as if steps were taken.
     """
-    values: dict[str, FreshValue | None] = {}
+    possible: dict[str, set[FreshValue | None]] = {}
     for param in group["params"]:
         state = optimizer.state.get(param, {})
         if not state:
             raise NotKnown("it has no state yet")
         for key, value in state.items():
-            found = _value(value, param.detach())
-            if values.setdefault(key, found) != found:
-                values[key] = None
-    return Fresh(False, values)
+            # Of a bias of zeros, a copy looks like a constant.
+            looks = {_value(value, param.detach()), _value(value, param.detach() + 1)} - {None}
+            possible[key] = looks if key not in possible else possible[key] & looks
+    return Fresh(False, {key: min(looks, key=str, default=None) for key, looks in possible.items()})
 
 
 def _value(value: Any, weight: Tensor) -> FreshValue | None:
@@ -195,8 +211,14 @@ def _value(value: Any, weight: Tensor) -> FreshValue | None:
     return float(flat[0]) if flat.numel() and bool((flat == flat[0]).all()) else None
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in values.items() if isinstance(v, int | float) and type(v) is not bool}
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that are numbers, also in a tensor: what may count steps."""
+    plain = {k: v.item() if _is_scalar(v) else v for k, v in values.items()}
+    return {k: v for k, v in plain.items() if type(v) in (int, float)}
+
+
+def _is_scalar(value: Any) -> bool:
+    return type(value) is Tensor and not value.dim()
 
 
 def _step(optimizer: Optimizer, param: Tensor, gradient: float) -> None:
@@ -218,16 +240,10 @@ def _constructed(
     names = inspect.signature(type(optimizer)).parameters
     options = {k: v for k, v in optimizer.defaults.items() if k in names}
     small = type(optimizer)([_parameter(group)], **copy.deepcopy(options))
-    plain = dict(small.param_groups[0])
-    small.param_groups[0].update(_own(group, plain["params"]))
-    small.param_groups[0].update({k: plain[k] for k in _counters(small, plain)})
+    plain, here = _numbers(small.param_groups[0]), small.param_groups[0]
+    here.update(_own(group, here["params"]))
+    here.update({k: v for k, v in plain.items() if k not in names})  # what it may count
     return small, plain
-
-
-def _counters(small: Optimizer, plain: Mapping[str, Any]) -> list[str]:
-    """Return the options that are no arguments of the class: what it counts among its options."""
-    names = inspect.signature(type(small)).parameters
-    return [k for k, v in _numbers(plain).items() if k not in names]
 
 
 def _copied(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[Optimizer, Mapping[str, Any]]:
@@ -246,14 +262,16 @@ def _copied(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[Optimizer, 
             vars(small)[key] = OrderedDict()
     small.state = defaultdict(dict)
     small.param_groups = [_own(group, [_parameter(group)])]
-    plain = dict(small.param_groups[0]) if not optimizer.state else {}
-    return small, {**plain, **_numbers(optimizer.defaults)}
+    plain, defaults = _numbers(small.param_groups[0]), _numbers(optimizer.defaults)
+    if optimizer.state:  # it may have counted already
+        plain = {key: defaults.get(key, _UNKNOWN) for key in plain}
+    return small, plain
 
 
 def _own(group: Mapping[str, Any], params: list[Tensor]) -> dict[str, Any]:
     """Return copies of the options of a group, with a rate that moves something."""
     options = {k: copy.deepcopy(v) for k, v in group.items() if not _is_of_params(k)}
-    if "lr" in options and float(options["lr"]) == 0.0:
+    if isinstance(lr := options.get("lr"), int | float | Tensor) and float(lr) == 0.0:
         options["lr"] = 0.1  # a warm-up begins at zero
     if "weight_decay" in options:
         options["weight_decay"] = 0.0

@@ -198,7 +198,7 @@ class StateReset:
                     fill(
                         state, param, {**_numbers(group), **self._values(part, index, group, state)}
                     )
-                group.update(self._fresh(part, index).options)
+                self._fresh(part, index).restart_counters(optimizer, group)
             self._drop_before_next_step(part)
 
     def _drop_before_next_step(self, part: Part) -> None:

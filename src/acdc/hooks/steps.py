@@ -222,7 +222,9 @@ def only_makes_state(optimizer: Optimizer) -> bool:
     before it saves or loads.
     """
     for group in optimizer.param_groups:
-        lr = group.get("lr", 1.0)
+        lr = group.get("lr")
+        if lr is None:
+            return False
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             return False  # not worth a synchronisation: the step in question has its rates on a CPU
         if float(lr) != 0.0:
