@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,6 +90,8 @@ class StateReset:
                         for state in part.states(param):
                             values = self._values(part, index, group, state)
                             fill(state, param, values, masks[id(param)])
+            if part.outer and self.rule == "all":
+                self._drop_before_next_step(part)  # a wrapper may write into the state after us
         self._is_cleared = self.rule == "all"
 
     def _restart(self, part: Part, index: int, group: dict[str, Any]) -> None:
@@ -227,11 +230,12 @@ class StateReset:
         optimizer, reasons = part.optimizer, []
         for find in (trial, seen):
             try:
-                return find(optimizer, group)
+                found = find(optimizer, group)
+                return replace(found, values={**found.values, **self._declared})
             except NotKnown as reason:
                 reasons.append(str(reason))
         if self._declared or self.rule == "none":
-            return Fresh(is_absent=False, values={"step": 0.0})
+            return Fresh(is_absent=False, values={"step": 0.0, **self._declared})
         raise InputError(
             f"How {type(optimizer).__name__} starts its state is not known. A trial on a small "
             f"parameter failed ({reasons[0]}). Say how each entry of its state starts, for example "
