@@ -582,7 +582,7 @@ def test_revived_weights_start_at_zero_and_can_move(pattern: Pattern) -> None:
     assert moved > 0
 
 
-def test_state_that_cannot_be_reset_is_refused_at_the_first_step() -> None:
+def test_state_that_cannot_be_reset_is_refused_before_the_first_step() -> None:
     class Strange(Eager):
         def __init__(self, params: Any, value: Any) -> None:
             super().__init__(params)
@@ -591,17 +591,16 @@ def test_state_that_cannot_be_reset_is_refused_at_the_first_step() -> None:
 
     method = ACDC(Unstructured(0.8), SCHEDULE)
     for value in (torch.zeros(7), [torch.zeros(3)], {"left": torch.zeros(2, 2)}):
-        model = build()
-        optimizer = Strange(model.parameters(), value)
         for reset in RESETS:
-            sparsifier = Sparsifier(replace(method, reset=reset), model, optimizer)
+            model = build()
+            optimizer = Strange(model.parameters(), value)
             if reset == "none":
+                Sparsifier(replace(method, reset=reset), model, optimizer)
                 train(model, optimizer)
             else:
                 sentence = r"Strange keeps the state 'history'.*'conv1.weight'.*reset=\"none\""
                 with pytest.raises(InputError, match=sentence):
-                    train(model, optimizer, 0, 1)
-            sparsifier.remove()
+                    Sparsifier(replace(method, reset=reset), model, optimizer)
 
 
 # --- 3: stop and resume --------------------------------------------------------------------------

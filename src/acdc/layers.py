@@ -264,11 +264,36 @@ def matches(parameter: str, globs: tuple[str, ...]) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's own module inside data-parallel wrappers and ``torch.compile``."""
+    """Return the user's own module inside data-parallel wrappers, ``torch.compile`` and the like.
+
+    A module whose parameters have other names than its ``state_dict`` is taken for a wrapper as
+    well, such as that of Lightning Fabric, if a module inside has all of its parameters.
+    """
     while True:
+        inner = getattr(model, "_orig_mod", None)
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif isinstance(inner, nn.Module):
             model = inner
+        elif misnamed(model) and (found := _inside(model)) is not None:
+            model = found
         else:
             return model
+
+
+def misnamed(model: nn.Module) -> list[str]:
+    """Return the names of parameters that the ``state_dict`` of a module does not have."""
+    known = model.state_dict().keys()
+    return [name for name, _ in model.named_parameters() if name not in known]
+
+
+def _inside(wrapper: nn.Module) -> nn.Module | None:
+    """Return the module in a wrapper that has all of its parameters, under names of its own."""
+    mine = {id(param) for param in wrapper.parameters()}
+    named = [getattr(wrapper, name, None) for name in ("module", "_original_module", "model")]
+    for inner in (*named, *wrapper.children()):
+        if not isinstance(inner, nn.Module) or inner is wrapper:
+            continue
+        if mine <= {id(param) for param in inner.parameters()}:
+            return inner
+    return None

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from acdc.errors import InputError
+from acdc.hooks.attach import check_can_attach, checked, to_train
 from acdc.hooks.binding import Binding
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
+from acdc.hooks.optimizers import Given, Optimizers, params_of
 from acdc.hooks.reset import StateReset
 from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpacked
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin, on_cpu, paired, paired_averages
-from acdc.layers import unwrapped
 from acdc.methods.base import Method
 from acdc.methods.training import Masked
 from acdc.methods.weights import Weights
@@ -51,7 +51,9 @@ class Sparsifier:
     Args:
         method: What to do, with its schedule resolved in steps.
         model: The network. Wrappers for data parallelism and ``torch.compile`` are seen through.
-        optimizer: Any optimizer that steps the pruned weights and keeps state per parameter.
+        optimizer: Any optimizer that steps the pruned weights and keeps state per parameter, or a
+            list of several: one step is then one call of each. Wrappers of Accelerate, Lightning
+            Fabric and others are seen through.
         engine: An ``acdc.Engine`` of this model, which then computes sparse phases sparsely.
         automatic: Whether the support changes within ``optimizer.step()``. ``False``: call
             :meth:`advance` after every step, for example to evaluate the network before it changes.
@@ -72,42 +74,35 @@ class Sparsifier:
         self,
         method: Method[Any],
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Given,
         *,
         engine: Engine | None = None,
         automatic: bool = True,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(method, Method):
-            raise InputError(
-                f"Sparsifier(method, model, optimizer) takes a method first, such as "
-                f"acdc.ACDC(...), and what was given is a {type(method).__name__}."
-            )
-        self.method, self.model = method, unwrapped(model)
-        if engine is not None and engine.model is not self.model:
-            raise InputError(
-                "The engine was made for another model. Build it from this very one: "
-                "acdc.Engine(model, example)."
-            )
-        method.resolved  # noqa: B018  # a plan is refused before anything is touched
+        self.method, self.model = checked(method), to_train(model, engine)
         params, self.refused = method.select(self.model)
-        self._hooks = StepHooks(optimizer, Binding(self.model, params, optimizer))
-        self._reset = StateReset(optimizer, method.reset, params)
+        optimizers = Optimizers(optimizer)
+        check_can_attach(method, params, optimizers)
+        self._hooks = StepHooks(optimizers, Binding(self.model, params, optimizers))
+        self._reset = StateReset(optimizers, method, params)
         self.step = 0
         self.dense_twin: DenseTwin | None = None
-        self._weights = Weights.of(params, optimizer)
+        self._weights = Weights.of(params, optimizers)
         self._state = method.init(self._weights)
         self._changes = Changes()
         self._store = DenseStore(params, method.training)
         if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
-        self._masking = Masking(params, optimizer, engine, self._hooks)
-        if state is None:
-            self.advance()
-        else:
-            self.load_state_dict(state)
-        self._hooks.call_after(self._after_step if automatic else self._end_step)
+        self._masking = Masking(params, optimizers, engine, self._reset.copies, self._hooks)
+        try:
+            self.advance() if state is None else self.load_state_dict(state)
+        except BaseException:
+            self.remove()
+            raise
+        after = self._after_step if automatic else self._end_step
+        self._hooks.call_after(after, self._between, self._reset.made_state)
 
     __repr__, __str__ = headline, summary
 
@@ -123,8 +118,13 @@ class Sparsifier:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer whose steps are counted."""
-        return self._reset.optimizer
+        """The optimizer whose steps are counted; of several, the first."""
+        return self.optimizers[0]
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers whose steps are counted, without wrappers."""
+        return tuple(self._reset.optimizers)
 
     @property
     def support(self) -> Support:
@@ -171,6 +171,11 @@ class Sparsifier:
         self._store.put_in(self.support, getattr(self.optimizer, "grad_scale", None))
         return Before(hide=self._replaces_step, state=state)
 
+    @torch.no_grad()
+    def _between(self, index: int) -> None:
+        """Set to zero what one of several optimizers has moved outside the support."""
+        self._masking.project({id(p) for p in params_of(self.optimizers[index])})
+
     def _after_step(self, executed: bool, found: Before | None) -> None:
         self._end_step(executed, found)
         if executed:
@@ -210,11 +215,14 @@ class Sparsifier:
         self._masking.tell_engine()
 
     def _change(self, support: Support, state: Any) -> None:
+        self._reset.check_before_change()
         support = agreed(support, self.step)
         last = self.schedule.last("dense")
         if last is not None and self.step == last.stop:  # before anything is cut
             average = self._masking.average
-            self.dense_twin = DenseTwin.capture(self.step, self.model, self.optimizer, average)
+            self.dense_twin = DenseTwin.capture(
+                self.step, self.model, self._reset.optimizers, average
+            )
         self._reset.clear(entered=support.entered(self.support))
         self._changes.note(self.step, self.phase.kind, support)
         move = self.method.training.move
@@ -227,7 +235,7 @@ class Sparsifier:
 
     def _hold(self, support: Support) -> None:
         # Without a reset, moments may move weights that come back; dense weights move as a whole.
-        whole = self.method.reset == "none" or bool(self._store.dense)
+        whole = self._reset.rule == "none" or bool(self._store.dense)
         self._masking.hold(support, whole_steps=whole)
 
     def _show(self) -> None:

@@ -8,7 +8,7 @@ by another tensor would be trained dense, without a word.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from acdc.errors import InputError
+from acdc.hooks.watch import Watch
 
 # Model, weight or optimizer -> its binding. A copy of a model is another model.
 _bound = WeakIdKeyDictionary()
@@ -27,16 +28,20 @@ class Binding:
     Args:
         model: The network.
         params: The prunable weights by name.
-        optimizer: The optimizer that steps them.
+        optimizers: The optimizers that step them.
 
     Raises:
         InputError: One of them has a sparsifier already, or a weight has no values.
     """
 
     def __init__(
-        self, model: nn.Module, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+        self,
+        model: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        optimizers: Iterable[torch.optim.Optimizer],
     ) -> None:
-        self._model, self._params, self._optimizer = model, params, optimizer
+        self._model, self._params, self._optimizers = model, params, tuple(optimizers)
+        self._watch: Watch | None = None
         if meta := [name for name, param in params.items() if param.is_meta]:
             raise InputError(
                 f"{len(meta)} of the {len(params)} weights to prune have no values: {meta[0]!r} is "
@@ -61,11 +66,13 @@ class Binding:
         """Keep other sparsifiers off until ``release``."""
         for _, thing in self._parts():
             _bound[thing] = weakref.ref(self)
+        self._watch = Watch(self._params.values())
 
     def release(self) -> None:
         """Let other sparsifiers have the model and the optimizer."""
         for _, thing in self._parts():
             _bound.pop(thing, None)
+        self._seen_a_step()
 
     def check(self) -> None:
         """Check that model and optimizer still hold the weights.
@@ -75,6 +82,7 @@ class Binding:
         Raises:
             InputError: A weight was replaced, or taken from its group.
         """
+        self._seen_a_step()
         if not all(holder.get(key) is held for holder, key, held in self._places):
             # A module may have got a wrapper, such as torch.compile's: then the weight is elsewhere
             # in the same model.
@@ -87,16 +95,27 @@ class Binding:
                 f"with add_param_group; otherwise call sparsifier.remove(), then attach a new one."
             )
 
+    def _seen_a_step(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
     def _parts(self) -> Iterator[tuple[str, Any]]:
         yield "The model", self._model
-        yield "The optimizer", self._optimizer
+        for optimizer in self._optimizers:
+            yield "The optimizer", optimizer
         for name, param in self._params.items():
             yield f"The weight {name!r}", param
 
-    def _groups_now(self) -> dict[str, int]:
-        """Return the number of the optimizer's group that each weight is in."""
-        groups = enumerate(self._optimizer.param_groups)
-        number = {id(p): i for i, group in groups for p in group["params"]}
+    def _groups_now(self) -> dict[str, str]:
+        """Return the group that each weight is in, and of several optimizers the optimizer."""
+        several = len(self._optimizers) > 1
+        number = {
+            id(p): f"{i} of optimizer {k}" if several else str(i)
+            for k, optimizer in enumerate(self._optimizers, 1)
+            for i, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        }
         return {n: number[id(p)] for n, p in self._params.items() if id(p) in number}
 
 

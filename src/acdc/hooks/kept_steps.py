@@ -86,7 +86,10 @@ class KeptSteps:
         self.stop()
         if type(self.optimizer) not in ELEMENTWISE:
             return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         for param, mask in masks:
+            if id(param) not in held:
+                continue  # another optimizer steps it
             if param.device.type == "cpu" and self._worth(param, int(mask.sum())):
                 weight = _Weight(param, mask)
                 if weight.flat(param) is not None:

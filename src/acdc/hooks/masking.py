@@ -8,7 +8,7 @@ large weights. In a dense phase there is no hook, and training is bitwise what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +29,9 @@ class Masking:
 
     Args:
         params: The prunable weights by name.
-        optimizer: The optimizer that steps them.
+        optimizers: The optimizers that step them.
         engine: What runs sparse phases sparsely, if anything does.
+        copies: Name of a weight → state of its optimizer that must be zero where the weight is.
         owner: Kept alive as long as a weight has a hook of this masking.
 
     Attributes:
@@ -43,16 +44,19 @@ class Masking:
     def __init__(
         self,
         params: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizers: Iterable[torch.optim.Optimizer],
         engine: Engine | None,
+        copies: Callable[[str], Iterable[Tensor]] = lambda name: (),
         owner: object = None,
     ) -> None:
         self._params, self.engine, self._owner = params, engine, owner
+        self._copies = copies
         self.support = Support.full(params)
         self.dense_gradient = False
         self._dropped = _Dropped({}, params)
         self._hooks: list[RemovableHandle] = []
-        self._kept_steps = None if engine is None or engine.off else KeptSteps(optimizer)
+        kept = () if engine is None or engine.off else optimizers
+        self._kept_steps = [KeptSteps(each) for each in kept]
         self._run_by_engine: Support | None = None
         self.average: nn.Module | None = None
 
@@ -76,21 +80,29 @@ class Masking:
             param.requires_grad_(trained)
         if not self.dense_gradient:
             self.clear_gradients()
-        if self._kept_steps is not None:
-            self._kept_steps.stop()  # the zeros that it left are those of the support before
+        for steps in self._kept_steps:
+            steps.stop()  # the zeros that it left are those of the support before
         self.project()
         self._dropped.forget()
-        if self._kept_steps is not None:
-            kept = {} if whole_steps or support.is_full else support
-            self._kept_steps.start((self._params[name], mask) for name, mask in kept.items())
+        kept = {} if whole_steps or support.is_full else support
+        for steps in self._kept_steps:
+            steps.start((self._params[name], mask) for name, mask in kept.items())
 
-    def project(self) -> None:
-        """Set the weights outside the support to zero."""
+    def project(self, only: Container[int] | None = None) -> None:
+        """Set the weights outside the support to zero, and what their optimizer copies of them.
+
+        Args:
+            only: The ids of the parameters that may have changed; ``None``: of all.
+        """
         # Not a product with the mask: that leaves -0.0 for -1 and NaN for infinity.
         for name in self._dropped:
             param = self._params[name]
-            if self._kept_steps is None or not self._kept_steps.left_zeros(param):
+            if only is not None and id(param) not in only:
+                continue
+            if not any(steps.left_zeros(param) for steps in self._kept_steps):
                 param.masked_fill_(self._dropped[name], 0.0)
+            for copy in self._copies(name):
+                copy.masked_fill_(self._dropped[name], 0.0)
 
     def project_copy(self, model: nn.Module) -> None:
         """Set the weights outside the support to zero in another copy of the model.
@@ -98,7 +110,9 @@ class Masking:
         Raises:
             InputError: The model lacks one of the weights.
         """
-        params = dict(averaged(model).named_parameters())
+        params = dict(model.named_parameters())
+        if any(name not in params for name in self._dropped):
+            params = dict(averaged(model).named_parameters())
         if strangers := [name for name in self._dropped if name not in params]:
             raise InputError(
                 f"The model to project has no parameter {strangers[0]!r}. Give a copy of the model "
@@ -128,8 +142,8 @@ class Masking:
     def remove(self) -> None:
         """Take all hooks off, and the engine."""
         self._remove_hooks()
-        if self._kept_steps is not None:
-            self._kept_steps.remove()
+        for steps in self._kept_steps:
+            steps.remove()
         if self.engine is not None:
             self.engine.decompress()
 

@@ -7,10 +7,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from acdc.errors import InputError
+from acdc.hooks.optimizers import Given, Optimizers
 from acdc.layers import unwrapped
 from acdc.methods.base import Method
 from acdc.pair import Pair
@@ -24,13 +24,13 @@ class DenseTwin:
     Args:
         step: Executed steps at its end.
         model: Its state dict on the CPU, running statistics included.
-        optimizer: The optimizer's state dict at the same moment, on the CPU.
+        optimizer: The optimizer's state dict at the same moment, on the CPU; a list of several.
         average: State dict of the registered average of the weights, if there is one.
     """
 
     step: int
     model: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: Any
     average: dict[str, Tensor] | None = None
 
     @classmethod
@@ -38,21 +38,22 @@ class DenseTwin:
         cls,
         step: int,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Optimizers,
         average: nn.Module | None = None,
     ) -> DenseTwin:
-        """Copy a model and its optimizer as they are after ``step`` executed steps."""
+        """Copy a model and its optimizers as they are after ``step`` executed steps."""
         averages = None if average is None else on_cpu(averaged(average).state_dict())
-        return cls(step, on_cpu(model.state_dict()), on_cpu(optimizer.state_dict()), averages)
+        return cls(step, on_cpu(model.state_dict()), on_cpu(optimizers.state_dict()), averages)
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def restore(self, model: nn.Module, optimizer: Given | None = None) -> None:
         """Load the twin into ``model`` and ``optimizer``, to fine-tune it on the rest of the run.
 
-        Remove the sparsifier first, and set the learning-rate scheduler to ``step``.
+        Give as many optimizers as the sparsifier had, in the same order. Remove the sparsifier
+        first, and set the learning-rate scheduler to ``step``.
         """
         unwrapped(model).load_state_dict(self.model)
         if optimizer is not None:
-            optimizer.load_state_dict(deepcopy(self.optimizer))
+            Optimizers(optimizer).load_state_dict(deepcopy(self.optimizer))
 
 
 def averaged(average: nn.Module) -> nn.Module:

@@ -22,8 +22,17 @@ from acdc.methods.weights import Weights
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support
 
-Reset = Literal["all", "entered", "none"]
-RESETS: tuple[Reset, ...] = ("all", "entered", "none")
+FreshValue = float | Literal["weight"]
+"""How an entry of an optimizer's state starts: with a number, or as a copy of the weight."""
+
+Rule = Literal["all", "entered", "none"]
+RESETS: tuple[Rule, ...] = ("all", "entered", "none")
+
+Reset = Rule | Mapping[str, FreshValue]
+"""Optimizer state that is cleared when pruned weights come back: that of every parameter, that of
+the weights that come back, or none. Or the fresh value of each entry of the state, by name, for an
+optimizer whose fresh state acdc cannot find out by itself; the rule is then the method's default.
+"""
 
 State = TypeVar("State")
 """What a method carries from step to step: tensors, numbers, and lists, tuples and dicts of them,
@@ -59,6 +68,13 @@ class Method(ABC, Generic[State]):
 
     schedule: Plan | Schedule
     reset: Reset = "none"  # optimizer state that is cleared when pruned weights come back
+
+    @property
+    def reset_rule(self) -> Rule:
+        """The rule of ``reset``; where it holds fresh values, that of the method's default."""
+        reset = type(self).reset if isinstance(self.reset, Mapping) else self.reset
+        assert not isinstance(reset, Mapping)
+        return reset
 
     @property
     def training(self) -> Training:
@@ -150,6 +166,24 @@ class Method(ABC, Generic[State]):
         resolved = copy(self)
         object.__setattr__(resolved, "schedule", self.schedule.resolve(steps_per_epoch))
         return resolved
+
+
+def check_reset(reset: object) -> None:
+    """Raise InputError unless ``reset`` is a rule, or the fresh values of optimizer state."""
+    if isinstance(reset, Mapping):
+        for key, value in reset.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not isinstance(key, str) or not (number or value == "weight"):
+                raise InputError(
+                    f"reset has the entry {key!r}: {value!r}. Give the name of an entry of the "
+                    f'optimizer\'s state and its fresh value: a number, or "weight" for a copy of '
+                    f'the weight, as in reset={{"x0": "weight", "momentum": 0.0}}.'
+                )
+    elif reset not in RESETS:
+        raise InputError(
+            f"reset is {reset!r}. It is one of {', '.join(RESETS)}, or a dict of fresh values by "
+            f"the names of the optimizer's state."
+        )
 
 
 def check_schedule(method: str, schedule: object) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Chosen, Layers
-from acdc.methods.base import RESETS, Forecast, Method, State, check_schedule
+from acdc.methods.base import Forecast, Method, State, check_reset, check_schedule
 from acdc.methods.weights import Weights
 from acdc.pattern import Block, Pattern, Unstructured
 from acdc.schedule import Phase, check_duration, cosine, ramp
@@ -42,8 +42,7 @@ class Phased(Method[State]):
                 f"{type(self).__name__}(layers=...) is {self.layers!r}. Give acdc.Layers(...), or "
                 f"None for the pattern's default."
             )
-        if self.reset not in RESETS:
-            raise InputError(f"reset is {self.reset!r}. It is one of {', '.join(RESETS)}.")
+        check_reset(self.reset)
 
     def _check_pattern(self) -> None:
         given = f"{type(self).__name__}(pattern=...) is {self.pattern!r}"

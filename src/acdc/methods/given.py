@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from acdc.errors import InputError
 from acdc.kinds import weights
 from acdc.layers import Chosen, Layers
-from acdc.methods.base import RESETS, Forecast, Method, Reset, check_schedule
+from acdc.methods.base import Forecast, Method, Reset, check_reset, check_schedule
 from acdc.methods.weights import Weights
 from acdc.schedule import Plan, Schedule
 from acdc.support import Support
@@ -65,8 +65,7 @@ class Given(Method[None]):
                 f"Given(support=...) is {self.support!r}. Give a Support that names at least one "
                 f"weight, such as pair.support, or call acdc.Given.zeros(model, schedule)."
             )
-        if self.reset not in RESETS:
-            raise InputError(f"reset is {self.reset!r}. It is one of {', '.join(RESETS)}.")
+        check_reset(self.reset)
 
     @classmethod
     def zeros(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class Weights(Mapping[str, Tensor]):
         state: Function from a weight to its optimizer state, if there is any. (Not the state
             itself: loading a checkpoint into an optimizer puts another mapping in its place.)
         rate: Function from a weight to its learning rate.
-        scale: Function that returns the factor of all gradients, where a GradScaler leaves the
+        scale: Function from a weight to the factor of its gradient, where a GradScaler leaves the
             unscaling to a fused optimizer; otherwise ``None``.
     """
 
@@ -29,25 +29,32 @@ class Weights(Mapping[str, Tensor]):
         params: Mapping[str, Tensor],
         state: Callable[[Tensor], Mapping[str, Any] | None] = lambda weight: None,
         rate: Callable[[Tensor], float] = lambda weight: 1.0,
-        scale: Callable[[], Tensor | None] = lambda: None,
+        scale: Callable[[Tensor], Tensor | None] = lambda weight: None,
     ) -> None:
         self._params, self._state, self._rate, self._scale = params, state, rate, scale
 
     @classmethod
-    def of(cls, params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Weights:
-        """Return the weights as ``optimizer`` trains them."""
-
-        # By the place of the group: loading a checkpoint puts other groups there.
-        group = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    def of(
+        cls, params: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer]
+    ) -> Weights:
+        """Return the weights as one or several optimizers train them."""
+        # By the index of the group: loading a checkpoint puts other groups there.
+        home = {
+            id(p): (optimizer, i)
+            for optimizer in optimizers
+            for i, group in enumerate(optimizer.param_groups)
+            for p in group["params"]
+        }
 
         def rate(weight: Tensor) -> float:
-            return float(optimizer.param_groups[group[id(weight)]]["lr"])
+            optimizer, i = home[id(weight)]
+            return float(optimizer.param_groups[i].get("lr", 1.0))
 
         return cls(
             params,
-            lambda weight: optimizer.state.get(weight),
+            lambda weight: home[id(weight)][0].state.get(weight),
             rate,
-            lambda: getattr(optimizer, "grad_scale", None),
+            lambda weight: getattr(home[id(weight)][0], "grad_scale", None),
         )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -69,7 +76,7 @@ class Weights(Mapping[str, Tensor]):
 
         The gradient is accumulated over batches, reduced over processes, unscaled and clipped.
         """
-        grad, scale = self._params[name].grad, self._scale()
+        grad, scale = self._params[name].grad, self._scale(self._params[name])
         return grad if grad is None or scale is None else grad / scale
 
     def rate(self, name: str) -> float:

@@ -1,0 +1,93 @@
+"""Checks before anything is touched: what cannot be trained sparsely is refused in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from acdc.errors import InputError
+from acdc.hooks.optimizers import Optimizers
+from acdc.layers import misnamed, unwrapped
+from acdc.methods.base import Method
+from acdc.methods.training import Behind
+
+if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
+    from acdc.engine.engine import Engine
+
+_AVERAGES = ("ModelEma", "ModelEmaV2", "ModelEmaV3")  # of timm
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "FlatParameter", "DTensor")
+
+
+def checked(method: Method[Any]) -> Method[Any]:
+    """Return the method, if it is one and its schedule is in steps.
+
+    Raises:
+        InputError: It is something else, or holds a plan.
+    """
+    if not isinstance(method, Method):
+        raise InputError(
+            f"Sparsifier(method, model, optimizer) takes a method first, such as "
+            f"acdc.ACDC(...), and what was given is a {type(method).__name__}."
+        )
+    method.resolved  # noqa: B018  # a plan is refused before anything is touched
+    return method
+
+
+def to_train(model: nn.Module, engine: Engine | None) -> nn.Module:
+    """Return the module to train, without wrappers.
+
+    Raises:
+        InputError: It is an average or sharded, its parameters have other names than in its
+            ``state_dict``, or the engine is of another model.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"Sparsifier(method, model, optimizer) takes a torch.nn.Module second, and what was "
+            f"given is a {type(model).__name__}."
+        )
+    inner = unwrapped(model)
+    for each in (model, inner):
+        if isinstance(each, AveragedModel) or _is_one_of(each, _AVERAGES):
+            raise InputError(
+                f"The model is an average of weights ({type(each).__name__}), which no optimizer "
+                f"steps. Give the model that is trained; sparsifier.project(average) sets the "
+                f"pruned weights of an average to zero, and sparsifier.register_average(average) "
+                f"lets pair(average=...) save it."
+            )
+    modules = (*model.modules(), *inner.modules())
+    if any(_is_one_of(each, _SHARDED) for each in (*modules, *inner.parameters())):
+        raise InputError(
+            "The parameters of the model are sharded over processes (FSDP, fully_shard or "
+            "DTensor), and acdc does not choose the largest weights over shards. Train with "
+            "torch.nn.parallel.DistributedDataParallel, or on one device."
+        )
+    if names := misnamed(inner):
+        raise InputError(
+            f"{len(names)} parameters of the {type(inner).__name__} have other names in its "
+            f"state_dict, {names[0]!r} first, so what is trained could not be saved. Give the "
+            f"module inside the wrapper, the one whose state_dict is saved."
+        )
+    if engine is not None and engine.model is not inner:
+        raise InputError(
+            "The engine was made for another model. Build it from this very one: "
+            "acdc.Engine(model, example)."
+        )
+    return inner
+
+
+def check_can_attach(method: Method[Any], params: Mapping[str, Tensor], parts: Optimizers) -> None:
+    """Raise InputError unless the method can train these weights by these optimizers."""
+    parts.check_held(params)
+    if isinstance(method.training, Behind) and len(parts) > 1:
+        raise InputError(
+            f"{type(method).__name__} trains dense weights behind sparse ones, and puts them in "
+            f"for one step of one optimizer; {len(parts)} optimizers were given. Give one "
+            f"optimizer, or a method that masks weights, such as ACDC, GMP or RigL."
+        )
+
+
+def _is_one_of(value: object, names: tuple[str, ...]) -> bool:
+    return any(cls.__name__ in names for cls in type(value).__mro__)
