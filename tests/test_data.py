@@ -41,6 +41,7 @@ from acdc.runs.data import (
     Tensors,
     Text,
     TinyShakespeare,
+    pickles,
     sources,
 )
 from acdc.runs.data.augment import crop, flip
@@ -583,15 +584,14 @@ class _Overlaid:
         }[self.way]
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_only_arrays_of_whole_numbers_are_built(tmp_path: Path, protocol: int) -> None:
+def test_only_arrays_of_whole_numbers_are_built(tmp_path: Path) -> None:
     """In processes of their own: an array of objects over bytes ends the interpreter."""
     ways = ("call", "state", "buffer", "strings", "huge", "short", "negative", "fields")
-    for way in ways:
-        for key in ("data", "labels", "other"):
-            made = _Overlaid(way)
-            content = {**CONTENT, key: [made] * ROWS if key == "labels" else made}
-            (tmp_path / f"{way}-{key}").write_bytes(pickle.dumps(content, protocol=protocol))
+    for way, key, protocol in product(ways, ("data", "labels", "other"), (2, 4, 5)):
+        made = _Overlaid(way)
+        content = {**CONTENT, key: [made] * ROWS if key == "labels" else made}
+        raw = pickle.dumps(content, protocol=protocol)
+        (tmp_path / f"{way}-{key}-{protocol}").write_bytes(raw)
     code = (
         "import sys; from pathlib import Path; from acdc.errors import InputError\n"
         "from acdc.runs.data.files import read_cifar\n"
@@ -603,10 +603,19 @@ def test_only_arrays_of_whole_numbers_are_built(tmp_path: Path, protocol: int) -
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert len(said) == 3 * len(ways)
+    assert len(said) == 9 * len(ways)
     # An array beside the data may be of any kind: it is not built, and nobody asks for it.
     assert {words for name, words in said.items() if "other" not in name} == {"refused"}
     assert set(said.values()) == {"refused", "0 1 2 3 4 4"}
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("kind", ["f4", "c8", "b1", "U3", "S3", "M8[s]", "O", "i4,f4"])
+def test_arrays_of_other_kinds_become_none(kind: str, protocol: int) -> None:
+    raw = pickle.dumps({"x": np.zeros(3, kind), "y": np.arange(3, dtype=">i2")}, protocol=protocol)
+    found = pickles.read(raw, 1000)
+    assert found["x"] is None
+    assert found["y"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

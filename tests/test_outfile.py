@@ -73,15 +73,26 @@ def test_the_permissions_of_the_old_file_are_kept(tmp_path: Path, name: str) -> 
         assert path.read_bytes() != b"old"
 
 
+@pytest.fixture
+def null(tmp_path: Path) -> Path:
+    """A device of its own: root could replace the one of the machine."""
+    path = tmp_path / "device"
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        return Path(os.devnull)
+    return path
+
+
 @every_writer
-def test_a_device_is_written_into_and_stays(tmp_path: Path, name: str) -> None:
-    link = tmp_path / "null"
-    link.symlink_to(os.devnull)
-    before = os.stat(os.devnull)
-    for path in (Path(os.devnull), link):
+def test_a_device_is_written_into_and_stays(tmp_path: Path, name: str, null: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(null)
+    before = os.stat(null)
+    for path in (null, link):
         WRITERS[name](path)
-        assert os.path.samestat(os.stat(os.devnull), before)
-        assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+        assert stat.S_ISCHR(os.stat(null).st_mode)
+        assert os.path.samestat(os.stat(null), before)
     assert link.is_symlink()
 
 
@@ -89,7 +100,7 @@ def test_a_device_is_written_into_and_stays(tmp_path: Path, name: str) -> None:
 def test_a_pipe_is_written_into(tmp_path: Path, name: str) -> None:
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
     reader.start()
     WRITERS[name](pipe)
     reader.join(20)
@@ -152,7 +163,7 @@ def test_a_file_that_must_not_be_written_is_left_alone(tmp_path: Path) -> None:
     assert not list(folder.iterdir())
 
 
-def test_onnx_goes_through_links_and_into_devices(tmp_path: Path) -> None:
+def test_onnx_goes_through_links_and_into_devices(tmp_path: Path, null: Path) -> None:
     pytest.importorskip("onnxscript")
     model, example = nn.Linear(3, 2), torch.zeros(1, 3)
     target, link = tmp_path / "model.onnx", tmp_path / "link"
@@ -163,8 +174,8 @@ def test_onnx_goes_through_links_and_into_devices(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert target.stat().st_size > 100
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
-    to_onnx(model, example, os.devnull)
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    to_onnx(model, example, null)
+    assert stat.S_ISCHR(os.stat(null).st_mode)
     with pytest.raises(InputError, match="is a folder"):
         to_onnx(model, example, tmp_path)
 
@@ -211,12 +222,12 @@ def test_bench_refuses_a_path_before_it_measures(
             assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_bench_writes_into_a_device_once(tmp_path: Path, capsys: Capture) -> None:
+def test_bench_writes_into_a_device_once(tmp_path: Path, null: Path) -> None:
     link = tmp_path / "link"
-    link.symlink_to(os.devnull)
+    link.symlink_to(null)
     assert main(bench(link)) == 0
     assert link.is_symlink()
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert stat.S_ISCHR(os.stat(null).st_mode)
     link.unlink()
     link.symlink_to(tmp_path / "file")
     assert main(bench(link)) == 0

@@ -27,7 +27,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("files"))
 
 
-def no_onnx(model: nn.Module, example: Tensor, path: Path, result: Result, twin: Twin) -> None:
+def no_onnx(
+    model: nn.Module, example: Tensor, path: Path, result: Result, twin: Twin, **_: Any
+) -> None:
     load_into(model, result.state(twin), result.index.noun)
     model(example)
 
@@ -74,4 +76,4 @@ def test_every_wrong_key_is_a_sentence(
     print(f"{file}: {tried} tried, {refused} refused")
     assert not wrong, wrong[:10]
     # A damaged line of the metrics is left out, and a damaged run of a grid is a failed cell.
-    assert refused > tried // 10 or "metrics" in file or "grid/small/runs" in file
+    assert refused or "metrics" in file or "grid/small/runs" in file
