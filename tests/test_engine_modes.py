@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import acdc
-from acdc.engine import segment
+from acdc.engine import memory, segment
 from support.engine_nets import block, conv, cut, support_of
 
 
@@ -274,12 +274,18 @@ USES = (
 )  # fmt: skip
 
 
+# In training mode every input counts as large, so that autograd reads it from the frame.
 @pytest.mark.parametrize("known", [False, True], ids=["first call", "later call"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_as_in_plain_pytorch(
-    use: Callable[[nn.Module, Tensor], Any], training: bool, known: bool
+    use: Callable[[nn.Module, Tensor], Any],
+    training: bool,
+    known: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if training:
+        monkeypatch.setattr(memory, "LARGE", 0)
     both = Both(training, known)
     found = []
     for model in (both.model, both.plain):
@@ -329,6 +335,7 @@ def test_a_step_keeps_no_input_that_the_frame_holds_already(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     both, x = Both(training=True, known=True), batch(64)
+    monkeypatch.setattr(memory, "LARGE", 0)
     kept: list[Tensor] = []
     forward = segment.SegmentFunction.forward
     monkeypatch.setattr(

@@ -290,14 +290,14 @@ class Lease:
         self._finalizer = weakref.finalize(self, free.append, arena)
         self._finalizer.atexit = False
 
-    def hold(self, saved: Sequence[SavedTensor]) -> None:
-        """Free inputs that autograd saved, where the frame keeps their values anyway.
+    def hold(self, inputs: Sequence[Tensor], saved: Sequence[SavedTensor]) -> None:
+        """Free large inputs that autograd saved, where the frame keeps their values anyway.
 
         Derivatives of second order need the inputs with their history, and are rare. Autograd keeps
         the history of what it saved, and reads the values from here.
         """
-        for one, slot in zip(saved, self.tape.inputs, strict=True):
-            if not self.tape.is_kept(slot):
+        for x, one, slot in zip(inputs, saved, self.tape.inputs, strict=False):
+            if x.numel() < LARGE or not self.tape.is_kept(slot):
                 continue
             with suppress(RuntimeError):  # the user packs saved tensors: `save_on_cpu`, checkpoint
                 one.register_hooks(_shape_of, partial(self._unpacked, slot))  # type: ignore[attr-defined]

@@ -139,7 +139,7 @@ class Segment(nn.Module):
                 self, len(inputs), *inputs, *self.program.params
             )
             if (node := outputs[0].grad_fn) is not None:
-                node.lease.hold(node._raw_saved_tensors[: len(inputs)])
+                node.lease.hold(inputs, node._raw_saved_tensors)
         else:
             with self.workspace.lock:
                 lease = self.lease(inputs, None)

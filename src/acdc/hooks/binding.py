@@ -18,6 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from acdc.errors import InputError
 from acdc.hooks.watch import Watch
 
+Place = tuple[Any, Any, object]
+"""A dictionary or a list, a key, and what is there."""
+
 # Model, weight or optimizer -> its binding. A copy of a model is another model.
 _bound = WeakIdKeyDictionary()
 
@@ -60,7 +63,7 @@ class Binding:
                 f"Call remove() on the first one before you attach another."
             )
         self._groups = self._groups_now()
-        self._places = list(_places(model, params))
+        self._places = self._places_now()
 
     def claim(self) -> None:
         """Keep other sparsifiers off until ``release``."""
@@ -83,10 +86,10 @@ class Binding:
             InputError: A weight was replaced, or taken from its group.
         """
         self._seen_a_step()
-        if not all(holder.get(key) is held for holder, key, held in self._places):
-            # A module may have got a wrapper, such as torch.compile's: then the weight is elsewhere
-            # in the same model.
-            self._places = list(_places(self._model, self._params))
+        if self._is_unchanged():
+            return
+        # A module may have got a wrapper, such as torch.compile's, and a checkpoint makes new
+        # groups: then the weight is elsewhere in the same model or optimizer.
         if (now := self._groups_now()) != self._groups:
             name = next(n for n in self._groups if now.get(n) != self._groups[n])
             raise InputError(
@@ -94,6 +97,22 @@ class Binding:
                 f"{self._groups[name]}, and is now in {now.get(name, 'none')}. Groups may be added "
                 f"with add_param_group; otherwise call sparsifier.remove(), then attach a new one."
             )
+        self._places = self._places_now()
+
+    def _is_unchanged(self) -> bool:
+        try:
+            for holder, key, held in self._places:
+                if holder[key] is not held:
+                    return False
+        except (KeyError, IndexError):
+            return False
+        return True
+
+    def _places_now(self) -> list[Place]:
+        return [
+            *_in_model(self._model, self._params),
+            *(place for one in self._optimizers for place in _in_optimizer(one, self._params)),
+        ]
 
     def _seen_a_step(self) -> None:
         if self._watch is not None:
@@ -119,10 +138,8 @@ class Binding:
         return {n: number[id(p)] for n, p in self._params.items() if id(p) in number}
 
 
-def _places(
-    model: nn.Module, params: Mapping[str, Tensor]
-) -> Iterator[tuple[dict[str, Any], str, object]]:
-    """Yield dictionaries, with a key and the value there, that lead from a model to weights.
+def _in_model(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[Place]:
+    """Yield the places that lead from a model to its weights.
 
     Raises:
         InputError: A weight is not a parameter of a module of the model, under its own last name.
@@ -152,3 +169,17 @@ def _places(
             parent, key = above[owner]
             yield parent._modules, key, owner
             owner = parent
+
+
+def _in_optimizer(
+    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]
+) -> Iterator[Place]:
+    """Yield the places that lead from an optimizer to the weights."""
+    wanted = set(map(id, params.values()))
+    yield vars(optimizer), "param_groups", optimizer.param_groups
+    for number, group in enumerate(optimizer.param_groups):
+        yield optimizer.param_groups, number, group
+        yield group, "params", group["params"]
+        for place, param in enumerate(group["params"]):
+            if id(param) in wanted:
+                yield group["params"], place, param
