@@ -5,14 +5,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ASAN   := build/sanitize
+TSAN   := build/sanitize-threads
 DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/cost.py \
 	src/acdc/console.py src/acdc/compare/cells.py src/acdc/methods/snfs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit faults soak sanitize format clean
+.PHONY: help install demo test lint types unit faults soak sanitize sanitize-threads format clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 install: $(STAMP)  ## make .venv and install acdc with all extras but ImageNet's
 
@@ -63,7 +64,21 @@ sanitize: $(ASAN)/.built  ## the kernels' tests under AddressSanitizer and UBSan
 
 $(ASAN)/.built: $(STAMP) $(shell find src/acdc -name '*.py')
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(ASAN)/site \
-		-C build-dir=$(ASAN)/cmake -C cmake.build-type=RelWithDebInfo -C cmake.define.ACDC_SANITIZE=ON .
+		-C build-dir=$(ASAN)/cmake -C cmake.build-type=RelWithDebInfo -C cmake.define.ACDC_SANITIZE=address .
+	@touch $@
+
+# As above. Python and torch are not sanitized: what they do beside the kernels is not looked at. `setarch -R`
+# turns off the randomized addresses, which ThreadSanitizer does not know on new kernels of Linux.
+sanitize-threads: $(TSAN)/.built  ## the kernels' and the threads' tests under ThreadSanitizer (needs GCC)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libtsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_noninstrumented_modules=1 ignore_interceptors_accesses=1" \
+	PYTHONPATH="$(CURDIR)/$(TSAN)/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	ACDC_EXAMPLES=200 setarch -R $(BIN)/python -S -m pytest --capture=sys \
+		tests/support/sanitized_threads.py tests/test_kernels.py tests/test_engine_threads.py -k 'not fork and not loader'
+
+$(TSAN)/.built: $(STAMP) tests/support/team.cpp $(shell find src/acdc -name '*.py')
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TSAN)/site \
+		-C build-dir=$(TSAN)/cmake -C cmake.build-type=RelWithDebInfo -C cmake.define.ACDC_SANITIZE=thread .
 	@touch $@
 
 format: install  ## put the code into its format

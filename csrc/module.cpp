@@ -246,9 +246,11 @@ NB_MODULE(_kernels, m) {
     });
     ACDC_KERNELS(ROW)
     m.attr("KERNELS") = nb::tuple(names);
-#ifdef __SANITIZE_ADDRESS__
-    m.attr("sanitized") = true;
+#if defined(__SANITIZE_ADDRESS__)
+    m.attr("sanitized") = "address";
+#elif defined(__SANITIZE_THREAD__)
+    m.attr("sanitized") = "thread";
 #else
-    m.attr("sanitized") = false;
+    m.attr("sanitized") = "";
 #endif
 }

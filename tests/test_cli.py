@@ -117,7 +117,10 @@ SURFACE = {
         ("--to safetensors|onnx", "required"),
         ("--twin sparse|dense", "default sparse"),
         ("--out FILE", "default None"),
+        ("--sparse", "flag"),
+        ("--dynamic INPUT:DIM=NAME", "any number"),
     ],
+    "doctor": [("--with MODULE", "any number"), ("--json", "flag")],
     "cite": [("METHOD", "optional")],
     "compare": [
         ("GRID", "required"),
@@ -535,7 +538,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "range": (["run", "digits", "--set", "batch_size=0"], "from 1 up"),
     "layer": (
         ["run", "digits", "--set", "method.layers.exclude=conv9,fc"],
-        "No layer is called 'conv9'. The model's convolutions and linear layers are: conv1,",
+        "No layer is called 'conv9'. The model's layers whose weights can be pruned are: conv1,",
     ),
     "sparsity 1": (["run", "digits", "--set", "method.pattern.sparsity=1.0"], "but without, 1"),
     "sparsity 90": (["run", "digits", "--set", "method.pattern.sparsity=90"], "0.9 for 90 %"),
@@ -554,6 +557,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no ImageNet": (["run", "imagenet_resnet50"], "imagenet"),
     "no resume": (["run", "digits", "--resume"], "There is no run to resume in"),
     "no report": (["report", "nowhere"], "There is no folder"),
+    "sparse what": (["export", "r", "--to", "safetensors", "--sparse"], "are for --to onnx"),
+    "dynamic what": (
+        ["export", "r", "--to", "safetensors", "--dynamic", "x:1=n"],
+        "are for --to onnx",
+    ),
+    "dynamic": (["export", "r", "--to", "onnx", "--dynamic", "x=n"], "write INPUT:DIM=NAME"),
+    "dynamic name": (["export", "r", "--to", "onnx", "--dynamic", "x:a=n"], "INPUT:DIM=NAME"),
     "no export": (["export", "nowhere", "--to", "onnx"], "not the folder of a"),
 }
 
@@ -744,6 +754,23 @@ def test_a_twin_is_exported_as_onnx(done: Path, tmp_path: Path, capsys: Capture)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(outputs), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_an_onnx_file_may_be_sparse_and_take_images_of_any_size(
+    done: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "twin.onnx"
+    argv = ["export", str(done), "--to", "onnx", "--out", str(path)]
+    assert main([*argv, "--sparse", "--dynamic", "x:2=height", "x:3=width"]) == 0
+    graph = onnx.load(path).graph
+    dims = [dim.dim_param for dim in graph.input[0].type.tensor_type.shape.dim]
+    assert (dims[0], *dims[2:]) == ("batch", "height", "width")
+    assert len(graph.sparse_initializer)
+    assert main([*argv, "--sparse", "--twin", "dense"]) == 2
+    assert "makes nothing smaller" in printed(capsys)[1]
+    assert main([*argv, "--dynamic", "y:2=height"]) == 2
+    assert "names 'y', which is no input of the example. Its inputs: 'x'" in printed(capsys)[1]
 
 
 def test_a_model_that_is_not_known_is_a_sentence(

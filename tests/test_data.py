@@ -8,7 +8,9 @@ import importlib.util
 import io
 import os
 import pickle
+import resource
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
@@ -559,6 +561,71 @@ def test_a_pickle_that_runs_something_is_refused_unrun(tmp_path: Path, protocol:
         with pytest.raises(InputError, match=r"asks for \S+\.(mkdir|eval|load)"):
             read_cifar(tmp_path / "batch", "labels", ROWS, 5)
         assert not mark.exists()
+
+
+class _Overlaid:
+    """An array of Python objects over given bytes: its elements are pointers to nowhere."""
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+
+    def __reduce__(self) -> Any:
+        pointers, objects = b"\x41" * 16, np.dtype("O")
+        return {
+            "call": (np.ndarray, ((2,), objects, pointers)),
+            "state": (np.ndarray, ((0,), "u1"), (1, (2,), objects, False, pointers)),
+            "buffer": (np.empty(1).__reduce_ex__(5)[0], (pointers, objects, (2,), "C")),
+            "strings": (np.ndarray, ((0,), "u1"), (1, (2,), np.dtype("U2"), False, pointers)),
+            "huge": (np.ndarray, ((2**40,), np.dtype("u1"))),
+            "short": (np.ndarray, ((0,), "u1"), (1, (2**40,), np.dtype("u1"), False, pointers)),
+            "negative": (np.ndarray, ((0,), "u1"), (1, (-1,), np.dtype("u1"), False, pointers)),
+            "fields": (np.ndarray, ((1,), np.dtype([("a", "O"), ("b", "u1")]), pointers)),
+        }[self.way]
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_only_arrays_of_whole_numbers_are_built(tmp_path: Path, protocol: int) -> None:
+    """In processes of their own: an array of objects over bytes ends the interpreter."""
+    ways = ("call", "state", "buffer", "strings", "huge", "short", "negative", "fields")
+    for way in ways:
+        for key in ("data", "labels", "other"):
+            made = _Overlaid(way)
+            content = {**CONTENT, key: [made] * ROWS if key == "labels" else made}
+            (tmp_path / f"{way}-{key}").write_bytes(pickle.dumps(content, protocol=protocol))
+    code = (
+        "import sys; from pathlib import Path; from acdc.errors import InputError\n"
+        "from acdc.runs.data.files import read_cifar\n"
+        "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
+        "    try: print(path.name, *read_cifar(path, 'labels', 6, 5)[1])\n"
+        "    except InputError as error: print(path.name, 'refused')\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert len(said) == 3 * len(ways)
+    # An array beside the data may be of any kind: it is not built, and nobody asks for it.
+    assert {words for name, words in said.items() if "other" not in name} == {"refused"}
+    assert set(said.values()) == {"refused", "0 1 2 3 4 4"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "array 'data'"),  # a memory of 2^31 places
+        (b"\x80\x05\x96" + struct.pack("<Q", 2**36) + b"x.", "not read as a pickle"),
+        (b"\x80\x02" + b"]" * 200_000 + b".", "more than"),
+        (b"\x80\x02" + b"]" * 40_000 + b"a" * 39_999 + b".", "array 'data'"),
+        (pickle.dumps({**CONTENT, "labels": [2**100_000] * ROWS}), "whole numbers in 'labels'"),
+        (b"x" * 2_000_000, "longer than any file of 6 images"),
+    ],
+)
+def test_sizes_in_a_pickle_are_bounded(tmp_path: Path, raw: bytes, words: str) -> None:
+    (tmp_path / "batch").write_bytes(raw)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=words):
+        read_cifar(tmp_path / "batch", "labels", ROWS, 5)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 200_000  # KiB
 
 
 def _with(**changes: Any) -> bytes:

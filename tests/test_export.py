@@ -18,6 +18,8 @@ from acdc.export import to_onnx, to_safetensors
 from acdc.pair import Pair
 from acdc.support import Support
 
+FULL = pytest.mark.skipif(not os.environ.get("ACDC_FULL"), reason="takes 10 s; ACDC_FULL=1 runs it")
+
 
 class Net(nn.Module):
     """Convolutions with and without BatchNorm behind them, linear layers with and without bias."""
@@ -281,3 +283,306 @@ def test_a_missing_package_names_the_install_line(package, monkeypatch, tmp_path
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependency, match=rf"'{package}'.* pip install \"acdc\[onnx\]\""):
         to_onnx(nn.Linear(3, 4), torch.zeros(2, 3), tmp_path / "m.onnx")
+
+
+# language models, keywords, dimensions that vary
+
+
+class Words(nn.Module):
+    """A small language model, called by keywords: tokens, and a mask that may be absent."""
+
+    def __init__(self, longest=64):
+        super().__init__()
+        self.tokens = nn.Embedding(50, 16)
+        self.places = nn.Parameter(torch.randn(longest, 16))
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+        self.head = nn.Linear(16, 50, bias=False)
+
+    def forward(self, input_ids, attention_mask=None, scale=1.0, as_dict=True):
+        x = self.tokens(input_ids) + self.places[: input_ids.shape[1]]
+        if attention_mask is not None:
+            x = x * attention_mask.unsqueeze(-1)
+        q = x.unsqueeze(1)
+        x = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).squeeze(1)
+        x = x + self.down(torch.relu(self.up(x)))
+        logits = self.head(x) * scale
+        return {"logits": logits, "hidden": x} if as_dict else logits
+
+
+class Fixed(Words):
+    """Its places are added whole: it takes sequences of one length."""
+
+    def forward(self, input_ids):
+        return self.head(self.tokens(input_ids) + self.places)
+
+
+def sparse_words(kind=Words, **settings):
+    """Return the model with 90 % zeros in its linear layers."""
+    torch.manual_seed(0)
+    model = kind(**settings)
+    with torch.no_grad():
+        for layer in (model.up, model.down, model.head):
+            layer.weight[torch.rand(layer.weight.shape) < 0.9] = 0
+    return model.eval()
+
+
+def ids_of(batch, length, words=50):
+    return torch.randint(0, words, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+SIZES = [(1, 1), (1, 7), (3, 12), (2, 24)]
+
+
+def session_of(path):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def agrees(session, model, inputs, names=None):
+    """Compare what ONNX Runtime and PyTorch compute from these inputs, by name."""
+    with torch.no_grad():
+        wanted = model(**inputs)
+    wanted = list(wanted.values()) if isinstance(wanted, dict) else [wanted]
+    given = {i.name: inputs[i.name].numpy() for i in session.get_inputs()}
+    for got, want in zip(session.run(names, given), wanted, strict=True):
+        np.testing.assert_allclose(got, want.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def dims_of(session):
+    return {i.name: i.shape for i in session.get_inputs()}
+
+
+def test_a_language_model_by_keywords_at_every_length(tmp_path):
+    model = sparse_words()
+    example = {"input_ids": ids_of(1, 16), "attention_mask": torch.ones(1, 16, dtype=torch.long)}
+    session = session_of(to_onnx(model, example, tmp_path / "m.onnx", sparse=True))
+    assert dims_of(session) == {name: ["batch", "sequence"] for name in example}
+    for batch, length in SIZES:
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[:, 4:6] = 0
+        inputs = {"input_ids": ids_of(batch, length), "attention_mask": mask}
+        agrees(session, model, inputs, ["logits", "hidden"])
+
+
+@pytest.mark.parametrize("example", [ids_of(1, 1), (ids_of(2, 16),)])
+def test_the_length_of_tokens_varies_by_itself(example, tmp_path):
+    model = sparse_words()
+    session = session_of(to_onnx(model, example, tmp_path / "m.onnx"))
+    for batch, length in SIZES:
+        agrees(session, model, {"input_ids": ids_of(batch, length)})
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        (ids_of(2, 8), None, 3.0, False),
+        {"as_dict": False, "scale": 3.0, "input_ids": ids_of(2, 8)},
+    ],
+)
+def test_what_is_no_tensor_becomes_a_part_of_the_file(example, tmp_path):
+    model = sparse_words()
+    session = session_of(to_onnx(model, example, tmp_path / "m.onnx"))
+    assert dims_of(session) == {"input_ids": ["batch", "sequence"]}
+    ids = ids_of(3, 5)
+    with torch.no_grad():
+        wanted = model(ids, None, 3.0, False).numpy()
+    (got,) = session.run(None, {"input_ids": ids.numpy()})
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    assert model(ids).keys() == {"logits", "hidden"}  # the model itself is as it was
+
+
+def test_the_dimensions_that_vary_can_be_named(tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    path = to_onnx(
+        model, torch.zeros(1, 1, 8, 1), tmp_path / "m.onnx",
+        dynamic={"input": {2: "height", 3: "width"}},
+    )  # fmt: skip
+    assert dims_of(session_of(path)) == {"input": ["batch", 1, "height", "width"]}
+    for shape in ((1, 1, 3, 5), (2, 1, 9, 4)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = model(x).numpy()
+        np.testing.assert_allclose(run_onnx(path, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_one_length_is_exported_with_it_and_that_is_said(tmp_path, caplog):
+    model = sparse_words(Fixed, longest=12)
+    session = session_of(to_onnx(model, ids_of(1, 12), tmp_path / "m.onnx"))
+    assert dims_of(session) == {"input_ids": ["batch", 12]}
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("acdc")]
+    assert "takes sequences of one length only" in said
+    agrees(session, model, {"input_ids": ids_of(3, 12)})
+    with pytest.raises(InputError, match=r"PyTorch cannot export this Fixed|depends on the seq"):
+        to_onnx(model, ids_of(1, 12), tmp_path / "n.onnx", dynamic={"input_ids": {1: "sequence"}})
+    assert os.listdir(tmp_path) == ["m.onnx"]
+
+
+IDS = {"input_ids": ids_of(1, 8), "attention_mask": torch.ones(1, 6)}
+
+
+@pytest.mark.parametrize(
+    ("example", "dynamic", "sentence"),
+    [
+        ({"tokens": ids_of(1, 8)}, None, r"cannot run the example, of shapes .*'tokens'"),
+        ({}, None, r"holds no tensor"),
+        ((), None, r"holds no tensor|cannot run"),
+        ({"input_ids": None}, None, r"holds no tensor"),
+        ({"input_ids": ids_of(0, 8)}, None, r"\[\(0, 8\)\]. Give one sample at least"),
+        ({"input_ids": ids_of(1, 0)}, None, r"\[\(1, 0\)\]. Give one sample at least"),
+        ({"input_ids": ids_of(1, 8), "scale": [1]}, None, r"has a list for 'scale'"),
+        ((ids_of(1, 8), None, 1.0, True, 5), None, r"does not fit the model"),
+        ("words", None, r"holds no tensor"),
+        (IDS, {"ids": {1: "s"}}, r"names 'ids', which is no input .*'input_ids', 'attention_mask'"),
+        (IDS, {"input_ids": {2: "s"}}, r"dimension 2 of 'input_ids', which has .* 0 to 1"),
+        (IDS, {"input_ids": {-1: "s"}}, r"dimension -1 of 'input_ids'"),
+        (IDS, {"input_ids": {"1": "s"}}, r"dimension '1' of 'input_ids'"),
+        (IDS, {"input_ids": [1]}, r"has \[1\] for 'input_ids'"),
+        (IDS, {"input_ids": {1: "a b"}}, r"calls dimension 1 of 'input_ids' 'a b'"),
+        (IDS, {n: {1: "s"} for n in IDS}, r"one name, 's', and the sizes 6 and 8"),
+    ],
+)  # fmt: skip
+def test_inputs_that_cannot_work_are_sentences(example, dynamic, sentence, tmp_path):
+    with pytest.raises(InputError, match=sentence):
+        to_onnx(sparse_words(), example, tmp_path / "m.onnx", dynamic=dynamic)
+    assert os.listdir(tmp_path) == []
+
+
+# sparse initializers
+
+
+def kept_in(path):
+    """Return the kept weights of each sparse initializer."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    return {t.values.name: len(t.values.raw_data) // 4 for t in graph.sparse_initializer}
+
+
+def test_sparse_weights_make_the_file_small(net, pair, tmp_path):
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    dense = to_onnx(net, x, tmp_path / "dense.onnx", result=pair)
+    small = to_onnx(net, x, tmp_path / "small.onnx", result=pair, sparse=True)
+    pytest.importorskip("onnx").checker.check_model(small)
+    wanted = {name: int(mask.sum()) for name, mask in pair.support.items()}
+    assert sorted(kept_in(small).values()) == sorted(wanted.values())
+    assert zeros_in(small) == []  # no dense weight is left
+    saved = sum(4 * m.numel() - 12 * wanted[n] for n, m in pair.support.items())
+    assert os.path.getsize(dense) - os.path.getsize(small) > saved - 150 * len(wanted)
+    assert np.array_equal(run_onnx(small, x), run_onnx(dense, x))
+
+
+def test_only_weights_that_become_smaller_are_sparse(tmp_path):
+    model = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 30)).eval()
+    with torch.no_grad():
+        for layer, zeros in ((model[0], 590), (model[2], 610)):  # of 900: two in three are 600
+            layer.weight.view(-1)[:zeros] = 0
+    path = to_onnx(model, torch.randn(2, 30), tmp_path / "m.onnx", sparse=True)
+    assert kept_in(path) == {"2.weight": 290}
+    x = torch.randn(5, 30)
+    with torch.no_grad():
+        np.testing.assert_allclose(run_onnx(path, x), model(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_weights_leave_large_dense_ones_beside_the_graph(net, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(acdc.export.onnx_file, "_ONE_FILE", 100)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    path = to_onnx(net, x, tmp_path / "m.onnx", result=pair, sparse=True)
+    assert len(kept_in(path)) == 5
+    with torch.no_grad():
+        expected = copy_of(net, pair, "sparse")(x).numpy()
+    np.testing.assert_allclose(run_onnx(path, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_zeros_has_nothing_to_write_sparse(net, tmp_path):
+    with pytest.raises(InputError, match=r"sparse=True makes nothing smaller"):
+        to_onnx(net, torch.zeros(2, 3, 8, 8), tmp_path / "m.onnx", sparse=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_lost_zeros_of_a_sparse_weight_are_an_error(tmp_path, monkeypatch):
+    model = sparse_words()
+    make_sparse = acdc.export.onnx_file.make_sparse
+
+    def lossy(onnx, graph):
+        make_sparse(onnx, graph)
+        for tensor in graph.graph.sparse_initializer:
+            count = 700
+            array = np.ones(count, np.float32)
+            name = tensor.values.name
+            tensor.values.CopyFrom(onnx.numpy_helper.from_array(array, name))
+            tensor.indices.CopyFrom(onnx.numpy_helper.from_array(np.arange(count)))
+
+    monkeypatch.setattr(acdc.export.onnx_file, "make_sparse", lossy)
+    with pytest.raises(AcdcError, match=r"lost zeros of"):
+        to_onnx(model, ids_of(2, 8), tmp_path / "m.onnx", sparse=True)
+    assert os.listdir(tmp_path) == []
+
+
+# transformers
+
+
+def tiny(name):
+    """Return a model of transformers with random weights, and its inputs of a batch and length."""
+    t = pytest.importorskip("transformers")
+    shape = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
+    bert = dict(vocab_size=50, hidden_size=16, num_attention_heads=2, intermediate_size=24)
+    image = dict(image_size=16, patch_size=8, num_channels=1)
+
+    def text(batch, length):
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[1:, length // 2 :] = 0
+        return {"input_ids": ids_of(batch, length), "attention_mask": mask}
+
+    def tokens(batch, length):
+        return {"input_ids": ids_of(batch, length)}
+
+    def images(batch, length):
+        return {"pixel_values": torch.randn(batch, 1, 16, 16)}
+
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = t.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, **shape)
+        return t.GPT2LMHeadModel(config).eval(), tokens
+    if name == "bert":
+        return t.BertForSequenceClassification(
+            t.BertConfig(num_hidden_layers=1, **bert)
+        ).eval(), text
+    if name == "llama":
+        config = t.LlamaConfig(num_hidden_layers=1, bos_token_id=0, eos_token_id=0, **bert)
+        return t.LlamaForCausalLM(config).eval(), text
+    if name == "distilbert":
+        config = t.DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=24)
+        return t.DistilBertModel(config).eval(), text
+    if name == "resnet":
+        config = t.ResNetConfig(
+            num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic"
+        )
+        return t.ResNetForImageClassification(config).eval(), images
+    del bert["vocab_size"]
+    return t.ViTForImageClassification(
+        t.ViTConfig(num_hidden_layers=1, **bert, **image)
+    ).eval(), images
+
+
+# The script of docs/howto/language_models.md, which every run of the tests executes, has a Llama.
+@FULL
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "distilbert", "vit", "resnet"])
+def test_a_model_of_transformers(name, tmp_path):
+    model, inputs = tiny(name)
+    masks = {}
+    for parameter, weight in model.named_parameters():
+        if weight.dim() > 1 and "embed" not in parameter and weight.numel() > 200:
+            masks[parameter] = torch.rand(weight.shape) < 0.1
+            weight.data[~masks[parameter]] = 0
+    caches = getattr(model.config, "use_cache", None)
+    path = to_onnx(model, inputs(1, 8), tmp_path / "m.onnx", sparse=True)
+    assert getattr(model.config, "use_cache", None) is caches
+    assert kept_in(path)
+    session = session_of(path)
+    for batch, length in SIZES:
+        given = inputs(batch, length)
+        with torch.no_grad():
+            wanted = model(**given)
+        got = session.run([next(iter(wanted))], {k: v.numpy() for k, v in given.items()})[0]
+        np.testing.assert_allclose(got, next(iter(wanted.values())), rtol=1e-3, atol=1e-5)

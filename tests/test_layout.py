@@ -23,7 +23,7 @@ ROOT = Path(acdc.__file__).parent
 ROWS: list[set[str]] = [
     {"__main__"},
     {"cli"},
-    {"console"},
+    {"console", "doctor"},
     {"recipes"},
     {"pages"},
     {"compare", "bench"},
@@ -31,13 +31,14 @@ ROWS: list[set[str]] = [
     {"export"},
     {"acdc"},
     {"sparsifier"},
-    {"hooks", "result"},
+    {"hooks", "result", "summary"},
     {"methods", "pair"},
     {"index", "states"},
     {"pattern", "engine", "cost", "bitmask"},
-    {"topk", "processes"},
+    {"topk", "processes", "positions"},
     {"layers", "support", "schedule", "score"},
-    {"random"},
+    {"kinds"},
+    {"random", "shape", "outfile", "schema"},
     {"files"},
     {"errors"},
 ]
@@ -53,7 +54,7 @@ KERNELS, KERNELS_OWNER = "acdc._kernels", "acdc.engine.native"
 EVERYWHERE = {"torch"}
 ALLOWED: dict[str, set[str]] = {
     "acdc.bitmask": {"safetensors", "numpy"},
-    "acdc.export": {"onnx", "onnxscript"},
+    "acdc.export": {"onnx", "onnxscript", "numpy"},
     "acdc.runs": {"lightning", "sklearn", "numpy", "torchvision", "PIL"},
     "acdc.pages": {"numpy"},
     "acdc.bench.peers": {"sparseprop", "sparselab"},

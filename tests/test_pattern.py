@@ -719,14 +719,14 @@ def chosen(**fields: object) -> list[str]:
 
 
 def test_layers_by_type_name_and_place() -> None:
-    everything = ["stem", "body.0", "body.1", "body.2", "head"]
+    everything = ["stem", "body.0", "body.1", "body.2", "up", "head"]
     assert chosen() == everything  # never a bias, a norm, an embedding; a shared weight once
-    assert chosen(types=("conv",)) == ["stem", "body.0", "body.1"]
+    assert chosen(types=("conv",)) == ["stem", "body.0", "body.1", "up"]
     assert chosen(types=("linear",)) == ["body.2", "head"]
     assert chosen(include=("body.*",)) == ["body.0", "body.1", "body.2"]
     assert chosen(include=("stem", "head.weight")) == ["stem", "head"]
-    assert chosen(exclude=("body.[01]",)) == ["stem", "body.2", "head"]
-    assert chosen(skip_first=True, skip_last=True) == ["body.0", "body.1", "body.2"]
+    assert chosen(exclude=("body.[01]",)) == ["stem", "body.2", "up", "head"]
+    assert chosen(skip_first=True, skip_last=True) == ["body.0", "body.1", "body.2", "up"]
 
 
 def test_defaults_are_the_papers() -> None:
@@ -755,12 +755,14 @@ def test_layer_choices_that_cannot_be_met() -> None:
         chosen(include=("boddy.*",))
     with pytest.raises(InputError, match="No layer is called 'norm'"):
         chosen(exclude=("norm",))
-    with pytest.raises(InputError, match=r"Nothing to prune: .*leaves none of the model's 5"):
+    with pytest.raises(InputError, match=r"Nothing to prune: .*stem.weight: the first layer"):
         chosen(include=("stem",), skip_first=True)
-    with pytest.raises(InputError, match="leaves none of the model's 0"):
+    with pytest.raises(InputError, match="no parameter of two dimensions or more"):
+        Layers().select(nn.BatchNorm1d(3))
+    with pytest.raises(InputError, match=r"1\.weight: an embedding"):
         Layers().select(nn.Sequential(nn.BatchNorm1d(3), nn.Embedding(2, 2)))
     frozen = nn.Sequential(nn.Linear(2, 2)).requires_grad_(False)
-    with pytest.raises(InputError, match="check that the weights require gradients"):
+    with pytest.raises(InputError, match="frozen: it requires no gradient"):
         Layers().select(frozen)
 
 

@@ -581,7 +581,7 @@ def test_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         report.render(tmp_path)
     assert (tmp_path / "report.html").read_text() == "the page before"
     assert sorted(p.name for p in tmp_path.iterdir()) == [

@@ -162,6 +162,17 @@ def _forward(lines: Any, put: Callable[[Any], object]) -> None:
     put(None)
 
 
+def table(counts: list[dict[str, Any]]) -> str:
+    """Return the counts as a table of docs/reliability.md: the first line of each docstring."""
+    lines = ["| trial | one try | tries | failed |", "|---|---|---|---|"]
+    known = trials()
+    for count in counts:
+        text = (known[count["trial"]].__doc__ or "").strip().split("\n\n")[0]
+        what = " ".join(text.split()).rstrip(".")
+        lines.append(f"| `{count['trial']}` | {what} | {count['tries']:,} | {count['failed']} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Run the trials and print the counts."""
     parser = argparse.ArgumentParser(
@@ -172,12 +183,16 @@ def main() -> int:
     parser.add_argument("--tries", type=int, help="tries of each trial, instead of minutes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first try")
     parser.add_argument("--json", type=Path, help="write the counts to this file")
+    parser.add_argument("--table", type=Path, help="print the counts in this file as Markdown")
     parser.add_argument("--list", action="store_true", help="print the names of the trials")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.worker, args.seed, args.tries, args.seconds)
+        return 0
+    if args.table is not None:
+        print(table(json.loads(args.table.read_text())["trials"]))
         return 0
     chosen = [n for n in trials() if not args.words or any(word in n for word in args.words)]
     if args.list or not chosen:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     )
     from acdc.pair import Pair
     from acdc.pattern import NM, Block, Pattern, Unstructured
-    from acdc.result import DenseNetwork, SparseNetwork
+    from acdc.result import DenseNetwork, SparseNetwork, read_sparse
     from acdc.schedule import Phase, Plan, Schedule, alternate, constant, phases
     from acdc.sparsifier import Sparsifier
     from acdc.support import Support, kept
@@ -85,6 +85,7 @@ _HOME = {
     "constant": "acdc.schedule",
     "kept": "acdc.support",
     "phases": "acdc.schedule",
+    "read_sparse": "acdc.result",
 }
 
 __all__ = [
@@ -128,6 +129,7 @@ __all__ = [
     "constant",
     "kept",
     "phases",
+    "read_sparse",
 ]
 
 

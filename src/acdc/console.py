@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -101,7 +102,8 @@ class Watcher(_Bar):
         self._progress.update(self._task, total=both)
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # the disk of a log is full: the training goes on
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def _step(self, event: Mapping[str, Any]) -> None:
         self._pace.tick(event["seconds"])
@@ -183,12 +185,13 @@ class GridWatcher(_Bar):
             what = ", ".join(f"{twin} {value:.3f}" for twin, value in twins if value is not None)
         rest = "" if left is None or progress.done == progress.cells else f"  {duration(left)} left"
         width = len(str(progress.cells))
-        self.console.print(
-            f"{progress.done:>{width}}/{progress.cells}  {latest.cell}: {what}{rest}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        with contextlib.suppress(OSError):  # as above
+            self.console.print(
+                f"{progress.done:>{width}}/{progress.cells}  {latest.cell}: {what}{rest}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def duration(seconds: float) -> str:

@@ -1,9 +1,11 @@
 """What a network costs, by one convention.
 
 * A *position* is one place at which a layer's weights are applied to one sample: every output pixel
-  of a convolution, padding included, and once for a linear layer on ``[N, F]``.
+  of a convolution, padding included, every input pixel of a transposed one, every time step of an
+  RNN, and once for a linear layer on ``[N, F]``.
 * One weight at one position is one multiply-add (MAC), and one MAC is 2 FLOPs.
-* Convolutions and linear layers count; biases, normalisation, activations and pooling do not.
+* Convolutions, linear layers, RNNs, attention projections and stacked experts count; biases,
+  normalisation, activations, pooling and the products of attention do not.
 * A weight that is zero *by the support* costs nothing. A weight that happens to be zero costs the
   same as any other, so a dense step has the dense cost, also right after a decompression.
 * A training step costs 3 forward passes per sample: forward, and the gradients of inputs and of
@@ -22,17 +24,18 @@ Source of the 3: Evci et al., RigL, ICML 2020, appendix H.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from acdc.errors import InputError
-from acdc.schedule import Kind, Schedule
+from acdc.kinds import Kind
+from acdc.positions import applied
+from acdc.schedule import Kind as PhaseKind
+from acdc.schedule import Schedule
 from acdc.support import Support
 
 Kept = Mapping[str, int] | Support
@@ -41,18 +44,20 @@ Kept = Mapping[str, int] | Support
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One convolution or linear layer.
+    """One weight of a layer.
 
     Args:
-        name: Name of its weight among the model's parameters, such as ``"layer1.0.conv1.weight"``.
-        kind: ``"conv"`` or ``"linear"``.
+        name: Its name among the model's parameters, such as ``"layer1.0.conv1.weight"``.
+        kind: The kind of its layer, such as ``"conv"``; ``"other"`` for a weight whose FLOPs are
+            not counted.
         shape: Shape of the weight.
-        positions: How often one sample meets every weight; 0 for a layer the network never calls.
-        bias: Whether it adds a bias, which no figure here counts.
+        positions: How often one sample meets every weight; 0 for a layer the network never calls,
+            and for a layer whose FLOPs are not counted.
+        bias: Whether the layer adds a bias, which no figure here counts.
     """
 
     name: str
-    kind: Literal["conv", "linear"]
+    kind: Kind | Literal["other"]
     shape: tuple[int, ...]
     positions: int
     bias: bool
@@ -70,7 +75,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Network:
-    """The convolutions and linear layers of a network, in the order of its modules.
+    """The layers of a network, in the order of its modules.
 
     Raises:
         InputError: No layer is ever called: there is nothing to count.
@@ -191,7 +196,7 @@ class PhaseCost:
         dense_flops: Training FLOPs of as many steps of the dense network.
     """
 
-    kind: Kind
+    kind: PhaseKind
     start: int
     stop: int
     samples: int
@@ -295,7 +300,9 @@ class Ledger:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Ledger:
         """Inverse of :meth:`to_dict`."""
-        return cls(tuple(PhaseCost(**phase) for phase in data["phases"]), data["exact"])
+        names = [field.name for field in fields(PhaseCost)]  # a later version may write more
+        costs = ({name: phase[name] for name in names} for phase in data["phases"])
+        return cls(tuple(PhaseCost(**cost) for cost in costs), data["exact"])
 
 
 def _samples_seen(schedule: Schedule, per_step: int, per_epoch: int | None) -> Seen:
@@ -322,85 +329,34 @@ def _samples_seen(schedule: Schedule, per_step: int, per_epoch: int | None) -> S
 # --- measuring a model --------------------------------------------------------------------------
 
 
-def measure(model: nn.Module, example: Tensor) -> Network:
+def measure(model: nn.Module, example: Tensor, also: Iterable[str] = ()) -> Network:
     """Return the cost of a model, found by one forward pass of one sample.
 
     The pass runs in evaluation mode without gradients; BatchNorm statistics do not move, and the
     mode and hooks of every module are afterwards what they were. A layer that is called several
     times has the sum of its positions, as has a weight that layers share, under its first name.
-    Operations that are no modules (attention products, ``functional.linear``) are not seen.
+    Operations that are no modules (attention products, ``functional.linear``) are not seen. Stacked
+    experts count for the tokens that an expert takes on average, where the call names them.
 
     Args:
         model: On any device. On ``"meta"`` nothing is computed, and no weight takes memory.
         example: One batch of inputs, ``[N, ...]`` with ``N >= 1``, on the model's device. Its first
             sample is used.
+        also: Names of parameters to list beside the layers, such as those of an embedding that is
+            pruned. Their FLOPs are not counted.
 
     Raises:
         InputError: The example has no sample, or the model calls no layer that counts.
     """
-    own = {id(parameter): name for name, parameter in model.named_parameters()}
-    names: dict[nn.Module, str] = {}
-    layers: dict[str, _Layer] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, _LAYERS):
-            # A parametrized weight is no parameter; it goes by the name it has without.
-            name = own.get(id(module.weight), f"{path}.weight".removeprefix("."))
-            names[module] = name
-            layers.setdefault(name, module)
-    positions: Counter[str] = Counter()
-
-    def count(module: nn.Module, _: Tensor, output: Tensor) -> None:
-        positions[names[module]] += output.numel() // cast(_Layer, module).weight.shape[0]
-
-    _watch(model, example, _LAYERS, count)
+    layers = applied(model, example)
+    known = dict(model.named_parameters())
+    others = [name for name in also if name not in layers]
     return Network(
-        tuple(
-            LayerCost(
-                name,
-                "linear" if isinstance(layer, nn.Linear) else "conv",
-                tuple(layer.weight.shape),
-                positions[name],
-                layer.bias is not None,
-            )
-            for name, layer in layers.items()
+        (
+            *(
+                LayerCost(name, use.kind, tuple(use.shape), use.positions, use.bias)
+                for name, use in layers.items()
+            ),
+            *(LayerCost(name, "other", tuple(known[name].shape), 0, False) for name in others),
         )
     )
-
-
-_Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-
-
-def _watch(
-    model: nn.Module,
-    example: Tensor,
-    types: tuple[type[nn.Module], ...],
-    see: Callable[[nn.Module, Tensor, Tensor], None],
-) -> None:
-    """Run one sample through the model; ``see`` module, input and output of every call."""
-    if example.ndim == 0 or len(example) == 0:
-        raise InputError(
-            f"The example has shape {tuple(example.shape)}. Give a batch of at least one sample, "
-            f"[N, ...], as the model takes it."
-        )
-
-    def hook(
-        module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
-    ) -> None:
-        see(module, (*args, *named.values())[0], output)
-
-    modes = [(module, module.training) for module in model.modules()]
-    hooks = [
-        module.register_forward_hook(hook, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, types)
-    ]
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(example[:1])
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for module, training in modes:
-            module.training = training

@@ -24,6 +24,7 @@ from torch import Tensor
 from acdc.bitmask import serialize
 from acdc.errors import InputError
 from acdc.files import Staging, latest, read
+from acdc.schema import COUNT, Each, Shape, check, parse
 from acdc.support import Support
 
 Twin = Literal["sparse", "dense"]
@@ -31,6 +32,9 @@ FILES: dict[Twin, str] = {"sparse": "sparse.safetensors", "dense": "dense.safete
 
 VERSION = 1
 _ZEROS = "0" * 64
+
+
+OTHERS = (MemoryError, RuntimeError, TypeError, ValueError)  # RecursionError is one of them
 
 
 class Refused(InputError):
@@ -118,8 +122,8 @@ class Index:
         )
         try:
             text = raw.decode("ascii")
-            index = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            index = parse(text)
+        except ValueError as error:
             raise altered from error
         if not isinstance(index, dict) or index.get("format") != self.format:
             raise Refused(
@@ -137,7 +141,21 @@ class Index:
             raise altered
         if _sha256(text.replace(digest, _ZEROS).encode()) != digest:
             raise altered
-        return index
+        with self.fitting(folder):
+            check(index, self._shape, "the index")
+        checked: dict[str, Any] = index
+        return checked
+
+    @property
+    def _shape(self) -> Shape:
+        entry = {"name": str, "bytes": COUNT, "sha256": str}
+        support = {"sha256": str, "layers": Each(str, {"shape": [COUNT], "kept": COUNT})}
+        return {
+            "facts": dict,
+            "tensors": [str],
+            "files": dict.fromkeys(self.twins, entry),
+            **({"support": support} if "sparse" in self.twins else {}),
+        }
 
     def read_file(self, folder: Path, twin: Twin, entry: Mapping[str, Any]) -> bytes:
         """Return the bytes of one file, if they are those that the index knows.
@@ -187,7 +205,7 @@ class Index:
             yield
         except Refused:
             raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, *OTHERS) as error:
             # The hashes agree, so no accident did this: another program wrote the files.
             raise InputError(
                 f"The files of the {self.noun} in {folder} are whole, but they do not fit together "

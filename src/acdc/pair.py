@@ -22,7 +22,7 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from acdc.bitmask import decode, deserialize, encode, read_metadata
+from acdc.bitmask import decode, deserialize, encode
 from acdc.errors import InputError
 from acdc.index import PAIR, Index, Twin, in_order, support_entry, support_of
 from acdc.states import (
@@ -154,7 +154,7 @@ class Pair:
         with cls.index.fitting(folder):
             dense_file = cls.index.read_file(folder, "dense", index["files"]["dense"])
             sparse_file = cls.index.read_file(folder, "sparse", index["files"]["sparse"])
-            sparse, masks = decode(deserialize(sparse_file), read_metadata(sparse_file))
+            sparse, masks = decode(sparse_file)
             return cls(
                 in_order(index["tensors"], sparse),
                 in_order(index["tensors"], deserialize(dense_file)),

@@ -21,6 +21,7 @@ from torch import Tensor
 from acdc.errors import InputError
 from acdc.layers import Layers, matches
 from acdc.score import Scores
+from acdc.shape import Shape
 from acdc.support import Support, check_sparsity, kept
 from acdc.topk import check_floor, largest, largest_with_floor, refuse_nan
 
@@ -199,8 +200,9 @@ class NM(Pattern):
     """``n`` of every ``m`` consecutive weights along the reduction axis.
 
     Groups run along the input channels of one output row (``in_features`` of a linear layer), at
-    one kernel position; none crosses an output channel. A layer whose reduction axis ``m`` does not
-    divide stays dense and is reported.
+    one kernel position; none crosses an output channel, nor the groups of a convolution. Which axis
+    that is depends on the layer: see :class:`~acdc.shape.Shape`. A layer whose reduction axis ``m``
+    does not divide stays dense and is reported.
 
     Source: Mishra et al. 2021 (2:4); Zhou et al., ICLR 2021 (N:M from scratch).
     """
@@ -222,8 +224,11 @@ class NM(Pattern):
 
     def refuses(self, name: str, shape: tuple[int, ...]) -> str | None:
         """Return why a layer cannot be grouped."""
-        if shape[1] % self.m:
-            return f"its {shape[1]} inputs do not divide into groups of {self.m}"
+        shape = Shape.of(shape)
+        if shape.inputs is None:
+            return _AXES
+        if shape.input_channels % self.m:
+            return f"its {shape.input_channels} inputs do not divide into groups of {self.m}"
         return None
 
     def counts(self, shapes: Shapes) -> dict[str, int]:
@@ -239,24 +244,28 @@ class NM(Pattern):
 
     def select(self, scores: Mapping[str, Tensor]) -> Support:
         """Return the support of the ``n`` largest scores of every group."""
-        self.counts(Scores.of(scores).shapes)
-        return Support({name: self._mask(name, scores[name]) for name in scores})
+        scores = Scores.of(scores)
+        self.counts(scores.shapes)
+        return Support({name: self._mask(name, scores) for name in scores})
 
-    def _mask(self, name: str, score: Tensor) -> Tensor:
+    def _mask(self, name: str, scores: Scores) -> Tensor:
+        score, axis = scores[name], scores.shapes[name].inputs
+        assert axis is not None
         refuse_nan(name, score)
-        inputs_last = score.movedim(1, -1)
+        inputs_last = score.movedim(axis, -1)
         groups = inputs_last.reshape(-1, self.m)
         largest = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, largest, True)
-        return mask.reshape(inputs_last.shape).movedim(-1, 1).contiguous()
+        return mask.reshape(inputs_last.shape).movedim(-1, axis).contiguous()
 
 
 @dataclass(frozen=True)
 class Block(Pattern):
     """Whole blocks of ``shape`` (output channels, input channels), at one kernel position.
 
-    A block counts as the sum of its scores. A layer that does not divide into blocks stays dense
-    and is reported. Counts are exact in blocks: ``kept(number of blocks, sparsity)``.
+    No block crosses the matrices that one tensor stacks, such as the gates of an LSTM. A block
+    counts as the sum of its scores. A layer that does not divide into blocks stays dense and is
+    reported. Counts are exact in blocks: ``kept(number of blocks, sparsity)``.
 
     Args:
         shape: (rows, columns) of a block.
@@ -290,20 +299,20 @@ class Block(Pattern):
 
     def refuses(self, name: str, shape: tuple[int, ...]) -> str | None:
         """Return why a layer cannot be cut into blocks."""
-        if shape[0] % self.shape[0] or shape[1] % self.shape[1]:
-            rows, columns = self.shape
-            return f"its {shape[0]} x {shape[1]} channels do not divide into {rows} x {columns}"
+        shape, (rows, columns) = Shape.of(shape), self.shape
+        if shape.inputs is None:
+            return _AXES
+        outputs, inputs = shape.output_channels, shape.input_channels
+        if outputs % rows or inputs % columns:
+            return f"its {outputs} x {inputs} channels do not divide into {rows} x {columns}"
         return None
 
-    def _blocks(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    def _blocks(self, shapes: Shapes) -> dict[str, Shape]:
         """Return the shapes of the layers, counted in blocks."""
         for name, shape in shapes.items():
             if why := self.refuses(name, shape):
                 raise InputError(f"The layer {name!r} cannot be pruned in blocks: {why}.")
-        return {
-            name: (shape[0] // self.shape[0], shape[1] // self.shape[1], *shape[2:])
-            for name, shape in shapes.items()
-        }
+        return {name: Shape.of(shape).in_blocks(*self.shape) for name, shape in shapes.items()}
 
     def at(self, sparsity: float) -> Block:
         """Return the same pattern at another sparsity."""
@@ -325,22 +334,29 @@ class Block(Pattern):
         """Return the support of the blocks with the largest sums."""
         scores = Scores.of(scores)
         rows, columns = self.shape
+        inner = self._blocks(scores.shapes)
+
+        def axes(name: str) -> tuple[int, int]:
+            shape = scores.shapes[name]
+            assert shape.inputs is not None
+            return shape.outputs, shape.inputs
 
         def sums(name: str) -> Tensor:
-            score = scores[name]
-            parts: Tensor = score.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
-            return parts.sum(dim=(1, 3))
+            channels_first = scores[name].movedim(axes(name), (0, 1))
+            parts: Tensor = channels_first.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+            return parts.sum(dim=(1, 3)).movedim((0, 1), axes(name)).contiguous()
 
-        blocks = self._inner().select(Scores(self._blocks(scores.shapes), sums, scores.dtype))
-        return Support(
-            {
-                name: mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-                for name, mask in blocks.items()
-            }
-        )
+        def weights(name: str, blocks: Tensor) -> Tensor:
+            outputs, inputs = axes(name)
+            return blocks.repeat_interleave(rows, outputs).repeat_interleave(columns, inputs)
+
+        chosen = self._inner().select(Scores(inner, sums, scores.dtype))
+        return Support({name: weights(name, blocks) for name, blocks in chosen.items()})
 
 
 # --- budgets ---------------------------------------------------------------------------------
+
+_AXES = "the axis over which it is summed is not known: Layers(axes=...) gives it"
 
 
 def _check_scope(scope: str) -> None:
@@ -359,9 +375,10 @@ def _budgets(scope: Scope, shapes: Shapes, sparsity: float, floor: int) -> dict[
 def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
     """Return the kept weights of every layer by the Erdős–Rényi-kernel rule.
 
-    The density of a layer is proportional to ``sum(dims) / prod(dims)``, held between its floor and
-    1, by the one factor with which the total is met: what dense layers cannot take goes to the
-    others. The total is exactly ``kept(all, sparsity)``:
+    The density of a layer is proportional to ``sum(dims) / prod(dims)`` of its matrix or kernel
+    (each of them, where one tensor stacks several), held between its floor and 1, by the one factor
+    with which the total is met: what dense layers cannot take goes to the others. The total is
+    exactly ``kept(all, sparsity)``:
     shares are rounded by largest remainder (ties to the earlier layer), where the RigL code rounds
     each layer by itself and keeps a few weights too many.
 
@@ -371,6 +388,7 @@ def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
     Source: Evci et al., RigL, ICML 2020.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    fans = {name: Shape.of(shape).fans for name, shape in shapes.items()}
     total = kept(sum(sizes.values()), sparsity)
     least = {name: min(floor, n) for name, n in sizes.items()}
     check_floor(total, least.values())
@@ -380,14 +398,12 @@ def erk(shapes: Shapes, sparsity: float, floor: int = 1) -> dict[str, int]:
     def shares(eps: Fraction) -> dict[str, Fraction]:
         """Density times size is eps·sum(dims), held between the floor and the size."""
         return {
-            name: min(max(eps * sum(shape), Fraction(least[name])), Fraction(sizes[name]))
-            for name, shape in shapes.items()
+            name: min(max(eps * fans[name], Fraction(least[name])), Fraction(sizes[name]))
+            for name in shapes
         }
 
     # The total grows with eps, in straight lines between the places where a layer meets a bound.
-    bounds = sorted(
-        {Fraction(n[name], sum(shapes[name])) for n in (least, sizes) for name in shapes}
-    )
+    bounds = sorted({Fraction(n[name], fans[name]) for n in (least, sizes) for name in shapes})
     totals = [sum(shares(eps).values()) for eps in bounds]
     index = bisect_left(totals, total)
     eps = bounds[index]

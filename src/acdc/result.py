@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NoReturn, TypeAlias, final
 
 from torch import Tensor
 
-from acdc.bitmask import decode, deserialize, encode, read_metadata
+from acdc.bitmask import check_sum, decode, deserialize, encode
 from acdc.errors import InputError
 from acdc.index import (
     DENSE_NETWORK,
@@ -133,7 +133,7 @@ class SparseNetwork:
         index = cls.index.read(folder)
         with cls.index.fitting(folder):
             data = cls.index.read_file(folder, "sparse", index["files"]["sparse"])
-            state, masks = decode(deserialize(data), read_metadata(data))
+            state, masks = decode(data)
             support = support_of(index["support"], masks)
             return cls(in_order(index["tensors"], state), support, index["facts"])
 
@@ -253,6 +253,43 @@ def load(folder: str | os.PathLike[str]) -> Result:
         InputError: There is no result, or one that is damaged.
     """
     return kind_in(folder).load(folder)
+
+
+def read_sparse(path: str | os.PathLike[str]) -> SparseNetwork:
+    """Read a ``sparse.safetensors`` that was taken out of its folder, onto the CPU.
+
+    The file has its own checksum. The facts of the run are in the index, which stays behind: the
+    network has none.
+
+    Raises:
+        InputError: There is no such file, it was truncated or altered, or it has no checksum,
+            because an older version wrote it.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Refused(
+            f"{path} cannot be read: {error.strerror or error}. Give a sparse.safetensors that "
+            f"acdc wrote."
+        ) from error
+    try:
+        check_sum(data)
+        state, masks = decode(data)
+        return SparseNetwork(state, Support(masks))
+    except (
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise Refused(
+            f"{path} is no sparse network as it was saved ({error}). It was truncated or altered, "
+            f"or is of another program or an older version. Take a fresh copy of the file, or load "
+            f"the folder that it was saved in."
+        ) from error
 
 
 def sizes(folder: str | os.PathLike[str]) -> dict[Twin, int]:

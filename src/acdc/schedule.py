@@ -24,7 +24,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, cycle
 from typing import Any, Literal, cast
 
@@ -33,7 +33,10 @@ from acdc.errors import InputError
 Kind = Literal["dense", "sparse"]
 KINDS: tuple[Kind, ...] = ("dense", "sparse")
 
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ep|st|%)\s*")
+# A run with more of them would wait longer for its tables and figures than for its steps.
+MOST_PHASES, MOST_EPOCHS = 2_000, 1_000_000
+
+_DURATION = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(ep|st|%)\s*")
 
 
 def _parse(text: str, what: str) -> tuple[Fraction, str]:
@@ -51,6 +54,14 @@ def check_duration(text: str, what: str) -> None:
     """Raise InputError unless ``text`` is a duration with some length, such as ``"100st"``."""
     if not _parse(text, what)[0]:
         raise InputError(f"The duration of {what} is {text!r}, which is none. Make it longer.")
+
+
+def _check_phases(count: int) -> None:
+    if count > MOST_PHASES:
+        raise InputError(
+            f"The schedule has more than {MOST_PHASES:,} phases, which is the limit. Make the "
+            f"phases longer, or the run shorter."
+        )
 
 
 def _check_kind(kind: str) -> None:
@@ -88,6 +99,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.phases:
             raise InputError("A schedule needs at least one phase, and none was given.")
+        _check_phases(len(self.phases))
         end = 0
         for before, phase in zip((None, *self.phases), self.phases, strict=False):
             _check_kind(phase.kind)
@@ -132,8 +144,16 @@ class Schedule:
 
         At and after the end of the run this is the last phase.
         """
-        starts = [phase.start for phase in self.phases]
-        return self.phases[max(0, bisect_right(starts, step) - 1)]
+        return self.phases[max(0, bisect_right(self._starts, step) - 1)]
+
+    # Asked for in every step. A frozen dataclass can keep them: they are no fields of it.
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [phase.start for phase in self.phases]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.steps_per_epoch))
 
     def last(self, kind: Kind) -> Phase | None:
         """Return the last phase of this kind, or ``None`` where there is none."""
@@ -145,11 +165,10 @@ class Schedule:
 
     def epoch_at(self, step: int) -> Fraction:
         """Return the epoch, with its fraction, that ``step`` executed steps amount to."""
-        ends = list(accumulate(self.steps_per_epoch))
-        epoch = bisect_right(ends, step)
+        epoch = bisect_right(self._ends, step)
         if epoch == self.epochs:
             return Fraction(epoch)
-        begin = ends[epoch] - self.steps_per_epoch[epoch]
+        begin = self._ends[epoch] - self.steps_per_epoch[epoch]
         return epoch + Fraction(step - begin, self.steps_per_epoch[epoch])
 
     def after(self, duration: str, start: int = 0) -> int:
@@ -220,6 +239,11 @@ class Schedule:
         )
 
 
+def _count(number: int) -> str:
+    """Write a number, unless it has more digits than a person reads."""
+    return f"{number:,}" if number < 10**15 else "too many"
+
+
 def _epoch_lengths(steps_per_epoch: int | Sequence[int], epochs: int) -> tuple[int, ...]:
     given = steps_per_epoch
     lengths = tuple(given) if isinstance(given, Sequence) else (given,) * epochs
@@ -245,6 +269,11 @@ class Plan(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.epochs, int) or self.epochs < 1:
             raise InputError(f"A plan has {self.epochs!r} epochs. Give a whole number from 1 up.")
+        if self.epochs > MOST_EPOCHS:
+            raise InputError(
+                f"A plan has {_count(self.epochs)} epochs, and {MOST_EPOCHS:,} is the limit. Give "
+                f"fewer."
+            )
 
     @abstractmethod
     def boundaries(self, lengths: tuple[int, ...]) -> list[tuple[Kind, int]]:
@@ -377,6 +406,7 @@ class Alternate(Plan):
             if round(now) == round(begin):
                 raise InputError(f"A {kind} phase of {duration!r} has no step in this run.")
             stops.append((cast(Kind, kind), round(now)))
+            _check_phases(len(stops) + 2)
         if len(stops) == 1 and stops[0] == ("dense", stop):
             stops.clear()  # nothing in the middle: warm-up and last dense phase are one phase
         elif round(now) != stop or (stops and stops[-1][0] == "dense"):
@@ -444,6 +474,7 @@ class Spans(Plan):
         super().__post_init__()
         if not self.spans:
             raise InputError("A plan needs at least one phase, and no spans were given.")
+        _check_phases(len(self.spans))
         for number, (kind, duration) in enumerate(self.spans):
             _check_kind(kind)
             _parse(duration, f"phase {number} ({kind})")

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from acdc.errors import InputError
 from acdc.random import stream
+from acdc.shape import Shape, shapes_of
 
 
 class Scores(Mapping[str, Tensor]):
     """Scores computed on demand, in the order of the parameters.
 
     Args:
-        shapes: Shape of every score by name.
+        shapes: Shape of every score by name. A plain one is that of a linear layer or convolution.
         score: What returns the float tensor for a name.
         dtype: The widest type of any score.
     """
@@ -30,7 +31,7 @@ class Scores(Mapping[str, Tensor]):
         score: Callable[[str], Tensor],
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.shapes = dict(shapes)
+        self.shapes = {name: Shape.of(shape) for name, shape in shapes.items()}
         self.dtype = dtype
         self._score = score
 
@@ -94,13 +95,13 @@ def random(params: Mapping[str, Tensor], *words: str | int) -> Scores:
         generator = stream("scores", *words, index[name])
         return torch.rand(params[name].shape, generator=generator).to(params[name].device)
 
-    return Scores({name: tuple(w.shape) for name, w in params.items()}, draw)
+    return Scores(shapes_of(params), draw)
 
 
 def _lazy(tensors: Mapping[str, Tensor], score: Callable[[Tensor], Tensor]) -> Scores:
     double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
     return Scores(
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        shapes_of(tensors),
         lambda name: score(tensors[name]),
         torch.float64 if double else torch.float32,
     )

@@ -36,6 +36,7 @@ from acdc.methods.weights import Weights
 from acdc.pair import Pair
 from acdc.processes import agreed, from_rank_zero
 from acdc.schedule import Phase, Schedule
+from acdc.summary import headline, summary
 from acdc.support import Support
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
@@ -61,7 +62,7 @@ class Sparsifier:
 
     Attributes:
         step: Executed optimizer steps.
-        refused: Name → why a layer that was chosen stays dense.
+        refused: Name → why a parameter of two dimensions or more is not pruned.
         dense_twin: The network at the end of the last dense phase, once that has passed.
 
     Raises:
@@ -103,11 +104,7 @@ class Sparsifier:
         after = self._after_step if automatic else self._end_step
         self._hooks.call_after(after, self._between, self._reset.made_state)
 
-    def __repr__(self) -> str:
-        return (
-            f"Sparsifier({self.method.name}, step {self.step} of {self.schedule.total}, "
-            f"{self.phase.kind}, {self.support})"
-        )
+    __repr__, __str__ = headline, summary
 
     @property
     def schedule(self) -> Schedule:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
-from acdc.cost import _LAYERS, Kept, _watch, measure
+from acdc.cost import Kept, measure
+from acdc.positions import watch
 
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
@@ -34,8 +37,9 @@ def reference_flops(model: nn.Module, example: Tensor, support: Kept | None = No
     """
     total = measure(model, example).flops(support)
 
-    def count(module: nn.Module, x: Tensor, output: Tensor) -> None:
+    def count(module: nn.Module, args: Any, named: dict[str, Any], output: Tensor) -> None:
         nonlocal total
+        x = (*args, *named.values())[0]
         if isinstance(module, _LAYERS):
             total += output.numel() if module.bias is not None else 0
         elif isinstance(module, _NORMS):
@@ -48,5 +52,6 @@ def reference_flops(model: nn.Module, example: Tensor, support: Kept | None = No
             size = module.kernel_size
             total += output.numel() * (math.prod(size) if isinstance(size, tuple) else size**2)
 
-    _watch(model, example, (*_LAYERS, *_NORMS, nn.ReLU, nn.AdaptiveAvgPool2d, *_POOLS), count)
+    kinds = (*_LAYERS, *_NORMS, nn.ReLU, nn.AdaptiveAvgPool2d, *_POOLS)
+    watch(model, example, [m for m in model.modules() if isinstance(m, kinds)], count)
     return total

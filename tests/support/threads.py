@@ -113,7 +113,9 @@ def difference(got: list[Tensor], want: list[Tensor]) -> float:
     return max(float((a - b).norm() / (b.norm() + 1e-30)) for a, b in zip(got, want, strict=True))
 
 
-def trial(seed: int, calls: int = 25, changes: bool | None = None) -> str | None:
+def trial(
+    seed: int, calls: int = 25, changes: bool | None = None, team: bool = False
+) -> str | None:
     """Call one network from several threads, and return what went wrong.
 
     The network, the number of threads, their batch sizes, modes and kinds of calls follow from the
@@ -123,6 +125,7 @@ def trial(seed: int, calls: int = 25, changes: bool | None = None) -> str | None
         seed: Of everything.
         calls: Of each thread.
         changes: Whether the network changes between its phases; None: every other seed.
+        team: Let every kernel compute on two or three threads, instead of mostly on one.
     """
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -139,7 +142,7 @@ def trial(seed: int, calls: int = 25, changes: bool | None = None) -> str | None
 
         def work() -> str | None:
             generator = torch.Generator().manual_seed(own)
-            torch.set_num_threads(mine.choice([1, 1, 2]))
+            torch.set_num_threads(mine.choice([2, 3] if team else [1, 1, 2]))
             for _ in range(calls):
                 samples = mine.choice([2, 3, 5, 8, 17, 33])
                 x = torch.randn(samples, 1, 8, 8, generator=generator, dtype=torch.float64)

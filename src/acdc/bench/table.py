@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from acdc.bench.race import Row
-from acdc.files import Staging
+from acdc.outfile import write
 from acdc.runs.record import machine, versions
 
 NAMES = {
@@ -92,9 +92,7 @@ def save(path: Path, command: str, rows: Sequence[Row], **facts: Any) -> None:
         **facts,
         "rows": list(rows),
     }
-    with Staging(path.parent, path.name) as staging:
-        staging.add(path.name, (json.dumps(record, indent=1) + "\n").encode())
-        staging.commit()
+    write(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _peers() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The command line: list, show, run, compare, report, cost, export, cite, bench.
+"""The command line: list, show, run, compare, report, cost, export, cite, bench, doctor.
 
 Each command is a module with a function ``add`` that declares its arguments. Modules are imported
 for ``acdc --help``, too: a command imports torch and everything else that is heavy in the function
@@ -19,13 +19,20 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from acdc.cli import bench, cite, compare, cost, export, listing, report, run, show
+from acdc.cli import bench, cite, compare, cost, doctor, export, listing, report, run, show
 from acdc.cli.arguments import Version
-from acdc.cli.output import forgive_encoding, is_helper, say
-from acdc.errors import AcdcError
+from acdc.cli.output import (
+    drop_output,
+    explain,
+    is_helper,
+    output_error,
+    prepare_streams,
+    say,
+)
+from acdc.errors import AcdcError, InputError
 
 # In the order of 'acdc --help'.
-COMMANDS = (listing, show, run, compare, report, cost, export, cite, bench)
+COMMANDS = (listing, show, run, compare, report, cost, export, cite, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,27 +41,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The words after ``acdc``; ``None``: those of this process.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(words)
-    args.command_line = shlex.join(["acdc", *words])
-    forgive_encoding(sys.stdout, sys.stderr)
+    prepare_streams()
     try:
-        code: int = args.command(args)
-        sys.stdout.flush()
-        return code
+        code = _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:
-        # The reader closed the pipe, as in 'acdc list | head -1'. Python would raise once more
-        # when it flushes standard output at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        code = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         say("Stopped at once. The last checkpoint is safe: go on with --resume.")
-        return 128 + signal.SIGINT
+        code = 128 + signal.SIGINT
     except AcdcError as error:
         number = getattr(error, "signal", None)  # of signals.Interrupted, which imports torch
         say(str(error) if number else f"error: {error}")
         # A helper process that was stopped by its first process has not failed.
-        return 2 if number is None else 0 if is_helper() else 128 + int(number)
+        code = 2 if number is None else 0 if is_helper() else 128 + int(number)
+    except OSError as error:
+        if output_error() is None:
+            say(f"error: {explain(error)}")
+        code = 2
+    if lost := output_error():
+        drop_output()
+        if isinstance(lost, BrokenPipeError):  # its reader left, as in 'acdc list | head -1'
+            return 128 + signal.SIGPIPE
+        cause = lost.strerror or str(lost)
+        say(f"error: Standard output cannot be written: {cause}. Files that were written are kept.")
+        return code or 2
+    return code
+
+
+def _run(words: list[str]) -> int:
+    try:
+        args = parser().parse_args(words)
+    except SystemExit:
+        if output_error():  # that of --help or --version
+            return 2
+        raise
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch would end the process
+        raise InputError("The current folder was removed. Change to another folder.") from None
+    args.command_line = shlex.join(["acdc", *words])
+    code: int = args.command(args)
+    return code
 
 
 def parser() -> argparse.ArgumentParser:

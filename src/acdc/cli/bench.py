@@ -223,24 +223,30 @@ def _measure(
     args: argparse.Namespace, table: Table | PartsTable, measured: Iterator[dict[str, Any]]
 ) -> int:
     """Print each row when it is measured, and write the file again with every row."""
+    from acdc import outfile
     from acdc.bench.race import threads
     from acdc.bench.table import notes, save
 
     if args.repeats < 1:
         raise InputError(f"--repeats is {args.repeats}. It is a whole number from 1 up.")
     rows: list[dict[str, Any]] = []
+    if args.json:
+        outfile.check(args.json)
+        # The recorded command has the name of the file without its folder: the folder says nothing
+        # to readers on other machines.
+        command = args.command_line.replace(str(args.json), args.json.name)
+        once = outfile.is_stream(args.json)  # what went into a pipe cannot be written again
     with threads(args.threads):
         print(table.header(), flush=True)
         for row in measured:
             rows.append(row)
             print(table.line(row), flush=True)
-            if args.json:
-                # The recorded command has the name of the file without its folder: the folder says
-                # nothing to readers on other machines.
-                command = args.command_line.replace(str(args.json), args.json.name)
+            if args.json and not once:
                 save(args.json, command, rows)
     for note in notes(rows):
         print(note)
-    if args.json:
+    if args.json and once:
+        save(args.json, command, rows)
+    elif args.json:
         print(args.json)
     return 0

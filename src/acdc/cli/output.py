@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
 import shutil
@@ -9,7 +12,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 
 def say(message: str) -> None:
@@ -17,10 +20,9 @@ def say(message: str) -> None:
     if is_helper():
         return
     width = min(100, shutil.get_terminal_size((100, 24)).columns)
-    print(
-        textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False),
-        file=sys.stderr,
-    )
+    text = textwrap.fill(message, width, break_long_words=False, break_on_hyphens=False)
+    with contextlib.suppress(OSError):  # a full disk under a log must not hide the exit code
+        print(text, file=sys.stderr, flush=True)
 
 
 def percent(part: int, whole: int) -> str:
@@ -62,11 +64,80 @@ def print_rows(
         print("  ".join(cells).rstrip(), file=file)
 
 
-def forgive_encoding(*streams: TextIO) -> None:
-    """Print a question mark for characters that the terminal's encoding lacks."""
-    for stream in streams:
+# --- standard streams that are missing, full or closed ------------------------------------------
+
+
+class _Output(io.FileIO):
+    """Standard output. It remembers the error of a write: argparse, for one, passes over it."""
+
+    error: ClassVar[OSError | None] = None
+
+    def write(self, data: Any) -> int:
+        """Write bytes."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            _Output.error = error
+            raise
+
+
+def prepare_streams() -> None:
+    """Put streams in the place of those that are closed, and watch standard output.
+
+    The next file that is opened would get the number of a closed stream, and with it what is
+    printed. Printing to closed standard output fails, as it does in other programs.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # gets the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None or sys.stdout is sys.__stdout__:  # not where a test captures it
+        number = os.open(os.devnull, os.O_RDONLY) if sys.stdout is None else sys.stdout.fileno()
+        raw = io.BufferedWriter(_Output(number, "w", closefd=False))
+        encoding = getattr(sys.stdout, "encoding", "utf-8")
+        sys.stdout = io.TextIOWrapper(raw, encoding, line_buffering=raw.isatty())
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
+            # A question mark for characters that the terminal's encoding lacks.
             stream.reconfigure(errors="replace")
+
+
+def output_error() -> OSError | None:
+    """Return why standard output could not be written, if it could not."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    return _Output.error
+
+
+def drop_output() -> None:
+    """Drop what could not be written: Python would raise once more at exit."""
+    _Output.error = None
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+
+
+_REMEDIES = {
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ENOTDIR: "A part of the path is a file, not a folder. Choose another path.",
+    errno.ELOOP: "Its symbolic links lead in a circle. Remove one of them, or choose another path.",
+    errno.EACCES: "Choose a path that you may read and write.",
+    errno.EPERM: "Choose a path that you may read and write.",
+    errno.EROFS: "The disk is read-only. Choose another path.",
+    errno.ENOSPC: "Free some space, or choose another disk.",
+    errno.EDQUOT: "Free some space, or choose another disk.",
+}
+
+
+def explain(error: OSError) -> str:
+    """Return what the system refused, and what to do, in sentences."""
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    cause = (error.strerror or str(error)).rstrip(".")
+    remedy = _REMEDIES.get(error.errno or 0, "Check the path, the disk and the permissions.")
+    return f"{where}{cause}. {remedy}"
 
 
 @contextmanager

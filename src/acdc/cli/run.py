@@ -79,10 +79,12 @@ def run(args: argparse.Namespace) -> int:
         if complete:
             err.print("This run is complete: nothing was trained.", highlight=False)
         try:
-            out.print()
-            out.print(console.outcome(record))
-            out.print(f"\nTook {record['seconds']:.1f} s.", highlight=False)
-            page = _render(path)
+            try:
+                out.print()
+                out.print(console.outcome(record))
+                out.print(f"\nTook {record['seconds']:.1f} s.", highlight=False)
+            finally:
+                page = _render(path)
             out.print(f"Report: {page}", highlight=False, soft_wrap=True)
         finally:
             if args.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -39,14 +40,15 @@ def run(args: argparse.Namespace) -> int:
     from acdc.runs.preview import Preview
 
     view = Preview(recipe)
+    schedule = view.schedule  # first: phases that do not fit are an error, and nothing is printed
     print(f"{recipe.name}: {recipe.about}\n")
     print("Values, which --set PATH=VALUE changes:\n")
     print_rows(
         [(f"  {path}", str(value), _mark(path, changed)) for path, value in _values(recipe)],
         left=3,
     )
-    print(f"\nPhases ({view.schedule.total:,} optimizer steps):\n")
-    print(textwrap.indent(view.schedule.table(), "  "))
+    print(f"\nPhases ({schedule.total:,} optimizer steps):\n")
+    print(textwrap.indent(schedule.table(), "  "))
     print("\nLayers:\n")
     print_rows(list(_layers(view)), left=2, last_left=True)
     print("\nSize and cost:\n")
@@ -63,6 +65,16 @@ def _layers(view: Preview) -> Iterator[tuple[str, ...]]:
             f"{layer.weights:,}",
             "yes" if layer.name in view.pruned else f"no: {view.why_dense(layer.name)}",
         )
+    counted = {layer.name for layer in view.network.layers}
+    for name, reason in view.refused.items():
+        if name not in counted:
+            shape = tuple(view.parameter(name).shape)
+            yield (
+                f"  {name.removesuffix('.weight')}",
+                "×".join(map(str, shape)),
+                f"{math.prod(shape):,}",
+                f"no: {reason}",
+            )
 
 
 def _sizes(view: Preview) -> Iterator[tuple[str, ...]]:
@@ -71,6 +83,8 @@ def _sizes(view: Preview) -> Iterator[tuple[str, ...]]:
     yield "  parameters", f"{view.parameters:,}", ""
     yield "  prunable weights", f"{view.prunable:,}", f"in {len(view.pruned)} layers"
     yield "  of them kept when sparse", f"{view.kept:,}", percent(view.kept, view.prunable)
+    left = view.parameters - view.prunable + view.kept
+    yield "  parameters left when sparse", f"{left:,}", percent(left, view.parameters)
     yield "  FLOPs of an inference, dense", f"{view.network.flops():.3e}", ""
     yield (
         "  FLOPs of an inference, sparse",

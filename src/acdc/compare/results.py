@@ -19,7 +19,21 @@ from acdc.compare.grid import Grid, Task
 from acdc.errors import InputError
 from acdc.files import Staging, latest
 from acdc.runs.recipe import Recipe, complete, encode
-from acdc.runs.record import bits
+from acdc.runs.record import Folder, bits
+from acdc.runs.shapes import check_compared
+from acdc.schema import (
+    COUNT,
+    POSITIVE,
+    SECONDS,
+    SHARE,
+    Each,
+    Maybe,
+    Misfit,
+    Number,
+    Shape,
+    check,
+    parse,
+)
 
 Json = dict[str, Any]
 Quality = Literal["accuracy", "bits"]
@@ -84,6 +98,23 @@ def row(task: Task, origin: Json, run: Prepared, record: Json, before: Json | No
     }
 
 
+def record_in(folder: Folder) -> Json:
+    """Return the record of a run, with everything that :func:`row` and :func:`origin` read.
+
+    Raises:
+        InputError: The record is damaged, or of a version that did not write all of that.
+    """
+    record = folder.read(folder.record)
+    try:
+        check_compared(record)
+    except Misfit as error:
+        raise InputError(
+            f"{str(folder.record)!r} lacks what a comparison shows ({error}). Remove the file: the "
+            f"run writes it anew."
+        ) from error
+    return record
+
+
 def origin(base: Recipe, record: Json) -> Json:
     """Return an origin: the task, the data, the machine and the versions that rows share.
 
@@ -131,6 +162,30 @@ def _seconds(record: Json) -> float:
     return float(time["dense"] + time["sparse"] + time["engine"])
 
 
+# What is read of a row and of an origin.
+_QUALITY = Number(float, -1e6, 1e6)
+_ROW = {
+    **dict.fromkeys(("method", "cell", "origin", "finished"), str),
+    "sparsity": SHARE,
+    "seed": int,
+    "sparse_quality": Maybe(_QUALITY),
+    "dense_quality": Maybe(_QUALITY),
+    # The length of a run of equal FLOPs is divided by it.
+    "train_flops_ratio": Number(float, 1e-9, 1e9),
+    "inference_flops_ratio": Number(float, 0, 1e9),
+    "seconds": SECONDS,
+    "cpu_seconds": SECONDS,
+    "epochs": POSITIVE,
+    "sparsity_reached": SHARE,
+    "prunable": COUNT,
+}
+_ORIGIN = {
+    "task": dict,
+    **dict.fromkeys(("data", "device", "command"), str),
+    **dict.fromkeys(("machine", "versions"), dict),
+}
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -168,17 +223,39 @@ def read(folder: Path, base: Recipe) -> dict[str, tuple[Json, Json]]:
     if not (results.exists() and origins.exists()):
         return {}
     try:
-        rows = [json.loads(line) for line in results.read_text().splitlines()]
-        known: dict[str, Json] = json.loads(origins.read_text())
+        known = _parsed(origins, origins.read_bytes())
+        _fits(origins, known, Each(str, _ORIGIN))
         same = {name for name, one in known.items() if complete(one["task"]) == encode(base)}
-        return {
-            row["cell"]: (row, known[row["origin"]]) for row in rows if row.get("origin") in same
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = {}
+        for number, line in enumerate(results.read_bytes().splitlines(), 1):
+            where = f"{results.name}, line {number}"
+            row = _parsed(where, line)
+            _fits(where, row, {"origin?": str})
+            if row.get("origin") in same:
+                _fits(where, row, _ROW)
+                found[row["cell"]] = (row, known[row["origin"]])
+        return found
+    except (OSError, Misfit) as error:
         raise InputError(
-            f"The results in {folder} cannot be read ({type(error).__name__}: {error}). Restore "
-            f"{results.name} and {origins.name} from a copy, or choose another folder with --out."
+            f"The results in {folder} cannot be read ({error}). Restore {results.name} and "
+            f"{origins.name} from a copy, or choose another folder with --out."
         ) from error
+
+
+def _parsed(where: object, text: bytes) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise Misfit(f"{where}: {error}") from error
+
+
+def _fits(where: object, value: Any, shape: Shape) -> None:
+    try:
+        check(value, shape, "it")
+        if shape is _ROW and value["sparse_quality"] is value["dense_quality"] is None:
+            raise Misfit("sparse_quality and dense_quality are both null")
+    except Misfit as error:
+        raise Misfit(f"{where}: {error}") from error
 
 
 def failure(outcome: Outcome) -> Json:

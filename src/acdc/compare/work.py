@@ -252,7 +252,7 @@ class _Board:
             try:
                 train.check_same(folder, run.recipe)
                 if folder.record.exists():
-                    job.record, job.state = folder.read(folder.record), "done"
+                    job.record, job.state = results.record_in(folder), "done"
             except InputError as error:
                 job.reason, job.state = self._without_paths(str(error)), "failed"
         return job
@@ -385,11 +385,12 @@ class _Board:
             return
         try:
             self.draw(self.folder, self.grid, self.outcomes())
-        except OSError as error:
+        except (OSError, InputError) as error:
+            cause = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise InputError(
                 f"The results are in {self.folder}, but the page that shows them could not be "
-                f"written: {error.strerror or error}. Once the cause is removed, the same command "
-                f"with --resume writes it."
+                f"written: {cause}. Once the cause is removed, the same command with --resume "
+                f"writes it."
             ) from error
 
 

@@ -9,9 +9,10 @@ import inspect
 import operator
 import random
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from io import StringIO
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -64,7 +66,18 @@ def has_other_forward(module: nn.Module) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers."""
+    """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers.
+
+    A forward that asks ``isinstance(x, Tensor)`` gets the answer that a tensor would give.
+    """
+
+    @property
+    def __class__(self) -> type:
+        return Tensor
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise TypeError(f"A traced value cannot become a {kind.__name__}.")
 
 
 def _write_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +130,29 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_opaque(m) or bool(super().is_leaf_module(m, module_qualified_name))
+
+    def create_arg(self, a: Any) -> Any:
+        """Return ``a`` for a node. By itself, fx makes a plain dictionary of every kind of one."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, dict | list) and type(a) not in _CONTAINERS:
+            return self.create_proxy("call_function", *_constructor(a)).node
+        return super().create_arg(a)
+
+
+_CONTAINERS = (dict, list, immutable_dict, immutable_list)
+
+
+def _constructor(value: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return the call that makes this dictionary: a ``ModelOutput``, or an ``OrderedDict``."""
+    if is_dataclass(value) and isinstance(value, dict):
+        parts = {f.name: getattr(value, f.name) for f in fields(value)}
+        given = {name: part for name, part in parts.items() if part is not None}
+        if list(given) == list(value) and vars(value).keys() <= parts.keys():
+            return type(value), (), given
+    if type(value) is OrderedDict:
+        return OrderedDict, (list(value.items()),), {}
+    raise TypeError(f"it makes a {type(value).__name__}")
 
 
 def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:

@@ -180,9 +180,14 @@ class Host:
             self._warn(reason)
             return self.original(*args, **kwargs)
         graph = self._graph()
-        if graph is None or not self._as_traced(args, kwargs):
+        if graph is None:
             return self.original(*args, **kwargs)
-        return graph.forward(*args, **kwargs)
+        try:
+            values = self._arguments.of_call(args, kwargs)
+        except Untraceable as error:
+            self._warn(str(error))
+            return self.original(*args, **kwargs)
+        return graph.forward(*values)  # the graph has names of its own for the arguments
 
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:
@@ -221,14 +226,6 @@ class Host:
     @property
     def _title(self) -> str:
         return self.name or type(self.module).__name__
-
-    def _as_traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Return whether all arguments that the graph holds fixed have their traced values."""
-        if not self._arguments.fixed:
-            return True
-        given = inspect.signature(self.original).bind(*args, **kwargs).arguments
-        fixed = self._arguments.fixed
-        return all(given.get(name, value) is value for name, value in fixed.items())
 
     def _trace(self) -> fx.GraphModule:
         with _own_forward(self.module):
@@ -309,6 +306,8 @@ class _Forward:
     def __init__(self, host: Host) -> None:
         self._run = torch.compiler.disable(host.run)
         self._original = host.original
+        # Trainers read from the signature which columns of a data set the model takes.
+        self.__signature__ = inspect.signature(host.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting() or torch._C._is_tracing() or is_fx_symbolic_tracing():
@@ -344,17 +343,50 @@ class _Single(nn.Module):
             if name.endswith("_hooks") or "_hooks_" in name:
                 setattr(self.layer, name, type(hooks)())
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, input: Tensor) -> Any:
         """Call the layer."""
-        return self.layer(x)
+        return self.layer(input)
+
+
+_PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
 
 @dataclass(frozen=True)
 class _Arguments:
-    """The arguments of a forward: all values in order, and those that a graph holds fixed."""
+    """The arguments that a forward is traced with.
 
+    Args:
+        signature: Of the forward.
+        values: All values, in the order of the signature.
+        fixed: The values that are no tensors. A graph holds for these values only.
+
+    """
+
+    signature: inspect.Signature
     values: tuple[Any, ...]
     fixed: dict[str, Any]
+
+    def of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the values of a call, in the order of the signature.
+
+        Raises:
+            Untraceable: a graph does not hold for this call.
+
+        """
+        try:
+            given = _bound(self.signature, args, kwargs)
+        except TypeError as error:
+            raise Untraceable(f"its arguments do not fit its signature ({error})") from error
+        for name, value in given.items():
+            if name not in self.fixed:
+                if not isinstance(value, Tensor):
+                    raise Untraceable(f"its argument {name!r} is no tensor, as in the example")
+            elif type(value) is not type(self.fixed[name]) or value != self.fixed[name]:
+                now = repr(value) if type(value) in _PLAIN else f"a {type(value).__name__}"
+                raise Untraceable(
+                    f"its argument {name!r} is {now}, and the example has {self.fixed[name]!r}"
+                )
+        return tuple(given.values())
 
 
 def _all_arguments(
@@ -364,13 +396,27 @@ def _all_arguments(
     kinds = {p.kind for p in signature.parameters.values()}
     if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         raise Untraceable("its forward takes any number of arguments")
+    try:
+        given = _bound(signature, args, kwargs)
+    except TypeError as error:  # a wrapper takes an argument away, before the forward is called
+        raise Untraceable(f"its arguments do not fit its signature ({error})") from error
+    fixed = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+    for name, parameter in signature.parameters.items():
+        if isinstance(parameter.default, Tensor) and given[name] is parameter.default:
+            raise Untraceable(f"the default of its argument {name!r} is a tensor")
+    for name, value in fixed.items():
+        # What is inside of an object or a container may be another at the next call.
+        if type(value) not in _PLAIN or value != value:
+            raise Untraceable(f"its argument {name!r} is a {type(value).__name__}")
+    return _Arguments(signature, tuple(given.values()), fixed)
+
+
+def _bound(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     bound = signature.bind(*args, **kwargs)
-    fixed = {
-        name: p.default for name, p in signature.parameters.items() if name not in bound.arguments
-    }
-    fixed |= {k: v for k, v in bound.arguments.items() if not isinstance(v, Tensor)}
     bound.apply_defaults()
-    return _Arguments(tuple(bound.arguments.values()), fixed)
+    return bound.arguments
 
 
 @contextmanager

@@ -34,8 +34,9 @@ from acdc.errors import AcdcError, InputError
 
 try:
     _kernels: Any = importlib.import_module("acdc._kernels")
-except ImportError:  # installed without a compiler
-    _kernels = None
+    _why_missing = ""
+except ImportError as _error:  # installed without a compiler, or built for another torch
+    _kernels, _why_missing = None, str(_error)
 
 Struct = Any
 """A struct of arguments, as in ``csrc/acdc_kernels.h``. Its addresses keep nothing alive."""
@@ -44,6 +45,17 @@ Struct = Any
 def available() -> bool:
     """Return whether the compiled kernels are installed."""
     return _kernels is not None
+
+
+def why_missing() -> str:
+    """Return why the compiled kernels cannot be loaded; empty if they are."""
+    return _why_missing
+
+
+def library() -> str:
+    """Return the file of the compiled kernels."""
+    _check_available()
+    return str(_kernels.__file__)
 
 
 def _check_available() -> None:

@@ -6,8 +6,9 @@ import contextlib
 import copy
 import logging
 import os
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from acdc.errors import AcdcError, InputError, need
+from acdc.export.onnx_inputs import Dynamic, Example, Inputs, inputs_of
+from acdc.export.onnx_sparse import dense_array, make_sparse
 from acdc.files import Staging
 from acdc.index import Twin
+from acdc.outfile import is_stream, keep_mode, regular, unwritable, write
 from acdc.result import Result
 from acdc.states import load_into
+
+log = logging.getLogger(__name__)
 
 # A protobuf message ends at 2 GiB. Larger weights go to a second file, "<name>.data".
 _ONE_FILE = 1_900_000_000
@@ -26,25 +32,36 @@ _ONE_FILE = 1_900_000_000
 
 def to_onnx(
     model: nn.Module,
-    example: Tensor | tuple[Tensor, ...],
+    example: Example,
     path: str | os.PathLike[str],
     result: Result | None = None,
     twin: Twin = "sparse",
+    *,
+    dynamic: Dynamic | None = None,
+    sparse: bool = False,
 ) -> Path:
     """Write ``model`` in evaluation mode to the ONNX file ``path``, and return the path.
 
-    The file holds dense tensors with zeros in them: it is not small, and ONNX runtimes compute
-    with the zeros too. The exporter folds a BatchNorm into the convolution before it. A zero
-    times anything finite stays a zero, and that none was lost is checked on the written file.
-    The first dimension of every input is dynamic and named ``batch``. Weights beyond 1.9 GB are
-    written to ``<path>.data`` beside it.
+    The file holds dense tensors with zeros in them, unless ``sparse=True``. ONNX runtimes compute
+    with the zeros in both cases. The exporter folds a BatchNorm into the convolution before it. A
+    zero times anything finite stays a zero, and that none was lost is checked on the written file.
+    Weights beyond 1.9 GB are written to ``<path>.data`` beside it. A cache of keys and values is
+    switched off in a model of ``transformers``.
 
     Args:
         model: The model. Neither its weights nor its mode change.
-        example: One input, or a tuple of them, each with the batch first; the values do not matter.
-        path: The file to write. One that is there is replaced.
+        example: What the model is called with, each tensor with the batch first: a tensor, a tuple
+            of arguments, or a mapping of keywords. The values of tensors do not matter. Other
+            values, such as None or a flag, become a part of the file.
+        path: The file to write. One that is there is replaced; a pipe or a device is written into.
         result: The result of training to take the weights from. None: those of ``model``.
         twin: Which network of the result.
+        dynamic: Argument -> dimension -> name, for dimensions that may vary, such as
+            ``{"input_ids": {1: "sequence"}}``. Dimensions of one name have one size. The first
+            dimension of every input may always vary, and is named ``batch``. None: the length of
+            token sequences (integers of two dimensions) may vary too, if the model lets it.
+        sparse: Write weights with more than two zeros in three as sparse initializers. The file is
+            small then: 12 bytes for each kept weight.
 
     Raises:
         MissingDependency: onnx or onnxscript is not installed.
@@ -58,15 +75,60 @@ def to_onnx(
     if result is not None:
         model = load_into(model, result.state(twin), result.index.noun)
     model.eval()
-    program = _export(model, example if isinstance(example, tuple) else (example,))
-    with Staging(path.parent, path.name) as staging:
-        staging.place(f"{path.name}.data")  # renamed first: a graph is of no use without it
-        graph = staging.place(path.name)
-        size = sum(tensor.nbytes for tensor in model.state_dict().values())
-        program.save(graph, external_data=size > _ONE_FILE)
-        _check_zeros(onnx, graph, model)
+    _switch_off_caches(model)
+    program = _program(model, inputs_of(model, example, dynamic), automatic=dynamic is None)
+    try:
+        stream, target = is_stream(path), regular(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if stream:
+        _save_into(path, onnx, program, model, sparse)
+        return path
+    with Staging(target.parent, target.name) as staging:
+        # The data are renamed first: no graph is of use without them.
+        data, graph = (staging.place(name) for name in (f"{target.name}.data", target.name))
+        _save(onnx, program, model, graph, data, sparse)
+        keep_mode(target, graph)
         staging.commit()
     return path
+
+
+def _save(onnx: Any, program: Any, model: nn.Module, graph: Path, data: Path, sparse: bool) -> None:
+    """Write the graph, and the data beside it if they are large; see that no zero was lost."""
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    program.save(graph, external_data=size > _ONE_FILE)
+    if sparse:
+        _rewrite_sparse(onnx, graph, data)
+    _check_zeros(onnx, graph, model)
+
+
+def _save_into(path: Path, onnx: Any, program: Any, model: nn.Module, sparse: bool) -> None:
+    """Write the file into a pipe or a device."""
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "model.onnx"
+        data = graph.with_name(f"{graph.name}.data")
+        _save(onnx, program, model, graph, data, sparse)
+        if data.exists():
+            raise InputError(
+                f"ONNX puts more than {_ONE_FILE:,} bytes of weights into a second file beside the "
+                f"first: {path} cannot take both. Choose a regular file."
+            )
+        write(path, graph.read_bytes())
+
+
+def _rewrite_sparse(onnx: Any, graph: Path, data: Path) -> None:
+    model = onnx.load(graph)
+    make_sparse(onnx, model)
+    data.unlink(missing_ok=True)
+    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _ONE_FILE
+    onnx.save(model, graph, save_as_external_data=external, location=data.name)
+
+
+def _switch_off_caches(model: nn.Module) -> None:
+    """Let a language model of ``transformers`` return no cache: ONNX has no type for it."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "use_cache", None) is True:
+            module.config.use_cache = False  # type: ignore[union-attr]
 
 
 def _onnx() -> Any:
@@ -92,52 +154,75 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _export(model: nn.Module, example: tuple[Tensor, ...]) -> Any:
-    if not all(tensor.dim() and len(tensor) for tensor in example):
-        raise InputError(
-            f"The example has the shapes {[tuple(tensor.shape) for tensor in example]}. Give one "
-            f"sample at least, the batch first, such as torch.zeros(1, 3, 32, 32)."
-        )
-    # A batch of one takes the path of "one sample" in a model that has such a path.
-    inputs = tuple(t.cpu() if len(t) > 1 else torch.cat([t.cpu()] * 2) for t in example)
+def _program(model: nn.Module, inputs: Inputs, automatic: bool) -> Any:
+    """Export the model; if it holds the length of a sequence fixed, so does the file."""
+    fixed = inputs.only_batch() if automatic else None
+    try:
+        return _export(model, inputs)
+    except InputError as error:
+        if fixed is None:
+            raise
+        program = _export(model, fixed)
+        log.warning("The ONNX model takes sequences of one length only: %s", error)
+        return program
+
+
+def _export(model: nn.Module, inputs: Inputs) -> Any:
+    kind = type(model).__name__
     try:
         with torch.no_grad():
-            model(*inputs)
+            outputs = model(*inputs.args, **inputs.kwargs)
     except Exception as error:
         raise InputError(
-            f"The model cannot run the example, of shapes {[tuple(t.shape) for t in example]} "
-            f"({error}). Give an input as in training."
+            f"The model cannot run the example, of shapes {inputs.shapes} ({error}). Give an "
+            f"input as in training."
         ) from error
-    batch = torch.export.Dim("batch")
+    named = isinstance(outputs, Mapping) and all(isinstance(o, Tensor) for o in outputs.values())
     try:
         with _quiet():
             program: Any = torch.onnx.export(
                 model,
-                inputs,
+                inputs.args,
+                kwargs=inputs.kwargs,
                 dynamo=True,
                 verbose=False,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=inputs.dynamic_shapes(),
+                output_names=list(outputs) if named else None,
             )
     except Exception as error:  # of many kinds, and all say that this model is beyond the exporter
-        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise InputError(
-            f"PyTorch cannot export this {type(model).__name__} to ONNX ({reason}). Its forward "
-            f"must be traceable by torch.export, for any batch size."
+            f"PyTorch cannot export this {kind} to ONNX ({_reason(error)}). Its forward must be "
+            f"traceable by torch.export, for any size of {_sizes(inputs)}."
         ) from error
-    if any(isinstance(value.shape[0], int) for value in program.model.graph.inputs):
-        raise InputError(
-            f"The forward of this {type(model).__name__} depends on the batch size: the ONNX model "
-            f"would run batches of {len(inputs[0])} only. Make it work for any batch size."
-        )
+    for value, dims in zip(program.model.graph.inputs, inputs.dims, strict=False):
+        for i, name in dims.items():
+            if isinstance(value.shape[i], int):
+                raise InputError(
+                    f"The forward of this {kind} depends on the {name} size: the ONNX model would "
+                    f"run a {name} of {value.shape[i]} only. Make it work for any {name} size."
+                )
     return program
+
+
+def _sizes(inputs: Inputs) -> str:
+    return " and ".join(dict.fromkeys(name for dims in inputs.dims for name in dims.values()))
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what the exporter failed with, without its advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def _check_zeros(onnx: Any, path: Path, model: nn.Module) -> None:
     """Raise AcdcError unless every weight of the model has its zeros in the file."""
+    graph = onnx.load(path, load_external_data=False).graph
     arrays = {
         tensor.name: onnx.numpy_helper.to_array(tensor, base_dir=str(path.parent))
-        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+        for tensor in graph.initializer
     }
+    arrays |= {t.values.name: dense_array(onnx, t) for t in graph.sparse_initializer}
     zeros = {name: int((array == 0).sum()) for name, array in arrays.items()}
     weights = {name: weight for name, weight in model.named_parameters() if weight.dim() > 1}
     # A weight that the exporter transposed has lost its name; one that is not used is not there.

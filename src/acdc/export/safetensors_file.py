@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from acdc.bitmask import serialize
-from acdc.files import Staging
 from acdc.index import INDICES, Twin
+from acdc.outfile import write
 from acdc.pair import Pair
 from acdc.result import DenseNetwork, Result, SparseNetwork, load
 
@@ -22,19 +22,14 @@ def to_safetensors(
 
     Args:
         result: A result of training, its folder, or the folder of a run that has one in ``pair/``.
-        path: The file to write. One that is there is replaced.
+        path: The file to write. One that is there is replaced; a pipe or a device is written into.
         twin: ``"sparse"`` or ``"dense"``.
 
     Raises:
         InputError: There is no such result, it does not have that network, or the file cannot be
             written.
     """
-    path = Path(path)
-    state = _load(result).state(twin)
-    with Staging(path.parent, path.name) as staging:
-        staging.add(path.name, serialize(state, {"format": "pt"}))
-        staging.commit()
-    return path
+    return write(path, serialize(_load(result).state(twin), {"format": "pt"}))
 
 
 def _load(result: Result | str | os.PathLike[str]) -> Result:

@@ -125,18 +125,20 @@ def _places(
     """Yield dictionaries, with a key and the value there, that lead from a model to weights.
 
     Raises:
-        InputError: A weight is not the ``weight`` of a module of the model.
+        InputError: A weight is not a parameter of a module of the model, under its own last name.
     """
-    owners: dict[int, nn.Module] = {}
+    owners: dict[tuple[int, str], nn.Module] = {}
     above: dict[nn.Module, tuple[nn.Module, str]] = {}
     for module in model.modules():
-        owners.setdefault(id(module._parameters.get("weight")), module)
+        for key, held in module._parameters.items():
+            owners.setdefault((id(held), key), module)
         for key, child in module._modules.items():
             if child is not None:
                 above.setdefault(child, (module, key))
     walked = {model}
     for name, param in params.items():
-        owner = owners.get(id(param))
+        last = name.rpartition(".")[2]  # a parametrization holds the weight under another name
+        owner = owners.get((id(param), last))
         if owner is None:
             raise InputError(
                 f"The weight {name!r} of the model was replaced by another tensor after the "
@@ -144,7 +146,7 @@ def _places(
                 f"parametrization, or another layer in its place), so it would train dense. Call "
                 f"sparsifier.remove(), then build the optimizer and the Sparsifier anew."
             )
-        yield owner._parameters, "weight", param
+        yield owner._parameters, last, param
         while owner not in walked:
             walked.add(owner)
             parent, key = above[owner]

@@ -16,6 +16,7 @@ from typing import ClassVar, Generic, Literal, Self, TypeVar, cast
 from torch import Tensor, nn
 
 from acdc.errors import InputError
+from acdc.kinds import weights
 from acdc.methods.training import Masked, Training
 from acdc.methods.weights import Weights
 from acdc.schedule import Plan, Schedule
@@ -129,12 +130,14 @@ class Method(ABC, Generic[State]):
         return Forecast(())
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-        """Return the weights this method prunes, and why others that were wanted stay dense.
+        """Return the weights this method prunes, and why all others stay dense.
+
+        The others are the parameters of two dimensions or more.
 
         Raises:
             InputError: Nothing is left to prune.
         """
-        return {}, {}
+        return {}, {name: f"the method {self.name} prunes nothing" for name in weights(model)}
 
     @property
     def sparsity(self) -> float | None:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from acdc import score
 from acdc.errors import InputError
-from acdc.layers import Layers
+from acdc.layers import Chosen, Layers
 from acdc.methods.base import Forecast, Method, State, check_reset, check_schedule
 from acdc.methods.weights import Weights
 from acdc.pattern import Block, Pattern, Unstructured
 from acdc.schedule import Phase, check_duration, cosine, ramp
 from acdc.score import Scores
+from acdc.shape import shapes_of
 from acdc.support import Support, check_sparsity
 from acdc.topk import largest
 
@@ -80,7 +81,7 @@ class Phased(Method[State]):
 
     def forecast(self, weights: Mapping[str, Tensor]) -> Forecast:
         """Return the supports of a run, estimated on ``weights`` where their values decide."""
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        shapes = shapes_of(weights)
         supports: list[tuple[int, dict[str, int] | None]] = []
         exact = not self.keep_zeros
         selected: dict[Pattern, dict[str, int]] = {}
@@ -310,7 +311,7 @@ def check_seed(seed: object) -> None:
 def choose(
     model: nn.Module, pattern: Pattern, layers: Layers | None
 ) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-    """Return the weights that ``layers`` selects and ``pattern`` admits, and why it refuses others.
+    """Return the weights that ``layers`` selects and ``pattern`` admits, and why others stay dense.
 
     Args:
         model: The network.
@@ -320,21 +321,20 @@ def choose(
     Raises:
         InputError: No layer is left, or the pattern's counts cannot be met on those that are.
     """
-    wanted = (layers or pattern.default_layers()).select(model)
-    refused = {
-        name: why
-        for name, param in wanted.items()
-        if (why := pattern.refuses(name, tuple(param.shape)))
+    wanted, others = (layers or pattern.default_layers()).split(model)
+    misfits = {
+        name: why for name, shape in wanted.shapes.items() if (why := pattern.refuses(name, shape))
     }
-    params = {name: param for name, param in wanted.items() if name not in refused}
+    params = {name: param for name, param in wanted.items() if name not in misfits}
     if not params:
         raise InputError(
             f"Nothing to prune: {pattern} refuses every chosen layer ("
-            + "; ".join(f"{name}: {why}" for name, why in refused.items())
+            + "; ".join(f"{name}: {why}" for name, why in misfits.items())
             + "). Choose another pattern or other layers."
         )
-    pattern.total({name: tuple(param.shape) for name, param in params.items()})
-    return params, refused
+    chosen = Chosen(params, wanted.shapes)
+    pattern.total(chosen.shapes)
+    return chosen, others | misfits
 
 
 # --- forecasts ------------------------------------------------------------------------------------

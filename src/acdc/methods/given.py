@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from acdc.errors import InputError
-from acdc.layers import Layers
+from acdc.kinds import weights
+from acdc.layers import Chosen, Layers
 from acdc.methods.base import Forecast, Method, Reset, check_reset, check_schedule
 from acdc.methods.weights import Weights
 from acdc.schedule import Plan, Schedule
@@ -148,7 +149,14 @@ class Given(Method[None]):
                     f"The support that was given names {name!r}, which is not trained. Leave it "
                     f"out of the support, or let it require gradients."
                 )
-        return {name: params[name] for name in params if name in self.support}, {}
+        found = weights(model)
+        chosen = {name: params[name] for name in params if name in self.support}
+        refused = {
+            name: weight.fixed or weight.reason or "the support that was given does not name it"
+            for name, weight in found.items()
+            if name not in chosen
+        }
+        return Chosen(chosen, {n: w.shape for n, w in found.items()}), refused
 
     @property
     def sparsity(self) -> float:

@@ -90,8 +90,7 @@ class SNFS(Evolving):
         """Drop, share out and grow where an update is due."""
         if not self.due(step, phase):
             return support
-        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        momentum = Scores(shapes, lambda name: weights.momentum(name).abs())
+        momentum = Scores(weights.shapes, lambda name: weights.momentum(name).abs())
         rest = self._rest(self.share(step, phase), weights, support)
         growth = self._growth(momentum, support, rest)
         masks = {}

@@ -28,6 +28,7 @@ from acdc.pattern import Unstructured
 from acdc.processes import from_rank_zero
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.score import Scores
+from acdc.shape import shapes_of
 from acdc.support import Support
 
 Thresholds = dict[str, Tensor]
@@ -218,7 +219,7 @@ class SoftThreshold:
             states: Theirs. A layer without one is as at the start.
         """
         return Scores(
-            {name: tuple(w.shape) for name, w in params.items()},
+            shapes_of(params),
             lambda name: _logit(params[name]) - self._of(name, params, states)[0],
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from acdc.errors import InputError
+from acdc.shape import Shape, shapes_of
 
 
 class Weights(Mapping[str, Tensor]):
@@ -58,6 +59,11 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._params[name]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of the weights, with the axes along which they are multiplied."""
+        return shapes_of(self._params)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._params)

@@ -92,7 +92,7 @@ def render(folder: Path, grid: Grid, outcomes: Sequence[Outcome]) -> Path:
 
     Raises:
         MissingDependency: matplotlib or jinja2 is not installed.
-        OSError: The folder cannot be written.
+        InputError: The folder cannot be written.
     """
     return publish(folder / "report.html", page(grid, outcomes, _remarks(folder)))
 
@@ -100,7 +100,7 @@ def render(folder: Path, grid: Grid, outcomes: Sequence[Outcome]) -> Path:
 def _remarks(folder: Path) -> str:
     """Return the author's remarks on the results, from a file in the same folder."""
     path = folder / "remarks.md"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def page(grid: Grid, outcomes: Sequence[Outcome], remarks: str = "") -> str:

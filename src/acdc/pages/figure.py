@@ -7,15 +7,14 @@ The labels of a wide drawing would be too small on a telephone.
 from __future__ import annotations
 
 import io
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from acdc.errors import need
+from acdc.outfile import write
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -178,14 +177,10 @@ def environment() -> Environment:
 
 
 def publish(path: Path, text: str) -> Path:
-    """Write a page, as a whole or not at all, and return its path."""
-    handle, partial = tempfile.mkstemp(prefix=".report-", suffix=".html", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    return path
+    """Write a page, as a whole or not at all, and return its path.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    # Half of a character pair, as a name can have that was no UTF-8, becomes a question mark.
+    return write(path, text.encode("utf-8", errors="replace"))

@@ -128,7 +128,7 @@ class Run:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Layers that could not be pruned and stayed dense → the reason."""
+        """Weights that were not pruned → the reason."""
         return dict((self.start or {}).get("refused") or self.details.get("refused") or {})
 
     @property

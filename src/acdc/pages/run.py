@@ -10,7 +10,7 @@ The figures are in ``plots.py``, the tables in ``tables.py``.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def _method(run: Run) -> str:
     method = (run.recipe.get("values") or {}).get("method")
     kind = method.get("type") if isinstance(method, Mapping) else method
     labels = {cls.__name__: cls.label for cls in METHODS.values()} | {"Dense": "Dense training"}
-    return "Training" if kind is None else labels.get(kind, str(kind))
+    return labels.get(kind, kind) if isinstance(kind, str) else "Training"
 
 
 def _subtitle(run: Run) -> list[str]:
@@ -182,9 +182,20 @@ def _notices(run: Run) -> list[str]:
             f"{run.damaged} {lines} of metrics.jsonl could not be read and "
             f"{'was' if run.damaged == 1 else 'were'} left out."
         )
-    for layer, reason in run.refused.items():
-        notices.append(f"The layer {short(layer)} stayed dense: {reason}")
+    if run.prunable:  # a dense run refuses every layer
+        notices += _stayed_dense(run.refused)
     return notices
+
+
+def _stayed_dense(refused: Mapping[str, str]) -> Iterator[str]:
+    """Yield a sentence for each reason why layers stayed dense."""
+    reasons: dict[str, list[str]] = {}
+    for layer, reason in refused.items():
+        reasons.setdefault(reason, []).append(short(layer))
+    for reason, (first, *others) in reasons.items():
+        layers = f"layers {first}, {', '.join(others[:3])}" if others else f"layer {first}"
+        more = f" and {len(others) - 3} more" if others[3:] else ""
+        yield f"The {layers}{more} stayed dense: {reason}"
 
 
 def _engine(run: Run) -> str:
@@ -197,7 +208,8 @@ def _engine(run: Run) -> str:
     if choices := engine.get("choices"):
         sparse = sum(choice["sparse"] for choice in choices)
         sentences.append(
-            f"In sparse phases {sparse} of {plural(len(choices) + len(engine['refused']), 'layer')}"
+            f"In sparse phases {sparse} of "
+            f"{plural(len(choices) + len(engine.get('refused', {})), 'layer')}"
             f" ran on the engine ({engine['kind']})."
         )
     if engine.get("reason"):

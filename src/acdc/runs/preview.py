@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from acdc.cost import Ledger, Network, measure
-from acdc.layers import Layers, matches
 from acdc.methods.base import Forecast, Method
 from acdc.pattern import Pattern
 from acdc.runs.recipe import Recipe
 from acdc.schedule import Schedule
+from acdc.shape import shapes_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Preview:
     @cached_property
     def network(self) -> Network:
         """The convolutions and linear layers, and their cost."""
-        return measure(self._model, self.recipe.model.example(1).to("meta"))
+        return measure(self._model, self.recipe.model.example(1).to("meta"), self.pruned)
 
     @cached_property
     def _chosen(self) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
@@ -61,8 +61,12 @@ class Preview:
 
     @property
     def refused(self) -> Mapping[str, str]:
-        """Name of a chosen weight that stays dense → the reason."""
+        """Name of a parameter of two dimensions or more that is not pruned → the reason."""
         return self._chosen[1]
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return a parameter of the model, without values."""
+        return self._model.get_parameter(name)
 
     @property
     def parameters(self) -> int:
@@ -78,8 +82,7 @@ class Preview:
     def forecast(self) -> Forecast:
         """The supports that the run will have, estimated on untrained weights where needed."""
         pattern: Pattern | None = getattr(self.method, "pattern", None)
-        shapes = {name: tuple(weight.shape) for name, weight in self.pruned.items()}
-        if pattern is None or pattern.counts(shapes) is not None:
+        if pattern is None or pattern.counts(shapes_of(self.pruned)) is not None:
             return self.method.forecast(self.pruned)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)
@@ -112,17 +115,4 @@ class Preview:
 
     def why_dense(self, name: str) -> str:
         """Return why a layer is not pruned."""
-        if name in self.refused:
-            return self.refused[name]
-        pattern: Pattern | None = getattr(self.method, "pattern", None)
-        if pattern is None:
-            return f"the method {self.method.name} prunes nothing"
-        layers: Layers = getattr(self.method, "layers", None) or pattern.default_layers()
-        names = [layer.name for layer in self.network.layers]
-        if matches(name, layers.exclude):
-            return "excluded by name"
-        if layers.skip_first and name == names[0]:
-            return "the first layer"
-        if layers.skip_last and name == names[-1]:
-            return "the last layer"
-        return "not among the chosen layers"
+        return self.refused.get(name, f"the method {self.method.name} prunes nothing")

@@ -27,6 +27,7 @@ from acdc.runs.data import Source
 from acdc.runs.models import Model
 from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, StepDecay
 from acdc.schedule import Constant
+from acdc.schema import Misfit, Number, check
 
 Computed = Literal["auto", "off", "reference"]
 
@@ -225,8 +226,9 @@ def parse(text: str, hint: Any, path: str) -> Any:
     try:
         value = _read(text, hint)
     except ValueError as error:
+        shown = text if len(text) <= 100 else f"{text[:90]} ..."
         raise InputError(
-            f"--set {path}={text}: {text!r} is not of the type {_spell(hint)}."
+            f"--set {path}={shown}: {shown!r} is not of the type {_spell(hint)}."
         ) from error
     if isinstance(value, float) and math.isnan(value):
         raise InputError(f"--set {path}={text}: NaN is no value.")
@@ -331,6 +333,10 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"engine": "off", "start": None, **values}
 
 
+# A larger model than any that is trained: it would be built before it is refused.
+_BOUNDED: dict[Any, Any] = {int: Number(int, 0, 10**5), float: Number(float, 0, 1)}
+
+
 def decode_model(values: Mapping[str, Any]) -> Model:
     """Return the model with these encoded values: the inverse of :func:`encode`.
 
@@ -340,10 +346,12 @@ def decode_model(values: Mapping[str, Any]) -> Model:
     rest = {key: value for key, value in values.items() if key != "type"}
     kind = getattr(models, str(values.get("type")), None)
     try:
-        if not (isinstance(kind, type) and issubclass(kind, Model)):
+        if not (isinstance(kind, type) and issubclass(kind, Model) and is_dataclass(kind)):
             raise TypeError("it is none of acdc.runs.models")
+        hints = {name: hint for name, hint in get_type_hints(kind).items() if name in rest}
+        check(rest, {name: _BOUNDED.get(hint, hint) for name, hint in hints.items()}, "the model")
         return kind(**rest)
-    except TypeError as error:
+    except (TypeError, Misfit) as error:
         raise InputError(
             f"The run's model {values.get('type')!r} is not known to this version of acdc "
             f"({error}). Build it in Python, and use acdc.export.to_onnx."

@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 import torch
 
 from acdc.errors import InputError
-from acdc.files import Staging
 from acdc.index import Twin
-from acdc.runs.shapes import Misfit, check_event
+from acdc.outfile import write
+from acdc.runs.shapes import Misfit, check_event, check_recipe, check_record
+from acdc.schema import parse
 
 Event = dict[str, Any]
 
@@ -117,16 +118,22 @@ class Folder:
             InputError: The file is damaged.
         """
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = parse(file.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise InputError(
-                f"{str(file)!r} is damaged ({error}). Restore the file from a copy. A damaged "
-                f"record.json can be removed: the run writes it anew with --resume."
+                f"{str(file)!r} cannot be read: {error.strerror or error}. Check the path, the "
+                f"disk and the permissions."
             ) from error
+        except ValueError as error:
+            raise _damaged(file, error) from error
         if not isinstance(data, dict):
             raise InputError(f"{str(file)!r} holds no JSON object. Is this the folder of a run?")
+        try:
+            (check_record if file == self.record else check_recipe)(data)
+        except Misfit as error:
+            raise _damaged(file, error) from error
         return data
 
     def read(self, file: Path) -> dict[str, Any]:
@@ -145,9 +152,14 @@ class Folder:
 
     def write(self, file: Path, data: Mapping[str, Any]) -> None:
         """Write one of the JSON files, as a whole or not at all."""
-        with Staging(file.parent, file.name) as staging:
-            staging.add(file.name, (json.dumps(data, indent=1) + "\n").encode())
-            staging.commit()
+        write(file, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def _damaged(file: Path, error: ValueError) -> InputError:
+    return InputError(
+        f"{str(file)!r} is damaged ({error}). Restore the file from a copy. A damaged record.json "
+        f"can be removed: the run writes it anew with --resume."
+    )
 
 
 class Metrics:
@@ -207,7 +219,7 @@ def events(path: Path) -> tuple[list[Event], list[int]]:
                 if not line.strip():
                     continue
                 try:
-                    event = json.loads(line.decode())
+                    event = parse(line)
                     check_event(event)
                 except (ValueError, RecursionError, Misfit):
                     damaged.append(number)

@@ -118,6 +118,10 @@ def make_fabric(recipe: Recipe, device: str, folder: Path) -> Fabric:
         InputError: The device or the precision is not to be had here.
     """
     installed = importlib.util.find_spec("tensorboard") is not None
+    try:
+        str(folder.absolute()).encode("utf-8")
+    except UnicodeEncodeError:  # TensorBoard cannot write into a folder with such a name
+        installed = False
     logger = TensorBoardLogger(folder, name="tensorboard", version="") if installed else None
     try:
         return Fabric(
@@ -161,6 +165,9 @@ def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
     optimizer = recipe.optimizer.build(net.parameters())
     model, stepper = fabric.setup(net, optimizer)
     engine, engine_start = _engine(recipe, fabric, net, method.resolved)
+    # The loop lets it change the support: a phase is evaluated before the next one begins.
+    sparsifier = Sparsifier(method, net, optimizer, engine=engine, automatic=False)
+    example = recipe.model.example(1).to(fabric.device)
     return Setup(
         recipe=recipe,
         folder=folder,
@@ -170,9 +177,8 @@ def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
         model=model,
         optimizer=optimizer,
         stepper=stepper,
-        # The loop lets it change the support: a phase is evaluated before the next one begins.
-        sparsifier=Sparsifier(method, net, optimizer, engine=engine, automatic=False),
-        network=cost.measure(net, recipe.model.example(1).to(fabric.device)),
+        sparsifier=sparsifier,
+        network=cost.measure(net, example, also=sparsifier.params),
         engine=engine,
         engine_start=engine_start,
     )

@@ -1,108 +1,46 @@
-"""The shapes of values that are read from a file: of an event, and of the entries of a checkpoint.
+"""The shapes of the files in a run's folder: of the recipe, the record and the events.
 
-A shape is a type such as ``int``, one of the classes below, a list that holds the shape of its
-parts, a tuple of the values that are allowed, or a dictionary with a shape for each key. A key that
-ends with ``?`` may be missing. Other keys may be there.
+Files of older versions lack some entries: the shapes name those with ``?``. Entries that nothing
+reads are not named.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from acdc.cost import Ledger
 from acdc.schedule import Schedule
+from acdc.schema import (
+    AMOUNT,
+    COUNT,
+    FLOPS,
+    PERCENT,
+    POSITIVE,
+    SECONDS,
+    SHARE,
+    Each,
+    Maybe,
+    Misfit,
+    Number,
+    Shape,
+    check,
+)
 
-Shape = Any
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number within bounds; NaN is in none.
-
-    Args:
-        kind: ``int`` or ``float``. A whole number is a float, too.
-        least: The smallest.
-        most: The largest.
-    """
-
-    kind: type
-    least: float
-    most: float
-
-
-@dataclass(frozen=True)
-class Maybe:
-    """A value of this shape, or None."""
-
-    shape: Shape
-
-
-@dataclass(frozen=True)
-class Each:
-    """A dictionary with any keys of this type, and values of this shape."""
-
-    key: type
-    shape: Shape
-
-
-# No run reaches the bounds, and what is computed from numbers within them does not overflow.
-COUNT = Number(int, 0, 2**53)
-SECONDS = Number(float, 0, 1e12)
-SHARE = Number(float, 0, 1)
-AMOUNT = Number(float, 0, 1e300)
-
-
-class Misfit(Exception):
-    """A value that does not fit. The message says which, and what it should be."""
-
-
-def check(value: Any, shape: Shape, what: str) -> None:
-    """Compare a value with a shape.
-
-    Args:
-        value: The value.
-        shape: The shape.
-        what: What the value is, for the message.
-
-    Raises:
-        Misfit: It does not fit.
-    """
-    if isinstance(shape, type):
-        _check_type(value, shape, what)
-    elif isinstance(shape, Number):
-        _check_type(value, shape.kind, what)
-        if not shape.least <= value <= shape.most:
-            raise Misfit(f"{what} is {value}, and it can be {shape.least:g} to {shape.most:g}")
-    elif isinstance(shape, dict):
-        _check_type(value, dict, what)
-        for key, part in shape.items():
-            name = key.removesuffix("?")
-            if name in value:
-                check(value[name], part, name)
-            elif name == key:
-                raise Misfit(f"{what} has no {key!r}")
-    elif isinstance(shape, Each):
-        _check_type(value, dict, what)
-        for key, part in value.items():
-            _check_type(key, shape.key, f"a key of {what}")
-            check(part, shape.shape, f"{key!r} in {what}")
-    elif isinstance(shape, list):
-        _check_type(value, list, what)
-        for part in value:
-            check(part, shape[0], f"a part of {what}")
-    elif isinstance(shape, Maybe):
-        if value is not None:
-            check(value, shape.shape, what)
-    elif type(value) is not type(shape[0]) or value not in shape:
-        raise Misfit(f"{what} is none of {', '.join(map(repr, shape))}")
-
-
-def _check_type(value: Any, kind: type, what: str) -> None:
-    kinds: Any = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind not in (bool, object)):
-        raise Misfit(f"{what} is of type {type(value).__name__}, not {kind.__name__}")
-
+__all__ = [
+    "AMOUNT",
+    "COUNT",
+    "SECONDS",
+    "SHARE",
+    "Each",
+    "Maybe",
+    "Misfit",
+    "Number",
+    "check",
+    "check_compared",
+    "check_event",
+    "check_recipe",
+    "check_record",
+]
 
 # --- events -------------------------------------------------------------------------------------
 
@@ -122,12 +60,12 @@ _ENGINE = {"kind?": str, "reason?": Maybe(str)}
 _LAYER = {
     "name": str,
     "shape": [COUNT],
-    "numel": Number(int, 1, 2**53),
+    "numel": POSITIVE,
     "positions?": Maybe(COUNT),
     "prunable?": bool,
 }
-_FLOPS = Number(int, 0, 10**30)
-_COST = {**_PHASE, "samples": COUNT, "flops": _FLOPS, "dense_flops": _FLOPS}
+_COST = {**_PHASE, "samples": COUNT, "flops": FLOPS, "dense_flops": FLOPS}
+_LEDGER = {"phases": [_COST], "exact": bool}
 
 # What the times and the pages read of each event. Runs of older versions lack some of it.
 EVENTS: dict[str, Shape] = {
@@ -140,7 +78,7 @@ EVENTS: dict[str, Shape] = {
         "engine?": _ENGINE,
     },
     "step": {"phase": _KIND, "loss?": Maybe(float), "lr?": Maybe(float), **_TIMES, **_TWIN},
-    "eval": {"phase": _KIND, "accuracy": Number(float, 0, 100), **_TIMES, **_TWIN},
+    "eval": {"phase": _KIND, "accuracy": PERCENT, **_TIMES, **_TWIN},
     "change": {
         "to": _KIND,
         "nnz": COUNT,
@@ -149,7 +87,7 @@ EVENTS: dict[str, Shape] = {
         "counts?": Maybe(Each(str, COUNT)),
     },
     "engine": {"choices?": [_CHOICE], "refused?": Each(str, str), **_ENGINE, **_TIMES},
-    "ledger": {"phases": [_COST], "exact": bool},
+    "ledger": _LEDGER,
 }
 
 
@@ -161,10 +99,101 @@ def check_event(value: Any) -> None:
     """
     check(value, {"event": str, "step": COUNT}, "the line")
     check(value, EVENTS.get(value["event"], {}), "the event")
-    try:
-        if value["event"] == "start":
+    if value["event"] == "start":
+        try:
             Schedule.from_dict(value)
-        elif value["event"] == "ledger":
-            Ledger.from_dict(value)
-    except (TypeError, ValueError) as error:
-        raise Misfit(str(error)) from error
+        except (TypeError, ValueError) as error:
+            raise Misfit(str(error)) from error
+    elif value["event"] == "ledger":
+        _check_ledger(value, "phases")
+
+
+def _check_ledger(value: Any, path: str) -> None:
+    if not Ledger.from_dict(value).phases:
+        raise Misfit(f"{path} is empty")
+
+
+# --- recipe.json and record.json ----------------------------------------------------------------
+
+_RECIPE = {
+    "name": str,
+    "seed?": int,
+    "values": {"type?": str, "model?": {"type": str}},
+    "changed?": Maybe(dict),
+}
+
+_NETWORK = {"accuracy": PERCENT, "bits?": AMOUNT, "bytes": POSITIVE}
+_DONE = {
+    **_LAYER, "pruned?": bool, "nnz?": Maybe(COUNT),
+}  # fmt: skip
+_TIME = {
+    **dict.fromkeys(("dense?", "sparse?", "engine?", "cpu?"), SECONDS),
+    **dict.fromkeys(("dense_step_ms?", "sparse_step_ms?"), Maybe(SECONDS)),
+}
+_DETAILS = {
+    "parameters": POSITIVE,
+    "prunable": COUNT,
+    "sparsity_asked": Maybe(SHARE),
+    "train_flops": FLOPS,
+    "train_flops_dense": Number(int, 1, 10**30),
+    "finetune_flops": FLOPS,
+    "sparsity_all_parameters?": Maybe(SHARE),
+    "dense_flops?": Maybe(FLOPS),
+    "sparse_flops?": Maybe(FLOPS),
+    "ledger?": Maybe(_LEDGER),
+    "layers?": [_DONE],
+    "refused?": Maybe(Each(str, str)),
+    "engine?": {**_ENGINE, "choices?": [_CHOICE], "refused?": Each(str, str)},
+    "time?": Maybe(_TIME),
+    "devices?": Maybe(POSITIVE),
+}
+_RECORD = {
+    "sparse": Maybe({**_NETWORK, "sparsity": SHARE, "nnz": COUNT}),
+    "dense": Maybe(_NETWORK),
+    "inference_flops_ratio": AMOUNT,
+    "train_flops_ratio": AMOUNT,
+    "seconds": SECONDS,
+    "run": str,
+    "details": _DETAILS,
+}
+
+# What a comparison reads beyond that. Records of older versions lack some of it.
+_COMPARED = {
+    "details": {
+        **dict.fromkeys(("data", "device", "command", "finished"), str),
+        **dict.fromkeys(("machine", "versions"), dict),
+        "epochs": POSITIVE,
+        "time": dict.fromkeys(("dense", "sparse", "engine", "cpu"), SECONDS),
+    }
+}
+
+
+def check_recipe(value: Any) -> None:
+    """See that a value is what ``recipe.json`` holds.
+
+    Raises:
+        Misfit: It is not.
+    """
+    check(value, _RECIPE, "the file")
+
+
+def check_record(value: Any) -> None:
+    """See that a value is what ``record.json`` holds.
+
+    Raises:
+        Misfit: It is not.
+    """
+    check(value, _RECORD, "the file")
+    if value["sparse"] is None and value["dense"] is None:
+        raise Misfit("sparse and dense are both null, and a run leaves one network at least")
+    if (ledger := value["details"].get("ledger")) is not None:
+        _check_ledger(ledger, "details.ledger.phases")
+
+
+def check_compared(record: Any) -> None:
+    """See that a record has what a comparison reads.
+
+    Raises:
+        Misfit: It has not.
+    """
+    check(record, _COMPARED, "the file")

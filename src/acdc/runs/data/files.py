@@ -5,9 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
-import io
 import os
-import pickle
 import struct
 import tarfile
 import tempfile
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acdc.errors import InputError
+from acdc.runs.data import pickles
 
 VARIABLE = "ACDC_DATA"
 
@@ -29,13 +28,27 @@ VARIABLE = "ACDC_DATA"
 def named_folder() -> Path | None:
     """Return the folder that the environment variable ``ACDC_DATA`` names; ``None`` if unset."""
     value = os.environ.get(VARIABLE, "").strip()
-    return Path(value).expanduser() if value else None
+    return expanded(Path(value)) if value else None
 
 
-def cache_folder() -> Path:
-    """Return the folder of downloads if no other folder is named: ``$XDG_CACHE_HOME/acdc``."""
+def expanded(path: Path) -> Path:
+    """Return a path with ``~`` replaced by the home folder; as it is if there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of downloads if no other folder is named: ``$XDG_CACHE_HOME/acdc``.
+
+    ``None`` for a user without a home folder, as in some containers.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "").strip()
-    return (Path(base) if base else Path.home() / ".cache") / "acdc"
+    home = expanded(Path("~/.cache"))
+    if not base and home.parts[0] == "~":
+        return None
+    return (Path(base) if base else home) / "acdc"
 
 
 def candidates(
@@ -51,19 +64,29 @@ def candidates(
     """
     named = named_folder()
     if root is not None:
-        bases, installed = [root.expanduser()], ()
+        bases, installed = [expanded(root)], ()
     else:
         bases = [] if named is None else [named]
     folders = [sub for base in bases for sub in (base, *(base / name for name in standard))]
     folders += installed
-    if root is None:
-        folders += [cache_folder() / name for name in standard[:1]]
+    cache = cache_folder()
+    if root is None and cache is not None:
+        folders += [cache / name for name in standard[:1]]
     return folders
 
 
 def target_folder(root: Path | None, standard: str) -> Path:
-    """Return the folder for a download of the data set: its standard folder in the named folder."""
-    base = (root.expanduser() if root is not None else named_folder()) or cache_folder()
+    """Return the folder for a download of the data set: its standard folder in the named folder.
+
+    Raises:
+        InputError: No folder is named, and the user has no home folder.
+    """
+    base = (expanded(root) if root is not None else named_folder()) or cache_folder()
+    if base is None:
+        raise InputError(
+            f"There is no folder for downloads: this user has no home folder. Set {VARIABLE} to a "
+            f"folder, or XDG_CACHE_HOME."
+        )
     return base if base.name == standard else base / standard
 
 
@@ -91,7 +114,7 @@ def not_found(
     endings: Sequence[str] = ("",),
 ) -> InputError:
     """Return the error for missing data: the folders that were searched, and ways to get them."""
-    looked = "; ".join(str(folder) for folder in folders)
+    looked = "; ".join(map(str, folders)) or f"nowhere, as {VARIABLE} is not set"
     text = f"{what} was not found. Looked in: {looked}."
     for folder in folders:
         some = _those_in(names, folder, endings)
@@ -236,39 +259,6 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], str
 # --- Pickles of CIFAR -----------------------------------------------------------------------------
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Replace ``codecs.encode``, which Python 3 uses to write bytes into old pickles."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"the encoding {encoding!r} is not admitted")
-    return text.encode("latin1")
-
-
-# The helpers that pickles of arrays call. Taking them from ``__reduce__`` avoids naming a private
-# module of one numpy version.
-_RECONSTRUCT: Any = np.empty(0, dtype=np.uint8).__reduce__()[0]
-_FROM_BUFFER: Any = np.empty(1, dtype=np.uint8).__reduce_ex__(5)[0]
-
-_ADMITTED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("numpy._core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("_codecs", "encode"): _encode_latin1,
-}
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that builds plain Python values and numpy arrays, and calls nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
-
-
 def read_cifar(path: Path, key: str, rows: int, classes: int) -> tuple[NDArray[np.uint8], Any, str]:
     """Read one pickle of CIFAR-10 or CIFAR-100 without running other code that it may hold.
 
@@ -285,14 +275,19 @@ def read_cifar(path: Path, key: str, rows: int, classes: int) -> tuple[NDArray[n
         InputError: The file is damaged, or holds other content than arrays of this shape.
     """
     remedy = "Get the data set anew."
-    with _readable(path, remedy):
-        raw = path.read_bytes()
+    # The official files have 3.1 KiB an image and 6 instructions; old protocols take more.
+    most = 32_768 * rows + 2**20
+    with _readable(path, remedy), path.open("rb") as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise InputError(f"{path} is longer than any file of {rows} images. {remedy}")
     try:
-        content = _ArraysOnly(io.BytesIO(raw), encoding="latin1").load()
+        content = pickles.read(raw, 64 * rows + 100_000)
     except Exception as error:  # a damaged pickle can raise nearly anything, of any class
+        cause = str(error)[:200] or type(error).__name__
         raise InputError(
-            f"{path} was not read as a pickle of arrays ({error or type(error).__name__}). It is "
-            f"damaged, or not a file of this data set. {remedy}"
+            f"{path} was not read as a pickle of arrays ({cause}). It is damaged, or not a file of "
+            f"this data set. {remedy}"
         ) from error
     images = content.get("data") if isinstance(content, dict) else None
     if (
@@ -303,16 +298,19 @@ def read_cifar(path: Path, key: str, rows: int, classes: int) -> tuple[NDArray[n
         raise InputError(
             f"{path} must hold an array 'data' of {rows} x 3072 bytes, and does not. {remedy}"
         )
-    try:
-        labels = np.asarray(content[key])
-    except (KeyError, ValueError):
-        labels = np.empty(0)
-    if labels.shape != (rows,) or labels.dtype.kind not in "iu":
+    labels = content.get(key)
+    if isinstance(labels, np.ndarray):
+        labels = labels.tolist()
+    if not (
+        isinstance(labels, list)
+        and len(labels) == rows
+        and all(type(n) is int and n.bit_length() < 64 for n in labels)
+    ):
         raise InputError(f"{path} must hold {rows} whole numbers in {key!r}. {remedy}")
-    if labels.min() < 0 or labels.max() >= classes:
+    if min(labels) < 0 or max(labels) >= classes:
         raise InputError(
-            f"The labels in {path} go from {labels.min()} to {labels.max()}, and must lie between "
-            f"0 and {classes - 1}. {remedy}"
+            f"The labels in {path} go from {min(labels)} to {max(labels)}, and must lie between 0 "
+            f"and {classes - 1}. {remedy}"
         )
     checksum = hashlib.md5(raw, usedforsecurity=False).hexdigest()
-    return images.reshape(rows, 3, 32, 32), labels.astype(np.int64), checksum
+    return images.reshape(rows, 3, 32, 32), np.array(labels, np.int64), checksum

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from acdc.errors import InputError, MissingDependency, need
 from acdc.random import stream
 from acdc.runs.data.base import Batch, Data, Source, Split, first_of, known_split, steps_per_epoch
-from acdc.runs.data.files import VARIABLE, candidates
+from acdc.runs.data.files import VARIABLE, cache_folder, candidates
 
 Transform: TypeAlias = Callable[[Any], Tensor]
 """From a PIL image (RGB) to float32 ``[3, size, size]``, normalised."""
@@ -203,8 +203,12 @@ class ImageNet(Source):
         """
         made = self._transforms() if transforms is None else transforms
         # The cache is for downloads, and ImageNet has none.
-        folders = candidates(root, ("imagenet", "ImageNet", "ILSVRC2012"))
-        folders = folders if root is not None else folders[:-1]
+        cache = cache_folder()
+        folders = [
+            folder
+            for folder in candidates(root, ("imagenet", "ImageNet", "ILSVRC2012"))
+            if root is not None or cache is None or cache not in folder.parents
+        ]
         for folder in folders:
             if (folder / "train").is_dir() and (folder / "val").is_dir():
                 break
@@ -288,7 +292,7 @@ class _Files:
         try:
             with Image.open(path) as image:
                 pixels = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # a damaged image can raise nearly anything
             raise InputError(
                 f"The image {path} cannot be read ({error}). Replace it, or delete it to go on "
                 f"without it."
