@@ -72,8 +72,8 @@ class Bench:
             layers=acdc.Layers(skip_first=False, skip_last=False),
         )
         self.sparsifier = acdc.Sparsifier(method, self.net, self.optimizer, engine=self.engine)
-        assert self.sparsifier._masking._kept_steps is not None
-        self.kept_steps: KeptSteps = self.sparsifier._masking._kept_steps
+        self.kept_steps: KeptSteps
+        (self.kept_steps,) = self.sparsifier._masking._kept_steps
         self.written = self.engine.written
         params, support = self.sparsifier.params, self.sparsifier.support
         self.masks = [(params[name], mask) for name, mask in support.items()]

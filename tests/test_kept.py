@@ -87,10 +87,8 @@ class Run:
         self.engine = Engine(self.model, torch.zeros(8, 3, 4, 4), choose=False)
         method = ACDC(Unstructured(0.8), SCHEDULE, reset=reset)
         self.sparsifier = Sparsifier(method, self.model, self.optimizer, engine=self.engine)
-        steps = self.sparsifier._masking._kept_steps
-        assert steps is not None
-        self.steps = steps
-        steps._worth = lambda *_: kept
+        (self.steps,) = self.sparsifier._masking._kept_steps
+        self.steps._worth = lambda *_: kept
 
     def states(self) -> tuple[Any, Any, Any]:
         parts = self.model, self.optimizer, self.sparsifier
@@ -386,7 +384,7 @@ def test_on_the_engine_no_mask_of_what_is_dropped_stays_and_no_vector() -> None:
         model(x).square().sum().backward()
         optimizer.step()
     assert not sparsifier._masking._dropped._masks
-    weights = sparsifier._masking._kept_steps._weights.values()
+    weights = sparsifier._masking._kept_steps[0]._weights.values()
     assert [weight.vector.numel() for weight in weights] == [0, 0]
 
 
