@@ -133,7 +133,7 @@ def test_lightning_refuses_a_schedule_of_another_length(
 ) -> None:
     pl = pytest.importorskip("lightning.pytorch")
     with pytest.raises(InputError) as refused:
-        lightning_run(pl, trainers.method("acdc"), tmp_path, **settings)
+        lightning_run(pl, trainers.method("set"), tmp_path, **settings)
     assert all(word in str(refused.value) for word in words), refused.value
 
 
@@ -158,7 +158,7 @@ def test_lightning_stopped_early_warns_and_resumes_after_an_exception(tmp_path: 
                 raise ValueError("mine")
 
     with pytest.warns(UserWarning, match="after 16 of 24 optimizer steps.*Resume"):
-        trainer, callback = lightning_run(
+        _, callback = lightning_run(
             pl, trainers.method("acdc"), tmp_path, callbacks=[Stop()], min_epochs=1
         )
     assert callback.result is None
@@ -234,12 +234,6 @@ def test_transformers_refuses_what_it_cannot_resume(tmp_path: Path) -> None:
     transformers_run(None, tmp_path, max_steps=4, save_strategy="steps", save_steps=4)
     with pytest.raises(InputError, match="step 4 was saved without a SparsifierCallback"):
         transformers_run(method, tmp_path, str(run / "checkpoint-4"))
-    (run / "checkpoint-4" / "trainer_state.json").unlink()  # killed before it was written
-    with pytest.raises(InputError, match="checkpoint-4 is not whole.*Remove it"):
-        transformers_run(method, tmp_path, True)
-    for path in (run / "checkpoint-4").iterdir():
-        path.unlink()
-    (run / "checkpoint-4").rmdir()
     transformers_run(method, tmp_path, save_strategy="steps", save_steps=8)
     states = sorted((run / "sparsifier").iterdir())
     state = next(path for path in states if path.name.startswith("step-8-"))
@@ -343,37 +337,41 @@ def test_the_trainers_ask_for_their_own_kind_of_process(
 
     module = importlib.import_module(f"acdc.integrations.{trainer}")
     monkeypatch.setattr(module, "refuse_sharded", refuse)
+    runs = {
+        "lightning": lambda m: lightning_run(
+            importlib.import_module("lightning.pytorch"), m, tmp_path
+        ),
+        "transformers": lambda m: transformers_run(m, tmp_path),
+        "accelerate": lambda m: module.attach(
+            importlib.import_module("accelerate").Accelerator(cpu=True), m, nn.Linear(2, 2), None
+        ),
+    }
     with pytest.raises(InputError, match="refused"):
-        if trainer == "lightning":
-            lightning_run(importlib.import_module("lightning.pytorch"), trainers.method("acdc"),
-                          tmp_path)  # fmt: skip
-        elif trainer == "transformers":
-            transformers_run(trainers.method("acdc"), tmp_path)
-        else:
-            accelerator = importlib.import_module("accelerate").Accelerator(cpu=True)
-            module.attach(accelerator, trainers.method("acdc"), nn.Linear(2, 2), None)
+        runs[trainer](trainers.method("acdc"))
     assert seen == [{"lightning": "SingleDeviceStrategy"}.get(trainer, "NO")]
 
 
 def test_a_folder_with_another_result_is_refused_before_training(tmp_path: Path) -> None:
     acdc.DenseNetwork({"a": torch.zeros(2)}).save(tmp_path)
     method = trainers.method("acdc").resolve(4)
-    with pytest.raises(InputError, match="already holds a dense network.*leaves a pair"):
+    with pytest.raises(InputError, match=r"already holds a dense network.*leaves a pair"):
         shared.check_folder(tmp_path, method)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         shared.check_folder(tmp_path / "file", method)
 
 
-@pytest.mark.parametrize("trainer", NAMES)
-def test_a_missing_library_is_named_in_a_sentence(trainer: str) -> None:
+def test_a_missing_library_is_named_in_a_sentence() -> None:
+    libraries = ("lightning", "pytorch_lightning", "transformers", "accelerate")
     code = (
-        f"import sys\nfor name in ('lightning', 'pytorch_lightning', 'transformers', 'accelerate'):\n"
-        f"    sys.modules[name] = None\n"
+        f"import importlib, sys\n"
+        f"for name in {libraries}:\n    sys.modules[name] = None\n"
         f"import acdc.integrations\n"
-        f"try:\n    import acdc.integrations.{trainer}\n"
-        f"except acdc.MissingDependency as error:\n    print(error)\n"
+        f"for name in {NAMES}:\n"
+        f"    try:\n        importlib.import_module('acdc.integrations.' + name)\n"
+        f"    except acdc.MissingDependency as error:\n        print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"'{trainer}'" in done.stdout
-    assert f'pip install "acdc[{trainer}]"' in done.stdout
+    for name, line in zip(NAMES, done.stdout.splitlines(), strict=True):
+        assert f"{name!r}" in line
+        assert f'pip install "acdc[{name}]"' in line

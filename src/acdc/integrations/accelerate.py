@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
 from torch import nn
 
 from acdc.errors import InputError, need
-from acdc.integrations.shared import progress, refuse_sharded, resolved, result
+from acdc.integrations.shared import progress, refuse_sharded, resolved, result, steps_of
 from acdc.methods.base import Method
 from acdc.result import Result
 from acdc.sparsifier import Sparsifier
@@ -59,9 +58,10 @@ def attach(
             f"weights."
         )
     steps = None
-    if hasattr(loader, "__len__"):
+    if loader is not None:
         state = accelerator.gradient_state
-        if len(loader) % state.num_steps and not state.sync_with_dataloader:
+        steps = steps_of(loader, state.num_steps)
+        if steps and len(loader) % state.num_steps and not state.sync_with_dataloader:
             # Accumulation goes on across the end of an epoch.
             raise InputError(
                 f"With sync_with_dataloader=False an epoch of {len(loader)} batches has no whole "
@@ -69,7 +69,6 @@ def attach(
                 f"Choose numbers that divide, or call attach without a loader, and give the "
                 f"method a schedule in steps."
             )
-        steps = math.ceil(len(loader) / state.num_steps)
     resolved_method = resolved(method, steps, None, "")
     sparsifier = Sparsifier(resolved_method, model, optimizer.optimizer)
     accelerator.register_for_checkpointing(sparsifier)

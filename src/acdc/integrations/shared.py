@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -77,6 +78,19 @@ def resolved(
             f"epochs), and the trainer takes {total:.0f} ({settings}). Make both the same."
         )
     return method
+
+
+def steps_of(loader: Any, accumulate: int) -> int | None:
+    """Return the optimizer steps of an epoch; ``None`` for data without a length.
+
+    Args:
+        loader: The batches of an epoch. The last of them ends an accumulation in any case.
+        accumulate: Batches for each optimizer step.
+    """
+    try:
+        return math.ceil(len(loader) / accumulate)
+    except TypeError:  # a loader has __len__ even where its data have none
+        return None
 
 
 def check_folder(folder: str | os.PathLike[str], method: Method[Any]) -> None:

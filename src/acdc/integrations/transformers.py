@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import re
 import warnings
@@ -20,7 +19,14 @@ import torch
 
 from acdc.errors import InputError, need
 from acdc.files import Staging
-from acdc.integrations.shared import check_folder, progress, refuse_sharded, resolved, result
+from acdc.integrations.shared import (
+    check_folder,
+    progress,
+    refuse_sharded,
+    resolved,
+    result,
+    steps_of,
+)
 from acdc.methods.base import Method
 from acdc.result import Result
 from acdc.sparsifier import Sparsifier
@@ -77,7 +83,7 @@ class SparsifierCallback(TrainerCallback, ExportableState):
         self.result = None
         refuse_sharded(args.distributed_state.distributed_type.value)
         loader, accumulate = kwargs["train_dataloader"], args.gradient_accumulation_steps
-        steps = math.ceil(len(loader) / accumulate) if hasattr(loader, "__len__") else None
+        steps = steps_of(loader, accumulate)
         settings = f"num_train_epochs={args.num_train_epochs}, max_steps={args.max_steps}"
         method = resolved(self.method, steps, state.max_steps, settings)
         check_folder(self.folder, method)
@@ -158,15 +164,7 @@ class SparsifierCallback(TrainerCallback, ExportableState):
 
     def _load(self, args: Any, state: Any) -> dict[str, Any] | None:
         """Return the sparsifier's state of the checkpoint, if the trainer resumes from one."""
-        folder = Path(args.output_dir)
         if not state.global_step:
-            for path in folder.glob("checkpoint-*"):
-                if path.is_dir() and not (path / "trainer_state.json").exists():
-                    raise InputError(
-                        f"{path} is not whole: the process was killed while the trainer saved it. "
-                        f"The trainer would load its weights and begin at step 0. Remove it, and "
-                        f"resume from the checkpoint before it."
-                    )
             return None
         entry = state.stateful_callbacks.get(type(self).__name__, {})
         if (name := entry.get("attributes", {}).get("file")) is None:
@@ -175,7 +173,7 @@ class SparsifierCallback(TrainerCallback, ExportableState):
                 f"SparsifierCallback, and its sparsifier cannot be restored. To start from trained "
                 f"weights, load them into the model and call train() without a checkpoint."
             )
-        path = folder / _STATES / name
+        path = Path(args.output_dir) / _STATES / name
         if not path.exists():
             raise InputError(
                 f"The checkpoint of step {state.global_step} needs the sparsifier's state {path}, "
