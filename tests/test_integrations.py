@@ -42,6 +42,7 @@ def killed(trainer: str, folder: Path, method: str, *stops: int) -> list[int]:
     return ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", NAMES)
 @pytest.mark.parametrize(
     "method",
