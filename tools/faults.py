@@ -68,6 +68,49 @@ CONTRACT = "tests/test_contract.py"
 STOP = f"{CONTRACT} -k 'stopping_and_resuming and global'"
 
 FAULTS = [
+    # --- trainers ---
+    Fault(
+        "a resumed Lightning run cuts the model again",
+        "integrations/lightning.py",
+        "trainer.optimizers[0], state=loaded)",
+        "trainer.optimizers[0])",
+        "tests/test_integrations.py -k 'killed_and and lightning'",
+    ),
+    Fault(
+        "a resumed transformers run begins a new sparsifier",
+        "integrations/transformers.py",
+        "kwargs[\"optimizer\"].optimizer, state=saved",
+        "kwargs[\"optimizer\"].optimizer",
+        "tests/test_integrations.py -k 'killed_and and transformers'",
+    ),
+    Fault(
+        "accelerate does not save the sparsifier",
+        "integrations/accelerate.py",
+        "    accelerator.register_for_checkpointing(sparsifier)\n",
+        "",
+        "tests/test_integrations.py -k 'killed_and and accelerate'",
+    ),
+    Fault(
+        "a schedule of another length than the training is accepted",
+        "integrations/shared.py",
+        "total is not None and schedule.total != total",
+        "False",
+        "tests/test_integrations.py -k 'another_length or refuses_settings'",
+    ),
+    Fault(
+        "the pair is that of the best model, which was loaded after training",
+        "integrations/transformers.py",
+        "ended = state.global_step >= state.max_steps or control.should_training_stop",
+        "ended = False",
+        "tests/test_integrations.py -k best_model",
+    ),
+    Fault(
+        "states of removed checkpoints stay",
+        "integrations/transformers.py",
+        "path.unlink(missing_ok=True)",
+        "pass",
+        "tests/test_integrations.py -k best_model",
+    ),
     # --- counts, supports -----------------------------------------------------------------------
     Fault("kept() keeps one weight too many", "support.py",
           "return numel - round(Fraction(", "return numel + 1 - round(Fraction(",

@@ -31,6 +31,7 @@ from acdc.index import (
     support_entry,
     support_of,
 )
+from acdc.methods.base import Method
 from acdc.pair import Pair
 from acdc.states import (
     Model,
@@ -221,6 +222,20 @@ Result: TypeAlias = Pair | SparseNetwork | DenseNetwork
 """What training leaves."""
 
 RESULTS: tuple[type[Result], ...] = (Pair, SparseNetwork, DenseNetwork)
+
+
+def leaves(method: Method[Any]) -> type[Result]:
+    """Return what a method leaves at the end of its schedule.
+
+    Args:
+        method: The method, with its schedule in steps.
+    """
+    schedule = method.resolved
+    ends_dense = method.ends_dense and schedule.phases[-1].kind == "dense"
+    if method.sparsity is None or ends_dense:
+        return DenseNetwork
+    twins = schedule.last("dense") is not None or method.training.is_network
+    return Pair if twins else SparseNetwork
 
 
 def kind_in(folder: str | os.PathLike[str]) -> type[Result]:

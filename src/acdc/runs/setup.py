@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from acdc import cost
 from acdc.errors import InputError, need
 from acdc.methods.base import Method
-from acdc.pair import Pair
-from acdc.result import DenseNetwork, Result, SparseNetwork, load
+from acdc.result import DenseNetwork, Result, leaves, load
 from acdc.runs.data import Data
 from acdc.runs.recipe import Recipe
 from acdc.runs.record import Event, Folder
@@ -93,20 +92,6 @@ class Setup:
     def on_device(self, x: Tensor) -> Tensor:
         """Return a batch of inputs on the device, in the memory layout of the recipe."""
         return _on_device(x, self.fabric, self.recipe)
-
-
-def leaves(method: Method[Any]) -> type[Result]:
-    """Return what a method leaves at the end of its schedule.
-
-    Args:
-        method: The method, with its schedule in steps.
-    """
-    schedule = method.resolved
-    ends_dense = method.ends_dense and schedule.phases[-1].kind == "dense"
-    if method.sparsity is None or ends_dense:
-        return DenseNetwork
-    twins = schedule.last("dense") is not None or method.training.is_network
-    return Pair if twins else SparseNetwork
 
 
 def make_fabric(recipe: Recipe, device: str, folder: Path) -> Fabric:
