@@ -51,14 +51,12 @@ class Sparsifier:
     Args:
         method: What to do, with its schedule resolved in steps.
         model: The network. Wrappers for data parallelism and ``torch.compile`` are seen through.
-        optimizer: Any optimizer that steps the pruned weights and keeps state per parameter, or a
-            list of several: one step is then one call of each. Wrappers of Accelerate, Lightning
-            Fabric and others are seen through.
+        optimizer: Any optimizer that steps the pruned weights, inside any wrapper, or a list of
+            several: one step is then one call of each.
         engine: An ``acdc.Engine`` of this model, which then computes sparse phases sparsely.
         automatic: Whether the support changes within ``optimizer.step()``. ``False``: call
             :meth:`advance` after every step, for example to evaluate the network before it changes.
-        state: What :meth:`state_dict` returned, to resume: model and optimizer may be loaded
-            before, because nothing is cut but what is pruned in this state.
+        state: What :meth:`state_dict` returned: resume there. Nothing is cut at first.
 
     Attributes:
         step: Executed optimizer steps.
@@ -66,8 +64,7 @@ class Sparsifier:
         dense_twin: The network at the end of the last dense phase, once that has passed.
 
     Raises:
-        InputError: The method holds a plan, nothing can be pruned, the model or the optimizer has a
-            sparsifier already, or the optimizer does not hold the weights that are pruned.
+        InputError: Method, model and optimizer do not fit, or one has a sparsifier already.
     """
 
     def __init__(
@@ -148,20 +145,17 @@ class Sparsifier:
 
     @property
     def dense_weights(self) -> dict[str, Tensor]:
-        """Copies of the dense weights behind the sparse ones by name, in a sparse phase of a method
-        that trains them (Top-KAST, DPF, SR-STE, STR); otherwise none. Loaded over the model's state
-        dict, they make the dense network.
-        """
+        """Copies of the dense weights behind a sparse view, by name; none for other methods."""
         return {name: dense.clone() for name, dense in self._store.dense.items()}
 
     # --- a step ---------------------------------------------------------------------------------
 
-    def _has_work_before_step(self) -> bool:
-        return self.method.observes or self._replaces_step or bool(self._store.dense)
-
     @property
     def _replaces_step(self) -> bool:
         return self._masking.dense_gradient and self.method.training.instead
+
+    def _has_work_before_step(self) -> bool:
+        return self.method.observes or self._replaces_step or bool(self._store.dense)
 
     @torch.no_grad()
     def _before_step(self) -> Before:
@@ -262,11 +256,10 @@ class Sparsifier:
 
         The dense twin is the network at the end of the last dense phase. A method that trains dense
         weights behind a sparse view (Top-KAST, DPF, SR-STE, STR) has its twin at every moment of a
-        sparse phase: the model with those weights. (Those of STR were trained with their soft
-        thresholds: evaluate them before you use them.)
+        sparse phase. (That of STR was trained with soft thresholds: evaluate it before use.)
 
         Args:
-            average: An average that :meth:`register_average` was given: return the averages' pair.
+            average: What :meth:`register_average` was given: return the pair of the averages.
             **facts: Anything JSON can hold, kept with the pair.
 
         Raises:
@@ -280,8 +273,7 @@ class Sparsifier:
     def register_average(self, average: nn.Module) -> None:
         """Let the dense twin have its average of the weights, for ``pair(average=...)``.
 
-        The average is captured with the dense twin, as it was last updated before that. So the
-        update that follows the last step of the dense phase is not in it.
+        It is captured with the dense twin, before the update that follows that step.
 
         Args:
             average: Such as ``torch.optim.swa_utils.AveragedModel``, or an EMA of timm.
