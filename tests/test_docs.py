@@ -134,3 +134,14 @@ def test_symmetric_codes_keep_every_zero_and_others_keep_every_value() -> None:
             assert row.codes < row.pruned
         else:
             assert row.codes == row.pruned
+
+
+def test_the_promises_name_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)(?: -k (\"[^\"]+\"|\w+))?`", text)
+    assert len(named) > 15
+    for file, words in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        tests = " ".join(re.findall(r"def (test_\w+)", source))
+        missing = [word for word in words.strip('"').split(" or ") if word not in tests]
+        assert not missing, f"{file} has no test with {missing} in its name"
