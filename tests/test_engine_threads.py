@@ -102,8 +102,11 @@ def test_a_graph_is_traced_while_other_threads_call_networks_and_draw_numbers(
     want = copy.deepcopy(other)(x)
 
     def elsewhere() -> str | None:
+        due = time.monotonic()
         while not stop.is_set():
-            torch.rand(1)
+            if time.monotonic() > due:  # not all the time: tracing is tried a few times only
+                torch.rand(1)
+                due = time.monotonic() + 0.2
             calls.append(1)
             if not torch.equal(other(x), want):
                 return "another network computed something else"

@@ -28,7 +28,7 @@ from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.locks import Lock
 from acdc.errors import InputError
 
-ATTEMPTS = 3  # to trace a module, if random numbers are drawn meanwhile
+ATTEMPTS = 8  # to trace a module, if random numbers are drawn meanwhile
 
 Kind = Literal["images", "tokens"]
 """How the layout holds a tensor: as ``[N, C, H, W]`` or as ``[..., features]``."""
