@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import acdc
-from acdc.engine import graph, memory
+from acdc.engine import graph, memory, segment
 from support.engine_nets import cut, support_of
 from support.helpers import SCHEDULE
 from support.threads import Threads, convolutions, perceptron, trial
@@ -287,3 +287,23 @@ def test_nothing_is_logged_by_all_this(caplog: pytest.LogCaptureFixture) -> None
     caplog.set_level(logging.WARNING, "acdc")
     assert trial(1, calls=5, changes=True) is None
     assert not [record for record in caplog.records if record.name.startswith("acdc")]
+
+
+def test_a_backward_pass_on_another_number_of_threads_is_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The buffers of a frame are sized for the threads of its forward pass."""
+    model, plain, _ = on_engine(convolutions)
+    x = batch(17)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        out, want = model(x).square().sum(), plain(x).square().sum()
+        torch.set_num_threads(2)
+        monkeypatch.setattr(segment, "compute_backward", lambda *_: pytest.fail("on the kernels"))
+        out.backward()
+        want.backward()
+    finally:
+        torch.set_num_threads(before)
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)

@@ -280,12 +280,14 @@ class Lease:
     Attributes:
         reads_inputs: Whether the tensors that autograd saved for ``hold`` are read with their
             values. Otherwise they are placeholders, which cost nothing.
+        threads: The number of threads that the buffers are sized for.
 
     """
 
     def __init__(self, arena: Arena, frame: Frame, free: list[Arena]) -> None:
         self.frame, self.tape = frame, arena.tape
         self.kept, self.workspace = arena.kept, arena.workspace
+        self.threads = arena.threads
         self.reads_inputs = False
         self._finalizer = weakref.finalize(self, free.append, arena)
         self._finalizer.atexit = False

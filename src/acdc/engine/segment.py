@@ -218,7 +218,7 @@ class SegmentFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Run the backward pass."""
         lease: Lease = ctx.lease
-        lease.reads_inputs = torch.is_grad_enabled() or why_plain(grads) is not None
+        lease.reads_inputs = torch.is_grad_enabled() or _needs_pytorch(lease, grads)
         saved = ctx.saved_tensors
         if lease.reads_inputs:
             return (None, None, *plain_backward(ctx, saved[: len(ctx.like)], grads))
@@ -233,6 +233,15 @@ class SegmentFunction(torch.autograd.Function):
         if not keep:
             lease.end()
         return (None, None, *inputs, *(results.get(id(p)) for p in ctx.params))
+
+
+def _needs_pytorch(lease: Lease, grads: Sequence[Tensor]) -> bool:
+    """Return whether the kernels cannot run the backward pass of a frame.
+
+    Another thread may call the backward pass, with another number of threads than the forward pass
+    had: the memory for partial sums and for transient buffers would be too small.
+    """
+    return why_plain(grads) is not None or torch.get_num_threads() != lease.threads
 
 
 def plain_backward(
