@@ -7,6 +7,7 @@ that the kernels computed.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 import weakref
 from collections.abc import Callable
@@ -274,9 +275,20 @@ USES = (
 )  # fmt: skip
 
 
+# Training or evaluation, and whether the network was called in this mode before.
+MOMENTS = [
+    pytest.param(False, False, id="eval, first call"),
+    pytest.param(True, True, id="train, later call"),
+]
+if os.environ.get("ACDC_FULL"):
+    MOMENTS += [
+        pytest.param(True, False, id="train, first call"),
+        pytest.param(False, True, id="eval, later call"),
+    ]
+
+
 # In training mode every input counts as large, so that autograd reads it from the frame.
-@pytest.mark.parametrize("known", [False, True], ids=["first call", "later call"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("training", "known"), MOMENTS)
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_as_in_plain_pytorch(
     use: Callable[[nn.Module, Tensor], Any],

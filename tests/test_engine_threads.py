@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def batch(samples: int, seed: int = 0) -> Tensor:
 # --- threads --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_any_number_of_threads_computes_as_pytorch(seed: int) -> None:
     """``make soak`` tries thousands of seeds. Every other one changes the network's phases, too."""
     assert trial(seed, calls=10) is None
@@ -120,8 +121,12 @@ def test_a_graph_is_traced_while_other_threads_call_networks_and_draw_numbers(
             stop.set()
         return None
 
-    before = nn.Module.__call__
-    assert Threads().run(elsewhere, trace, trace) is None
+    before, interval = nn.Module.__call__, sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # otherwise a trace is mostly over before another thread has a turn
+    try:
+        assert Threads().run(elsewhere, trace, trace) is None
+    finally:
+        sys.setswitchinterval(interval)
     assert len(calls) > 20
     assert nn.Module.__call__ is before
     torch.testing.assert_close(model(batch(3)), plain(batch(3)))
@@ -185,7 +190,7 @@ def test_copies_and_pickles_are_made_while_other_threads_compute() -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def child(function: Callable[[], object], patience: float = 30.0) -> int | None:
+def child(function: Callable[[], object], patience: float = 15.0) -> int | None:
     """Run a function in a forked process; return its exit code, or None if it did not end."""
     number = os.fork()
     if not number:
@@ -253,7 +258,8 @@ def test_forks_while_other_threads_compute_never_wait_forever() -> None:
     for worker in workers:
         worker.start()
     try:
-        assert [child(work) for _ in range(10)] == [0] * 10
+        for _ in range(10):
+            assert child(work) == 0
     finally:
         stop.set()
     for worker in workers:

@@ -26,7 +26,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[End]]:
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this build of torch has no gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "support.ranks", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     result: dict[str, list[End]] = json.loads(done.stdout)

@@ -107,6 +107,7 @@ def ends(children: list[int]) -> list[int | None]:
 def main() -> None:
     """Let everything happen, one after the other."""
     torch.set_num_threads(1)
+    sgd(build(Net)).step()  # imports what every rank would have to import by itself
     found = {}
     for what, world in CASES.items():
         folder = Path(sys.argv[1], what)
