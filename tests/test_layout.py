@@ -39,7 +39,7 @@ ROWS: list[set[str]] = [
     {"layers", "support", "schedule", "score"},
     {"kinds"},
     {"random", "shape", "outfile", "schema"},
-    {"files"},
+    {"files", "processor"},
     {"errors"},
 ]
 RANK = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

@@ -19,9 +19,11 @@ import importlib
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -118,9 +120,11 @@ def _tries(
     """Yield seed and reason of each try of one process, and of the try in which it died."""
     command = [sys.executable, __file__, "--worker", name, "--seed", str(first)]
     command += ["--seconds", str(seconds)] + ([] if tries is None else ["--tries", str(tries)])
+    folder = tempfile.mkdtemp(prefix="acdc-soak-")  # a process that is killed leaves its files
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"TMPDIR": folder},
+    )  # fmt: skip
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     errors: list[str] = []
     assert process.stdout is not None
@@ -154,6 +158,7 @@ def _tries(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _forward(lines: Any, put: Callable[[Any], object]) -> None:

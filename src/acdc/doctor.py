@@ -22,6 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from acdc.processor import processor_name
+
 NEEDED = ("torch", "numpy", "safetensors")
 OPTIONAL = (
     "lightning", "scikit-learn", "matplotlib", "jinja2", "rich", "tensorboard", "torchvision",
@@ -244,21 +246,11 @@ def _short(path: str) -> str:
 
 def _machine(problems: list[str]) -> Facts:
     return {
-        "cpu": _or_reason(_cpu),
+        "cpu": _or_reason(processor_name),
         "caches": _or_reason(_caches),
         "memory": _or_reason(_memory),
         "memory of the container": _or_reason(_memory_limit),
     }
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _caches() -> list[str] | None:

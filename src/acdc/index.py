@@ -34,7 +34,10 @@ VERSION = 1
 _ZEROS = "0" * 64
 
 
-OTHERS = (MemoryError, RuntimeError, TypeError, ValueError)  # RecursionError is one of them
+# What reading a file with the wrong content may raise. RecursionError is a RuntimeError.
+WRONG_CONTENT = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class Refused(InputError):
@@ -205,7 +208,7 @@ class Index:
             yield
         except Refused:
             raise
-        except (ArithmeticError, AttributeError, LookupError, *OTHERS) as error:
+        except WRONG_CONTENT as error:
             # The hashes agree, so no accident did this: another program wrote the files.
             raise InputError(
                 f"The files of the {self.noun} in {folder} are whole, but they do not fit together "

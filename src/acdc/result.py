@@ -24,6 +24,7 @@ from acdc.errors import InputError
 from acdc.index import (
     DENSE_NETWORK,
     SPARSE_NETWORK,
+    WRONG_CONTENT,
     Index,
     Refused,
     Twin,
@@ -292,14 +293,7 @@ def read_sparse(path: str | os.PathLike[str]) -> SparseNetwork:
         check_sum(data)
         state, masks = decode(data)
         return SparseNetwork(state, Support(masks))
-    except (
-        ArithmeticError,
-        LookupError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except WRONG_CONTENT as error:
         raise Refused(
             f"{path} is no sparse network as it was saved ({error}). It was truncated or altered, "
             f"or is of another program or an older version. Take a fresh copy of the file, or load "

@@ -24,12 +24,13 @@ from acdc.hooks.attach import check_can_attach, checked, to_train
 from acdc.hooks.binding import Binding
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
-from acdc.hooks.optimizers import Given, Optimizers, params_of
+from acdc.hooks.optimizers import OneOrSeveral, Optimizers, params_of
+from acdc.hooks.pairing import paired, paired_averages
 from acdc.hooks.reset import StateReset
 from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpacked
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
-from acdc.hooks.twin import DenseTwin, on_cpu, paired, paired_averages
+from acdc.hooks.twin import DenseTwin, on_cpu
 from acdc.methods.base import Method
 from acdc.methods.training import Masked
 from acdc.methods.weights import Weights
@@ -71,7 +72,7 @@ class Sparsifier:
         self,
         method: Method[Any],
         model: nn.Module,
-        optimizer: Given,
+        optimizer: OneOrSeveral,
         *,
         engine: Engine | None = None,
         automatic: bool = True,

@@ -153,8 +153,8 @@ def load_into(model: Model, state: Mapping[str, Tensor], noun: str) -> Model:
     Raises:
         InputError: The model has other names, shapes or dtypes. It is left as it was.
     """
-    extra = {name: value for name, value in model.state_dict().items() if is_extra(name, value)}
-    mine = {name: value for name, value in model.state_dict().items() if name not in extra}
+    mine = model.state_dict()
+    extra = {name: mine.pop(name) for name in list(mine) if is_extra(name, mine[name])}
     if found := differences(state, f"the {noun}", mine, "the model"):
         raise InputError(
             f"The {noun} is of another model: {found}. Build the model as in the run (not "

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from acdc.errors import InputError
 from acdc.hooks.optimizers import Optimizers
 from acdc.layers import misnamed, unwrapped
-from acdc.methods.base import Method
+from acdc.methods.base import Method, check_method
 from acdc.methods.training import Behind
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
@@ -27,11 +27,7 @@ def checked(method: Method[Any]) -> Method[Any]:
     Raises:
         InputError: It is something else, or holds a plan.
     """
-    if not isinstance(method, Method):
-        raise InputError(
-            f"Sparsifier(method, model, optimizer) takes a method first, such as "
-            f"acdc.ACDC(...), and what was given is a {type(method).__name__}."
-        )
+    check_method(method, "Sparsifier(method, model, optimizer)")
     method.resolved  # noqa: B018  # a plan is refused before anything is touched
     return method
 
@@ -45,8 +41,8 @@ def to_train(model: nn.Module, engine: Engine | None) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"Sparsifier(method, model, optimizer) takes a torch.nn.Module second, and what was "
-            f"given is a {type(model).__name__}."
+            f"Sparsifier(method, model, optimizer) takes a torch.nn.Module as its second argument, "
+            f"and was given a {type(model).__name__}."
         )
     inner = unwrapped(model)
     for each in (model, inner):

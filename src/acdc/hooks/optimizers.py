@@ -17,7 +17,7 @@ from acdc.errors import InputError
 
 INNER = ("optimizer", "base_optimizer", "_base_optimizer", "_optimizer", "optim")
 
-Given = Optimizer | Iterable[Optimizer]
+OneOrSeveral = Optimizer | Iterable[Optimizer]
 
 
 class Part:
@@ -68,7 +68,7 @@ class Optimizers:
         InputError: Something is no optimizer, or an optimizer cannot be followed.
     """
 
-    def __init__(self, given: Given) -> None:
+    def __init__(self, given: OneOrSeveral) -> None:
         several = list(given) if isinstance(given, list | tuple) else [given]
         if not several:
             raise InputError(
@@ -194,7 +194,7 @@ def _name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-def as_optimizers(given: Given | Optimizers) -> Optimizers:
+def as_optimizers(given: OneOrSeveral | Optimizers) -> Optimizers:
     """Return one or several optimizers as one."""
     return given if isinstance(given, Optimizers) else Optimizers(given)
 

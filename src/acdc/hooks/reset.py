@@ -186,10 +186,10 @@ class StateReset:
     # --- steps that only make state -------------------------------------------------------------
 
     def made_state(self) -> None:
-        """Let state count for nothing that a step with rates of zero has made after a reset.
+        """Make state fresh again that a step with a learning rate of zero has made after a reset.
 
-        ``torch.distributed.checkpoint`` takes such a step before it saves. What it saves is as
-        fresh as values can be, and the next step begins without state.
+        Before it saves, ``torch.distributed.checkpoint`` takes such a step to make state. The
+        checkpoint then holds fresh values, and the next real step begins without state.
         """
         if not self._is_cleared:
             return

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from acdc.hooks.binding import Binding
-from acdc.hooks.optimizers import Given, Optimizers, as_optimizers, clear_grads, params_of
+from acdc.hooks.optimizers import OneOrSeveral, Optimizers, as_optimizers, clear_grads, params_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class StepHooks:
         binding: Checked after every step. Claimed by ``call_after``, and released by ``remove``.
     """
 
-    def __init__(self, optimizers: Given | Optimizers, binding: Binding | None = None) -> None:
+    def __init__(
+        self, optimizers: OneOrSeveral | Optimizers, binding: Binding | None = None
+    ) -> None:
         self._optimizers, self._binding = tuple(as_optimizers(optimizers)), binding
         self._needed: Callable[[], bool] = lambda: False
         self._before: Callable[[], Before] | None = None

@@ -1,5 +1,5 @@
 """Sparsifiers for trainers that own the loop: Lightning, transformers and accelerate.
 
-One module a trainer, each imported by the users of that trainer alone. What they share is in
-:mod:`acdc.integrations.shared`.
+Each trainer has a module of its own, so that a user of one trainer needs none of the others. The
+modules share :mod:`acdc.integrations.shared`.
 """

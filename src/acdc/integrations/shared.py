@@ -10,7 +10,7 @@ from typing import Any
 
 from acdc.errors import InputError
 from acdc.hooks.twin import on_cpu
-from acdc.methods.base import Method
+from acdc.methods.base import Method, check_method
 from acdc.pair import Pair
 from acdc.result import RESULTS, DenseNetwork, Result, SparseNetwork, leaves
 from acdc.schedule import Schedule
@@ -57,11 +57,7 @@ def resolved(
     Raises:
         InputError: The plan cannot be resolved, or is not as long as the run.
     """
-    if not isinstance(method, Method):
-        raise InputError(
-            f"The callback takes a method first, such as acdc.ACDC(...), and what was given is a "
-            f"{type(method).__name__}."
-        )
+    check_method(method, "The callback")
     plan = method.schedule
     if not isinstance(plan, Schedule):
         if steps_per_epoch is None:

@@ -186,6 +186,20 @@ def check_reset(reset: object) -> None:
         )
 
 
+def check_method(method: object, taker: str) -> None:
+    """Raise InputError unless ``method`` is a method.
+
+    Args:
+        method: What was given.
+        taker: What takes it as its first argument, for the message.
+    """
+    if not isinstance(method, Method):
+        raise InputError(
+            f"{taker} takes a method as its first argument, such as acdc.ACDC(...), and was given "
+            f"a {type(method).__name__}."
+        )
+
+
 def check_schedule(method: str, schedule: object) -> None:
     """Raise InputError unless ``schedule`` is a plan or a schedule."""
     if not isinstance(schedule, Plan | Schedule):

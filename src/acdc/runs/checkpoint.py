@@ -24,7 +24,7 @@ from acdc.runs.recipe import Recipe, complete, encode
 from acdc.runs.record import Folder
 from acdc.runs.sealed import Damaged
 from acdc.runs.setup import Setup
-from acdc.runs.shapes import Misfit
+from acdc.schema import Misfit
 from acdc.support import Support
 
 FORMAT = 2  # of checkpoints; those of format 1 have no hash, and no pair

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from acdc.runs.setup import Setup
-from acdc.runs.shapes import AMOUNT, COUNT, SECONDS, SHARE, Each, Maybe, Misfit, Number, check
+from acdc.runs.shapes import CHOICE
+from acdc.schema import COUNT, SECONDS, SHARE, Each, Maybe, Misfit, Number, check
 from acdc.states import differences, is_extra
 
 _TENSORS = Each(str, Tensor)
@@ -23,13 +24,6 @@ _CHANGE = {
     "regrown": Maybe(COUNT),
     "counts": Maybe(Each(str, COUNT)),
 }
-_CHOICE = {
-    "sparse": bool,
-    "density": SHARE,
-    "dense_ms": Maybe(AMOUNT),
-    "sparse_ms": Maybe(AMOUNT),
-    "convert_ms": Maybe(AMOUNT),
-}
 _SPARSIFIER = {
     "step": COUNT,
     "support": _TENSORS,
@@ -38,7 +32,7 @@ _SPARSIFIER = {
     "last_sparse": Maybe(_TENSORS),
     "changes": [_CHANGE],
     "dense_twin": Maybe({"step": COUNT, "model": _STATE, "optimizer": _OPTIMIZER}),
-    "engine": Maybe({"choices": Each(str, _CHOICE)}),
+    "engine": Maybe({"choices": Each(str, CHOICE)}),
 }
 _CHECKPOINT = {
     "recipe": dict,

@@ -26,36 +26,20 @@ from acdc.schema import (
     check,
 )
 
-__all__ = [
-    "AMOUNT",
-    "COUNT",
-    "SECONDS",
-    "SHARE",
-    "Each",
-    "Maybe",
-    "Misfit",
-    "Number",
-    "check",
-    "check_compared",
-    "check_event",
-    "check_recipe",
-    "check_record",
-]
-
 # --- events -------------------------------------------------------------------------------------
 
 _KIND = ("dense", "sparse")
 _TWIN = {"twin?": ("dense",)}
 _TIMES = {"seconds?": SECONDS, "cpu_seconds?": SECONDS}
 _PHASE = {"kind": _KIND, "start": COUNT, "stop": COUNT}
-_CHOICE = {
-    "name": str,
+CHOICE = {  # of the engine, for a layer
     "sparse": bool,
     "density": SHARE,
     "dense_ms": Maybe(AMOUNT),
     "sparse_ms": Maybe(AMOUNT),
     "convert_ms": Maybe(AMOUNT),
 }
+_NAMED_CHOICE = {"name": str, **CHOICE}
 _ENGINE = {"kind?": str, "reason?": Maybe(str)}
 _LAYER = {
     "name": str,
@@ -86,7 +70,7 @@ EVENTS: dict[str, Shape] = {
         "regrown?": Maybe(COUNT),
         "counts?": Maybe(Each(str, COUNT)),
     },
-    "engine": {"choices?": [_CHOICE], "refused?": Each(str, str), **_ENGINE, **_TIMES},
+    "engine": {"choices?": [_NAMED_CHOICE], "refused?": Each(str, str), **_ENGINE, **_TIMES},
     "ledger": _LEDGER,
 }
 
@@ -143,7 +127,7 @@ _DETAILS = {
     "ledger?": Maybe(_LEDGER),
     "layers?": [_DONE],
     "refused?": Maybe(Each(str, str)),
-    "engine?": {**_ENGINE, "choices?": [_CHOICE], "refused?": Each(str, str)},
+    "engine?": {**_ENGINE, "choices?": [_NAMED_CHOICE], "refused?": Each(str, str)},
     "time?": Maybe(_TIME),
     "devices?": Maybe(POSITIVE),
 }

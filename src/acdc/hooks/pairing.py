@@ -1,0 +1,85 @@
+"""The pair of a network that is being trained, and the pair of its averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from acdc.errors import InputError
+from acdc.hooks.twin import DenseTwin, averaged, on_cpu
+from acdc.methods.base import Method
+from acdc.pair import Pair
+from acdc.support import Support
+
+
+def paired(
+    method: Method[Any],
+    step: int,
+    support: Support,
+    model: nn.Module,
+    twin: DenseTwin | None,
+    behind: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> Pair:
+    """Return the pair of a network as it is now.
+
+    Args:
+        method: The method that trained it.
+        step: Executed steps.
+        support: The support now.
+        model: The network.
+        twin: The network at the end of the last dense phase, if that has passed.
+        behind: The dense weights behind a sparse view, if there are some.
+        facts: What is kept with the pair.
+
+    Raises:
+        InputError: The network is dense now, or there is no dense network.
+    """
+    schedule = method.resolved
+    if schedule.phase_at(step).kind == "dense" or (twin is None and not behind):
+        last = schedule.last("dense")
+        raise InputError(
+            f"There is no pair yet: after {step} of {schedule.total} steps the network is "
+            f"{schedule.phase_at(step).kind}. The dense twin is the end of the last dense phase"
+            + (f", at step {last.stop}" if last else ", and this schedule has none")
+            + "; the sparse one is the end of the run. A sparse network alone is saved by "
+            "acdc.SparseNetwork(model.state_dict(), sparsifier.support).save(folder)."
+        )
+    sparse = on_cpu(model.state_dict())
+    if twin is None or (behind and method.training.is_network):
+        dense, dense_step = sparse | dict(behind), step
+    else:
+        dense, dense_step = dict(twin.model), twin.step
+    known = {"method": method.name, "step": step, "dense_step": dense_step}
+    known["schedule"] = schedule.to_dict()
+    return Pair(sparse, dense, support.to("cpu"), {**known, **facts})
+
+
+def paired_averages(pair: Pair, average: nn.Module, twin: DenseTwin | None) -> Pair:
+    """Return a pair of averages: that of the sparse network, and that of its dense twin.
+
+    Args:
+        pair: The pair of the weights themselves.
+        average: The average of the weights, now.
+        twin: The dense twin, with its average.
+
+    Raises:
+        InputError: The average of the dense twin was not captured, or is of another model.
+    """
+    if twin is None or twin.average is None:
+        raise InputError(
+            "The average of the dense twin was not captured. Call "
+            "sparsifier.register_average(average) before the end of the last dense phase; a "
+            "method without a dense phase has no such average."
+        )
+    sparse = on_cpu(averaged(average).state_dict())
+    for name, mask in pair.support.items():
+        if name not in sparse or sparse[name].shape != mask.shape:
+            raise InputError(
+                f"The average has no weight {name!r} of shape {tuple(mask.shape)}. Give an average "
+                f"of the model that the sparsifier is bound to."
+            )
+        sparse[name].masked_fill_(~mask, 0.0)  # an average still holds weights of before the cut
+    return Pair(sparse, twin.average, pair.support, {**pair.facts, "average": True})
