@@ -1147,7 +1147,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "swapped": (
         lambda: Sparsifier(build(), ACDC(Unstructured(0.9), SCHEDULE), sgd(build())),  # type: ignore[arg-type]
-        r"Sparsifier\(method, model, optimizer\).*first.*is a Net",
+        r"Sparsifier\(method, model, optimizer\) takes a method as its first.*given a Net",
     ),
 }
 
