@@ -74,7 +74,7 @@ class Bench:
         self.sparsifier = acdc.Sparsifier(method, self.net, self.optimizer, engine=self.engine)
         self.kept_steps: KeptSteps
         (self.kept_steps,) = self.sparsifier._masking._kept_steps
-        self.written = self.engine.written
+        self.written = self.engine.kernel_gradients
         params, support = self.sparsifier.params, self.sparsifier.support
         self.masks = [(params[name], mask) for name, mask in support.items()]
         self.paying = sum(pays(param, int(mask.sum())) for param, mask in self.masks)
@@ -94,7 +94,7 @@ class Bench:
         kept = kind == "kept"
         self.kept_steps.start(self.masks if kept else [])
         # The segments still note gradients in the old object; the sparsifier asks this one.
-        self.engine.written = self.written if kept else NothingKnown()
+        self.engine.kernel_gradients = self.written if kept else NothingKnown()
         self.step()
         return [self.step() for _ in range(steps)]
 

@@ -282,6 +282,40 @@ void acdc_plan_refresh(acdc_plan* plan, const void* weight, int32_t input_grad, 
 const acdc_list* acdc_plan_forward(const acdc_plan* plan);
 const acdc_list* acdc_plan_input_grad(const acdc_plan* plan, int32_t* phases);
 
+/* ---- kept elements: between a tensor of dense size and the vector of its kept elements ----
+ *
+ * `index` [count] holds positions in the dense tensor, ascending. An element has 2, 4 or 8 bytes. */
+
+/* vector[i] = dense[index[i]] */
+void acdc_gather(const void* dense, const int32_t* index, int64_t count, void* vector, int32_t bytes, int32_t threads);
+
+/* dense[index[i]] = vector[i], and every other of the `size` elements of `dense` becomes zero. */
+void acdc_expand(const void* vector, const int32_t* index, int64_t count, void* dense, int64_t size, int32_t bytes,
+                 int32_t threads);
+
+/* One step of an optimizer on the kept elements. The other elements of the weight become zero. */
+typedef struct acdc_kept {
+    float* weight;
+    const float* grad; /* in the order of memory of the weight, as all of `size` elements */
+    const int32_t* index;
+    int64_t count, size;
+} acdc_kept;
+
+typedef struct acdc_sgd_args {
+    float* momentum_buffer; /* [count], or null: no momentum */
+    float lr, momentum, share, weight_decay, sign; /* share: 1 - dampening; sign: -1 maximizes */
+    int32_t nesterov;
+} acdc_sgd_args;
+
+typedef struct acdc_adam_args {
+    float *exp_avg, *exp_avg_sq; /* [count] */
+    float step_size, share1, beta2, share2, eps, root; /* root: of the bias correction of exp_avg_sq */
+    float weight_decay, shrink, sign;                  /* added to the gradient; a factor of the weight */
+} acdc_adam_args;
+
+void acdc_sgd(const acdc_kept* kept, const acdc_sgd_args* args, int32_t threads);
+void acdc_adam(const acdc_kept* kept, const acdc_adam_args* args, int32_t threads);
+
 #ifdef __cplusplus
 }
 #endif

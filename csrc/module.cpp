@@ -49,6 +49,13 @@ template <class T> void set_field(nb::class_<T>& cls, const char* name, const do
     set_pointer(cls, name, field);
 }
 template <class T> void set_field(nb::class_<T>& cls, const char* name, int64_t* T::*field) { set_pointer(cls, name, field); }
+template <class T> void set_field(nb::class_<T>& cls, const char* name, float* T::*field) { set_pointer(cls, name, field); }
+template <class T> void set_field(nb::class_<T>& cls, const char* name, const float* T::*field) {
+    set_pointer(cls, name, field);
+}
+template <class T> void set_field(nb::class_<T>& cls, const char* name, const int32_t* T::*field) {
+    set_pointer(cls, name, field);
+}
 template <class T, class V> void set_field(nb::class_<T>& cls, const char* name, V T::*field) { cls.def_rw(name, field); }
 
 struct Plan {
@@ -228,6 +235,43 @@ NB_MODULE(_kernels, m) {
 
     m.def("table_count", &acdc_table_count);
     m.def("advise_huge_pages", &advise_huge_pages);
+    m.def("gather", [](Address dense, Address index, int64_t count, Address vector, int bytes, int threads) {
+        nb::gil_scoped_release release;
+        acdc_gather(pointer(dense), pointer<int32_t>(index), count, pointer(vector), bytes, threads);
+    });
+    m.def("expand", [](Address vector, Address index, int64_t count, Address dense, int64_t size, int bytes,
+                       int threads) {
+        nb::gil_scoped_release release;
+        acdc_expand(pointer(vector), pointer<int32_t>(index), count, pointer(dense), size, bytes, threads);
+    });
+    {
+        using Struct = acdc_kept;
+        nb::class_<Struct> cls(m, "kept");
+        cls.def(nb::init<>());
+        FIELD(weight); FIELD(grad); FIELD(index); FIELD(count); FIELD(size);
+    }
+    {
+        using Struct = acdc_sgd_args;
+        nb::class_<Struct> cls(m, "sgd_args");
+        cls.def(nb::init<>());
+        FIELD(momentum_buffer); FIELD(lr); FIELD(momentum); FIELD(share); FIELD(weight_decay); FIELD(sign);
+        FIELD(nesterov);
+    }
+    {
+        using Struct = acdc_adam_args;
+        nb::class_<Struct> cls(m, "adam_args");
+        cls.def(nb::init<>());
+        FIELD(exp_avg); FIELD(exp_avg_sq); FIELD(step_size); FIELD(share1); FIELD(beta2); FIELD(share2); FIELD(eps);
+        FIELD(root); FIELD(weight_decay); FIELD(shrink); FIELD(sign);
+    }
+    m.def("sgd", [](const acdc_kept& kept, const acdc_sgd_args& args, int threads) {
+        nb::gil_scoped_release release;
+        acdc_sgd(&kept, &args, threads);
+    });
+    m.def("adam", [](const acdc_kept& kept, const acdc_adam_args& args, int threads) {
+        nb::gil_scoped_release release;
+        acdc_adam(&kept, &args, threads);
+    });
     m.def("isa", [](int index) { return std::string(acdc_table_at(index)->isa); });
     m.def("lanes", [](int index) { return acdc_table_at(index)->lanes; });
     m.def("supported", [](int index) { return acdc_table_at(index)->supported() != 0; });

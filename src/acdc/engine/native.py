@@ -7,7 +7,7 @@ number of threads its results are bitwise the same every time.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -85,6 +85,48 @@ def advise_huge_pages(memory: Tensor) -> None:
     """
     if _kernels is not None:
         _kernels.advise_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size())
+
+
+def gather(dense: Tensor, index: Tensor, vector: Tensor) -> None:
+    """Copy elements into a vector: ``vector[i] = dense[index[i]]``. See ``engine/kept.py``."""
+    _kernels.gather(
+        dense.data_ptr(),
+        index.data_ptr(),
+        index.numel(),
+        vector.data_ptr(),
+        dense.element_size(),
+        torch.get_num_threads(),
+    )
+
+
+def expand(vector: Tensor, index: Tensor, dense: Tensor) -> None:
+    """Copy a vector into elements, and zeros beside them. See ``engine/kept.py``."""
+    _kernels.expand(
+        vector.data_ptr(),
+        index.data_ptr(),
+        index.numel(),
+        dense.data_ptr(),
+        dense.numel(),
+        dense.element_size(),
+        torch.get_num_threads(),
+    )
+
+
+def optimizer_step(kernel: str, kept: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Call ``acdc_sgd`` or ``acdc_adam`` of ``csrc/kept.cpp``.
+
+    Args:
+        kernel: ``"sgd"`` or ``"adam"``.
+        kept, options: The fields of ``acdc_kept``, and of the struct of the kernel. A tensor stands
+            for its address.
+    """
+    structs = []
+    for name, fields in (("kept", kept), (f"{kernel}_args", options)):
+        struct = getattr(_kernels, name)()
+        for field, value in fields.items():
+            setattr(struct, field, value.data_ptr() if isinstance(value, Tensor) else value)
+        structs.append(struct)
+    getattr(_kernels, kernel)(*structs, torch.get_num_threads())
 
 
 class NativePlan(KernelPlan):

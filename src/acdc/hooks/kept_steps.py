@@ -3,8 +3,7 @@
 A step of dense size reads and writes every pruned weight, its gradient and its moments, to leave
 zeros behind. Beside a layer that computes sparsely this is no trifle: for a linear layer 768-3072
 at 95 % and 512 tokens it is as long as forward and backward together. ``KeptSteps`` lets a twin of
-the optimizer step vectors of the kept elements instead. ``Written`` tells which gradients are zero
-outside the support already.
+the optimizer step vectors of the kept elements instead.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from acdc.engine.gradients import LARGE
+from acdc.hooks.kept_rules import stepped
+from acdc.hooks.kept_weight import KeptState, KeptWeight, can_be_kept
+from acdc.hooks.optimizers import clear_grads
 from acdc.hooks.steps import closed
 
 # Every element for itself, all state zero at the start: what is done to a vector of some elements
@@ -46,18 +48,21 @@ def pays(param: Tensor, kept: int) -> bool:
 class KeptSteps:
     """Steps only the kept elements of large weights, with the numbers of a masked dense step.
 
-    Just before the optimizer's own step, a twin of it with the same options steps vectors of the
-    kept elements, and the weight is written anew: zeros, and the vector. The optimizer itself finds
-    no gradient there and passes these weights over; the gradient is back before anybody looks.
-    Weights and state have their dense shape and present values whenever user code runs.
+    Just before the optimizer's own step, the kept elements are stepped: by ``kept_rules`` where
+    that has a rule, and else as vectors by a twin of the optimizer with the same options. The
+    weight is written anew: zeros, and the kept elements. The optimizer itself finds no gradient
+    there and passes these weights over; the gradient is back before anybody looks. Weights have
+    their present values whenever user code runs. So has the state, which is stored for the kept
+    elements alone and gets its dense shape when somebody reads it (``KeptState``).
 
     State outside the support becomes zero at the first step, where masked dense keeps moments that
     fade. Neither moves a weight that stays zero; a weight that comes back must find its state
     cleared, so ``start`` is for a method with ``reset`` "all" or "entered", never "none".
 
     Steps stay dense where one of these does not hold: the optimizer's type is exactly one of
-    ``ELEMENTWISE``, without ``fused``, ``capturable`` and ``differentiable``; no hook before the
-    step comes after this one, which would miss the gradients; the weight is on a CPU, and ``pays``.
+    ``ELEMENTWISE``, without ``capturable`` and ``differentiable``; no GradScaler leaves it to the
+    step to unscale gradients; no hook before the step comes after this one, which would miss the
+    gradients; the weight is on a CPU without gaps in its memory, and ``pays``.
 
     Args:
         optimizer: The user's; it gets a hook before and a hook after its step.
@@ -67,12 +72,14 @@ class KeptSteps:
 
     def __init__(self, optimizer: Optimizer, worth: Callable[[Tensor, int], bool] = pays) -> None:
         self.optimizer, self._worth = optimizer, worth
-        self._weights: dict[int, _Weight] = {}
+        self._weights: dict[int, KeptWeight] = {}
         self._twin: Optimizer | None = None
-        self._groups: list[int] = []  # of the twin's groups among the optimizer's
+        # The number of an optimizer's group, and the weights of it that are in the twin's group.
+        self._groups: list[tuple[int, list[KeptWeight]]] = []
         self._grads: list[tuple[Tensor, Tensor]] = []  # that the optimizer shall not find
         self._before_hook = optimizer.register_step_pre_hook(self._before)
         self._after_hook = optimizer.register_step_post_hook(self._after)
+        self._saved_hook = optimizer.register_state_dict_pre_hook(lambda _: self._make_plain())
         # First of all, so that no other hook misses the gradients.
         _ordered(optimizer._optimizer_step_post_hooks).move_to_end(self._after_hook.id, last=False)
 
@@ -90,21 +97,21 @@ class KeptSteps:
         for param, mask in masks:
             if id(param) not in held:
                 continue  # another optimizer steps it
-            if param.device.type == "cpu" and self._worth(param, int(mask.sum())):
-                weight = _Weight(param, mask)
-                if weight.flat(param) is not None:
-                    self._weights[id(param)] = weight
-        groups = []
+            if param.device.type != "cpu" or not can_be_kept(param):
+                continue
+            if self._worth(param, int(mask.sum())):
+                self._weights[id(param)] = KeptWeight(param, mask)
         for number, group in enumerate(self.optimizer.param_groups):
             mine = [self._weights[id(p)] for p in group["params"] if id(p) in self._weights]
             if mine:
-                self._groups.append(number)
-                groups.append({"params": [weight.vector for weight in mine]})
-        if groups:
+                self._groups.append((number, mine))
+        if self._groups:
+            groups = [{"params": [weight.vector for weight in mine]} for _, mine in self._groups]
             self._twin = type(self.optimizer)(groups, lr=0.0)  # type: ignore[call-arg]
 
     def stop(self) -> None:
         """Leave all steps to the optimizer from here on."""
+        self._make_plain()
         self._weights, self._twin, self._groups = {}, None, []
 
     def remove(self) -> None:
@@ -112,6 +119,7 @@ class KeptSteps:
         self.stop()
         self._before_hook.remove()
         self._after_hook.remove()
+        self._saved_hook.remove()
 
     def left_zeros(self, param: Tensor) -> bool:
         """Return whether a weight was not written since a step here set it to zero outside its
@@ -133,26 +141,49 @@ class KeptSteps:
         return args, kwargs
 
     def _step(self, twin: Optimizer) -> None:
-        state = self.optimizer.state
-        for number, group in zip(self._groups, twin.param_groups, strict=True):
+        ready, left = [], []
+        for (number, weights), group in zip(self._groups, twin.param_groups, strict=True):
             options = self.optimizer.param_groups[number].items()
             group.update({k: v for k, v in options if k not in ("params", "param_names")})
-        stepped = [weight for weight in self._weights.values() if weight.is_ready]
-        for weight in self._weights.values():
-            weight.empty()
-        for weight in stepped:
-            twin.state[weight.vector] = weight.gather(state.get(weight.param, {}))
+            for weight in weights:
+                if weight.is_ready:
+                    ready.append(weight.param)
+                    if not self._step_at_once(weight, group):
+                        left.append(weight)
+        self._step_by_twin(twin, left)
+        # The optimizer shall not find them: it passes over weights without a gradient.
+        self._grads = clear_grads(ready)
+
+    def _step_at_once(self, weight: KeptWeight, options: Mapping[str, Any]) -> bool:
+        """Step a weight in one pass over memory, and return whether that could be done."""
+        state = self._state_of(weight).of_kept()
+        done = stepped(type(self.optimizer), weight, state, options)
+        if done and state:
+            self.optimizer.state[weight.param] = KeptState(weight, state)
+        return done
+
+    def _step_by_twin(self, twin: Optimizer, weights: list[KeptWeight]) -> None:
+        """Step weights as vectors of their kept elements, by an optimizer of the same kind."""
+        for weight in weights:
+            weight.read()
+            twin.state[weight.vector] = self._state_of(weight).of_kept()
         # Not twin.step(): hooks that somebody registered for all optimizers count this step once.
         type(twin).step.__wrapped__(twin)  # type: ignore[attr-defined]
-        self._grads = []
-        for weight in stepped:
-            if made := twin.state[weight.vector]:
-                state[weight.param].update(weight.dense_state(made))
-            weight.scatter()
-            weight.empty()
-            assert weight.param.grad is not None
-            self._grads.append((weight.param, weight.param.grad))
-            weight.param.grad = None
+        for weight in weights:
+            if made := twin.state.pop(weight.vector):
+                self.optimizer.state[weight.param] = KeptState(weight, made)
+            weight.write()
+
+    def _state_of(self, weight: KeptWeight) -> KeptState:
+        state = self.optimizer.state.get(weight.param, {})
+        return state if isinstance(state, KeptState) else KeptState(weight, state)
+
+    def _make_plain(self) -> None:
+        """Give every weight a state that is a plain dictionary of dense tensors."""
+        state = self.optimizer.state
+        for weight in self._weights.values():
+            if isinstance(state.get(weight.param), KeptState):
+                state[weight.param] = dict(state[weight.param])
 
     def _after(self, *_: Any) -> None:
         for param, grad in self._grads:
@@ -170,99 +201,10 @@ class KeptSteps:
     @property
     def _is_special(self) -> bool:
         """Whether the step is not plain arithmetic on tensors."""
-        options = ("fused", "capturable", "differentiable")
+        if any(getattr(self.optimizer, of, None) is not None for of in ("grad_scale", "found_inf")):
+            return True
+        options = ("capturable", "differentiable")
         return any(group.get(o) for group in self.optimizer.param_groups for o in options)
-
-
-class _Weight:
-    """A weight, and the vector of its kept elements in the order of memory."""
-
-    def __init__(self, param: nn.Parameter, mask: Tensor) -> None:
-        self.param, self._stride = param, param.stride()
-        self._order = sorted(range(param.dim()), key=lambda d: -self._stride[d])
-        positions = mask.permute(self._order).reshape(-1).nonzero()[:, 0]
-        # Half the memory, where that will do.
-        self._index = positions.int() if param.numel() < 2**31 else positions
-        self.vector = nn.Parameter(param.detach().new_empty(0))  # filled for a step
-        self.version: int | None = None  # of the weight, when it was last written
-        self._copies: dict[str, _Copy] = {}
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the weight has a gradient, and is what it was."""
-        param, grad = self.param, self.param.grad
-        return (
-            grad is not None
-            and grad.layout == torch.strided
-            and (param.stride(), param.dtype) == (self._stride, self.vector.dtype)
-        )
-
-    def flat(self, tensor: Tensor) -> Tensor | None:
-        """Return all elements of a tensor in the order of the weight's, without a copy if there
-        can be one.
-        """
-        flat = tensor.detach().permute(self._order)
-        return flat.view(-1) if flat.is_contiguous() else None
-
-    def gather(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Fill the vector and its gradient, and return the state of the kept elements."""
-        assert self.param.grad is not None
-        self.vector.data = self._kept(self.param)
-        self.vector.grad = self._kept(self.param.grad)
-        return {key: self._kept_state(key, value) for key, value in state.items()}
-
-    def scatter(self) -> None:
-        """Write the vector into the weight, and zeros beside it."""
-        # Not a fill of the rest: this is one sweep without a mask, and as exact.
-        self.param.zero_()
-        self._write(self.param, self.vector)
-        self.version = self.param._version
-
-    def empty(self) -> None:
-        """Free the vector and its gradient."""
-        self.vector.data, self.vector.grad = self.vector.new_empty(0), None
-
-    def dense_state(self, made: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state in its dense shape; what is not of the weight's shape is shared."""
-        return {key: self._dense(key, value) for key, value in made.items()}
-
-    def _kept(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().permute(self._order).reshape(-1).index_select(0, self._index)
-
-    def _write(self, tensor: Tensor, vector: Tensor) -> None:
-        flat = self.flat(tensor)
-        assert flat is not None
-        flat.index_copy_(0, self._index.long(), vector.detach())
-
-    def _kept_state(self, key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != self.param.shape:
-            return value
-        copy = self._copies.get(key)
-        if copy is None or not copy.is_of(value):  # somebody loaded or cleared it
-            self._copies.pop(key, None)
-            return self._kept(value)
-        return copy.vector
-
-    def _dense(self, key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape != self._index.shape:
-            return value
-        if key not in self._copies:
-            self._copies[key] = _Copy(torch.zeros_like(self.param, dtype=value.dtype))
-        copy = self._copies[key]
-        self._write(copy.dense, value)
-        copy.vector, copy.version = value, copy.dense._version
-        return copy.dense
-
-
-class _Copy:
-    """A state tensor, with the vector of its kept elements."""
-
-    def __init__(self, dense: Tensor) -> None:
-        self.dense, self.vector, self.version = dense, dense, -1
-
-    def is_of(self, value: Tensor) -> bool:
-        """Return whether ``value`` is this tensor, and unchanged."""
-        return value is self.dense and value._version == self.version
 
 
 def _ordered(hooks: dict[int, Any]) -> OrderedDict[int, Any]:
