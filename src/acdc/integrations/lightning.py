@@ -86,7 +86,9 @@ class SparsifierCallback(Callback):
                 f"new optimizer and the schedule would not fit together. Call fit(ckpt_path=...), "
                 f"or fit() of a new trainer."
             )
-        self.sparsifier = Sparsifier(method, pl_module, trainer.optimizers[0], state=loaded)
+        # What the strategy has made of the module: it shows a DistributedDataParallel.
+        model = trainer.strategy.model
+        self.sparsifier = Sparsifier(method, model, trainer.optimizers[0], state=loaded)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log progress, phase and sparsity."""
