@@ -8,7 +8,7 @@ by another tensor would be trained dense, without a word.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from acdc.errors import InputError
-from acdc.hooks.watch import Watch
+from acdc.hooks.optimizers import Optimizers
+from acdc.hooks.watch import PLAIN, WRAPPED, Watch
 
 Place = tuple[Any, Any, object]
 """A dictionary or a list, a key, and what is there."""
@@ -41,9 +42,10 @@ class Binding:
         self,
         model: nn.Module,
         params: Mapping[str, nn.Parameter],
-        optimizers: Iterable[torch.optim.Optimizer],
+        optimizers: Optimizers,
     ) -> None:
         self._model, self._params, self._optimizers = model, params, tuple(optimizers)
+        self._allowed = WRAPPED if any(part.outer for part in optimizers.parts) else PLAIN
         self._watch: Watch | None = None
         if meta := [name for name, param in params.items() if param.is_meta]:
             raise InputError(
@@ -69,7 +71,7 @@ class Binding:
         """Keep other sparsifiers off until ``release``."""
         for _, thing in self._parts():
             _bound[thing] = weakref.ref(self)
-        self._watch = Watch(self._params.values())
+        self._watch = Watch(self._params.values(), self._allowed)
 
     def release(self) -> None:
         """Let other sparsifiers have the model and the optimizer."""
