@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from acdc.hooks.attach import check_can_attach, checked, peers_of, to_train
+from acdc.hooks.attach import check_can_attach, checked, peers_of, refuse_copy, to_train
 from acdc.hooks.binding import Binding
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
@@ -105,7 +105,7 @@ class Sparsifier:
         after = self._after_step if automatic else self._end_step
         self._hooks.call_after(after, self._between, self._reset.made_state)
 
-    __repr__, __str__ = headline, summary
+    __repr__, __str__, __reduce_ex__ = headline, summary, refuse_copy
 
     @property
     def schedule(self) -> Schedule:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -45,6 +46,11 @@ def to_train(model: nn.Module, engine: Engine | None) -> nn.Module:
         raise InputError(
             f"Sparsifier(method, model, optimizer) takes a torch.nn.Module as its second argument, "
             f"and was given a {type(model).__name__}."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"The model is a {type(model).__name__} of torch.jit, whose parameters cannot be "
+            f"followed. Train the module that it was made of, and script the result."
         )
     inner = unwrapped(model)
     for each in (model, inner):
@@ -122,6 +128,18 @@ def check_can_attach(method: Method[Any], params: Mapping[str, Tensor], parts: O
             f"for one step of one optimizer; {len(parts)} optimizers were given. Give one "
             f"optimizer, or a method that masks weights, such as ACDC, GMP or RigL."
         )
+
+
+def refuse_copy(sparsifier: object, _protocol: object = None) -> Any:
+    """Raise InputError: a copy would hold no hooks, and its model would train dense.
+
+    ``copy`` and ``pickle`` call it as ``__reduce_ex__``.
+    """
+    raise InputError(
+        "A sparsifier is bound to its model and its optimizer by hooks, and cannot be copied or "
+        "pickled. Save sparsifier.state_dict(), or attach another one to copies of the model and "
+        "the optimizer: Sparsifier(method, model, optimizer, state=sparsifier.state_dict())."
+    )
 
 
 def _is_one_of(value: object, names: tuple[str, ...]) -> bool:
