@@ -75,7 +75,7 @@ def trained(
         wrapped = DDP(model, **ddp)
         sparsifier = Sparsifier(method, wrapped, optimizer)
     else:
-        sparsifier = Sparsifier(method, model, optimizer)
+        sparsifier = Sparsifier(method, model, optimizer, process_group=dist.group.WORLD)
         wrapped = DDP(model, **ddp)
     seen: dict[str, Any] = {"weights": [], "digests": [], "outside": [], "norms": []}
     for step in range(TOTAL):
@@ -215,10 +215,9 @@ def exchanging(wrap_first: bool, accumulate: int) -> dict[str, Any]:
     method = RigL(PATTERN, schedule, drop=0.5, every="3st", until="100%")
     model = build()
     optimizer = sgd(model)
-    wrapped: nn.Module = model
-    if wrap_first:
-        wrapped = DDP(model)
-    sparsifier = Sparsifier(method, wrapped, optimizer)
+    group = None if wrap_first else dist.group.WORLD
+    wrapped: nn.Module = DDP(model) if wrap_first else model
+    sparsifier = Sparsifier(method, wrapped, optimizer, process_group=group)
     if not wrap_first:
         wrapped = DDP(model)
     seen: dict[str, Any] = {"weights": [], "digests": [], "expected": [], "updates": []}

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import sys
+import types
 import warnings
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 
 import acdc.export.onnx_file
 from acdc.errors import AcdcError, InputError, MissingDependency
-from acdc.export import to_onnx, to_safetensors
+from acdc.export import onnx_inputs, to_onnx, to_safetensors
 from acdc.pair import Pair
 from acdc.support import Support
 
@@ -522,6 +523,44 @@ def test_lost_zeros_of_a_sparse_weight_are_an_error(tmp_path, monkeypatch):
 # transformers
 
 
+def test_encoder_and_decoder_have_lengths_of_their_own():
+    masks = {"input_ids": ids_of(2, 8), "attention_mask": ids_of(2, 8)}
+    tensors = masks | {"decoder_input_ids": ids_of(2, 8), "decoder_attention_mask": ids_of(2, 8)}
+    encoder, decoder = {0: "batch", 1: "sequence"}, {0: "batch", 1: "sequence_2"}
+    assert onnx_inputs._token_dims(tensors) == (encoder, encoder, decoder, decoder)
+
+
+class Attends(nn.Module):
+    """With an attention that cannot be exported, and with one that can, as in transformers."""
+
+    def __init__(self, has_other=True):
+        super().__init__()
+        self.fc, self.has_other = nn.Linear(4, 4), has_other
+        self.config = types.SimpleNamespace(_attn_implementation="sdpa")
+
+    def set_attn_implementation(self, name):
+        if not self.has_other:
+            raise ValueError("no eager attention")
+        self.config._attn_implementation = name
+
+    def forward(self, x):
+        y = self.fc(x)
+        if self.config._attn_implementation == "sdpa" and y.sum() > 1e9:  # not traceable
+            return y + 1
+        return y
+
+
+def test_a_fused_attention_that_cannot_be_exported_is_switched_off(tmp_path):
+    model = nn.Sequential(Attends())  # also in a module around it
+    path = to_onnx(model, torch.randn(2, 4), tmp_path / "m.onnx")
+    assert model[0].config._attn_implementation == "sdpa"  # of the user's model
+    x = torch.randn(5, 4)
+    got = session_of(path).run(None, {session_of(path).get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(got, model(x).detach(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(InputError, match="cannot export this Attends"):
+        to_onnx(Attends(has_other=False), torch.randn(2, 4), tmp_path / "n.onnx")
+
+
 def tiny(name):
     """Return a model of transformers with random weights, and its inputs of a batch and length."""
     t = pytest.importorskip("transformers")
@@ -554,6 +593,15 @@ def tiny(name):
     if name == "distilbert":
         config = t.DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=24)
         return t.DistilBertModel(config).eval(), text
+    if name == "t5":
+        sizes = dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+        config = t.T5Config(vocab_size=50, decoder_start_token_id=0, **sizes)
+
+        def both(batch, length):  # of one length in the example, of others later
+            decoder = {"decoder_input_ids": ids_of(batch, max(2, 16 - length))}
+            return text(batch, length) | decoder
+
+        return t.T5ForConditionalGeneration(config).eval(), both
     if name == "resnet":
         config = t.ResNetConfig(
             num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic"
@@ -567,7 +615,7 @@ def tiny(name):
 
 # The script of docs/howto/language_models.md, which every run of the tests executes, has a Llama.
 @FULL
-@pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "distilbert", "vit", "resnet"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "distilbert", "t5", "vit", "resnet"])
 def test_a_model_of_transformers(name, tmp_path):
     model, inputs = tiny(name)
     masks = {}

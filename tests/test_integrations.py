@@ -30,15 +30,16 @@ TESTS = Path(__file__).parent
 NAMES = ["lightning", "transformers", "accelerate"]
 
 
-def killed(trainer: str, folder: Path, method: str, *stops: int) -> list[int]:
+def killed(trainer: str, folder: Path, method: str, *stops: int, world: int = 1) -> list[int]:
     """Train undisturbed, and killed after each of these steps; return how each attempt ended."""
     done = subprocess.run(
-        [sys.executable, "-m", "support.trainers", trainer, folder, method, *map(str, stops)],
+        [sys.executable, "-m", "support.trainers", trainer, folder, method, str(world),
+         *map(str, stops)],
         cwd=TESTS, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ends: list[int] = json.loads(done.stdout.splitlines()[-1])
-    assert 1 not in ends, done.stderr
+    assert world > 1 or 1 not in ends, done.stderr
     return ends
 
 
@@ -64,6 +65,25 @@ def test_a_killed_and_resumed_run_ends_bitwise_as_the_other(
     assert isinstance(left, acdc.SparseNetwork if method == "set" else acdc.Pair)
     if isinstance(left, acdc.Pair):
         assert left.facts["dense_step"] == {"acdc": 17, "topkast": 24, "woodfisher": 8}[method]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", NAMES)
+def test_two_processes_that_are_killed_end_as_the_others(trainer: str, tmp_path: Path) -> None:
+    pytest.importorskip(trainer)
+    stop = random.randrange(4, trainers.STEPS)
+    assert killed(trainer, tmp_path, "acdc", stop, world=2) == [0, -9, 0], stop
+    whole, resumed, other = (
+        torch.load(tmp_path / name)
+        for name in ("whole/final.pt", "killed/final.pt", "killed/final-1.pt")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole), stop
+    weights = [name for name in whole if "running" not in name]  # of the batches of a process
+    assert all(torch.equal(resumed[name], other[name]) for name in weights), stop
+    left = load(tmp_path / "killed" / "out")
+    assert left == load(tmp_path / "whole" / "out")
+    assert left.support.sparsity == 0.5
+    assert left.facts["step"] == trainers.STEPS
 
 
 # --- Lightning ----------------------------------------------------------------------------------
@@ -144,6 +164,79 @@ def test_lightning_refuses_a_checkpoint_without_a_sparsifier(tmp_path: Path) -> 
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(InputError, match="step 8 was saved without a SparsifierCallback"):
         lightning_run(pl, trainers.method("acdc"), tmp_path, tmp_path / "plain.ckpt")
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_lightning_refuses_a_strategy_that_shards(name: str, tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    # These strategies do not start without a GPU: a stand-in has their name.
+    strategy = type(name, (pl.strategies.SingleDeviceStrategy,), {})("cpu")
+    with pytest.raises(InputError, match=rf"uses {name}: .*Train on one device, or with DDP"):
+        lightning_run(pl, trainers.method("acdc"), tmp_path, strategy=strategy)
+
+
+def manual_module(pl: Any) -> Any:
+    """Return a module that steps two optimizers by itself."""
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = trainers.network()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, _: int) -> None:
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+            for optimizer in optimizers:
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            first, *others = self.net
+            rest = [p for layer in others for p in layer.parameters()]
+            return [
+                torch.optim.SGD(first.parameters(), 0.1, momentum=0.9),
+                torch.optim.AdamW(rest, 0.01),
+            ]
+
+    return Module()
+
+
+@pytest.mark.parametrize("stop", [None, 2], ids=["whole", "resumed"])
+def test_lightning_manual_optimization_with_two_optimizers(
+    stop: int | None, tmp_path: Path
+) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    from acdc.integrations.lightning import SparsifierCallback
+
+    method = trainers.method("acdc").resolve(4)
+    last = tmp_path / "last.ckpt"
+
+    def fit(epochs: int, ckpt: Path | None) -> Any:
+        module, callback = manual_module(pl), SparsifierCallback(method, tmp_path / "out")
+        trainer = pl.Trainer(
+            max_epochs=epochs, limit_train_batches=4, accelerator="cpu", logger=False,
+            default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, callbacks=[callback],
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loader = torch.utils.data.DataLoader(trainers.samples(), trainers.SIZE)
+            trainer.fit(module, loader, ckpt_path=ckpt)
+            trainer.save_checkpoint(last)
+        return module, callback
+
+    whole, callback = fit(6, None)
+    assert callback.sparsifier.step == trainers.STEPS  # not 48: one step is one call of each
+    assert len(callback.sparsifier.optimizers) == 2
+    assert load(tmp_path / "out").facts["step"] == trainers.STEPS
+    if stop:
+        fit(stop, None)
+        resumed, callback = fit(6, last)
+        assert callback.sparsifier.step == trainers.STEPS
+        states = whole.state_dict(), resumed.state_dict()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_lightning_stopped_early_warns_and_resumes_after_an_exception(tmp_path: Path) -> None:
@@ -263,6 +356,37 @@ def test_transformers_refuses_settings(
     assert all(word in str(refused.value) for word in words), refused.value
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_transformers_and_accelerate_refuse_what_shards(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU accelerate starts DDP instead: the state is changed after it was made."""
+    accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    from acdc.integrations.accelerate import attach
+    from acdc.integrations.transformers import SparsifierCallback
+
+    words = rf"uses {kind}: .*Train on one device, or with DDP"
+    method, sharded = trainers.method("acdc"), accelerate.DistributedType[kind]
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = trainers.network()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    monkeypatch.setattr(accelerator.state, "distributed_type", sharded)
+    with pytest.raises(InputError, match=words):
+        attach(accelerator, method.resolve(4), model, optimizer)
+    begin, seen = SparsifierCallback.on_train_begin, []
+
+    def sharded_begin(self: Any, args: Any, *more: Any, **kwargs: Any) -> None:
+        seen.append(kwargs["model"])
+        monkeypatch.setattr(args.distributed_state, "distributed_type", sharded)
+        begin(self, args, *more, **kwargs)
+
+    monkeypatch.setattr(SparsifierCallback, "on_train_begin", sharded_begin)
+    with pytest.raises(InputError, match=words):
+        transformers_run(method, tmp_path)
+    assert len(seen) == 1
+
+
 def test_transformers_data_without_a_length_needs_a_schedule_in_steps(tmp_path: Path) -> None:
     class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Any:
@@ -311,6 +435,34 @@ def test_accelerate_refuses_what_is_not_prepared(tmp_path: Path) -> None:
     sparsifier = attach(accelerator, method.resolve(4), model, optimizer)
     with pytest.warns(UserWarning, match="after 0 of 24"):
         assert save(accelerator, sparsifier, tmp_path) is None
+
+
+def test_accelerate_with_two_optimizers_has_one_clock() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from acdc.integrations.accelerate import attach
+
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = trainers.network()
+    first, *others = model  # type: ignore[misc]
+    rest = [p for layer in others for p in layer.parameters()]
+    loader = torch.utils.data.DataLoader(trainers.samples(), trainers.SIZE)  # type: ignore[var-annotated, arg-type]
+    model, one, two, loader = accelerator.prepare(
+        model, torch.optim.SGD(first.parameters(), 0.1), torch.optim.AdamW(rest, 0.01), loader
+    )
+    with pytest.raises(InputError, match="a plain AdamW"):
+        attach(accelerator, trainers.method("acdc"), model, [one, two.optimizer], loader)
+    sparsifier = attach(accelerator, trainers.method("acdc"), model, [one, two], loader)
+    for _ in range(trainers.EPOCHS):
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.cross_entropy(model(x), y))
+                for optimizer in (one, two):
+                    optimizer.step()
+                    optimizer.zero_grad()
+    assert sparsifier.step == trainers.STEPS
+    assert sparsifier.optimizers == (one.optimizer, two.optimizer)
+    for name, mask in sparsifier.support.items():
+        assert not sparsifier.params[name][~mask].any()
 
 
 @pytest.mark.parametrize(

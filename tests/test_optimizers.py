@@ -558,6 +558,46 @@ def test_an_optimizer_that_looks_at_two_gradients_is_followed(by_closure: bool) 
         assert is_exact(sparsifier)
 
 
+@pytest.mark.parametrize("ascents", [2, 5])
+def test_an_optimizer_that_ascends_several_times_is_followed(ascents: int) -> None:
+    model = build()
+    optimizer = SAM(model.parameters(), O.SGD, lr=0.1, momentum=0.9)
+    sparsifier = Sparsifier(METHOD, model, optimizer)
+    for step in range(TOTAL):
+        start = {p: p.detach().clone() for p in model.parameters()}
+        for _ in range(ascents):
+            backward(model, step)
+            optimizer.first_step()
+        for p, old in start.items():
+            optimizer.state[p]["old_p"] = old
+        backward(model, step)
+        optimizer.second_step()
+        assert sparsifier.step == step + 1
+        assert is_exact(sparsifier)
+
+
+def test_a_wrapper_whose_step_is_never_called_is_noticed_too() -> None:
+    model = build()
+    optimizer = SAM(model.parameters(), O.SGD, lr=0.1)
+    Sparsifier(METHOD, model, optimizer)
+    for step in range(17):
+        backward(model, step)
+        optimizer.first_step()
+    with pytest.raises(InputError, match="between 18 backward passes, and the optimizer that"):
+        backward(model, 17)
+
+
+def test_a_loop_that_ascends_several_times_by_itself_is_told_what_to_do() -> None:
+    model, _, _sparsifier = bind(METHOD, sgd)
+    words = r"SAM with several ascents.*holds the other one as its attribute base_optimizer"
+    for step in range(2):
+        backward(model, step)
+        for p in model.parameters():
+            p.data.add_(p.grad, alpha=0.05)
+    with pytest.raises(InputError, match=words):
+        backward(model, 2)
+
+
 def deepspeed_like() -> object:
     return type("FP16_Optimizer", (), {"__module__": "deepspeed.runtime.fp16"})()
 

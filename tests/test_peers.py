@@ -72,3 +72,29 @@ def test_processes_that_do_not_agree_all_say_so(
         mine, other = (first, second) if number == 0 else (second, first)
         assert f"The processes do not agree: rank {number} {mine}" in said
         assert f"rank {1 - number} {other}" in said
+
+
+def test_a_nan_on_one_rank_ends_all_that_share_masks_with_its_sentence(
+    found: dict[str, list[End]],
+) -> None:
+    *others, (code, said) = found["nan"]
+    assert code == 2, said
+    assert said.startswith("The score")
+    for other, why in others:
+        assert other == 2, why
+        assert why == f"Rank 2 could not choose a support after step 2: {said}"
+
+
+def test_a_nan_on_one_rank_under_ddp_ends_all_with_the_sentence(
+    found: dict[str, list[End]],
+) -> None:
+    first, last = found["nan, under ddp"]
+    assert first == last
+    assert first[0] == 2
+    assert first[1].startswith("The score")
+
+
+def test_a_nan_ends_no_rank_that_trains_a_model_of_its_own(found: dict[str, list[End]]) -> None:
+    (code, _), (last, said) = found["nan, alone"]
+    assert (code, last) == (0, 2), said
+    assert said.startswith("The score")

@@ -27,7 +27,8 @@ def killed(seed: int) -> str | None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         done = subprocess.run(
-            [sys.executable, "-m", "support.trainers", trainer, folder, method, *map(str, stops)],
+            [sys.executable, "-m", "support.trainers", trainer, folder, method, "1",
+             *map(str, stops)],
             cwd=_TESTS, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode or json.loads(done.stdout.splitlines()[-1])[-1]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from acdc.hooks.attach import check_can_attach, checked, to_train
+from acdc.hooks.attach import check_can_attach, checked, peers_of, refuse_copy, to_train
 from acdc.hooks.binding import Binding
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
@@ -35,7 +35,6 @@ from acdc.methods.base import Method
 from acdc.methods.training import Masked
 from acdc.methods.weights import Weights
 from acdc.pair import Pair
-from acdc.processes import agreed, from_rank_zero
 from acdc.schedule import Phase, Schedule
 from acdc.summary import headline, summary
 from acdc.support import Support
@@ -58,6 +57,8 @@ class Sparsifier:
         automatic: Whether the support changes within ``optimizer.step()``. ``False``: call
             :meth:`advance` after every step, for example to evaluate the network before it changes.
         state: What :meth:`state_dict` returned: resume there. Nothing is cut at first.
+        process_group: The processes that share masks. The default is the group of the model's
+            DistributedDataParallel; without it this process chooses its masks alone.
 
     Attributes:
         step: Executed optimizer steps.
@@ -77,8 +78,10 @@ class Sparsifier:
         engine: Engine | None = None,
         automatic: bool = True,
         state: Mapping[str, Any] | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         self.method, self.model = checked(method), to_train(model, engine)
+        peers = peers_of(model, process_group)
         params, self.refused = method.select(self.model)
         optimizers = Optimizers(optimizer)
         check_can_attach(method, params, optimizers)
@@ -86,14 +89,14 @@ class Sparsifier:
         self._reset = StateReset(optimizers, method, params)
         self.step = 0
         self.dense_twin: DenseTwin | None = None
-        self._weights = Weights.of(params, optimizers)
+        self._weights = Weights.of(params, optimizers, peers)
         self._state = method.init(self._weights)
         self._changes = Changes()
         self._store = DenseStore(params, method.training)
         if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
-        self._masking = Masking(params, optimizers, engine, self._reset.copies, self._hooks)
+        self._masking = Masking(params, optimizers, engine, self._reset.copies, self._hooks, peers)
         try:
             self.advance() if state is None else self.load_state_dict(state)
         except BaseException:
@@ -102,7 +105,7 @@ class Sparsifier:
         after = self._after_step if automatic else self._end_step
         self._hooks.call_after(after, self._between, self._reset.made_state)
 
-    __repr__, __str__ = headline, summary
+    __repr__, __str__, __reduce_ex__ = headline, summary, refuse_copy
 
     @property
     def schedule(self) -> Schedule:
@@ -198,7 +201,8 @@ class Sparsifier:
         had_dense_gradient = self._masking.dense_gradient
         wanted = self.method.training.wants_dense_gradient(self.step)
         self._masking.dense_gradient = wanted and self.phase.kind == "sparse"
-        support, state = self.method.update(self.step, self._weights, self.support, self._state)
+        with self._weights.peers.informed(self.support, self.step):
+            support, state = self.method.update(self.step, self._weights, self.support, self._state)
         if support is not self.support:
             self._change(support, state)
         else:
@@ -211,7 +215,7 @@ class Sparsifier:
 
     def _change(self, support: Support, state: Any) -> None:
         self._reset.check_before_change()
-        support = agreed(support, self.step)
+        support = self._weights.peers.agreed(support, self.step)
         last = self.schedule.last("dense")
         if last is not None and self.step == last.stop:  # before anything is cut
             average = self._masking.average
@@ -222,7 +226,7 @@ class Sparsifier:
         self._changes.note(self.step, self.phase.kind, support)
         move = self.method.training.move
         for name, delta in () if move is None else move(self._weights, support, self._state):
-            from_rank_zero(self._weights[name].add_(delta))  # every rank moves alike
+            self._weights.peers.from_first(self._weights[name].add_(delta))  # all move alike
         self._store.fill(self._weights, support)
         self._state = state
         self._hold(support)

@@ -8,15 +8,18 @@ raises ends a rank with 2, any other error with 1.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import acdc
 from acdc.errors import AcdcError
@@ -27,6 +30,7 @@ from support.helpers import SCHEDULE, TOTAL, Net, backward, build, sgd
 CASES = {
     "nothing": 2, "killed": 2, "killed, of four": 4, "terminated": 2, "raised": 2,
     "fewer batches": 2, "another sparsity": 2, "another model": 2, "another schedule": 2,
+    "nan": 3, "nan, under ddp": 2, "nan, alone": 2,
 }  # fmt: skip
 LATER = Schedule((Phase("dense", 0, 3), Phase("sparse", 3, 9)), (3, 3, 3))
 PATIENCE = 30.0
@@ -45,22 +49,27 @@ def train(rank: int, world: int, store: Path, what: str) -> None:
     optimizer = sgd(model)
     sparsity = 0.5 if last and what == "another sparsity" else 0.8
     schedule = LATER if last and what == "another schedule" else SCHEDULE
-    # Nothing but the sparsifier communicates: DDP would notice some of this by itself.
+    # Nothing but the sparsifier communicates, mostly: DDP would notice some of this by itself.
     method = acdc.ACDC(acdc.Unstructured(sparsity), schedule)
-    sparsifier = Sparsifier(method, model, optimizer)
+    net = DDP(model) if what == "nan, under ddp" else model
+    group = None if what in ("nan, under ddp", "nan, alone") else dist.group.WORLD
+    with warnings.catch_warnings(action="ignore"):
+        sparsifier = Sparsifier(method, net, optimizer, process_group=group)
     steps = AT if last and what == "fewer batches" else TOTAL
     for step in range(steps):
         if last and step == AT:
-            happen(what)
+            happen(what, model)
         optimizer.zero_grad()
-        backward(model, step)
+        backward(net, step)
         optimizer.step()
     assert sparsifier.step == steps
     dist.destroy_process_group()
 
 
-def happen(what: str) -> None:
+def happen(what: str, model: torch.nn.Module) -> None:
     """Let it happen."""
+    if what.startswith("nan"):
+        torch.nn.init.constant_(model.fc2.bias, math.nan)  # so is the loss, and every gradient
     if what.startswith("killed"):
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "terminated":

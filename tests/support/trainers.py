@@ -1,9 +1,9 @@
 """One program for each trainer: trains a tiny network, may be killed at a step, and resumes.
 
 Called by ``test_integrations.py`` and ``tools/soak_trainers.py`` as a process of its own:
-``trainers.py TRAINER FOLDER STEP METHOD``. It ends by SIGKILL after STEP optimizer steps, or trains
-to the end if STEP is 0. It resumes if the folder has a checkpoint. The final weights are written to
-``final.pt``.
+``trainers.py TRAINER FOLDER METHOD WORLD STEP...``. WORLD processes train together. A run ends by
+SIGKILL after STEP optimizer steps, and resumes from its last checkpoint. The final weights are
+written to ``final.pt``, those of further processes to ``final-1.pt`` and so on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import socket
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,14 @@ def network() -> nn.Module:
 
 def samples() -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(1)
-    count = BATCHES * SIZE
+    count = BATCHES * SIZE * world()  # as many batches on each process
     x = torch.randn(count, 6, generator=draw)
     return list(zip(x, torch.randint(3, (count,), generator=draw), strict=True))
+
+
+def world() -> int:
+    """Return the number of processes that train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def watch(optimizer: torch.optim.Optimizer, stop: int, done: int) -> None:
@@ -92,6 +99,7 @@ def lightning(folder: Path, stop: int, name: str, library: str = "lightning.pyto
     module, last = Module(), folder / "last.ckpt"
     trainer = pl.Trainer(
         max_epochs=EPOCHS, accumulate_grad_batches=ACCUMULATE, accelerator="cpu",
+        devices=world(), strategy="auto" if world() == 1 else "ddp",
         default_root_dir=folder, logger=False, enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
@@ -126,6 +134,7 @@ def transformers(folder: Path, stop: int, name: str) -> nn.Module:
         gradient_accumulation_steps=ACCUMULATE, save_strategy="steps", save_steps=3,
         save_total_limit=2, logging_steps=2, report_to="none", disable_tqdm=True, use_cpu=True,
         optim="adamw_torch", learning_rate=0.01, seed=3,
+        ddp_backend="gloo" if world() > 1 else None,
     )  # fmt: skip
     model = Model()
     data: Any = [{"x": x, "labels": y} for x, y in samples()]
@@ -157,9 +166,17 @@ def accelerate(folder: Path, stop: int, name: str) -> nn.Module:
                 optimizer.step()
                 optimizer.zero_grad()
         accelerator.save_state(folder / "saving")
-        (folder / "saving").rename(folder / f"epoch-{epoch}")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (folder / "saving").rename(folder / f"epoch-{epoch}")
     save(accelerator, sparsifier, folder / "out")
-    return model
+    return network_of(model)
+
+
+def network_of(model: Any) -> nn.Module:
+    """Return the network without DistributedDataParallel around it."""
+    inner: nn.Module = model.module if world() > 1 else model
+    return inner
 
 
 TRAINERS = {"lightning": lightning, "transformers": transformers, "accelerate": accelerate}
@@ -172,30 +189,53 @@ def train(trainer: str, folder: Path, stop: int, name: str) -> dict[str, Tensor]
     return dict(TRAINERS[trainer](folder, stop, name).state_dict())
 
 
-def forked(trainer: str, folder: Path, stop: int, name: str) -> int:
-    """Train in a child process, which costs no imports, and return how it ended."""
-    child = os.fork()
-    if not child:
-        try:
-            torch.save(train(trainer, folder, stop, name), folder / "final.pt")
-            os._exit(0)
-        except BaseException:
-            import traceback
+def forked(trainer: str, folder: Path, stop: int, name: str, size: int) -> int:
+    """Train in child processes, which cost no imports, and return how the first one ended.
 
-            traceback.print_exc()
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    A process whose peer was killed may end by an error of its own. If the first one trains to its
+    end, all must.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first, *others = [
+        rank(trainer, folder, stop, name, number, size, port) for number in range(size)
+    ]
+    end = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
+    ends = [os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) for other in others]
+    return end or max(ends, default=0)
+
+
+def rank(
+    trainer: str, folder: Path, stop: int, name: str, number: int, size: int, port: int
+) -> int:
+    """Start one of the processes, and return its number in the system."""
+    if child := os.fork():
+        return child
+    if size > 1:
+        os.environ.update(
+            RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size),
+            LOCAL_WORLD_SIZE=str(size), GROUP_RANK="0", MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="here", GLOO_SOCKET_IFNAME="lo",
+        )  # fmt: skip
+    try:
+        final = f"final-{number}.pt" if number else "final.pt"
+        torch.save(train(trainer, folder, stop, name), folder / final)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def main() -> None:
     """Train in child processes: once undisturbed, then killed after each of the given steps."""
-    trainer, folder, name, *stops = sys.argv[1:]
+    trainer, folder, name, size, *stops = sys.argv[1:]
     importlib.import_module(f"acdc.integrations.{trainer}")  # once, not in every child
     importlib.import_module({"lightning": "lightning.pytorch"}.get(trainer, trainer))
     torch.set_num_threads(1)
     whole, killed = Path(folder) / "whole", Path(folder) / "killed"
-    ends = [forked(trainer, whole, 0, name)]
-    ends += [forked(trainer, killed, int(stop), name) for stop in [*stops, "0"]]
+    ends = [forked(trainer, whole, 0, name, int(size))]
+    ends += [forked(trainer, killed, int(stop), name, int(size)) for stop in [*stops, "0"]]
     print(ends)
 
 

@@ -19,7 +19,7 @@ from acdc.engine.lowering import value_of
 from acdc.engine.partition import ends_of, layers_of, samples_of, segments_of
 from acdc.engine.plans import Plans
 from acdc.engine.timing import Candidate, Timings, conversion_ms, time_layer
-from acdc.processes import has_peers
+from acdc.processes import ALONE
 
 FAR = 1.5  # with densities further apart, a choice is made again
 
@@ -93,6 +93,7 @@ class Policy:
     Attributes:
         choices: Name of a layer -> its choice.
         compressing: A compression is in progress. Several processes can agree on choices only then.
+        peers: The processes that train the network together.
 
     """
 
@@ -100,6 +101,7 @@ class Policy:
         self.plans, self.times_layers = plans, times_layers
         self.choices: dict[str, Choice] = {}
         self.compressing = False
+        self.peers = ALONE
         self._timings: Timings = {}
 
     @property
@@ -153,7 +155,7 @@ class Policy:
 
     @property
     def _may_time(self) -> bool:
-        return self.times_layers and (self.compressing or not has_peers())
+        return self.times_layers and (self.compressing or not self.peers)
 
     def _segments(
         self,

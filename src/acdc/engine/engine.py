@@ -31,7 +31,7 @@ from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.layers import unwrapped
-from acdc.processes import has_peers, together
+from acdc.processes import Peers
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,15 @@ class Engine:
         return self._policy.choices
 
     @property
+    def peers(self) -> Peers:
+        """The processes that train the model together; the sparsifier sets them."""
+        return self._policy.peers
+
+    @peers.setter
+    def peers(self, peers: Peers) -> None:
+        self._policy.peers = peers
+
+    @property
     def active(self) -> bool:
         """Whether some layer runs sparse now."""
         return any(host.active for host in self._hosts)
@@ -138,8 +147,8 @@ class Engine:
     def compress(self, support: Mapping[str, Tensor]) -> None:
         """Run sparse from now on.
 
-        With several processes, the first one times the layers, and all compute as it chose. All
-        processes must call this.
+        With several ``peers``, the first one times the layers, and all compute as it chose. All of
+        them must call this.
 
         Args:
             support: Name of a weight -> bool mask, True where it is kept. Other layers are full.
@@ -164,7 +173,7 @@ class Engine:
             log.info("Layers, dense and sparse:\n%s", self.table())
 
     def _start(self) -> None:
-        follows = has_peers() and torch.distributed.get_rank() > 0
+        follows = not self.peers.is_first
         if follows:
             self._agree()
         for host in self._hosts:
@@ -174,11 +183,8 @@ class Engine:
 
     def _agree(self) -> None:
         """Give every process the choices of the first one: their own timings would differ."""
-        if has_peers():
-            choices = [self._policy.choices]
-            with together("receive which layers run sparse"):
-                torch.distributed.broadcast_object_list(choices, src=0)
-            self._policy.choices = choices[0]
+        what = "receive which layers run sparse"
+        self._policy.choices = self.peers.object_from(self._policy.choices, 0, what)
 
     def decompress(self) -> None:
         """Run everything on plain PyTorch from now on, and free all buffers."""

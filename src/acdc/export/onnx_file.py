@@ -46,7 +46,8 @@ def to_onnx(
     with the zeros in both cases. The exporter folds a BatchNorm into the convolution before it. A
     zero times anything finite stays a zero, and that none was lost is checked on the written file.
     Weights beyond 1.9 GB are written to ``<path>.data`` beside it. A cache of keys and values is
-    switched off in a model of ``transformers``.
+    switched off in a model of ``transformers``, and its fused attention where the exporter cannot
+    take it.
 
     Args:
         model: The model. Neither its weights nor its mode change.
@@ -131,6 +132,19 @@ def _switch_off_caches(model: nn.Module) -> None:
             module.config.use_cache = False  # type: ignore[union-attr]
 
 
+def _switch_off_fused_attention(model: nn.Module) -> bool:
+    """Let a model of ``transformers`` compute attention by plain operations; False: it does."""
+    switched = False
+    for module in model.modules():
+        choose = getattr(module, "set_attn_implementation", None)
+        now = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if callable(choose) and now not in (None, "eager"):
+            with contextlib.suppress(ValueError, NotImplementedError):  # it has no other attention
+                choose("eager")
+                switched = True
+    return switched
+
+
 def _onnx() -> Any:
     try:
         import onnx
@@ -158,13 +172,23 @@ def _program(model: nn.Module, inputs: Inputs, automatic: bool) -> Any:
     """Export the model; if it holds the length of a sequence fixed, so does the file."""
     fixed = inputs.only_batch() if automatic else None
     try:
-        return _export(model, inputs)
+        return _export_with_any_attention(model, inputs)
     except InputError as error:
         if fixed is None:
             raise
         program = _export(model, fixed)
         log.warning("The ONNX model takes sequences of one length only: %s", error)
         return program
+
+
+def _export_with_any_attention(model: nn.Module, inputs: Inputs) -> Any:
+    """Export the model, with plain attention if the exporter fails on a fused one, as in T5."""
+    try:
+        return _export(model, inputs)
+    except InputError:
+        if not _switch_off_fused_attention(model):
+            raise
+        return _export(model, inputs)
 
 
 def _export(model: nn.Module, inputs: Inputs) -> Any:

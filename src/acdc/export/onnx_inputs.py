@@ -123,14 +123,15 @@ def _name(model: nn.Module, position: int) -> str:
 def _token_dims(tensors: Mapping[str, Tensor]) -> tuple[dict[int, str], ...]:
     """Let the length of token sequences vary: that of integers ``[batch, sequence]``.
 
-    Inputs of one length, such as tokens and their mask, have one dimension in common.
+    Inputs of one length, such as tokens and their mask, have one dimension in common. Those of the
+    decoder (``decoder_input_ids``) have a length of their own, whatever it is in the example.
     """
-    names: dict[int, str] = {}
+    names: dict[tuple[int, bool], str] = {}
     dims: list[dict[int, str]] = []
-    for tensor in tensors.values():
+    for argument, tensor in tensors.items():
         dims.append({0: BATCH})
         if tensor.dim() == 2 and not tensor.is_floating_point() and not tensor.is_complex():
-            length = tensor.shape[1]
+            length = tensor.shape[1], argument.startswith("decoder_")
             names.setdefault(length, SEQUENCE if not names else f"{SEQUENCE}_{len(names) + 1}")
             dims[-1][1] = names[length]
     return tuple(dims)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
 from acdc.errors import InputError
@@ -13,6 +15,7 @@ from acdc.hooks.optimizers import Optimizers
 from acdc.layers import misnamed, unwrapped
 from acdc.methods.base import Method, check_method
 from acdc.methods.training import Behind
+from acdc.processes import Peers, group_of, has_peers
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
     from acdc.engine.engine import Engine
@@ -44,6 +47,11 @@ def to_train(model: nn.Module, engine: Engine | None) -> nn.Module:
             f"Sparsifier(method, model, optimizer) takes a torch.nn.Module as its second argument, "
             f"and was given a {type(model).__name__}."
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(
+            f"The model is a {type(model).__name__} of torch.jit, whose parameters cannot be "
+            f"followed. Train the module that it was made of, and script the result."
+        )
     inner = unwrapped(model)
     for each in (model, inner):
         if isinstance(each, AveragedModel) or _is_one_of(each, _AVERAGES):
@@ -74,6 +82,43 @@ def to_train(model: nn.Module, engine: Engine | None) -> nn.Module:
     return inner
 
 
+def peers_of(model: nn.Module, group: Any) -> Peers:
+    """Return the processes that share masks with this one.
+
+    Args:
+        model: As the user gave it. Of a DistributedDataParallel in it, or around it, the processes
+            share masks.
+        group: The process group that the user gave; ``None``: none.
+
+    Raises:
+        InputError: The group is no process group, or this process is not in it.
+    """
+    if group is None:
+        group = group_of(model)
+        if group is None and has_peers():
+            warnings.warn(
+                "torch.distributed is initialised, and the sparsifier was given neither a model in "
+                "DistributedDataParallel nor process_group=..., so this process chooses its masks "
+                "alone. If several processes train this model together, give the wrapped model, or "
+                "process_group=torch.distributed.group.WORLD. If each process trains a model of "
+                "its own, nothing needs to be done.",
+                stacklevel=3,
+            )
+        return Peers(group)
+    if distributed.is_available() and group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise InputError(
+            "This process is not a member of process_group. Give the group of the processes that "
+            "train this model together with this one; every process gives its own."
+        )
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise InputError(
+            f"process_group is a {type(group).__name__}. It takes a process group of "
+            f"torch.distributed, such as torch.distributed.group.WORLD, new_group(ranks), or "
+            f"get_group() of a device mesh."
+        )
+    return Peers(group)
+
+
 def check_can_attach(method: Method[Any], params: Mapping[str, Tensor], parts: Optimizers) -> None:
     """Raise InputError unless the method can train these weights by these optimizers."""
     parts.check_held(params)
@@ -83,6 +128,18 @@ def check_can_attach(method: Method[Any], params: Mapping[str, Tensor], parts: O
             f"for one step of one optimizer; {len(parts)} optimizers were given. Give one "
             f"optimizer, or a method that masks weights, such as ACDC, GMP or RigL."
         )
+
+
+def refuse_copy(sparsifier: object, _protocol: object = None) -> Any:
+    """Raise InputError: a copy would hold no hooks, and its model would train dense.
+
+    ``copy`` and ``pickle`` call it as ``__reduce_ex__``.
+    """
+    raise InputError(
+        "A sparsifier is bound to its model and its optimizer by hooks, and cannot be copied or "
+        "pickled. Save sparsifier.state_dict(), or attach another one to copies of the model and "
+        "the optimizer: Sparsifier(method, model, optimizer, state=sparsifier.state_dict())."
+    )
 
 
 def _is_one_of(value: object, names: tuple[str, ...]) -> bool:

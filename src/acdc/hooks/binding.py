@@ -8,7 +8,8 @@ by another tensor would be trained dense, without a word.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from acdc.errors import InputError
-from acdc.hooks.watch import Watch
+from acdc.hooks.optimizers import Optimizers
+from acdc.hooks.watch import PLAIN, WRAPPED, Watch
 
 Place = tuple[Any, Any, object]
 """A dictionary or a list, a key, and what is there."""
@@ -41,10 +43,12 @@ class Binding:
         self,
         model: nn.Module,
         params: Mapping[str, nn.Parameter],
-        optimizers: Iterable[torch.optim.Optimizer],
+        optimizers: Optimizers,
     ) -> None:
         self._model, self._params, self._optimizers = model, params, tuple(optimizers)
+        self._allowed = WRAPPED if any(part.outer for part in optimizers.parts) else PLAIN
         self._watch: Watch | None = None
+        _check_memory(model, params)
         if meta := [name for name, param in params.items() if param.is_meta]:
             raise InputError(
                 f"{len(meta)} of the {len(params)} weights to prune have no values: {meta[0]!r} is "
@@ -69,7 +73,7 @@ class Binding:
         """Keep other sparsifiers off until ``release``."""
         for _, thing in self._parts():
             _bound[thing] = weakref.ref(self)
-        self._watch = Watch(self._params.values())
+        self._watch = Watch(self._params.values(), self._allowed)
 
     def release(self) -> None:
         """Let other sparsifiers have the model and the optimizer."""
@@ -136,6 +140,31 @@ class Binding:
             for p in group["params"]
         }
         return {n: number[id(p)] for n, p in self._params.items() if id(p) in number}
+
+
+def _check_memory(model: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
+    """Raise InputError if another parameter has memory of a weight: zeros would be zeros there.
+
+    Only parameters without gaps are compared: views of columns lie between one another.
+    """
+    spans = []
+    for name, param in model.named_parameters():
+        steps = zip(param.shape, param.stride(), strict=True)
+        elements = 1 + sum((size - 1) * stride for size, stride in steps)
+        if param.device.type != "meta" and 0 < param.numel() == elements:
+            start = param.data_ptr()
+            spans.append((str(param.device), start, start + elements * param.element_size(), name))
+    mine = {id(param) for param in params.values()}
+    chosen = {name for name, param in model.named_parameters() if id(param) in mine}
+    spans.sort()
+    for (device, _, end, name), (other_device, start, _, other) in pairwise(spans):
+        if device == other_device and start < end and {name, other} & chosen:
+            raise InputError(
+                f"The parameters {name!r} and {other!r} share memory, but are two parameters, so "
+                f"that zeros of one would be zeros of the other. Tie them as one parameter "
+                f"(module.weight = other.weight), give each its own memory, or leave both out: "
+                f"acdc.Layers(exclude=...)."
+            )
 
 
 def _in_model(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[Place]:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from acdc.errors import InputError
 from acdc.hooks.kept_steps import KeptSteps
 from acdc.hooks.twin import averaged
+from acdc.processes import ALONE, Peers
 from acdc.support import Support
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
@@ -33,6 +34,7 @@ class Masking:
         engine: What runs sparse phases sparsely, if anything does.
         copies: Name of a weight → state of its optimizer that must be zero where the weight is.
         owner: Kept alive as long as a weight has a hook of this masking.
+        peers: The processes whose engines run the same layers sparse.
 
     Attributes:
         support: The support that is held.
@@ -48,8 +50,11 @@ class Masking:
         engine: Engine | None,
         copies: Callable[[str], Iterable[Tensor]] = lambda name: (),
         owner: object = None,
+        peers: Peers = ALONE,
     ) -> None:
         self._params, self.engine, self._owner = params, engine, owner
+        if engine is not None:
+            engine.peers = peers
         self._copies = copies
         self.support = Support.full(params)
         self.dense_gradient = False

@@ -45,6 +45,12 @@ class Part:
                 f"it. Give the torch.optim.Optimizer whose step() changes the weights."
             )
         self.optimizer = running[-1]
+        if inside := _several_inside(self.optimizer):
+            raise InputError(
+                f"{at} is a {_name(given)}, which holds {len(inside)} optimizers "
+                f"({', '.join(type(each).__name__ for each in inside)}) and their state. Give "
+                f"these as a list: Sparsifier(method, model, [first, second])."
+            )
         self.outer = tuple(chain[: chain.index(self.optimizer)])
 
     def states(self, param: Tensor) -> Iterator[dict[str, Any]]:
@@ -175,6 +181,17 @@ def _inner(wrapper: object) -> Optimizer | None:
         if isinstance(inner, Optimizer) and inner is not wrapper:
             return inner
     return None
+
+
+def _several_inside(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the optimizers in a list or a dictionary that an optimizer holds."""
+    for value in vars(optimizer).values():
+        members = list(value.values()) if isinstance(value, dict) else value
+        if not isinstance(members, list | tuple):
+            continue
+        if inside := [each for each in members if isinstance(each, Optimizer)]:
+            return inside
+    return []
 
 
 def _calls_hooks(optimizer: Optimizer) -> bool:

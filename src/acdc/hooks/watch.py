@@ -9,21 +9,26 @@ from torch import Tensor, nn
 
 from acdc.errors import InputError
 
+PLAIN, WRAPPED = 1, 16  # changes before a step: of an optimizer, and of one that holds another one
+
 
 class Watch:
     """Watches the smallest weight until the first counted step.
 
     A weight that changes from one backward pass to the next, twice in a row, is stepped by
     somebody else: gradient accumulation changes no weight, and an optimizer that looks at two
-    gradients for a step (SAM) changes it once. Values are compared, because a write through
-    ``.data`` leaves no trace in the version of a tensor.
+    gradients for a step (SAM) changes it once. One that ascends several times changes it more often
+    before its step; such an optimizer holds another one. Values are compared, because a write
+    through ``.data`` leaves no trace in the version of a tensor.
 
     Args:
         params: The prunable weights.
+        allowed: Changes that an optimizer may make before its step.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter]) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], allowed: int = PLAIN) -> None:
         self._seen: Tensor | None = None
+        self._allowed = allowed
         self._changes = 0
         watched = [p for p in params if p.requires_grad and p.is_leaf]
         smallest = min(watched, key=lambda p: p.numel(), default=None)
@@ -36,13 +41,16 @@ class Watch:
         if self._seen is not None and not torch.equal(param.nan_to_num(), self._seen.nan_to_num()):
             self._changes += 1
         self._seen = param.detach().clone()
-        if self._changes >= 2:
+        if self._changes > self._allowed:
             self.stop()
             raise InputError(
-                "The weights changed between three backward passes, and the optimizer that the "
-                "sparsifier was given has taken no step. Something else steps them: give the "
-                "sparsifier the optimizer whose step() changes the weights, and call that step() "
-                "of the object and not a copy or a replacement of it."
+                f"The weights changed between {self._allowed + 2} backward passes, and the "
+                f"optimizer that the sparsifier was given has taken no step. Something else steps "
+                f"them: give the sparsifier the optimizer whose step() changes the weights, and "
+                f"call that step() of the object and not a copy or a replacement of it. If your "
+                f"loop moves the weights itself several times before a step (SAM with several "
+                f"ascents), let an optimizer do that which holds the other one as its attribute "
+                f"base_optimizer, and give that optimizer: it may ascend {WRAPPED} times."
             )
 
     def stop(self) -> None:

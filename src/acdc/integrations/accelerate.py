@@ -42,7 +42,7 @@ def attach(
         accelerator: It has prepared model, optimizer and loader.
         method: What to do, with a schedule in steps, or with a plan in epochs and a ``loader``.
         model: The prepared model.
-        optimizer: The prepared optimizer.
+        optimizer: The prepared optimizer, or a list of several: then one step is one call of each.
         loader: The prepared loader of training batches. An epoch has as many optimizer steps as
             the loader has batches, divided by ``gradient_accumulation_steps``.
 
@@ -51,12 +51,14 @@ def attach(
             plan cannot be resolved.
     """
     refuse_sharded(accelerator.distributed_type.value)
-    if not isinstance(optimizer, AcceleratedOptimizer):
-        raise InputError(
-            f"attach takes the model and the optimizer that accelerator.prepare returned, and the "
-            f"optimizer is a plain {type(optimizer).__name__}. Call prepare first: it may move the "
-            f"weights."
-        )
+    optimizers = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    for each in optimizers:
+        if not isinstance(each, AcceleratedOptimizer):
+            raise InputError(
+                f"attach takes the model and the optimizer that accelerator.prepare returned, and "
+                f"the optimizer is a plain {type(each).__name__}. Call prepare first: it may move "
+                f"the weights."
+            )
     steps = None
     if loader is not None:
         state = accelerator.gradient_state
@@ -70,7 +72,7 @@ def attach(
                 f"method a schedule in steps."
             )
     resolved_method = resolved(method, steps, None, "")
-    sparsifier = Sparsifier(resolved_method, model, optimizer.optimizer)
+    sparsifier = Sparsifier(resolved_method, model, [each.optimizer for each in optimizers])
     accelerator.register_for_checkpointing(sparsifier)
     return sparsifier
 

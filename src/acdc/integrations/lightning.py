@@ -47,8 +47,8 @@ class SparsifierCallback(Callback):
 
     Raises:
         InputError: At the start of training: the schedule is not as long as the run, the strategy
-            divides the weights among processes, there are several optimizers, or the checkpoint
-            was saved without this callback.
+            divides the weights among processes, the method takes one optimizer and the module has
+            several, or the checkpoint was saved without this callback.
     """
 
     def __init__(self, method: Method[Any], folder: str | os.PathLike[str]) -> None:
@@ -73,11 +73,6 @@ class SparsifierCallback(Callback):
         self._remove()
         loaded, self._loaded, self.result, self._taken = self._loaded, None, None, False
         refuse_sharded(type(trainer.strategy).__name__)
-        if len(trainer.optimizers) != 1:
-            raise InputError(
-                f"The module has {len(trainer.optimizers)} optimizers, and the callback takes one. "
-                f"Let configure_optimizers return one optimizer."
-            )
         method = resolved(self.method, *_length(trainer, pl_module))
         check_folder(self.folder, method)
         if loaded is None and trainer.global_step:
@@ -86,7 +81,9 @@ class SparsifierCallback(Callback):
                 f"new optimizer and the schedule would not fit together. Call fit(ckpt_path=...), "
                 f"or fit() of a new trainer."
             )
-        self.sparsifier = Sparsifier(method, pl_module, trainer.optimizers[0], state=loaded)
+        # What the strategy has made of the module: it shows a DistributedDataParallel.
+        model = trainer.strategy.model
+        self.sparsifier = Sparsifier(method, model, trainer.optimizers, state=loaded)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Log progress, phase and sparsity."""

@@ -33,6 +33,7 @@ from acdc.sparsifier import Sparsifier
 
 try:
     from transformers.trainer_callback import ExportableState, TrainerCallback
+    from transformers.training_args import ParallelMode
 except ImportError as missing:
     raise need("transformers", "transformers") from missing
 
@@ -88,8 +89,14 @@ class SparsifierCallback(TrainerCallback, ExportableState):
         method = resolved(self.method, steps, state.max_steps, settings)
         check_folder(self.folder, method)
         saved = self._load(args, state)
+        # The trainer gives its callbacks the model without DistributedDataParallel around it.
+        several = args.parallel_mode == ParallelMode.DISTRIBUTED
         self.sparsifier = Sparsifier(
-            method, kwargs["model"], kwargs["optimizer"].optimizer, state=saved
+            method,
+            kwargs["model"],
+            kwargs["optimizer"].optimizer,
+            state=saved,
+            process_group=torch.distributed.group.WORLD if several else None,
         )
         self._run = args, state
         self._take(state, control)

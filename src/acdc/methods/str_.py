@@ -25,7 +25,6 @@ from acdc.methods.families import Ramped
 from acdc.methods.training import Behind
 from acdc.methods.weights import Weights
 from acdc.pattern import Unstructured
-from acdc.processes import from_rank_zero
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.score import Scores
 from acdc.shape import shapes_of
@@ -132,7 +131,7 @@ class STR(Ramped[Thresholds]):
             if gradient is not None:
                 rate = weights.rate(name)
                 learned[name] = self.threshold.learn(threshold, weights[name], gradient, rate)
-        return {name: from_rank_zero(threshold) for name, threshold in learned.items()}
+        return {name: weights.peers.from_first(threshold) for name, threshold in learned.items()}
 
     def rank(self, weights: Weights, state: Thresholds) -> Scores:
         """Rank by how much the thresholds could rise before a weight is zero."""
@@ -151,7 +150,7 @@ class STR(Ramped[Thresholds]):
         if support.is_full:
             return {}
         settled = self.threshold.settle(weights, state, support)
-        return {name: from_rank_zero(threshold) for name, threshold in settled.items()}
+        return {name: weights.peers.from_first(threshold) for name, threshold in settled.items()}
 
 
 # --- the thresholds -------------------------------------------------------------------------------

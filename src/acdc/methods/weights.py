@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from acdc.errors import InputError
+from acdc.processes import ALONE, Peers
 from acdc.shape import Shape, shapes_of
 
 
@@ -22,6 +23,7 @@ class Weights(Mapping[str, Tensor]):
         rate: Function from a weight to its learning rate.
         scale: Function from a weight to the factor of its gradient, where a GradScaler leaves the
             unscaling to a fused optimizer; otherwise ``None``.
+        peers: The processes that train the weights together.
     """
 
     def __init__(
@@ -30,12 +32,17 @@ class Weights(Mapping[str, Tensor]):
         state: Callable[[Tensor], Mapping[str, Any] | None] = lambda weight: None,
         rate: Callable[[Tensor], float] = lambda weight: 1.0,
         scale: Callable[[Tensor], Tensor | None] = lambda weight: None,
+        peers: Peers = ALONE,
     ) -> None:
+        self.peers = peers
         self._params, self._state, self._rate, self._scale = params, state, rate, scale
 
     @classmethod
     def of(
-        cls, params: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer]
+        cls,
+        params: Mapping[str, Tensor],
+        optimizers: Iterable[torch.optim.Optimizer],
+        peers: Peers = ALONE,
     ) -> Weights:
         """Return the weights as one or several optimizers train them."""
         # By the index of the group: loading a checkpoint puts other groups there.
@@ -55,6 +62,7 @@ class Weights(Mapping[str, Tensor]):
             lambda weight: home[id(weight)][0].state.get(weight),
             rate,
             lambda weight: getattr(home[id(weight)][0], "grad_scale", None),
+            peers,
         )
 
     def __getitem__(self, name: str) -> Tensor:

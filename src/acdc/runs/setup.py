@@ -151,7 +151,8 @@ def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
     model, stepper = fabric.setup(net, optimizer)
     engine, engine_start = _engine(recipe, fabric, net, method.resolved)
     # The loop lets it change the support: a phase is evaluated before the next one begins.
-    sparsifier = Sparsifier(method, net, optimizer, engine=engine, automatic=False)
+    # The wrapped network says which processes train it together.
+    sparsifier = Sparsifier(method, model, optimizer, engine=engine, automatic=False)
     example = recipe.model.example(1).to(fabric.device)
     return Setup(
         recipe=recipe,
