@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,47 @@ def test_a_save_that_waits_too_long_is_a_sentence(
             save(tmp_path, b="b")
         staging.commit()
     save(tmp_path, b="b")
+
+
+# --- what a save does not replace ---------------------------------------------------------------
+
+
+def link(path: Path) -> None:
+    path.with_name("target").write_text("old")
+    path.symlink_to("target")
+
+
+def dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (link, "a symbolic link"),
+        (dangling_link, "a symbolic link"),
+        (os.mkfifo, "no regular file"),
+        (os.mkdir, "no regular file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_save_replaces_regular_files_alone(
+    tmp_path: Path, make: Callable[[Path], None], what: str, name: str
+) -> None:
+    """Writing through a link to another disk could not be done as a whole."""
+    make(tmp_path / name)
+    before = {path: path.lstat() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=f"^Cannot write the files to .*: {name} there is {what}"):
+        save(tmp_path, a="new a", b="new b")
+    assert {path: path.lstat() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "folder").symlink_to("disk")
+    save(tmp_path / "folder", a="new a", b="new b")
+    assert (tmp_path / "folder").is_symlink()
+    assert sorted(os.listdir(tmp_path / "disk")) == ["a", "b"]
 
 
 # --- locks --------------------------------------------------------------------------------------
