@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -25,6 +26,15 @@ def save(folder: Path, **contents: str) -> None:
         for name, text in contents.items():
             staging.add(name, text.encode())
         staging.commit()
+
+
+def refusal(folder: Path, **contents: str) -> str | None:
+    """Save these files together, and return the sentence if that was refused."""
+    try:
+        save(folder, **contents)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def killed_between_moves(folder: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -106,6 +116,41 @@ def test_a_save_that_waits_too_long_is_a_sentence(
             save(tmp_path, b="b")
         staging.commit()
     save(tmp_path, b="b")
+
+
+@pytest.mark.parametrize("code", [errno.EDQUOT, errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "replace"])
+def test_a_quota_that_ends_at_any_call_leaves_the_old_files_or_the_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    """A file system may count the quota late: at a flush, or when a folder has to grow."""
+    outcomes = []
+    for failing in range(20):
+        folder = tmp_path / str(failing)
+        save(folder, a="old a", b="old b")
+        real, left = getattr(os, call), [failing]
+
+        def limited(*given: Any, real: Any = real, left: Any = left, **more: Any) -> Any:
+            left[0] -= 1
+            if left[0] == -1:
+                raise OSError(code, os.strerror(code))
+            return real(*given, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, limited)
+            said = refusal(folder, a="new a", b="new b")
+        if left[0] >= 0:
+            break
+        if said is not None:
+            assert os.strerror(code) in said
+            assert ("Free some space" in said) == (code != errno.EIO)
+        found = {read(folder / name).decode() for name in "ab"}
+        assert found in ({"old a", "old b"}, {"new a", "new b"})
+        outcomes.append(found)
+        save(folder, a="newest", b="newest")  # once there is space
+        assert sorted(os.listdir(folder)) == ["a", "b"]
+    assert left[0] >= 0, "there are more calls"
+    assert len(outcomes) >= 2
 
 
 # --- what a save does not replace ---------------------------------------------------------------
