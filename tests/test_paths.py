@@ -68,16 +68,35 @@ def test_a_path_that_cannot_be_is_a_sentence(
     assert (tmp_path / "file").read_text() == "x"
 
 
+ODD = Path("a b\nc") / "ü 雪" / os.fsdecode(b"\xff") / "-x' \"$(y)"
+
+
 def test_folders_with_spaces_lines_and_letters(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "a b\nc" / "ü 雪" / os.fsdecode(b"\xff") / "-x' \"$(y)"
+    out = tmp_path / ODD
     assert main(typed(out)) == 0
     (run,) = out.iterdir()
     assert main(["report", str(run)]) == 0
     assert main(["export", str(run), "--to", "safetensors"]) == 0
     assert main(typed(out, "--resume")) == 0
     assert (run / "sparse.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_two_jobs_in_a_folder_with_spaces_lines_and_letters(tmp_path: Path) -> None:
+    """The workers are given the folder, and the file of the grid, as text."""
+    out, grid = tmp_path / ODD, tmp_path / ODD / "a grid.py"
+    out.mkdir(parents=True)
+    grid.write_text("from support.compare_grids import small\n")
+    words = ["compare", f"{grid}:small", "--jobs", "2", "--out", str(out)]
+    done = subprocess.run(
+        [*ACDC, *words], cwd=Path(__file__).parent, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (out / "small" / "failed.jsonl").read_text()
+    assert (out / "small" / "report.html").is_file()
 
 
 def test_a_read_only_folder_as_an_ordinary_user(tmp_path: Path) -> None:
