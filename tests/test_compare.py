@@ -79,6 +79,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "whole"
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a complete small grid."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("small")
+    compare(grid_of("small"), out, device="cpu")
+    return out / "small"
+
+
 # --- what is trained ----------------------------------------------------------------------------
 
 
@@ -506,6 +515,29 @@ def test_a_full_disk_fails_a_cell_that_is_tried_again(
     compare(grid_of("small"), tmp_path, resume=True, device="cpu")
     assert len(rows(tmp_path / "small")) == 3
     assert not rows(tmp_path / "small", "failed.jsonl")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_warnings_of_runs_are_in_the_results_and_on_the_page(
+    small: Path, tmp_path: Path, jobs: int
+) -> None:
+    """A worker logs them where nobody reads."""
+    folder = Path(shutil.copytree(small, tmp_path / "small"))
+    label = rows(folder)[1]["cell"]
+    run = record.Folder(folder / "runs" / label)
+    for path in (run.record, folder / "results.jsonl", folder / "origins.json"):
+        path.unlink()
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:-1])
+    for _ in range(2):
+        compare(grid_of("small"), tmp_path, resume=True, device="cpu", jobs=jobs)
+        found = [row.get("warnings") for row in rows(folder)]
+        assert found[0] is found[2] is None
+        assert found[1] is not None
+        (warning,) = found[1]
+        assert "Step 42: The checkpoint checkpoint/last.ckpt cannot be read" in warning
+        text = html.unescape((folder / "report.html").read_text())
+        assert f"{label}: {warning}" in text
+        shutil.rmtree(run.path, ignore_errors=True)  # its row takes its place
 
 
 def test_what_starts_from_a_run_that_failed_says_so(

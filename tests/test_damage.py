@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -208,6 +211,9 @@ FORGED: dict[str, Change] = {
     "the pair lacks a tensor": without("pair", "sparse", "conv1.weight"),
     "the pair is dense": lambda state: state["pair"].update(sparse=state["model"]),
     "facts of the pair are a list": put([1], "pair", "facts"),
+    "what computed it is text": put("x", "computed"),
+    "warnings are text": put("x", "warnings"),
+    "a warning without step": put([{"text": "x"}], "warnings"),
     "dense weights of another shape": put(
         {"conv1.weight": torch.zeros(1)}, "sparsifier", "dense_weights"
     ),
@@ -524,3 +530,89 @@ def test_another_number_of_threads_at_resume_ends_the_run_as_well(
         torch.set_num_threads(before)
     losses = [[e["loss"] for e in events(one, "step")] for one in (whole, tmp_path / "run")]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    (warning,) = warnings_of(tmp_path / "run")
+    assert warning["step"] == 14
+    assert "the number of threads was 1 and is 2." in warning["text"]
+
+
+def warnings_of(run: Path) -> list[dict[str, Any]]:
+    """Return the warnings in the record of a run; its page shows them, too."""
+    found: list[dict[str, Any]] = json.loads((run / "record.json").read_text())["details"][
+        "warnings"
+    ]
+    page = html.unescape(report.page(report.read(run)))
+    for warning in found:
+        assert warning["text"] in page
+    assert str(run) not in page
+    return found
+
+
+def test_a_warning_is_in_the_record_however_often_the_run_is_stopped(run: Path) -> None:
+    path = record.Folder(run).checkpoint
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(train.Interrupted):
+        train.run(tiny(), run, device="cpu", resume=True, watch=stop_at(STOPPED))
+    assert resume(run) == []
+    (warning,) = warnings_of(run)
+    assert warning["step"] == STOPPED - 3
+    assert warning["text"].startswith("The checkpoint checkpoint/last.ckpt cannot be read")
+
+
+def test_a_run_without_warnings_says_so_in_its_record(whole: Path) -> None:
+    assert warnings_of(whole) == []
+
+
+OTHER_CPU = """
+import sys
+from pathlib import Path
+import torch
+from acdc.runs import train
+from support.runs import tiny
+print(torch.backends.cpu.get_cpu_capability())
+train.run(tiny(), Path(sys.argv[1]), device="cpu", resume=True)
+"""
+
+
+def test_another_cpu_at_resume_is_said(run: Path, whole: Path) -> None:
+    """torch computes as on a CPU without AVX. Its sums have other last bits."""
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_CPU, str(run)],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
+    )  # fmt: skip
+    here, there = torch.backends.cpu.get_cpu_capability(), done.stdout.split()[0]
+    if here == there:
+        pytest.skip(f"This CPU has no more than {here}.")
+    (warning,) = warnings_of(run)
+    assert f"the instruction set of torch was '{here}' and is '{there}'" in warning["text"]
+    losses = [[e["loss"] for e in events(one, "step")] for one in (whole, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "what"),
+    [
+        ("acdc.runs.rounding.processor_name", lambda: "Abacus 3", "the processor"),
+        ("torch.__version__", "3.0", "the version of torch"),
+    ],
+)
+def test_another_machine_at_resume_is_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: object, what: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name)
+        with pytest.raises(train.Interrupted):
+            train.run(tiny(), run, device="cpu", resume=True, watch=stop_at(STOPPED + 1))
+    assert len(resume(run)) == 1  # and back again
+    there, back = warnings_of(run)
+    assert f"{what} was " in there["text"]
+    assert f"{what} was " in back["text"]
+    assert [there["step"], back["step"]] == [STOPPED, STOPPED + 1]
+
+
+def test_a_checkpoint_that_does_not_say_what_computed_it_is_resumed(run: Path) -> None:
+    path = record.Folder(run).checkpoint
+    state = torch.load(path, weights_only=True)
+    del state["computed"], state["warnings"]
+    path.write_bytes(sealed.dump(state))
+    assert resume(run) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import importlib.util
@@ -9,6 +10,7 @@ import io
 import os
 import pickle
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -990,6 +992,66 @@ def test_a_broken_jpeg_is_named(jpegs: Path, tmp_path: Path, workers: int) -> No
     for batches in (data.train_batches(0, 1, 0), data.eval_batches("test", 1)):
         with pytest.raises(InputError, match=r"^The image \S*a\.JPEG cannot be read \(.*Replace"):
             list(batches)
+
+
+def no_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without /dev/shm, or where it is read-only."""
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", fails)
+
+
+def small_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /dev/shm is full. A container often has 64 MB there."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", fails)
+
+
+def deadly_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the system ends a worker, for lack of memory or of shared memory."""
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ImageFolder, "train_batch", die)
+
+
+@pytest.mark.filterwarnings("ignore:.*_MultiProcessingDataLoaderIter")  # of torch itself
+@pytest.mark.parametrize(
+    ("obstacle", "cause"),
+    [
+        (no_semaphores, "Read-only file system"),
+        (small_shared_memory, "No space left on device"),
+        (deadly_pictures, "DataLoader worker"),
+    ],
+)
+def test_workers_without_shared_memory_are_a_sentence(
+    jpegs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    obstacle: Callable[[pytest.MonkeyPatch], None],
+    cause: str,
+) -> None:
+    """Without the sentence, a full /dev/shm would let the training wait for ever."""
+    obstacle(monkeypatch)
+    with pytest.raises(InputError, match=r"^The 2 processes that read images") as caught:
+        list(folder_of(jpegs, workers=2).train_batches(2, 4, seed=3))
+    assert cause in str(caught.value)
+    assert "data.workers=0" in str(caught.value)
+
+
+def test_an_error_of_a_transform_is_not_taken_for_one_of_the_workers(jpegs: Path) -> None:
+    def broken(image: Any) -> torch.Tensor:
+        raise RuntimeError("a slip in a transform")
+
+    for workers in (0, 1):
+        data = ImageFolder("ImageNet", jpegs, 4, (broken, broken), workers)
+        with pytest.raises(RuntimeError, match="a slip in a transform"):
+            list(data.train_batches(2, 4, seed=3))
 
 
 @pytest.mark.parametrize(

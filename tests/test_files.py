@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ def save(folder: Path, **contents: str) -> None:
         for name, text in contents.items():
             staging.add(name, text.encode())
         staging.commit()
+
+
+def refusal(folder: Path, **contents: str) -> str | None:
+    """Save these files together, and return the sentence if that was refused."""
+    try:
+        save(folder, **contents)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def killed_between_moves(folder: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
@@ -105,6 +116,82 @@ def test_a_save_that_waits_too_long_is_a_sentence(
             save(tmp_path, b="b")
         staging.commit()
     save(tmp_path, b="b")
+
+
+@pytest.mark.parametrize("code", [errno.EDQUOT, errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "replace"])
+def test_a_quota_that_ends_at_any_call_leaves_the_old_files_or_the_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    """A file system may count the quota late: at a flush, or when a folder has to grow."""
+    outcomes = []
+    for failing in range(20):
+        folder = tmp_path / str(failing)
+        save(folder, a="old a", b="old b")
+        real, left = getattr(os, call), [failing]
+
+        def limited(*given: Any, real: Any = real, left: Any = left, **more: Any) -> Any:
+            left[0] -= 1
+            if left[0] == -1:
+                raise OSError(code, os.strerror(code))
+            return real(*given, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, limited)
+            said = refusal(folder, a="new a", b="new b")
+        if left[0] >= 0:
+            break
+        if said is not None:
+            assert os.strerror(code) in said
+            assert ("Free some space" in said) == (code != errno.EIO)
+        found = {read(folder / name).decode() for name in "ab"}
+        assert found in ({"old a", "old b"}, {"new a", "new b"})
+        outcomes.append(found)
+        save(folder, a="newest", b="newest")  # once there is space
+        assert sorted(os.listdir(folder)) == ["a", "b"]
+    assert left[0] >= 0, "there are more calls"
+    assert len(outcomes) >= 2
+
+
+# --- what a save does not replace ---------------------------------------------------------------
+
+
+def link(path: Path) -> None:
+    path.with_name("target").write_text("old")
+    path.symlink_to("target")
+
+
+def dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (link, "a symbolic link"),
+        (dangling_link, "a symbolic link"),
+        (os.mkfifo, "no regular file"),
+        (os.mkdir, "no regular file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_save_replaces_regular_files_alone(
+    tmp_path: Path, make: Callable[[Path], None], what: str, name: str
+) -> None:
+    """Writing through a link to another disk could not be done as a whole."""
+    make(tmp_path / name)
+    before = {path: path.lstat() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=f"^Cannot write the files to .*: {name} there is {what}"):
+        save(tmp_path, a="new a", b="new b")
+    assert {path: path.lstat() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "folder").symlink_to("disk")
+    save(tmp_path / "folder", a="new a", b="new b")
+    assert (tmp_path / "folder").is_symlink()
+    assert sorted(os.listdir(tmp_path / "disk")) == ["a", "b"]
 
 
 # --- locks --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from acdc.errors import InputError
 from acdc.runs.data import FashionMNIST
 from acdc.runs.data.files import cache_folder
 from acdc.schedule import MOST_PHASES, Phase, Schedule, alternate, constant, phases
+from support import compare_grids
 from support.ordinary import as_ordinary_user
 from support.runs import TINY, words
 
@@ -66,16 +68,35 @@ def test_a_path_that_cannot_be_is_a_sentence(
     assert (tmp_path / "file").read_text() == "x"
 
 
+ODD = Path("a b\nc") / "ü 雪" / os.fsdecode(b"\xff") / "-x' \"$(y)"
+
+
 def test_folders_with_spaces_lines_and_letters(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "a b\nc" / "ü 雪" / os.fsdecode(b"\xff") / "-x' \"$(y)"
+    out = tmp_path / ODD
     assert main(typed(out)) == 0
     (run,) = out.iterdir()
     assert main(["report", str(run)]) == 0
     assert main(["export", str(run), "--to", "safetensors"]) == 0
     assert main(typed(out, "--resume")) == 0
     assert (run / "sparse.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_two_jobs_in_a_folder_with_spaces_lines_and_letters(tmp_path: Path) -> None:
+    """The workers are given the folder, and the file of the grid, as text."""
+    out, grid = tmp_path / ODD, tmp_path / ODD / "a grid.py"
+    out.mkdir(parents=True)
+    grid.write_text("from support.compare_grids import small\n")
+    words = ["compare", f"{grid}:small", "--jobs", "2", "--out", str(out)]
+    done = subprocess.run(
+        [*ACDC, *words], cwd=Path(__file__).parent, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not (out / "small" / "failed.jsonl").read_text()
+    assert (out / "small" / "report.html").is_file()
 
 
 def test_a_read_only_folder_as_an_ordinary_user(tmp_path: Path) -> None:
@@ -110,6 +131,24 @@ def test_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ACDC_DATA", "~/data")
     with pytest.raises(InputError, match="Looked in: ~/data"):
         FashionMNIST().load()
+
+
+NO_SHARED_MEMORY = "mount -t tmpfs -o ro none /dev/shm && exec "
+
+
+@pytest.mark.slow
+def test_two_jobs_without_shared_memory(tmp_path: Path) -> None:
+    """Nothing may be written to /dev/shm: no semaphore of Python, no tensor for a process."""
+    private = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*private, NO_SHARED_MEMORY + "true"], capture_output=True).returncode:
+        pytest.skip("This user may not mount.")
+    grid = Path(compare_grids.__file__)
+    line = shlex.join([*ACDC, "compare", f"{grid}:small", "--jobs", "2", "--out", str(tmp_path)])
+    done = subprocess.run(
+        [*private, NO_SHARED_MEMORY + line], cwd=grid.parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "small" / "failed.jsonl").read_text()
 
 
 def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:

@@ -178,6 +178,23 @@ def table(counts: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def store(path: Path, counts: list[Count]) -> None:
+    """Write counts into a file, in place of older counts of the same trials."""
+    from acdc.runs.record import machine, versions
+
+    origin = {
+        "command": f"python tools/soak.py {' '.join(sys.argv[1:])}",
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    known = json.loads(path.read_text())["trials"] if path.exists() else []
+    stored = {count["trial"]: count for count in known}
+    stored |= {count.trial: asdict(count) | origin for count in counts}
+    in_order = [stored[name] for name in trials() if name in stored]
+    path.write_text(json.dumps({"trials": in_order}, indent=1) + "\n")
+
+
 def main() -> int:
     """Run the trials and print the counts."""
     parser = argparse.ArgumentParser(
@@ -187,7 +204,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="for all trials together")
     parser.add_argument("--tries", type=int, help="tries of each trial, instead of minutes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first try")
-    parser.add_argument("--json", type=Path, help="write the counts to this file")
+    parser.add_argument("--json", type=Path, help="store the counts in this file")
     parser.add_argument("--table", type=Path, help="print the counts in this file as Markdown")
     parser.add_argument("--list", action="store_true", help="print the names of the trials")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -213,16 +230,7 @@ def main() -> int:
         for seed, reason in count.failures:
             print(f"    --seed {seed}: {reason}", flush=True)
     if args.json is not None:
-        from acdc.runs.record import machine, versions
-
-        facts = {
-            "command": f"python tools/soak.py {' '.join(sys.argv[1:])}",
-            "date": datetime.now(UTC).isoformat(timespec="minutes"),
-            "machine": machine(),
-            "versions": versions(),
-            "trials": [asdict(count) for count in counts],
-        }
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
+        store(args.json, counts)
     return int(any(count.failed for count in counts))
 
 

@@ -10,6 +10,9 @@ A save that is killed before step 2 leaves what was there before. A save that is
 the rest of its files in ``.acdc-saved``. :func:`latest` and :func:`read` find them there, and the
 next save in the folder moves them first. Reading changes nothing, so it works in a folder that is
 read-only, too.
+
+A save replaces regular files alone, and refuses a symbolic link: what a link points to may be on
+another disk, where nothing can be renamed to. The folder itself may be a link.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +60,12 @@ class Staging:
         return self
 
     def place(self, name: str) -> Path:
-        """Return where to write the file ``name`` for now. It need not be written at all."""
+        """Return where to write the file ``name`` for now. It need not be written at all.
+
+        Raises:
+            InputError: Something that a rename must not replace has this name, such as a link.
+        """
+        self._check_replaceable(name)
         if self._lock is None:
             self._begin()
         self._names.append(name)
@@ -80,6 +89,22 @@ class Staging:
             _flush(self.folder)
             _put_in_place(self.folder)
         _flush(self.folder)
+
+    def _check_replaceable(self, name: str) -> None:
+        """See that ``name`` is free, or names a regular file."""
+        path = self.folder / name
+        try:
+            mode = path.lstat().st_mode
+        except OSError:
+            return  # it is not there; if it cannot be reached, writing says so
+        if stat.S_ISREG(mode):
+            return
+        found = "a symbolic link" if stat.S_ISLNK(mode) else "no regular file"
+        raise InputError(
+            f"Cannot write {self.what} to {self.folder}: {name} there is {found}, and a save "
+            f"replaces regular files alone. Remove it, or choose another folder. To write to "
+            f"another disk, make the whole folder a link. What was there before is as it was."
+        )
 
     def _begin(self) -> None:
         """Wait for other saves, end what a killed save began, and make the folder aside."""

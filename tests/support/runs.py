@@ -58,7 +58,7 @@ def record(run: Path) -> dict[str, Any]:
     """Return the record of a run, without the values that differ between runs."""
     found: dict[str, Any] = json.loads((run / "record.json").read_text())
     del found["seconds"], found["run"]
-    for name in ("finished", "command", "time", "peak_memory"):
+    for name in ("finished", "command", "time", "peak_memory", "warnings"):
         del found["details"][name]
     return found
 

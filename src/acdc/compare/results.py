@@ -95,7 +95,7 @@ def row(task: Task, origin: Json, run: Prepared, record: Json, before: Json | No
         "prunable": record["details"]["prunable"],
         "finished": record["details"]["finished"],
         "origin": digest(origin),
-    }
+    } | _warned(parts)
 
 
 def record_in(folder: Folder) -> Json:
@@ -148,6 +148,16 @@ def _spent(record: Json) -> int:
     return int(record["details"]["train_flops"])
 
 
+def _warned(records: Iterable[Json]) -> Json:
+    """Return the warnings of runs as a field of a row, if there are any."""
+    warnings = [
+        f"Step {warning['step']}: {warning['text']}"
+        for record in records
+        for warning in record["details"].get("warnings") or ()
+    ]
+    return {"warnings": warnings} if warnings else {}
+
+
 def _dense_epoch(record: Json) -> float:
     details = record["details"]
     return int(details["train_flops_dense"]) / int(details["epochs"])
@@ -178,6 +188,7 @@ _ROW = {
     "epochs": POSITIVE,
     "sparsity_reached": SHARE,
     "prunable": COUNT,
+    "warnings?": [str],
 }
 _ORIGIN = {
     "task": dict,

@@ -474,6 +474,13 @@ def _notices(grid: Grid, outcomes: Sequence[Outcome]) -> list[str]:
             f"{plural(len(failed), 'cell')} of {len(outcomes)} without results; the table of cells "
             f"says why."
         )
+    # Several cells may come to the same run.
+    sentences += dict.fromkeys(
+        f"{outcome.row['cell']}: {warning}"
+        for outcome in outcomes
+        if outcome.row is not None
+        for warning in outcome.row.get("warnings", ())
+    )
     return sentences
 
 

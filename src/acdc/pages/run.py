@@ -176,6 +176,10 @@ def _notices(run: Run) -> list[str]:
         if run.ledger is not None:
             counted = run.ledger.phases[-1].stop
             notices.append(f"The FLOPs of training are those of the first {counted:,} steps.")
+    notices += [
+        f"Step {warning['step']:,}: {warning['text']}"
+        for warning in run.details.get("warnings") or ()
+    ]
     if run.damaged:
         lines = "line" if run.damaged == 1 else "lines"
         notices.append(

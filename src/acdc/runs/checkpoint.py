@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,8 @@ class Progress:
         batches_at_twin: Batches drawn when the dense twin was captured.
         seconds: Time the run has taken until the last checkpoint.
         pair: The twins at the end of the main leg, while the dense one is trained on.
+        computed: What computes the run (:mod:`acdc.runs.rounding`); ``None``: not known.
+        warnings: What went wrong so far, each with the step at which it was found.
     """
 
     leg: Leg = "main"
@@ -50,6 +52,8 @@ class Progress:
     batches_at_twin: int = 0
     seconds: float = 0.0
     pair: Pair | None = None
+    computed: dict[str, Any] | None = None
+    warnings: list[dict[str, Any]] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
         """Return the entries of a checkpoint. The dense twin is in the sparsifier's state."""
@@ -166,17 +170,20 @@ def _read(folder: Folder, path: Path) -> dict[str, Any]:
         checksum = "a checksum" if has_hash else "no checksum"
         raise _refusal(folder, path, f"has format {form!r} and {checksum}: acdc did not write it")
     try:
-        return check_types(_completed(state) if form == 1 else state)
+        return check_types(_completed(state))
     except Misfit as error:
         raise _refusal(folder, path, f"was not written by acdc: {error}") from error
 
 
 def _completed(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint of format 1 with the entries that it did not have."""
+    """Return a checkpoint of an older version with the entries that it did not have."""
     sparsifier = state.get("sparsifier")
-    if isinstance(sparsifier, dict):
+    if state["format"] == 1 and isinstance(sparsifier, dict):
         state["sparsifier"] = {"engine": None, **sparsifier}  # from before there was an engine
-    return {"pair": None, **state}
+    later: dict[str, Any] = {"computed": None, "warnings": []}
+    if state["format"] == 1:
+        later["pair"] = None
+    return later | state
 
 
 def _read_previous(folder: Folder, reason: Damaged) -> dict[str, Any]:
@@ -219,6 +226,7 @@ def _restore(run: Setup, state: dict[str, Any]) -> Progress:
     """Load a checkpoint that was checked, and return how far the run was."""
     names = ("leg", "step", "batches", "batches_at_twin", "seconds")
     progress = Progress(**{name: state[name] for name in names})
+    progress.computed, progress.warnings = state["computed"], state["warnings"]
     # The recipe decides all values of the groups but the learning rate, which every step sets.
     groups = run.optimizer.state_dict()["param_groups"]
     state["optimizer"]["param_groups"] = groups

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from acdc.runs.setup import Setup
-from acdc.runs.shapes import CHOICE
+from acdc.runs.shapes import CHOICE, WARNING
 from acdc.schema import COUNT, SECONDS, SHARE, Each, Maybe, Misfit, Number, check
 from acdc.states import differences, is_extra
 
@@ -48,6 +48,8 @@ _CHECKPOINT = {
     "sparsifier": _SPARSIFIER,
     "precision": dict,
     "pair": Maybe({"sparse": _TENSORS, "facts": dict}),
+    "computed": Maybe(dict),
+    "warnings": [WARNING],
 }
 
 

@@ -39,6 +39,7 @@ CHOICE = {  # of the engine, for a layer
     "sparse_ms": Maybe(AMOUNT),
     "convert_ms": Maybe(AMOUNT),
 }
+WARNING = {"step": COUNT, "text": str}
 _NAMED_CHOICE = {"name": str, **CHOICE}
 _ENGINE = {"kind?": str, "reason?": Maybe(str)}
 _LAYER = {
@@ -130,6 +131,7 @@ _DETAILS = {
     "engine?": {**_ENGINE, "choices?": [_NAMED_CHOICE], "refused?": Each(str, str)},
     "time?": Maybe(_TIME),
     "devices?": Maybe(POSITIVE),
+    "warnings?": [WARNING],
 }
 _RECORD = {
     "sparse": Maybe({**_NETWORK, "sparsity": SHARE, "nnz": COUNT}),

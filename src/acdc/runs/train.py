@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,7 @@ from acdc.runs.finish import finish, trained_pair
 from acdc.runs.loss import agreed, backward
 from acdc.runs.recipe import Recipe
 from acdc.runs.record import Clocks, Event, Folder, times
+from acdc.runs.rounding import computed, moved
 from acdc.runs.setup import make_fabric, set_up
 from acdc.runs.signals import Interrupted, stop_signals
 
@@ -152,15 +155,15 @@ class _Loop:
         if resumed:
             found = checkpoint.load(run)
             self.progress, size = found.progress, found.metrics
-            if found.warning is not None:
-                self._warn(found.warning)
+            self._warn(found.warning)
+            self._warn(moved(self.progress.computed, computed(run)))
+        self.progress.computed = computed(run)
         self.journal = Journal(run, self.watch, size)
         self.started = time.perf_counter() - self.progress.seconds
         try:
             if resumed:
                 self.watch(events.start(run))
-                if (damage := self.journal.check()) is not None:
-                    self._warn(damage)
+                self._warn(self.journal.check())
             else:
                 self.journal.write(events.start(run))
                 if self.journal.write_changes(0, 0, self._built):  # some schedules begin sparse
@@ -174,11 +177,15 @@ class _Loop:
         finally:
             self.journal.close()
 
-    def _warn(self, text: str) -> None:
-        """Show a warning to the watcher, and log it for programs that watch nothing."""
-        if self.run.fabric.is_global_zero:
-            log.warning("%s", text)
-            self.watch({"event": "warning", "step": self.progress.step, "text": text})
+    def _warn(self, text: str | None) -> None:
+        """Show a warning to the watcher, log it for programs that watch nothing, and record it."""
+        if text is None or not self.run.fabric.is_global_zero:
+            return
+        log.warning("%s", text)
+        self.watch({"event": "warning", "step": self.progress.step, "text": text})
+        # Without the path of the folder: a page shows the warning, and the path is private.
+        text = text.replace(f"{self.run.folder.path}{os.sep}", "")
+        self.progress.warnings.append({"step": self.progress.step, "text": text})
 
     def _end_main(self) -> None:
         """Go back to the dense twin if it is to be trained on; save the pair as it is now."""
@@ -192,7 +199,9 @@ class _Loop:
             pair.save(run.folder.result)  # to be used while the dense twin is trained on
         twin.restore(run.net, run.optimizer)
         at = self.progress.batches_at_twin
-        self.progress = Progress("finetune", twin.step, at, at, pair=pair)
+        self.progress = replace(
+            self.progress, leg="finetune", step=twin.step, batches=at, batches_at_twin=at, pair=pair
+        )
         self._checkpoint()
 
     def _finish(self, command: str) -> dict[str, Any]:
@@ -204,6 +213,7 @@ class _Loop:
         record: dict[str, Any] = {"sparse": None, "dense": None} | networks | costs(run, spent)
         record |= {"seconds": round(self.progress.seconds, 3), "run": str(run.folder.path)}
         record["details"] = details(run, spent, command, self.progress.leg == "finetune")
+        record["details"]["warnings"] = self.progress.warnings
         if run.fabric.is_global_zero:
             self.journal.sync()
             record["details"]["time"] = times(run.folder.metrics)

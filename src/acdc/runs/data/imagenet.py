@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from acdc.errors import InputError, MissingDependency, need
 from acdc.random import stream
@@ -145,10 +145,15 @@ class ImageFolder(Data):
             # Without this argument the loader seeds its workers from the global generator.
             generator=stream("workers"),
         )
-        for made in loader:
-            if isinstance(made, InputError):
-                raise made
-            yield made
+        try:
+            for made in loader:
+                if isinstance(made, InputError):
+                    raise made
+                yield made
+        except (OSError, RuntimeError) as error:
+            if not self.workers or not _of_processes(error):
+                raise
+            raise _no_workers(self.workers, error) from error
 
 
 @dataclass(frozen=True)
@@ -334,9 +339,36 @@ class _Batches(Dataset[Batch | InputError]):
     def __getitem__(self, index: int) -> Batch | InputError:
         # The error is returned, not raised: torch would add the worker's traceback to its text.
         try:
-            return self.task(index)
+            batch = self.task(index)
         except InputError as error:
             return InputError(*error.args)
+        worker = get_worker_info()
+        if worker is None:
+            return batch
+        # torch would do so in another thread, whose errors reach nobody: the training would wait
+        # for ever.
+        try:
+            return batch[0].share_memory_(), batch[1].share_memory_()
+        except (OSError, RuntimeError) as error:
+            return _no_workers(worker.num_workers, error)
+
+
+def _of_processes(error: OSError | RuntimeError) -> bool:
+    """Return whether an error is one of the processes, and not of what they compute."""
+    if isinstance(error, OSError):
+        return error.errno is not None  # an error of a worker comes as text alone
+    return str(error).startswith("DataLoader worker")
+
+
+def _no_workers(workers: int, error: OSError | RuntimeError) -> InputError:
+    """Return the sentence for processes that cannot start, or cannot hand over what they read."""
+    cause = getattr(error, "strerror", None) or str(error).rstrip(".")
+    return InputError(
+        f"The {workers} processes that read images failed: {cause}. They hand over the images in "
+        f"shared memory, which has to be writable and large enough (/dev/shm; for Docker, see its "
+        f"option --shm-size). Enlarge it, or read the images in the process that trains, by --set "
+        f"data.workers=0. A process that was killed may have run out of memory."
+    )
 
 
 def _unchanged(batch: Any) -> Any:
