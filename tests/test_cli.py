@@ -132,6 +132,15 @@ SURFACE = {
     "bench layers": [*bench("default 9"), ("--caches left|emptied", "default left")],
     "bench step": [*bench("default 9"), SCOPE],
     "bench where": [*bench("default 9"), SCOPE],
+    "bench zoo": [
+        *bench("default 5")[1:],
+        SCOPE,
+        ("--network NAME", "default []"),
+        ("--list", "flag"),
+        ("--batch N", "default None"),
+        ("--optimizer sgd|adam|adamw", "default sgd"),
+        ("--columns NAMES", "default "),
+    ],
     "bench run": [
         *bench("default 1"),
         SCOPE,

@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.integrations.lightning": {"lightning", "pytorch_lightning"},
     "acdc.integrations.transformers": {"transformers"},
     "acdc.bench.peers": {"sparseprop", "sparselab"},
+    "acdc.bench.zoo": {"transformers", "timm", "torchvision"},
     "acdc.pages.figure": {"matplotlib", "jinja2"},
     "acdc.pages.plots": {"matplotlib"},
     "acdc.pages.comparison": {"matplotlib"},

@@ -598,6 +598,75 @@ def test_a_loop_that_ascends_several_times_by_itself_is_told_what_to_do() -> Non
         backward(model, 2)
 
 
+class FreeWrapper:
+    """As ScheduleFreeWrapper: the model holds an average of the weights that are stepped inside."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base, self.count = base, 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        params = [p for group in self.base.param_groups for p in group["params"]]
+        for p in params:
+            state = self.base.state[p]
+            state.setdefault("x", p.detach().clone())
+            p.copy_(state.setdefault("z", p.detach().clone()))
+        self.base.step()
+        self.count += 1
+        for p in params:
+            state = self.base.state[p]
+            state["z"].copy_(p)
+            p.copy_(state["x"].lerp_(state["z"], 1 / self.count))
+
+
+@pytest.mark.parametrize("reset", ["all", "entered", "none"])
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_a_wrapper_that_moves_weights_after_the_optimizer_is_refused(
+    reset: Any, steps_before: int
+) -> None:
+    # The fault that was seen: the optimizer inside was given, and pruned weights came back.
+    model = build()
+    base = O.SGD(model.parameters(), lr=0.1)
+    wrapper = FreeWrapper(base)
+    with pytest.raises(InputError, match=r"FreeWrapper, which is no .*after that of the SGD insi"):
+        Sparsifier(METHOD, model, wrapper)  # type: ignore[arg-type]
+    for step in range(steps_before):
+        backward(model, step)
+        wrapper.step()
+
+    def attach_and_step() -> None:
+        Sparsifier(replace(METHOD, reset=reset), model, base)
+        backward(model, 0)
+        wrapper.step()
+
+    with pytest.raises(InputError, match=r"holds 'x', which SGD does not make: a wrapper"):
+        attach_and_step()
+    assert all(bool(p.all()) for n, p in model.named_parameters() if p.ndim > 1)  # nothing is cut
+
+
+def test_state_of_the_users_own_is_kept_if_it_is_declared() -> None:
+    model = build()
+    optimizer = O.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    Sparsifier(replace(METHOD, reset={"ema": "weight"}), model, optimizer)
+    for step in range(TOTAL):
+        for p in model.parameters():
+            optimizer.state[p]["ema"] = p.detach().clone()
+        train(model, optimizer, step, step + 1)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop",
+                                  "Adadelta", "ASGD", "Rprop", "Adafactor"])  # fmt: skip
+def test_all_that_torchs_optimizers_keep_is_known_as_theirs(name: str) -> None:
+    options: dict[str, Any] = {
+        "SGD": {"momentum": 0.9}, "Adam": {"amsgrad": True}, "AdamW": {"amsgrad": True},
+        "RMSprop": {"momentum": 0.9, "centered": True},
+    }.get(name, {})  # fmt: skip
+    model = build()
+    optimizer = getattr(O, name)(model.parameters(), lr=0.01, **options)
+    Sparsifier(METHOD, model, optimizer)
+    train(model, optimizer)
+
+
 def deepspeed_like() -> object:
     return type("FP16_Optimizer", (), {"__module__": "deepspeed.runtime.fp16"})()
 

@@ -45,7 +45,7 @@ class ProfiledTraining(OnEngine):
 
     optimizer_seconds = 0.0
 
-    def _optimizer(self) -> torch.optim.SGD:
+    def _optimizer(self) -> torch.optim.Optimizer:
         optimizer = super()._optimizer()
         plain = optimizer.step
 

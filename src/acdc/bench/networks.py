@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,10 @@ class Network:
         shape = (self.batch // length, length)
         x, y = (torch.randint(_VOCABULARY, shape, generator=generator) for _ in range(2))
         return x, y.flatten()
+
+    def loss(self, net: Callable[[Tensor], Any], x: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of a batch."""
+        return F.cross_entropy(net(x), y)
 
 
 def parse(name: str) -> Network | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -38,6 +38,13 @@ PEERS = ("torch_csr", "sparseprop", "sparselab")
 LAYERS_ONLY = "single layers only: see 'acdc bench layers'"
 WARM_UP = 2  # steps
 
+# The learning rate is small, so that no training can diverge.
+OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=1e-4, momentum=0.9),
+    "adam": lambda params: torch.optim.Adam(params, lr=1e-5),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-5),
+}
+
 
 class Training:
     """One network in training by dense PyTorch.
@@ -45,11 +52,16 @@ class Training:
     Args:
         network: What to train.
         memory_format: Memory format of images and convolutions.
+        optimizer: Its name in ``OPTIMIZERS``.
     """
 
     def __init__(
-        self, network: Network, memory_format: torch.memory_format = torch.channels_last
+        self,
+        network: Network,
+        memory_format: torch.memory_format = torch.channels_last,
+        optimizer: str = "sgd",
     ) -> None:
+        self.network, self._kind = network, optimizer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.net = network.build()
@@ -59,17 +71,19 @@ class Training:
             self.x = self.x.contiguous(memory_format=memory_format)
         self.optimizer = self._optimizer()
 
-    def _optimizer(self) -> torch.optim.SGD:
-        # The learning rate is small, so that the training cannot diverge.
-        return torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9)
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return OPTIMIZERS[self._kind](self.net.parameters())
 
     def step(self) -> float:
         """Take one optimizer step, and return the loss before it."""
         self.optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(self.net(self.x), self.y)
+        loss = self._loss()
         loss.backward()
         self.optimizer.step()
         return float(loss.detach())
+
+    def _loss(self) -> Tensor:
+        return self.network.loss(self.net, self.x, self.y)
 
 
 class OnEngine(Training):
@@ -86,8 +100,10 @@ class OnEngine(Training):
             and of the step after it.
     """
 
-    def __init__(self, network: Network, sparsity: float, scope: Scope) -> None:
-        super().__init__(network)
+    def __init__(
+        self, network: Network, sparsity: float, scope: Scope, optimizer: str = "sgd"
+    ) -> None:
+        super().__init__(network, optimizer=optimizer)
         self.engine = acdc.Engine(self.net, self.x)
         plan = acdc.constant("sparse", epochs=1).resolve(1_000_000)
         method = acdc.ACDC(acdc.Unstructured(sparsity, scope=scope), plan, layers=network.layers)
@@ -214,31 +230,37 @@ def choices(engine: acdc.Engine) -> dict[str, str]:
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_mb(name: str, *how: Any) -> float | None:
+Find = Callable[[str], Network | None]
+
+
+def peak_mb(name: str, *how: Any, find: Find = networks.parse) -> float | None:
     """Return the peak memory of a step in megabytes (10^6 bytes), measured in a fresh process.
 
     Only Linux reports the peak of a process. Other systems return ``None``.
 
     Args:
         name: Name of the network.
-        how: The memory format of dense PyTorch; or sparsity and scope, for the engine.
+        how: The memory format of dense PyTorch; or sparsity and scope, for the engine. The name of
+            the optimizer may follow.
+        find: Returns the network with this name, in the fresh process.
     """
     if not (STATUS.exists() and FORGET.exists()):
         return None
     fresh = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-            return pool.submit(_peak_mb, name, *how).result()
+            return pool.submit(_peak_mb, find, name, *how).result()
     except (BrokenProcessPool, OSError):  # killed for lack of memory, or no permission
         return None
 
 
-def _peak_mb(name: str, *how: Any) -> float:
-    network = networks.parse(name)
+def _peak_mb(find: Find, name: str, *how: Any) -> float:
+    network = find(name)
     assert network is not None
     Training(networks.Network("", CifarResNet(depth=8, width=1).build, 1, images=True)).step()
     before = _kilobytes("VmRSS")  # includes what PyTorch loads at a first step
-    training = OnEngine(network, *how) if len(how) > 1 else Training(network, *how)
+    dense = isinstance(how[0], torch.memory_format)
+    training = Training(network, *how) if dense else OnEngine(network, *how)
     for _ in range(WARM_UP):
         training.step()
     return peak_during(training.step) - before / 1e3

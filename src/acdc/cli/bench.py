@@ -79,6 +79,19 @@ BREAKDOWN = Bench(
     "autograd), PyTorch (loss, dense layers), and the optimizer with the sparsifier. Below the "
     "times of the layers stands their speed on kept weights, in 10^9 operations a second.",
 )
+ZOO = Bench(
+    "zoo",
+    "training steps of networks of other libraries",
+    "",
+    5,
+    "steps of each competitor",
+    (0.9, 0.95),
+    "Times whole training steps (forward, loss, backward, optimizer) in a sparse phase of networks "
+    "of transformers, timm and torchvision where these are installed, of torch.nn, and of our own, "
+    "side by side: dense PyTorch in its faster memory format, and the engine. Weights are random, "
+    "and nothing is downloaded. 'sparse' is the share of the prunable multiply-adds that run "
+    "sparse. Below the table stand the reasons for the rest, and for networks that fail.",
+)
 RUN = Bench(
     "run",
     "a whole run, half of it sparse",
@@ -107,6 +120,8 @@ def add(commands: Commands) -> None:
     )
     step = _add_bench(benches, STEP, _step)
     breakdown = _add_bench(benches, BREAKDOWN, _breakdown)
+    zoo = _add_bench(benches, ZOO, _zoo, cases=False)
+    _add_zoo_options(zoo)
     run = _add_bench(benches, RUN, _run)
     run.add_argument("--epochs", metavar="N", type=int, default=4, help="of a run (default: 4)")
     run.add_argument(
@@ -116,7 +131,7 @@ def add(commands: Commands) -> None:
         default=12_800,
         help="training images; a fifth as many for testing (default: 12800)",
     )
-    for sub in (step, breakdown, run):
+    for sub in (step, breakdown, zoo, run):
         sub.add_argument(
             "--scope",
             choices=("uniform", "erk", "global"),
@@ -126,21 +141,54 @@ def add(commands: Commands) -> None:
         )
 
 
+def _add_zoo_options(zoo: argparse.ArgumentParser) -> None:
+    zoo.add_argument(
+        "--network",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a network of --list, or one of ours such as gpt_d384_l6_t1024; may be repeated "
+        "(default: all whose library is installed)",
+    )
+    zoo.add_argument("--list", action="store_true", help="list the networks, and time nothing")
+    zoo.add_argument(
+        "--batch", metavar="N", type=int, help="samples of a batch (default: as --list shows)"
+    )
+    zoo.add_argument(
+        "--optimizer",
+        choices=("sgd", "adam", "adamw"),
+        default="sgd",
+        help="the optimizer; sgd has momentum (default: sgd)",
+    )
+    zoo.add_argument(
+        "--columns",
+        metavar="NAMES",
+        default="",
+        help="further columns: bf16 (autocast) and compile (torch.compile), of dense PyTorch; "
+        "with a comma between them",
+    )
+
+
 def _add_bench(
-    benches: Commands, bench: Bench, run: Callable[[argparse.Namespace], int]
+    benches: Commands,
+    bench: Bench,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    cases: bool = True,
 ) -> argparse.ArgumentParser:
     sub: argparse.ArgumentParser = benches.add_parser(
         bench.name, help=bench.about, description=bench.more, allow_abbrev=False
     )
     sub.set_defaults(command=run)
-    sub.add_argument(
-        "--case",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help=f"only the cases with this text in their name, or a new case whose name follows the "
-        f"same pattern: {bench.cases}; may be repeated",
-    )
+    if cases:
+        sub.add_argument(
+            "--case",
+            metavar="TEXT",
+            action="append",
+            default=[],
+            help=f"only the cases with this text in their name, or a new case whose name follows "
+            f"the same pattern: {bench.cases}; may be repeated",
+        )
     *others, last = map(str, bench.sparsities)
     sub.add_argument(
         "--sparsity",
@@ -200,6 +248,26 @@ def _breakdown(args: argparse.Namespace) -> int:
     return _measure(args, table, breakdown.measure(chosen, sparsities, args.repeats, args.scope))
 
 
+def _zoo(args: argparse.Namespace) -> int:
+    from acdc.bench import zoo, zoo_step
+    from acdc.bench.table import Table
+
+    if args.list:
+        print("\n".join(zoo.listing()))
+        return 0
+    chosen, missing = zoo.choose(args.network, args.batch)
+    names = zoo_step.check_columns(args.columns)
+    columns = {f"{name}_ms": name for name in names}
+    columns |= {"sparse_percent": "sparse %"}
+    columns |= {"dense_peak_mb": "dense MB", "engine_peak_mb": "engine MB"}
+    settings = zoo_step.Settings(
+        _sparsities(args, ZOO), args.repeats, args.scope, args.optimizer, names
+    )
+    table = Table([network.name for network in chosen], columns)
+    measured = zoo_step.measure(chosen, settings)
+    return _measure(args, table, measured, lambda rows: [*missing, *zoo_step.reasons(rows)])
+
+
 def _run(args: argparse.Namespace) -> int:
     from acdc.bench import networks, run
     from acdc.bench.table import Table
@@ -220,9 +288,19 @@ def _sparsities(args: argparse.Namespace, bench: Bench) -> list[float]:
 
 
 def _measure(
-    args: argparse.Namespace, table: Table | PartsTable, measured: Iterator[dict[str, Any]]
+    args: argparse.Namespace,
+    table: Table | PartsTable,
+    measured: Iterator[dict[str, Any]],
+    below: Callable[[list[dict[str, Any]]], list[str]] | None = None,
 ) -> int:
-    """Print each row when it is measured, and write the file again with every row."""
+    """Print each row when it is measured, and write the file again with every row.
+
+    Args:
+        args: The options.
+        table: What the lines look like.
+        measured: The rows.
+        below: Returns the lines below the table (default: the libraries that were not timed).
+    """
     from acdc import outfile
     from acdc.bench.race import threads
     from acdc.bench.table import notes, save
@@ -243,7 +321,7 @@ def _measure(
             print(table.line(row), flush=True)
             if args.json and not once:
                 save(args.json, command, rows)
-    for note in notes(rows):
+    for note in (below or notes)(rows):
         print(note)
     if args.json and once:
         save(args.json, command, rows)

@@ -167,11 +167,24 @@ def _chain(given: object, at: str) -> Iterator[Optimizer]:
         if isinstance(current, Optimizer):
             yield current
         elif current is given and _inner(current) is None:
+            _check_no_stepping_wrapper(given, at)
             raise InputError(
                 f"{at} is a {_name(given)}, and not an optimizer. Give a torch.optim.Optimizer, or "
                 f"a list of those that step the model together."
             )
         current = _inner(current) or current
+
+
+def _check_no_stepping_wrapper(given: object, at: str) -> None:
+    """Raise InputError if an object that is no optimizer steps the weights of one inside it."""
+    inside = [v for v in getattr(given, "__dict__", {}).values() if isinstance(v, Optimizer)]
+    if inside and callable(getattr(given, "step", None)):
+        raise InputError(
+            f"{at} is a {_name(given)}, which is no torch.optim.Optimizer and calls no hooks, and "
+            f"its step() may move the weights after that of the {type(inside[0]).__name__} inside. "
+            f"Pruned weights would come back. Use an optimizer that does the same by itself, such "
+            f"as schedulefree.AdamWScheduleFree instead of ScheduleFreeWrapper."
+        )
 
 
 def _inner(wrapper: object) -> Optimizer | None:

@@ -65,6 +65,7 @@ class StateReset:
         self._may_copy = not all(map(_is_plain, optimizers.parts))
         self._is_checked = self._is_cleared = False
         self._hooks: list[RemovableHandle] = []
+        self._entries: dict[tuple[int, int], set[str]] = {}
         if isinstance(method.training, Behind):
             self._check_no_copies()
         self.check_before_change()
@@ -145,8 +146,11 @@ class StateReset:
         """Refuse state that cannot be reset, before anything is cut.
 
         Raises:
-            InputError: It is not known how to reset an entry of the optimizer's state.
+            InputError: It is not known how to reset an entry of the optimizer's state, or a wrapper
+                that the sparsifier was not given keeps weights there.
         """
+        for name, param in self._params.items():
+            self._check_not_wrapped(name, param)
         if self.rule == "none":
             return
         for name, param in self._params.items():
@@ -169,6 +173,38 @@ class StateReset:
                             f"reset={{{key!r}: 0.0}}. Or use an optimizer with state per weight, "
                             f'or reset="none".'
                         )
+
+    def _check_not_wrapped(self, name: str, param: Tensor) -> None:
+        """Raise InputError if state of this weight cannot be of the optimizer that holds it.
+
+        A wrapper that moves the weights after the optimizer inside has stepped brings pruned
+        weights back, and no hook is called then.
+        """
+        part, index = self._of_weight[name]
+        state = part.optimizer.state.get(param, {}) if _is_plain(part) else {}
+        weights = {key for key, value in state.items() if looks_like(value, param)}
+        foreign = weights - self._own_entries(part, index, weights) - self._declared.keys()
+        if foreign:
+            kind = type(part.optimizer).__name__
+            raise InputError(
+                f"The state of {kind} for the weight {name!r} holds {min(foreign)!r}, which {kind} "
+                f"does not make: a wrapper around it does, such as Lookahead or "
+                f"ScheduleFreeWrapper, and may move pruned weights after {kind} has stepped. Give "
+                f"the sparsifier the wrapper itself, if the wrapper is a torch.optim.Optimizer. "
+                f"Otherwise train without it, for example with schedulefree.AdamWScheduleFree. If "
+                f"what keeps this entry moves no weights, say how the entry starts: "
+                f"reset={{{min(foreign)!r}: 0.0}}."
+            )
+
+    def _own_entries(self, part: Part, index: int, wanted: set[str]) -> set[str]:
+        """Return the entries that an optimizer of torch makes; all wanted ones if not known."""
+        known = self._entries.setdefault((id(part), index), set())
+        if not wanted <= known:
+            try:
+                known |= trial(part.optimizer, part.optimizer.param_groups[index]).values.keys()
+            except NotKnown:
+                return wanted
+        return known
 
     def _check_no_copies(self) -> None:
         for part in self.optimizers.parts:
