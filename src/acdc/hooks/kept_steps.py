@@ -62,11 +62,17 @@ class KeptSteps:
     Args:
         optimizer: The user's; it gets a hook before and a hook after its step.
         worth: Weight and number of kept elements → whether to step only these.
+        may: Whether the next step may be one of kept elements only. Asked before each such step.
 
     """
 
-    def __init__(self, optimizer: Optimizer, worth: Callable[[Tensor, int], bool] = pays) -> None:
-        self.optimizer, self._worth = optimizer, worth
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        worth: Callable[[Tensor, int], bool] = pays,
+        may: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.optimizer, self._worth, self._may = optimizer, worth, may
         self._weights: dict[int, _Weight] = {}
         self._twin: Optimizer | None = None
         self._groups: list[int] = []  # of the twin's groups among the optimizer's
@@ -123,7 +129,7 @@ class KeptSteps:
     # --- a step ---------------------------------------------------------------------------------
 
     def _before(self, _: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if self._twin is None or not self._is_last or self._is_special:
+        if self._twin is None or not self._is_last or self._is_special or not self._may():
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:

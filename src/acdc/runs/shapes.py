@@ -40,6 +40,13 @@ CHOICE = {  # of the engine, for a layer
     "convert_ms": Maybe(AMOUNT),
 }
 _NAMED_CHOICE = {"name": str, **CHOICE}
+_VERDICT = {  # of the engine, on steps of a kind
+    "kind": str,
+    "off": [str],
+    "dense": bool,
+    "sparse_share": Maybe(AMOUNT),
+    "share": Maybe(AMOUNT),
+}
 _ENGINE = {"kind?": str, "reason?": Maybe(str)}
 _LAYER = {
     "name": str,
@@ -71,6 +78,7 @@ EVENTS: dict[str, Shape] = {
         "counts?": Maybe(Each(str, COUNT)),
     },
     "engine": {"choices?": [_NAMED_CHOICE], "refused?": Each(str, str), **_ENGINE, **_TIMES},
+    "verdict": {"verdicts": [_VERDICT]},
     "ledger": _LEDGER,
 }
 
@@ -127,7 +135,12 @@ _DETAILS = {
     "ledger?": Maybe(_LEDGER),
     "layers?": [_DONE],
     "refused?": Maybe(Each(str, str)),
-    "engine?": {**_ENGINE, "choices?": [_NAMED_CHOICE], "refused?": Each(str, str)},
+    "engine?": {
+        **_ENGINE,
+        "choices?": [_NAMED_CHOICE],
+        "refused?": Each(str, str),
+        "verdicts?": [_VERDICT],
+    },
     "time?": Maybe(_TIME),
     "devices?": Maybe(POSITIVE),
 }
