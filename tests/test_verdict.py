@@ -430,6 +430,40 @@ def test_several_passes_for_one_step_count_together(world: World) -> None:
     assert how(other, world, 6 * BLOCK, passes=8)[-1][0] == "0+ 2+ 4+ " * 8 + "opt+"
 
 
+def test_passes_inside_of_the_optimizers_step_belong_to_it(world: World) -> None:
+    """A closure is called within ``step``, and the kept steps are a part of what is judged."""
+    training = Training()
+    found = []
+    for seed in range(3 * BLOCK):
+
+        def closure(seed: int = seed) -> Tensor:
+            training.optimizer.zero_grad()
+            loss = training.model(training.batch(8, seed)).square().mean()
+            loss.backward()
+            return loss
+
+        training.optimizer.step(closure)
+        found.append(world.take())
+    assert found == [SPARSE] * BLOCK + [DENSE] * BLOCK + [SPARSE] * BLOCK
+    (judged,) = training.engine.verdicts
+    assert judged.kind.startswith("training")
+    assert judged.share == pytest.approx(0.4)
+
+
+def test_a_step_that_only_makes_state_is_no_part_of_the_next(world: World) -> None:
+    training = Training()
+    (group,) = training.optimizer.param_groups
+    for p in training.net.parameters():
+        p.grad = torch.zeros_like(p)
+    group["lr"] = 0.0
+    training.optimizer.step()  # as torch.distributed.checkpoint does
+    training.optimizer.zero_grad()
+    group["lr"] = 0.05
+    world.now += 1e4
+    how(training, world, 2 * BLOCK)
+    assert [kind.split(",")[0] for kind in training.engine._judge.trials] == ["training"]
+
+
 def test_without_a_step_nothing_is_judged(world: World) -> None:
     training = Training()
     for _ in range(3 * BLOCK):

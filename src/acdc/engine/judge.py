@@ -90,7 +90,7 @@ class _Step:
 
     Args:
         kind: Of its first forward pass.
-        host: The name of the module of that pass.
+        host: The name of the module of that pass; None if no pass was noted.
         training: The mode of that module.
         began: The time of its start.
         values: The number of values that this module got in this step so far.
@@ -99,7 +99,7 @@ class _Step:
     """
 
     kind: str
-    host: str
+    host: str | None
     training: bool
     began: float
     values: int = 0
@@ -160,20 +160,29 @@ class Judge:
                     self.trials.setdefault(kind, Trial((ENGINE,)))
                 self._thread.off, self._thread.ran = frozenset(), None
                 return Pass(self._is_dense(kind), kind, clock(), count)
-            kind = _kind_of_step(training, values)
-            if torch.is_grad_enabled():
-                self._open(kind, host, training)
-            if self._step is not None:
+            if torch.is_grad_enabled() and self._begins_step(training):
+                self._open(_kind_of_step(training, values), host, training)
+            if self._step is None:
+                kind = _kind_of_step(training, values)
+            else:
                 kind = self._step.kind
                 self._step.values += count * (self._step.host == host)
             self._thread.off = self._off(kind)
             return Pass(self._is_dense(kind))
 
-    def _open(self, kind: str, host: str, training: bool) -> None:
-        """Begin a step, unless one has begun. One that began in evaluation mode may be none."""
-        if self._step is None or (training and not self._step.training):
-            self._step = _Step(kind, host, training, clock())
-            self._thread.ran = {}
+    def _begins_step(self, training: bool) -> bool:
+        """Return whether a forward pass with gradients is the first one of a step.
+
+        What began in evaluation mode was perhaps no step, and what began with the optimizer perhaps
+        made its state only.
+        """
+        step = self._step
+        return step is None or step.host is None or (training and not step.training)
+
+    def _open(self, kind: str, host: str | None, training: bool) -> _Step:
+        self._step = _Step(kind, host, training, clock())
+        self._thread.ran = {}
+        return self._step
 
     def end(self, this: Pass) -> None:
         """Note the end of a forward pass."""
@@ -206,12 +215,9 @@ class Judge:
         if not self.judges:
             return True
         with self._lock:
-            if self._step is None:
-                self._open(_kind_of_step(True, ()), "", True)
-                assert self._step is not None
-                self._step.values = 1
-            self._step.keeps = True
-            kind = self._step.kind
+            step = self._step or self._open(_kind_of_step(True, ()), None, True)
+            step.keeps = True
+            kind = step.kind
             return OPTIMIZER not in self._off(kind) and not self._is_dense(kind)
 
     def end_step(
@@ -229,7 +235,7 @@ class Judge:
         with self._lock:
             step, self._step = self._step, None
             if step is None and must:
-                step = _Step(_kind_of_step(True, ()), "", True, self._ended)
+                step = _Step(_kind_of_step(True, ()), None, True, self._ended)
             self._ended = now
             if step is None or not self.judges:
                 return None

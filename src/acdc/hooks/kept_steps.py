@@ -129,13 +129,14 @@ class KeptSteps:
     # --- a step ---------------------------------------------------------------------------------
 
     def _before(self, _: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if self._twin is None or not self._is_last or self._is_special or not self._may():
+        if self._twin is None or not self._is_last or self._is_special:
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
             args, kwargs = (self.optimizer, closed(closure)), {}
-        with torch.no_grad():
-            self._step(self._twin)
+        if self._may():  # asked after the passes of the step, which are in the closure
+            with torch.no_grad():
+                self._step(self._twin)
         return args, kwargs
 
     def _step(self, twin: Optimizer) -> None:
