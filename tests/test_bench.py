@@ -347,7 +347,7 @@ def test_bench_step_writes_a_row_for_every_sparsity(
     words = ["bench", "step", "--case", STEP, "--sparsity", "0.5", "--sparsity", "0.9"]
     assert main([*words, "--repeats", "2", "--scope", "erk", "--json", str(file)]) == 0
     half, tenth = json.loads(file.read_text())["rows"]
-    more = {"flops_share", "compression_steps", "recompression_steps", "layers"}
+    more = {"flops_share", "compression_steps", "recompression_steps", "layers", "verdicts"}
     more |= {"dense_peak_mb", "engine_peak_mb"}
     assert set(half) == set(tenth) == COLUMNS | more
     assert set(half["dense_settings_ms"]) == {"nchw", "channels_last"}
@@ -356,6 +356,8 @@ def test_bench_step_writes_a_row_for_every_sparsity(
     assert half["compression_steps"] > half["recompression_steps"]  # which times no layer
     assert set(half["notes"]) == set(step.PEERS)
     assert "layer1.0.conv1" in half["layers"]
+    # The verdict is the clock's, and there is none where no layer gains.
+    assert all(text.startswith("training, about ") for text in half["verdicts"])
     formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
     assert asked == [
         (STEP, formats[half["dense_setting"]]),
@@ -494,6 +496,7 @@ def test_bench_run_prints_the_share_of_dense(tmp_path: Path, capsys: Capture) ->
     assert main(["bench", "run", *words, "--json", str(file)]) == 0
     (row,) = json.loads(file.read_text())["rows"]
     more = {"share_of_dense", "epochs", "phases", "samples", "test_samples", "layers"}
+    more.add("verdicts")
     assert set(row) == COLUMNS | more | {"dense_epochs_ms", "engine_epochs_ms"}
     out, _ = capsys.readouterr()
     assert out.splitlines()[1].split()[-1] == table.number(row["share_of_dense"])

@@ -414,6 +414,16 @@ def test_what_the_engine_does_is_one_line(
     assert lines == ([line] if line else [])
 
 
+def test_a_verdict_of_the_engine_is_one_line() -> None:
+    plain = Console(file=io.StringIO(), width=40)
+    verdict = {"kind": "evaluation", "off": ["the engine"], "dense": True, "share": 1.0}
+    with Watcher("it", False, plain) as watcher:
+        watcher({"event": "verdict", "verdicts": [verdict | {"sparse_share": 1.125}]})
+    assert plain.file.getvalue() == (  # type: ignore[attr-defined]
+        "engine: evaluation: sparse takes 1.12 of the dense time; PyTorch computes it\n"
+    )
+
+
 def test_json_is_the_only_line_on_standard_output(
     done: Path, tmp_path: Path, capsys: Capture
 ) -> None:

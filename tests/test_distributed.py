@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import acdc
 from acdc import score
-from acdc.engine import choice
+from acdc.engine import choice, judge, verdict
 from acdc.engine.choice import Choice
+from acdc.engine.segment import Segment
 from acdc.engine.timing import Candidate
 from acdc.hooks import kept_steps
 from acdc.methods.acdc import ACDC
@@ -163,17 +164,30 @@ MINE = ({"conv1", "fc1"}, {"conv2", "fc2"})  # what each rank measures to be fas
 
 
 def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[str, Any]:
-    """Train under DDP with or without an engine; each rank alone would choose other layers."""
+    """Train under DDP with or without an engine.
+
+    Each rank alone would choose other layers, and only the first one finds that whole steps lose.
+    """
+    now, on_kernels = 0.0, Segment._run
 
     def measure(layer: Candidate, *_: Any) -> Choice:
         gains = layer.name in {"head", *MINE[dist.get_rank()]}
         return Choice(gains, 0.2, 1e6 if gains else 1.0, 1.0, 1.0)
+
+    def costly(self: Segment, inputs: tuple[Tensor, ...]) -> Any:
+        nonlocal now
+        now += 5.0 if dist.get_rank() == 0 else -0.5
+        return on_kernels(self, inputs)
 
     model = build(EngineNet).double().to(memory_format=memory_format)
     example = batch(0)[0].double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "measure", measure)
         patch.setattr(kept_steps, "LARGE", 64)  # so that optimizer steps are of kept elements, too
+        patch.setattr(Segment, "_run", costly)
+        patch.setattr(judge, "clock", lambda: now)
+        patch.setattr(verdict, "IGNORED", 0)
+        patch.setattr(verdict, "COUNTED", 1)
         engine = acdc.Engine(model, example) if on else None
         optimizer = sgd(model)
         wrapped = DDP(model, **ddp)
@@ -185,6 +199,7 @@ def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(wrapped(x.double()), y)
             loss.backward()
+            now += 2.0
             optimizer.step()
             seen["losses"].append(loss.item())
             seen["weights"].append(flat(model.parameters()))
@@ -193,6 +208,7 @@ def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[
                     model.eval()(example)
                 model.train()
     if engine is not None:
+        seen["trial"] = engine.state_dict()["trials"][judge.TRAINING]
         seen["sparse"] = {name for name, choice in engine.choices.items() if choice.sparse}
     seen["zero"] = all(
         is_plus_zero(sparsifier.params[n][~m]) for n, m in sparsifier.support.items()
@@ -464,6 +480,18 @@ def test_the_engine_of_every_rank_runs_what_the_first_one_chose(
     assert [rank["active"] for rank in seen] == [sparse, sparse]
     assert all(map(torch.equal, *(rank["weights"] for rank in seen)))
     assert [rank["zero"] for rank in seen] == [True, True]
+
+
+@each_engine_case
+def test_the_first_rank_judges_whole_steps_for_all(ranks: list[dict[str, Any]], case: str) -> None:
+    first, second = (rank["engine", case, True]["trial"] for rank in ranks)
+    assert first == second
+    trial = verdict.Trial.of(first)
+    assert len(trial.blocks) == 3  # alone, the second rank would have ended after two
+    assert trial.off
+    share = trial.share(frozenset())
+    assert share is not None
+    assert share > 2
 
 
 @each_engine_case

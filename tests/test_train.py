@@ -24,12 +24,13 @@ import torch
 from torch import nn
 
 from acdc import ACDC, Pair, Unstructured, constant, phases
-from acdc.engine import choice
+from acdc.engine import choice, judge, verdict
 from acdc.engine.backends import kernels
 from acdc.engine.choice import Choice
 from acdc.engine.engine import Engine
 from acdc.errors import InputError
 from acdc.methods import DPF, Static, TopKAST
+from acdc.pages import run as report
 from acdc.result import DenseNetwork, SparseNetwork
 from acdc.runs import train
 from acdc.runs.engine import why_off
@@ -383,6 +384,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch, choose: Callable[[str], bool]) -> No
     """Let the engine choose by name and not by the clock."""
     monkeypatch.setattr(choice, "measure", sparse_by(choose))
     monkeypatch.setattr(choice, "segment_pays", lambda *_: True)
+    monkeypatch.setattr(judge, "clock", lambda: 0.0)
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
@@ -459,6 +461,33 @@ def test_what_was_chosen_is_on_the_disk_before_a_step_is_computed_by_it(
     assert [name for name, choice in choices.items() if choice["sparse"]] == ["conv1"]
 
 
+def test_a_verdict_is_on_the_disk_before_a_step_is_computed_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps take no time here, so everything stays on after two blocks: 6 sparse steps."""
+    monkeypatch.setattr(verdict, "IGNORED", 1)
+    monkeypatch.setattr(verdict, "COUNTED", 2)
+    pinned(monkeypatch, lambda _: True)
+    recipe, folder = tiny(engine="auto", checkpoint_steps="100"), tmp_path / "run"
+    train.run(recipe, tmp_path / "whole", device="cpu")
+    steps = [e["step"] for e in events(tmp_path / "whole", "step") if e["phase"] == "sparse"]
+    last = steps[5]
+    with pytest.raises(Death):
+        train.run(recipe, folder, device="cpu", watch=die_at(last + 1))
+    assert checkpoint(folder)["step"] == last
+    trials = checkpoint(folder)["sparsifier"]["engine"]["trials"]
+    (kind,) = [kind for kind in trials if kind.startswith("training")]
+    assert len(trials[kind]["blocks"]) == 2
+    train.run(recipe, folder, device="cpu", resume=True)
+    assert_same_run(tmp_path / "whole", folder)
+    found = [v for e in events(folder, "verdict") for v in e["verdicts"]]
+    assert kind in [v["kind"] for v in found]
+    assert all(v["off"] == [] and not v["dense"] for v in found)
+    assert record(folder)["details"]["engine"]["verdicts"] == found
+    page = report.render(folder).read_text("utf-8")
+    assert "Judged by whole steps: training, about" in page
+
+
 @pytest.mark.slow
 def test_killed_while_the_engine_computes_it_ends_bitwise_the_same(tmp_path: Path) -> None:
     settings = {"engine": "reference"}  # which chooses nothing, so that two fresh runs are the same
@@ -481,6 +510,8 @@ def test_the_choices_are_told_once_and_kept_in_the_record(tmp_path: Path) -> Non
     assert [first["step"], *(e["step"] for e in later)] == [4, 12, 20]
     assert all("choices" not in event for event in later)
     kept = record(tmp_path / "run")["details"]["engine"]
+    verdicts = kept.pop("verdicts")
+    assert verdicts == [v for e in events(tmp_path / "run", "verdict") for v in e["verdicts"]]
     assert kept == {key: first[key] for key in ("kind", "reason", "choices", "refused")}
     assert kept["kind"] == kernels().isa
     assert len(kept["choices"]) + len(kept["refused"]) == 10

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from acdc.engine.verdict import Verdict
 from acdc.errors import need
 from acdc.index import Twin
 from acdc.runs.record import networks
@@ -88,6 +89,9 @@ class Watcher(_Bar):
             self._evaluated(event)
         elif kind == "engine" and "choices" in event:
             self._say(engine(event))
+        elif kind == "verdict":
+            for verdict in event["verdicts"]:
+                self._say(f"engine: {Verdict.from_dict(verdict)}")
         elif kind == "warning":
             self._say(f"Warning: {event['text']}")
 

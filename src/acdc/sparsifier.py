@@ -191,6 +191,7 @@ class Sparsifier:
         self._store.take_over()
         if not self._store.dense_now:
             self._masking.project()  # a weight that comes back must come back from zero
+        self._masking.end_step()
 
     @torch.no_grad()
     def advance(self) -> None:

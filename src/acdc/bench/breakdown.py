@@ -91,6 +91,7 @@ def measure(
 
 
 def _row(network: Network, dense: Training, engine: ProfiledTraining, rounds: int) -> Row:
+    engine.settle()
     trainings: dict[str, Training] = {"dense": dense, "engine": engine}
     for training in trainings.values():
         for _ in range(WARM_UP):

@@ -153,6 +153,7 @@ def _rows(
         row["dense_epochs_ms"] = _milliseconds(taken[None])
         row["engine_epochs_ms"] = _milliseconds(taken[sparsity])
         row["layers"] = choices(engine)
+        row["verdicts"] = [str(verdict) for verdict in engine.verdicts]
         yield row | {"notes": dict.fromkeys(PEERS, LAYERS_ONLY)}
 
 

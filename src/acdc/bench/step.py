@@ -112,6 +112,12 @@ class OnEngine(Training):
         self.loss = self.step()
         self.first = time.perf_counter() - began
 
+    def settle(self) -> None:
+        """Take steps until the engine has decided what stays on."""
+        self.step()
+        while self.engine.judges:
+            self.step()
+
     def again(self) -> float:
         """Return the seconds of another compression, and of the step after it."""
         began = time.perf_counter()
@@ -180,6 +186,7 @@ def _rows(
             del notes[sparsity]["sparseprop"]
         except Unable as error:
             notes[sparsity]["sparseprop"] = str(error)
+        engine.settle()
         if engine.engine.off:
             notes[sparsity]["engine"] = engine.engine.off
     for training in trainings.values():
@@ -202,6 +209,7 @@ def _rows(
         row["dense_peak_mb"] = dense_mb
         row["engine_peak_mb"] = peak_mb(network.name, sparsity, scope)
         row["layers"] = choices(engine.engine)
+        row["verdicts"] = [str(verdict) for verdict in engine.engine.verdicts]
         yield row | {"notes": notes[sparsity]}
 
 

@@ -19,6 +19,7 @@ from acdc.engine.lowering import value_of
 from acdc.engine.partition import ends_of, layers_of, samples_of, segments_of
 from acdc.engine.plans import Plans
 from acdc.engine.timing import Candidate, Timings, conversion_ms, time_layer
+from acdc.engine.verdict import Verdict
 from acdc.processes import ALONE
 
 FAR = 1.5  # with densities further apart, a choice is made again
@@ -109,16 +110,35 @@ class Policy:
         """The names of the layers that run sparse."""
         return {name for name, choice in self.choices.items() if choice.sparse}
 
-    def forget_stale(self) -> None:
+    def forget_stale(self) -> bool:
         """Forget all choices if one layer has become much sparser, or much denser.
 
         A layer's gain depends on whether its neighbours are in the layout, so all choices are made
         again. A method that prunes in many small steps is nearly dense at its first compression,
         and would otherwise stay dense.
+
+        Returns:
+            Whether choices were forgotten.
+
         """
         fits = (c.fits(self.plans.density(name)) for name, c in self.choices.items())
-        if self.times_layers and not all(fits):
+        stale = self.times_layers and not all(fits)
+        if stale:
             self.choices = {}
+        return stale
+
+    def doubt(self, layers: Iterable[str]) -> float:
+        """Return how doubtful it is that the layers of a segment gain.
+
+        It is their sparse time, with the conversions before the first and after the last layer, as
+        a share of their dense time.
+        """
+        chosen = [self.choices[name] for name in layers if name in self.choices]
+        dense = sum(choice.dense_ms or 0.0 for choice in chosen)
+        if not dense:
+            return 0.0
+        ends = sum(choice.convert_ms or 0.0 for choice in (chosen[0], chosen[-1])) / 2
+        return (sum(choice.sparse_ms or 0.0 for choice in chosen) + ends) / dense
 
     def choose(
         self,
@@ -196,8 +216,13 @@ def _candidate(name: str, spec: ConvSpec, node: fx.Node) -> Candidate:
     return Candidate(name, spec.module, spec.geometry, x, out, samples_of(source, tokens))
 
 
-def table(choices: Mapping[str, Choice], refused: Mapping[str, str]) -> str:
-    """Return the choices as text, one line per layer, and why other layers had none."""
+def table(
+    choices: Mapping[str, Choice], refused: Mapping[str, str], verdicts: Iterable[Verdict] = ()
+) -> str:
+    """Return the choices as text, one line per layer, and why other layers had none.
+
+    A line for each verdict on whole steps follows.
+    """
     width = max(len(name) for name in ("layer", *choices, *refused))
     lines = [f"{'layer':<{width}}  density  dense ms  sparse ms  convert ms  runs"]
     for name, c in choices.items():
@@ -206,4 +231,5 @@ def table(choices: Mapping[str, Choice], refused: Mapping[str, str]) -> str:
         cells = f"{c.density:7.3f}  {times[0]:>8}  {times[1]:>9}  {times[2]:>10}  {runs}"
         lines.append(f"{name:<{width}}  {cells}")
     lines += [f"{name:<{width}}  PyTorch: {reason}" for name, reason in refused.items()]
+    lines += map(str, verdicts)
     return "\n".join(lines)

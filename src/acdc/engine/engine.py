@@ -24,11 +24,13 @@ from acdc.engine.contract import Kernels
 from acdc.engine.gradients import KernelGradients
 from acdc.engine.graph import Untraceable
 from acdc.engine.host import UNREACHED, Host
+from acdc.engine.judge import Judge
 from acdc.engine.memory import Workspace
 from acdc.engine.native import Native
 from acdc.engine.plans import Plans
 from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
+from acdc.engine.verdict import Verdict
 from acdc.errors import InputError
 from acdc.layers import unwrapped
 from acdc.processes import Peers
@@ -50,8 +52,8 @@ class Engine:
             of keywords. Layers are timed at its batch size. Every other batch size runs too.
         backend: The kernels. The default is the compiled kernels, if there are any.
             ``Reference()`` computes the same in plain PyTorch, slowly.
-        choose: Time each layer dense and sparse, and use the faster one. Otherwise every layer that
-            can run sparse does.
+        choose: Time each layer dense and sparse, and use the faster one. Then time whole steps, and
+            switch off what does not gain. Otherwise every layer that can run sparse does.
 
     Attributes:
         off: Why the engine does nothing at all, or None.
@@ -82,6 +84,8 @@ class Engine:
         self.backend = backend
         self._plans = Plans(self.backend)
         self._policy = Policy(self._plans, choose)
+        self._judge = Judge(choose)
+        self._sparse_now = False
         self._hosts: list[Host] = []
         if self.off is not None:
             log.info("The engine stays off: %s.", self.off)
@@ -110,17 +114,32 @@ class Engine:
 
     @peers.setter
     def peers(self, peers: Peers) -> None:
-        self._policy.peers = peers
+        self._policy.peers = self._judge.peers = peers
 
     @property
     def active(self) -> bool:
         """Whether some layer runs sparse now."""
         return any(host.active for host in self._hosts)
 
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """What whole steps of each kind have decided."""
+        return self._judge.verdicts
+
+    @property
+    def judges(self) -> bool:
+        """Whether steps are still timed, to decide what is switched off."""
+        trials = self._judge.trials
+        waits = self.active and self._judge.judges and not trials
+        return waits or any(not trial.settled for trial in trials.values())
+
     def table(self) -> str:
-        """Return the times of each layer, or why it stays with PyTorch, as text."""
+        """Return the times of each layer, or why it stays with PyTorch, as text.
+
+        The verdicts on whole steps follow.
+        """
         with self.workspace.lock:
-            return table(self.choices, self.refused)
+            return table(self.choices, self.refused, self.verdicts)
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -142,7 +161,7 @@ class Engine:
         with profiled([s for host in self._hosts for s in host.segments()], profile):
             yield profile
 
-    # --- the two calls of the sparsifier ----------------------------------------------------------
+    # --- the calls of the sparsifier --------------------------------------------------------------
 
     def compress(self, support: Mapping[str, Tensor]) -> None:
         """Run sparse from now on.
@@ -157,13 +176,16 @@ class Engine:
         if self.off is not None:
             return
         before = dict(self.choices)
+        self._sparse_now = True
+        self._judge.drop()
         with self.workspace.lock:  # another thread may evaluate the network meanwhile
             for host in self._hosts:
                 host.pause()
             self._plans.start(support)
             # An older autograd graph still holds the gradients before.
             self.kernel_gradients = KernelGradients()
-            self._policy.forget_stale()
+            if self._policy.forget_stale():
+                self._judge.forget()
             self._policy.compressing = True
             try:
                 self._start()
@@ -183,11 +205,44 @@ class Engine:
 
     def _agree(self) -> None:
         """Give every process the choices of the first one: their own timings would differ."""
-        what = "receive which layers run sparse"
-        self._policy.choices = self.peers.object_from(self._policy.choices, 0, what)
+        decided = self._policy.choices, self._judge.state()
+        self._policy.choices, trials = self._of_first(decided)
+        self._judge.load(trials)
+
+    def _of_first(self, value: Any) -> Any:
+        """Return what the first process has decided. All processes must call this."""
+        return self.peers.object_from(value, 0, "receive what runs sparse")
+
+    def keeps_steps(self) -> bool:
+        """Return whether the optimizer may step the kept elements of large weights alone."""
+        return not self._sparse_now or self._judge.keeps_steps()
+
+    def end_step(self) -> None:
+        """Note that an optimizer step was executed, and what the sparsifier does after it is done.
+
+        With several processes, the first one judges the steps. All processes must call this.
+        """
+        if not self._sparse_now:
+            return
+        must = bool(self.peers) and self.active
+        trial = self._judge.end_step(self._policy.doubt, self._of_first, must)
+        if trial is not None and trial.off:
+            self._free()
+        if trial is not None and trial.settled:
+            log.info("Whole steps: %s.", "; ".join(map(str, self.verdicts)))
+
+    def _free(self) -> None:
+        """Free all buffers. What still runs sparse allocates new ones."""
+        with self.workspace.lock:
+            for host in self._hosts:
+                for segment in host.segments():
+                    segment.free()
+            self.workspace.clear()
 
     def decompress(self) -> None:
         """Run everything on plain PyTorch from now on, and free all buffers."""
+        self._sparse_now = False
+        self._judge.drop()
         with self.workspace.lock:
             for host in self._hosts:
                 host.stop()
@@ -197,13 +252,18 @@ class Engine:
     # --- stop and resume --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the choices. A resumed run then computes bitwise the same."""
+        """Return the choices, and the trials of whole steps. A resumed run then computes the same.
+
+        The trials include the times of those that are not settled: the run goes on with them.
+        """
         with self.workspace.lock:
-            return {"choices": {name: asdict(c) for name, c in self.choices.items()}}
+            choices = {name: asdict(c) for name, c in self.choices.items()}
+        return {"choices": choices, "trials": self._judge.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the choices of another run. They apply from the next compression on."""
         self._policy.choices = {name: Choice(**c) for name, c in state["choices"].items()}
+        self._judge.load(state.get("trials", {}))  # states of older versions have none
 
     # --- finding what can be traced ---------------------------------------------------------------
 
@@ -219,6 +279,7 @@ class Engine:
                 kwargs,
                 plans=self._plans,
                 policy=self._policy,
+                judge=self._judge,
                 workspace=self.workspace,
                 refused=self.refused,
             )

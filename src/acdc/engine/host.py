@@ -33,6 +33,7 @@ from acdc.engine.graph import (
     recognise,
     trace,
 )
+from acdc.engine.judge import Judge, Pass
 from acdc.engine.lowering import lower
 from acdc.engine.memory import Workspace
 from acdc.engine.modes import why_plain
@@ -59,6 +60,7 @@ class Host:
         args, kwargs: Arguments of a call.
         plans: The index lists of all layers.
         policy: Chooses the layers that run sparse.
+        judge: Says what is switched off in a pass.
         workspace: The memory that all segments share.
         refused: Name of a layer -> why it stays with PyTorch; filled here.
 
@@ -76,11 +78,12 @@ class Host:
         *,
         plans: Plans,
         policy: Policy,
+        judge: Judge,
         workspace: Workspace,
         refused: dict[str, str],
     ) -> None:
         self.module, self.name, self.refused = module, name, refused
-        self.plans, self.policy, self.workspace = plans, policy, workspace
+        self.plans, self.policy, self.judge, self.workspace = plans, policy, judge, workspace
         self.written = KernelGradients()
         self._started = False
         self._warned: set[str] = set()
@@ -171,6 +174,19 @@ class Host:
             and all(segment.program.is_current for segment in self.segments())
         )
 
+    def begin(self, *args: Any, **kwargs: Any) -> Pass:
+        """Return how a call is computed."""
+        values = (*args, *kwargs.values())
+        if why_plain(values) is not None:
+            return Pass()
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        return self.judge.begin(self.name, self.module.training, tensors)
+
+    def end(self, this: Pass) -> None:
+        """Note the end of a call."""
+        if this.evaluation is not None:
+            self.judge.end(this)
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module."""
         reason = why_plain((*args, *kwargs.values()))
@@ -249,7 +265,8 @@ class Host:
 
     def _segment(self, plain: fx.GraphModule) -> Segment:
         program = lower(plain.graph)
-        segment = Segment(plain, program, self.plans.kernels, self.workspace)
+        layers = tuple(self._name(conv.spec) for conv in program.convs)
+        segment = Segment(plain, program, self.plans.kernels, self.workspace, layers, self.judge)
         segment.start(self._plans_of(program), self.written)
         return segment
 
@@ -304,7 +321,9 @@ class _Forward:
     """
 
     def __init__(self, host: Host) -> None:
+        self._begin = torch.compiler.disable(host.begin)
         self._run = torch.compiler.disable(host.run)
+        self._end = torch.compiler.disable(host.end)
         self._original = host.original
         # Trainers read from the signature which columns of a data set the model takes.
         self.__signature__ = inspect.signature(host.original)
@@ -312,7 +331,11 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting() or torch._C._is_tracing() or is_fx_symbolic_tracing():
             return self._original(*args, **kwargs)
-        return self._run(*args, **kwargs)
+        this = self._begin(*args, **kwargs)
+        compute = self._original if this.plain else self._run
+        result = compute(*args, **kwargs)
+        self._end(this)
+        return result
 
     @property
     def __code__(self) -> Any:

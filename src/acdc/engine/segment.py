@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from acdc.engine.contract import KernelPlan, Kernels
 from acdc.engine.gradients import KernelGradients
 from acdc.engine.graph import first_line
+from acdc.engine.judge import Judge
 from acdc.engine.memory import Arena, Frame, Lease, Workspace
 from acdc.engine.modes import why_plain
 from acdc.engine.operations import Program
@@ -35,17 +36,26 @@ class Segment(nn.Module):
         program: The same layers as a program.
         backend: The kernels.
         workspace: The memory that all segments share.
+        layers: The names of the layers in the network.
+        judge: Says whether the segment is switched off.
 
     """
 
     def __init__(
-        self, plain: fx.GraphModule, program: Program, backend: Kernels, workspace: Workspace
+        self,
+        plain: fx.GraphModule,
+        program: Program,
+        backend: Kernels,
+        workspace: Workspace,
+        layers: tuple[str, ...],
+        judge: Judge,
     ) -> None:
         super().__init__()
         # In a tuple, so that they are not submodules: the network has these modules already.
         self._held = (plain, program)
         self._params = dict(plain.named_parameters(remove_duplicate=False))
         self.backend, self.workspace = backend, workspace
+        self._layers, self._judge = layers, judge
         self.plans: Mapping[Op, KernelPlan] = {}
         self.written = KernelGradients()
         self.nnz: dict[int, int] = {}  # id of a weight -> written elements of its gradient
@@ -94,6 +104,10 @@ class Segment(nn.Module):
     def stop(self) -> None:
         """Free the index lists and all buffers."""
         self.plans = {}
+        self.free()
+
+    def free(self) -> None:
+        """Free all buffers. The next pass allocates new ones."""
         self._free = {key: [] for key in self._free}
 
     def _restart(self, plans: Mapping[Op, KernelPlan]) -> None:
@@ -105,6 +119,8 @@ class Segment(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """Compute on the kernels, or on PyTorch where the kernels cannot."""
+        if self._judge.skips(self._layers):
+            return self._held[0](*inputs)
         reason = self._refusal(inputs)
         if reason is None:
             try:

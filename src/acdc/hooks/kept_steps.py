@@ -67,11 +67,17 @@ class KeptSteps:
     Args:
         optimizer: The user's; it gets a hook before and a hook after its step.
         worth: Weight and number of kept elements → whether to step only these.
+        may: Whether the next step may be one of kept elements only. Asked before each such step.
 
     """
 
-    def __init__(self, optimizer: Optimizer, worth: Callable[[Tensor, int], bool] = pays) -> None:
-        self.optimizer, self._worth = optimizer, worth
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        worth: Callable[[Tensor, int], bool] = pays,
+        may: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.optimizer, self._worth, self._may = optimizer, worth, may
         self._weights: dict[int, KeptWeight] = {}
         self._twin: Optimizer | None = None
         # The number of an optimizer's group, and the weights of it that are in the twin's group.
@@ -136,8 +142,9 @@ class KeptSteps:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
             args, kwargs = (self.optimizer, closed(closure)), {}
-        with torch.no_grad():
-            self._step(self._twin)
+        if self._may():  # asked after the passes of the step, which are in the closure
+            with torch.no_grad():
+                self._step(self._twin)
         return args, kwargs
 
     def _step(self, twin: Optimizer) -> None:

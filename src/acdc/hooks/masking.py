@@ -60,8 +60,9 @@ class Masking:
         self.dense_gradient = False
         self._dropped = _Dropped({}, params)
         self._hooks: list[RemovableHandle] = []
-        kept = () if engine is None or engine.off else optimizers
-        self._kept_steps = [KeptSteps(each) for each in kept]
+        self._kept_steps = []
+        if engine is not None and not engine.off:
+            self._kept_steps = [KeptSteps(each, may=engine.keeps_steps) for each in optimizers]
         self._run_by_engine: Support | None = None
         self.average: nn.Module | None = None
 
@@ -143,6 +144,11 @@ class Masking:
             self.engine.decompress()
         else:
             self.engine.compress(support)
+
+    def end_step(self) -> None:
+        """Let the engine know that a step is done, and everything that belongs to it."""
+        if self.engine is not None:
+            self.engine.end_step()
 
     def remove(self) -> None:
         """Take all hooks off, and the engine."""

@@ -95,6 +95,7 @@ class Run:
     branch_evals: tuple[Json, ...]
     changes: tuple[Json, ...]
     engines: tuple[Json, ...] = ()  # what the engine did at each compression
+    verdicts: tuple[Json, ...] = ()  # of the engine, on whole steps: those of each moment
     ledgers: tuple[Json, ...] = ()  # the training FLOPs so far, after each evaluation
     damaged: int = 0  # lines of metrics.jsonl that are not JSON
 
@@ -133,11 +134,13 @@ class Run:
 
     @property
     def engine(self) -> Json:
-        """The engine of the sparse phases: its kind, its choices, and the refused layers."""
+        """The engine of the sparse phases: its kind, choices, verdicts, and the refused layers."""
         engine = dict((self.start or {}).get("engine") or {})
         for event in self.engines:
             engine |= {key: event[key] for key in ("choices", "refused") if key in event}
-        return engine
+        # A kind may be judged again, where a network has become much sparser.
+        last = {v["kind"]: v for event in self.verdicts for v in event["verdicts"]}
+        return engine | ({"verdicts": list(last.values())} if last else {})
 
     @property
     def finished(self) -> bool:
@@ -219,6 +222,7 @@ def read(run: Path) -> Run:
         branch_evals=tuple(pick("eval", "dense")),
         changes=tuple(pick("change", None)),
         engines=tuple(pick("engine", None)),
+        verdicts=tuple(pick("verdict", None)),
         ledgers=tuple(pick("ledger", None)),
         damaged=len(damaged),
     )

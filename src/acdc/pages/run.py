@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from acdc.engine.verdict import Verdict
 from acdc.methods import METHODS
 from acdc.pages import plots, tables
 from acdc.pages.figure import DENSE, GREY, INK, SHADE, SPARSE, environment, publish
@@ -224,6 +225,8 @@ def _engine(run: Run) -> str:
             f"A step took {sparse_ms:,.1f}\u202fms in them and {dense_ms:,.1f}\u202fms in "
             f"dense ones."
         )
+    for verdict in map(Verdict.from_dict, engine.get("verdicts", ())):
+        sentences.append(f"Judged by whole steps: {verdict}.")
     for name, reason in engine.get("refused", {}).items():
         sentences.append(f"The layer {name} was left to PyTorch: {reason}.")
     return " ".join(sentences)

@@ -24,6 +24,7 @@ _CHANGE = {
     "regrown": Maybe(COUNT),
     "counts": Maybe(Each(str, COUNT)),
 }
+_TRIAL = {"parts": [str], "blocks": [[SECONDS]], "times": [SECONDS]}
 _SPARSIFIER = {
     "step": COUNT,
     "support": _TENSORS,
@@ -32,7 +33,7 @@ _SPARSIFIER = {
     "last_sparse": Maybe(_TENSORS),
     "changes": [_CHANGE],
     "dense_twin": Maybe({"step": COUNT, "model": _STATE, "optimizer": _OPTIMIZER}),
-    "engine": Maybe({"choices": Each(str, CHOICE)}),
+    "engine": Maybe({"choices": Each(str, CHOICE), "trials?": Each(str, _TRIAL)}),
 }
 _CHECKPOINT = {
     "recipe": dict,

@@ -13,6 +13,7 @@ from acdc.engine.choice import Choice
 from acdc.engine.engine import Engine
 from acdc.engine.native import available
 from acdc.engine.reference import Reference
+from acdc.engine.verdict import Verdict
 from acdc.runs.recipe import Computed
 from acdc.runs.record import Clocks
 
@@ -41,6 +42,7 @@ class RunEngine(Engine):
                 "the compiled kernels are missing: reinstall acdc where there is a C++ compiler"
             )
         self._written: dict[str, Choice] = {}
+        self._written_verdicts: tuple[Verdict, ...] = ()
 
     def compress(self, support: Mapping[str, Tensor]) -> None:
         """Run sparse from here on."""
@@ -49,9 +51,9 @@ class RunEngine(Engine):
         self.taken = self.taken.plus(Clocks.now().minus(began))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the choices of a checkpoint. Their event has been written."""
+        """Take over the choices and verdicts of a checkpoint. Their events have been written."""
         super().load_state_dict(state)
-        self._written = dict(self.choices)
+        self._written, self._written_verdicts = dict(self.choices), self.verdicts
 
     # --- for events and records -------------------------------------------------------------------
 
@@ -60,19 +62,26 @@ class RunEngine(Engine):
         return {"kind": self.backend.isa, "reason": self.reason}
 
     def chosen(self) -> Json:
-        """Return what was measured of each layer, and why others stay with PyTorch."""
+        """Return what was measured of layers and of whole steps, and what stays with PyTorch."""
         choices = [
             {"name": name} | {key: _rounded(value) for key, value in asdict(choice).items()}
             for name, choice in self.choices.items()
         ]
-        return {"choices": choices, "refused": dict(self.refused)}
+        verdicts = [_json(verdict) for verdict in self.verdicts]
+        return {"choices": choices, "refused": dict(self.refused), "verdicts": verdicts}
 
     def new_choices(self) -> Json:
         """Return the choices if they differ from those returned last; otherwise nothing."""
         if self.choices == self._written:
             return {}
         self._written = dict(self.choices)
-        return self.chosen()
+        return {key: value for key, value in self.chosen().items() if key != "verdicts"}
+
+    def new_verdicts(self) -> list[Json]:
+        """Return the verdicts that were not returned before."""
+        new = [verdict for verdict in self.verdicts if verdict not in self._written_verdicts]
+        self._written_verdicts = self.verdicts
+        return [_json(verdict) for verdict in new]
 
 
 def why_off(device: torch.device, precision: str) -> str | None:
@@ -82,6 +91,11 @@ def why_off(device: torch.device, precision: str) -> str | None:
     if precision != "32-true":
         return f"the run computes in {precision}, and the kernels in 32-true"
     return None
+
+
+def _json(verdict: Verdict) -> Json:
+    rounded = {key: _rounded(value) for key, value in asdict(verdict).items()}
+    return rounded | {"off": list(verdict.off)}
 
 
 def _rounded(value: Any) -> Any:

@@ -89,6 +89,18 @@ class Journal:
         self.write(event | taken.event())
         return bool(choices)
 
+    def write_verdicts(self, step: int) -> bool:
+        """Write an event for new verdicts on whole steps.
+
+        Returns:
+            Whether there are any. They have to be on the disk before a step is computed by it.
+        """
+        engine = self._run.engine
+        verdicts = [] if engine is None else engine.new_verdicts()
+        if verdicts:
+            self.write({"event": "verdict", "step": step, "verdicts": verdicts})
+        return bool(verdicts)
+
     def sync(self) -> int:
         """Return the size of the metrics file, once every event in it is on the disk."""
         return 0 if self._metrics is None else self._metrics.sync()

@@ -2,7 +2,7 @@
 
 =====================  ==================================================================
 ``recipe.json``        every value of the recipe, and which ones were changed
-``metrics.jsonl``      one event a line: start, step, change, engine, eval, ledger
+``metrics.jsonl``      one event a line: start, step, change, engine, verdict, eval, ledger
 ``checkpoint/``        ``last.ckpt``, and ``previous.ckpt``, the one before it
 ``pair/``              the trained networks and their index (:mod:`acdc.result`)
 ``record.json``        what came out, written last

@@ -41,6 +41,13 @@ CHOICE = {  # of the engine, for a layer
 }
 WARNING = {"step": COUNT, "text": str}
 _NAMED_CHOICE = {"name": str, **CHOICE}
+_VERDICT = {  # of the engine, on steps of a kind
+    "kind": str,
+    "off": [str],
+    "dense": bool,
+    "sparse_share": Maybe(AMOUNT),
+    "share": Maybe(AMOUNT),
+}
 _ENGINE = {"kind?": str, "reason?": Maybe(str)}
 _LAYER = {
     "name": str,
@@ -72,6 +79,7 @@ EVENTS: dict[str, Shape] = {
         "counts?": Maybe(Each(str, COUNT)),
     },
     "engine": {"choices?": [_NAMED_CHOICE], "refused?": Each(str, str), **_ENGINE, **_TIMES},
+    "verdict": {"verdicts": [_VERDICT]},
     "ledger": _LEDGER,
 }
 
@@ -128,7 +136,12 @@ _DETAILS = {
     "ledger?": Maybe(_LEDGER),
     "layers?": [_DONE],
     "refused?": Maybe(Each(str, str)),
-    "engine?": {**_ENGINE, "choices?": [_NAMED_CHOICE], "refused?": Each(str, str)},
+    "engine?": {
+        **_ENGINE,
+        "choices?": [_NAMED_CHOICE],
+        "refused?": Each(str, str),
+        "verdicts?": [_VERDICT],
+    },
     "time?": Maybe(_TIME),
     "devices?": Maybe(POSITIVE),
     "warnings?": [WARNING],

@@ -275,6 +275,7 @@ class _Loop:
             self.journal.write(evaluation | mark)
             self._check_finite(evaluation["loss"])
         chosen = self.journal.write_changes(progress.step, changes, compressing)
+        judged = self.journal.write_verdicts(progress.step)
         if evaluation is not None and progress.leg == "main":
             self.journal.write(events.spent(progress.step, ledger(run, progress.step)))
         twin = run.sparsifier.dense_twin
@@ -282,7 +283,7 @@ class _Loop:
             progress.batches_at_twin = progress.batches
         if run.fabric.world_size == 1 and self.stop:
             stop = self.stop[0]
-        if stop or chosen or progress.step % run.recipe.checkpoint_steps == 0:
+        if stop or chosen or judged or progress.step % run.recipe.checkpoint_steps == 0:
             self._checkpoint()
         if stop:
             raise Interrupted(
