@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+ZOO    := .venv-zoo
 ASAN   := build/sanitize
 TSAN   := build/sanitize-threads
 DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/cost.py \
 	src/acdc/console.py src/acdc/compare/cells.py src/acdc/methods/snfs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit faults soak sanitize sanitize-threads format clean
+.PHONY: help install demo test lint types unit test-zoo faults soak sanitize \
+	sanitize-threads format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -42,6 +44,20 @@ types: install  ## mypy, strict
 # not spin: with a worker on each CPU they would take the time of the others.
 unit: install  ## tests and doctests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal --doctest-modules $(DOCTEST) tests
+
+# torchvision and timm need a newer torch than the one that is pinned, so they have an environment of their
+# own. The kernels are built into a folder of their own, because they are built for another environment.
+$(ZOO)/.installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*) Makefile
+	$(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(ZOO)/bin/python -m pip install --quiet timm transformers accelerate peft lightning schedulefree \
+		bitsandbytes torchao pytest pytest-xdist
+	$(ZOO)/bin/python -m pip install --quiet -C build-dir=build/zoo --editable .
+	@touch $@
+
+test-zoo: $(ZOO)/.installed  ## networks of timm and torchvision, optimizers of other packages
+	OMP_WAIT_POLICY=PASSIVE $(ZOO)/bin/python -m pytest --numprocesses logical --maxprocesses 8 \
+		--dist worksteal tests/zoo
 
 faults: install  ## do the tests see deliberate faults? (an hour)
 	$(BIN)/python tools/faults.py --jobs 2 --control
@@ -86,4 +102,4 @@ format: install  ## put the code into its format
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what was built, not what was trained
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ZOO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
