@@ -62,7 +62,8 @@ class Recipe:
         threads: Threads of PyTorch in each process; ``None``: PyTorch's default. Results are
             bitwise the same only for the same number of threads.
         engine: How sparse phases are computed on a CPU. ``"auto"``: each layer on the kernels or in
-            PyTorch, whichever was faster at the first compression. ``"off"``: in PyTorch.
+            PyTorch, whichever was faster at the first compression, and only what makes whole steps
+            faster. ``"off"``: in PyTorch.
             ``"reference"``: by the engine in plain PyTorch, slowly, to check the kernels. Two runs
             with ``"auto"`` may choose differently, and then differ in the last bits. A resumed run
             keeps its choices, and stays bitwise the same.
