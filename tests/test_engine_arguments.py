@@ -356,6 +356,27 @@ def test_a_forward_that_asks_for_the_type_of_its_argument() -> None:
         same(model(*call.args), plain(*call.args))
 
 
+MIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a power": lambda x: torch.pow(x, 3.0),
+    "a number where not": lambda x: torch.where(x > 0, x, 0.0),
+    "as many as columns": lambda x: x * torch.ones(x.size(1)),
+    "as long as columns": lambda x: x + torch.arange(x.size(1)),
+    "a number that is filled in": lambda x: x + torch.full((1,), x.size(0)),
+}
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_a_traced_value_is_no_tensor_to_compiled_code(what: str) -> None:
+    """PyTorch's compiled code takes a tensor where it expects a number, and reads its memory."""
+
+    class Mixes(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(MIXED[what](x))
+
+    model, plain = on_engine(Mixes(), x_of())
+    same(model(x_of(1)), plain(x_of(1)))
+
+
 # --- outputs --------------------------------------------------------------------------------------
 
 

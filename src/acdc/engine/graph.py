@@ -5,13 +5,14 @@ Each node is recognised as an operation of the engine, or gets the reason why it
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import operator
 import random
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 from io import StringIO
 from typing import Any, Literal
@@ -66,18 +67,7 @@ def has_other_forward(module: nn.Module) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers.
-
-    A forward that asks ``isinstance(x, Tensor)`` gets the answer that a tensor would give.
-    """
-
-    @property
-    def __class__(self) -> type:
-        return Tensor
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        raise TypeError(f"A traced value cannot become a {kind.__name__}.")
+    """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers."""
 
 
 def _write_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,6 +86,25 @@ for _name, _function in _IN_PLACE.items():
 
 
 _tracing = Lock(rank=1)
+
+
+@contextmanager
+def _proxies_pass_for_tensors() -> Iterator[None]:
+    """Make ``isinstance(x, Tensor)`` true in Python code for a traced value, as for a tensor.
+
+    A proxy whose ``__class__`` is ``Tensor`` would pass in C++ code, too. ``torch.pow(x, 3.0)`` or
+    ``torch.where(x > 0, x, 0.0)`` would then read its memory as that of a tensor.
+    """
+    plain = builtins.isinstance
+
+    def is_instance(value: Any, kinds: Any, /) -> bool:
+        return plain(value, kinds) or (type(value) is _Proxy and issubclass(Tensor, kinds))
+
+    builtins.isinstance = is_instance
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
 
 
 class _Tracer(fx.Tracer):
@@ -178,7 +187,8 @@ def _traced(root: nn.Module, defaults: Mapping[str, Any]) -> tuple[_Tracer, fx.G
         before = _outside_state(root)
         tracer = _Tracer()
         try:
-            graph = tracer.trace(root, concrete_args=dict(defaults) or None)
+            with _proxies_pass_for_tensors():
+                graph = tracer.trace(root, concrete_args=dict(defaults) or None)
         except Exception as error:  # fx raises whatever the user's code raises on a proxy
             _restore(root, before, _outside_state(root))
             raise Untraceable(
