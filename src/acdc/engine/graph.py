@@ -5,16 +5,18 @@ Each node is recognised as an operation of the engine, or gets the reason why it
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import operator
 import random
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 from io import StringIO
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.utils.parametrize import is_parametrized
 
+from acdc.engine.arguments import Arguments
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.locks import Lock
 from acdc.errors import InputError
@@ -66,18 +69,7 @@ def has_other_forward(module: nn.Module) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers.
-
-    A forward that asks ``isinstance(x, Tensor)`` gets the answer that a tensor would give.
-    """
-
-    @property
-    def __class__(self) -> type:
-        return Tensor
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        raise TypeError(f"A traced value cannot become a {kind.__name__}.")
+    """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers."""
 
 
 def _write_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,6 +90,25 @@ for _name, _function in _IN_PLACE.items():
 _tracing = Lock(rank=1)
 
 
+@contextmanager
+def _proxies_pass_for_tensors() -> Iterator[None]:
+    """Make ``isinstance(x, Tensor)`` true in Python code for a traced value, as for a tensor.
+
+    A proxy whose ``__class__`` is ``Tensor`` would pass in C++ code, too. ``torch.pow(x, 3.0)`` or
+    ``torch.where(x > 0, x, 0.0)`` would then read its memory as that of a tensor.
+    """
+    plain = builtins.isinstance
+
+    def is_instance(value: Any, kinds: Any, /) -> bool:
+        return plain(value, kinds) or (type(value) is _Proxy and issubclass(Tensor, kinds))
+
+    builtins.isinstance = is_instance
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
+
+
 class _Tracer(fx.Tracer):
     """Traces into every module that is neither opaque nor one of PyTorch's own.
 
@@ -105,9 +116,28 @@ class _Tracer(fx.Tracer):
     thread traces at a time, and the calls of all others are passed through.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         super().__init__()
         self._thread = threading.get_ident()
+        self._arguments = arguments
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Return a function of the root, with a proxy for each tensor of the arguments."""
+
+        def forward(root: nn.Module) -> Any:
+            before = _identities((args, kwargs))
+            result = root_fn(root, *args, **kwargs)
+            if _identities((args, kwargs)) != before:
+                raise TypeError("it changes a list or a dictionary that it is given")
+            return result
+
+        args, kwargs = self._arguments.rebuilt(self._placeholder)
+        return forward, [self.root]
+
+    def _placeholder(self, name: str) -> fx.Proxy:
+        return self.create_proxy("placeholder", re.sub(r"\W", "_", name), (), {})
 
     def call_module(
         self,
@@ -143,6 +173,15 @@ class _Tracer(fx.Tracer):
 _CONTAINERS = (dict, list, immutable_dict, immutable_list)
 
 
+def _identities(value: Any) -> Any:
+    """Return what nested containers hold, for a comparison."""
+    if type(value) in (tuple, list):
+        return tuple(map(_identities, value))
+    if type(value) is dict:
+        return tuple((key, _identities(item)) for key, item in value.items())
+    return id(value)
+
+
 def _constructor(value: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Return the call that makes this dictionary: a ``ModelOutput``, or an ``OrderedDict``."""
     if is_dataclass(value) and isinstance(value, dict):
@@ -155,8 +194,8 @@ def _constructor(value: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     raise TypeError(f"it makes a {type(value).__name__}")
 
 
-def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
-    """Return the graph of ``root.forward`` in its present mode, with these arguments fixed.
+def trace(root: nn.Module, arguments: Arguments) -> fx.GraphModule:
+    """Return the graph of ``root.forward`` in its present mode, as a function of the tensors.
 
     Raises:
         Untraceable: it depends on the values of tensors, or has a side effect that a graph would
@@ -164,7 +203,7 @@ def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
 
     """
     with _tracing:
-        tracer, graph = _traced(root, defaults)
+        tracer, graph = _traced(root, arguments)
     if any(
         node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes
     ):
@@ -172,13 +211,14 @@ def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
     return fx.GraphModule(tracer.root, graph, type(root).__name__)
 
 
-def _traced(root: nn.Module, defaults: Mapping[str, Any]) -> tuple[_Tracer, fx.Graph]:
+def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
     """Trace without an effect that lasts. Another thread may draw random numbers meanwhile."""
     for attempts_left in range(ATTEMPTS - 1, -1, -1):
         before = _outside_state(root)
-        tracer = _Tracer()
+        tracer = _Tracer(arguments)
         try:
-            graph = tracer.trace(root, concrete_args=dict(defaults) or None)
+            with _proxies_pass_for_tensors():
+                graph = tracer.trace(root)
         except Exception as error:  # fx raises whatever the user's code raises on a proxy
             _restore(root, before, _outside_state(root))
             raise Untraceable(
@@ -267,6 +307,52 @@ class AddSpec:
 
 
 @dataclass(frozen=True)
+class LayerNormSpec:
+    """A LayerNorm, or an RMSNorm, over the last dimension of tokens.
+
+    Args:
+        module: It holds ``weight`` and, if it is a LayerNorm, ``bias``.
+        centered: A LayerNorm.
+        dtype: Of its input.
+        eps_name: The name of what is added to the variance.
+
+    """
+
+    module: nn.Module
+    centered: bool
+    dtype: torch.dtype
+    eps_name: str = "eps"
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The factor of each channel."""
+        return cast("Tensor | None", self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The offset of each channel."""
+        return cast("Tensor | None", self.module.bias) if self.centered else None
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        eps = getattr(self.module, self.eps_name)
+        return torch.finfo(self.dtype).eps if eps is None else float(eps)
+
+
+@dataclass(frozen=True)
+class MulSpec:
+    """A product of two tensors of one shape, or of images and one number for each channel."""
+
+
+@dataclass(frozen=True)
+class DropoutSpec:
+    """A dropout with this probability, in training."""
+
+    p: float
+
+
+@dataclass(frozen=True)
 class PoolSpec:
     """Max or average pooling. If ``window`` is None, it is the whole image."""
 
@@ -277,11 +363,14 @@ class PoolSpec:
     count_padding: bool = True
 
 
+Activation = Literal["gelu", "gelu_tanh", "silu", "sigmoid", "relu6", "hardsigmoid", "hardswish"]
+
+
 @dataclass(frozen=True)
 class ActivationSpec:
-    """A GELU or SiLU, by the name of its kernel."""
+    """A GELU, SiLU or the like, by the name of its kernel."""
 
-    kernel: Literal["gelu", "gelu_tanh", "silu"]
+    kernel: Activation
 
 
 @dataclass(frozen=True)
@@ -289,7 +378,18 @@ class IdentitySpec:
     """An identity, or a dropout that drops nothing."""
 
 
-Spec = ConvSpec | NormSpec | ReluSpec | AddSpec | PoolSpec | ActivationSpec | IdentitySpec
+Spec = (
+    ConvSpec
+    | NormSpec
+    | LayerNormSpec
+    | ReluSpec
+    | AddSpec
+    | MulSpec
+    | PoolSpec
+    | ActivationSpec
+    | DropoutSpec
+    | IdentitySpec
+)
 
 
 @dataclass(frozen=True)
@@ -302,7 +402,7 @@ class Recognised:
 
 def inputs_of(node: fx.Node, spec: Spec) -> tuple[fx.Node, ...]:
     """Return the tensors that a recognised node reads."""
-    return node.args[: 2 if isinstance(spec, AddSpec) else 1]  # type: ignore[return-value]
+    return node.args[: 2 if isinstance(spec, AddSpec | MulSpec) else 1]  # type: ignore[return-value]
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -407,6 +507,8 @@ def _recognise(
     kind = _kind(spec, [_known_kind(source, found) for source in inputs], len(meta.shape))
     if kind is None:
         return "its inputs are images and tokens, which the layout holds differently"
+    if kind == "tokens" and isinstance(spec, MulSpec) and len(set(map(shape_of, inputs))) > 1:
+        return "a product of tensors of different shapes"
     if kind == "images" and any(len(shape_of(source) or ()) != 4 for source in inputs):
         return "images have four dimensions"
     return Recognised(spec, kind)
@@ -422,6 +524,8 @@ def _kind(spec: Spec, inputs: list[Kind | None], dimensions: int) -> Kind | None
     given = {kind for kind in inputs if kind is not None}
     if isinstance(spec, ConvSpec):
         kind: Kind = "tokens" if isinstance(spec.module, nn.Linear) else "images"
+    elif isinstance(spec, LayerNormSpec):
+        kind = "tokens"
     elif isinstance(spec, NormSpec | PoolSpec):
         kind = "images"
     elif len(given) == 1:
@@ -436,23 +540,49 @@ def _kind(spec: Spec, inputs: list[Kind | None], dimensions: int) -> Kind | None
 
 def _spec(graph: fx.GraphModule, node: fx.Node) -> Spec:
     if node.op == "call_module":
-        return _module_spec(graph.get_submodule(str(node.target)), str(node.target))
+        target, dtype = str(node.target), node.meta["tensor_meta"].dtype
+        return _module_spec(graph.get_submodule(target), target, dtype)
     function = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
     if function in _RELUS:
         return ReluSpec()
     if function in _SUMS:
         return _sum(node)
+    if function in _PRODUCTS:
+        return _product(node)
+    if function in (F.dropout, torch.dropout):
+        return _dropout(**_arguments(F.dropout, node))
     if function in _POOLS:
         return _pool(_POOLS[function](*node.args[1:], **node.kwargs))
-    if function in (F.gelu, F.silu):
-        return _activation(function, node)
+    if function in _ACTIVATIONS:
+        return ActivationSpec(_ACTIVATIONS[function])
+    if function is F.gelu:
+        return _gelu(**_arguments(F.gelu, node))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
     raise InputError(f"{name} is not one of the engine's operations")
 
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _SUMS = (operator.add, operator.iadd, torch.add)
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply)
+_ACTIVATIONS: dict[Any, Activation] = {
+    F.silu: "silu",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    F.relu6: "relu6",
+    F.hardsigmoid: "hardsigmoid",
+    F.hardswish: "hardswish",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    nn.ReLU6: "relu6",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Hardswish: "hardswish",
+}
 _METHODS: dict[str, Any] = {
+    "mul": torch.mul,
+    "mul_": torch.mul,
+    "__mul__": operator.mul,
+    "__imul__": operator.imul,
+    "sigmoid": torch.sigmoid,
     "relu": torch.relu,
     "relu_": torch.relu_,
     "add": torch.add,
@@ -467,7 +597,7 @@ _POOLS: dict[Any, Callable[..., nn.Module]] = {
 }
 
 
-def _module_spec(module: nn.Module, name: str) -> Spec:
+def _module_spec(module: nn.Module, name: str, dtype: torch.dtype) -> Spec:
     if is_opaque(module):
         raise InputError("it has hooks, a parametrization or a forward of its own")
     kind = type(module)
@@ -483,12 +613,18 @@ def _module_spec(module: nn.Module, name: str) -> Spec:
         return _pool(module)
     if isinstance(module, nn.GELU):
         return _gelu(module.approximate)
-    if kind is nn.SiLU:
-        return ActivationSpec("silu")
-    if kind is nn.Identity or (
-        isinstance(module, nn.Dropout | nn.Dropout2d) and (module.p == 0 or not module.training)
-    ):
+    if kind in _ACTIVATIONS:
+        return ActivationSpec(_ACTIVATIONS[kind])
+    if kind is nn.Identity:
         return IdentitySpec()
+    if kind is nn.Dropout:
+        return _dropout(module.p, module.training)  # type: ignore[arg-type]
+    if kind is nn.Dropout2d and (module.p == 0 or not module.training):
+        return IdentitySpec()
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and kind in (nn.LayerNorm, nn.RMSNorm):
+        if len(module.normalized_shape) != 1:
+            raise InputError("a normalisation over several dimensions")
+        return LayerNormSpec(module, kind is nn.LayerNorm, dtype)
     raise InputError(f"{kind.__name__} is not one of the engine's operations")
 
 
@@ -552,15 +688,42 @@ def _sum(node: fx.Node) -> Spec:
     return AddSpec()
 
 
-def _activation(function: Any, node: fx.Node) -> Spec:
-    if function is F.silu:
-        return ActivationSpec("silu")
-    approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
-    return _gelu(str(approximate))
+def _product(node: fx.Node) -> Spec:
+    shapes = [shape_of(a) if isinstance(a, fx.Node) else None for a in node.args]
+    if len(shapes) != 2 or shapes[0] is None or shapes[1] is None:
+        raise InputError("a product with a number")
+    if shapes[0] == shapes[1]:
+        return MulSpec()
+    images = len(shapes[0]) == len(shapes[1]) == 4 and shapes[0][:2] == shapes[1][:2]
+    if images and (1, 1) in (shapes[0][2:], shapes[1][2:]):
+        return MulSpec()
+    raise InputError("a product of tensors of different shapes")
 
 
-def _gelu(approximate: str) -> ActivationSpec:
+def _dropout(p: float = 0.5, training: bool = True, **_: Any) -> Spec:
+    if p == 0 or not training:
+        return IdentitySpec()
+    if not 0 < p < 1:
+        raise InputError(f"a dropout with p={p}")
+    return DropoutSpec(p)
+
+
+def _gelu(approximate: str = "none", **_: Any) -> ActivationSpec:
     return ActivationSpec("gelu_tanh" if approximate == "tanh" else "gelu")
+
+
+def _arguments(function: Callable[..., Any], node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a call by name, without the first one."""
+    names = list(_PARAMETERS[function])
+    return dict(zip(names[1:], node.args[1:], strict=False)) | {
+        name: value for name, value in node.kwargs.items() if name != names[0]
+    }
+
+
+_PARAMETERS = {
+    F.gelu: ("input", "approximate"),
+    F.dropout: ("input", "p", "training", "inplace"),
+}
 
 
 def _pair(value: Any) -> Size2:
