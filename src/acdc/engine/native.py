@@ -112,6 +112,17 @@ def expand(vector: Tensor, index: Tensor, dense: Tensor) -> None:
     )
 
 
+def clear(tensor: Tensor, dropped: Tensor) -> None:
+    """Set elements to zero where ``dropped`` is true. See ``engine/kept.py``."""
+    _kernels.clear(
+        dropped.data_ptr(),
+        tensor.data_ptr(),
+        tensor.numel(),
+        tensor.element_size(),
+        torch.get_num_threads(),
+    )
+
+
 def optimizer_step(kernel: str, kept: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Call ``acdc_sgd`` or ``acdc_adam`` of ``csrc/kept.cpp``.
 
