@@ -60,9 +60,16 @@ class Arguments:
         key = tuple((name, _key(name, value, tensors)) for name, value in given.items())
         return Arguments(signature, given, tuple(tensors), key)
 
-    def rebuilt(self, make: Callable[[str], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def rebuilt(self, make: Callable[[str, Tensor], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return positional and keyword arguments, with what ``make`` returns for each tensor."""
-        given = {name: _rebuilt(name, value, make) for name, value in self.given.items()}
+        made: dict[int, Any] = {}
+
+        def made_once(name: str, tensor: Tensor) -> Any:
+            if id(tensor) not in made:
+                made[id(tensor)] = make(name, tensor)
+            return made[id(tensor)]
+
+        given = {name: _rebuilt(name, value, made_once) for name, value in self.given.items()}
         bound = inspect.BoundArguments(self.signature, given)
         return bound.args, bound.kwargs
 
@@ -80,8 +87,11 @@ class Arguments:
 def _key(name: str, value: Any, tensors: list[Tensor]) -> Hashable:
     """Return what is fixed of an argument, and append its tensors."""
     if isinstance(value, Tensor):
+        for number, known in enumerate(tensors):
+            if known is value:  # a graph may depend on it: queries, keys and values of attention
+                return "the same as", number
         tensors.append(value)
-        return Tensor
+        return Tensor, value.dim()  # a graph may take the shape apart
     if type(value) in (tuple, list):
         return type(value), tuple(_key(name, item, tensors) for item in value)
     if type(value) is dict:
@@ -95,9 +105,9 @@ def _key(name: str, value: Any, tensors: list[Tensor]) -> Hashable:
     return type(value), value
 
 
-def _rebuilt(name: str, value: Any, make: Callable[[str], Any]) -> Any:
+def _rebuilt(name: str, value: Any, make: Callable[[str, Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
-        return make(name)
+        return make(name, value)
     if type(value) in (tuple, list):
         return type(value)(_rebuilt(f"{name}_{i}", item, make) for i, item in enumerate(value))
     if type(value) is dict:

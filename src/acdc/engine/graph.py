@@ -10,6 +10,7 @@ import inspect
 import operator
 import random
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +25,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from acdc.engine.arguments import Arguments
+from acdc.engine.attention import AsAWhole, InProjection, parts_of
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.locks import Lock
 from acdc.errors import InputError
@@ -70,6 +73,36 @@ def has_other_forward(module: nn.Module) -> bool:
 
 class _Proxy(fx.Proxy):
     """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers."""
+
+    def __len__(self) -> int:
+        return len(list(self.tracer.iter(self)))
+
+
+@contextmanager
+def _attention_is_one_call() -> Iterator[None]:
+    """Trace the attention functions of transformers as one call: they ask for sizes."""
+    interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    plain = getattr(interface, "get_interface", None)
+    if interface is None or plain is None:
+        yield
+        return
+    interface.get_interface = lambda *args, **kwargs: _as_one_call(plain(*args, **kwargs))
+    try:
+        yield
+    finally:
+        interface.get_interface = plain
+
+
+def _as_one_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(module: nn.Module, query: Any, *args: Any, **kwargs: Any) -> Any:
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            return function(module, *args, **kwargs)
+
+        if type(query) is not _Proxy:
+            return attention(query, *args, **kwargs)
+        return query.tracer.create_proxy("call_function", attention, (query, *args), kwargs)
+
+    return call
 
 
 def _write_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,6 +153,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._thread = threading.get_ident()
         self._arguments = arguments
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._values: dict[fx.Node, Any] = {}
+        self.added: dict[str, nn.Module] = {}  # layers that the network has no module for
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -128,7 +164,7 @@ class _Tracer(fx.Tracer):
 
         def forward(root: nn.Module) -> Any:
             before = _identities((args, kwargs))
-            result = root_fn(root, *args, **kwargs)
+            result = (parts_of(root) or root_fn)(root, *args, **kwargs)
             if _identities((args, kwargs)) != before:
                 raise TypeError("it changes a list or a dictionary that it is given")
             return result
@@ -136,8 +172,48 @@ class _Tracer(fx.Tracer):
         args, kwargs = self._arguments.rebuilt(self._placeholder)
         return forward, [self.root]
 
-    def _placeholder(self, name: str) -> fx.Proxy:
-        return self.create_proxy("placeholder", re.sub(r"\W", "_", name), (), {})
+    def _placeholder(self, name: str, tensor: Tensor) -> fx.Proxy:
+        made = self.create_proxy("placeholder", re.sub(r"\W", "_", name), (), {})
+        self._values[made.node] = self._fake.from_tensor(tensor)
+        return made
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """Return the parts of a tuple: ``(*x.shape[:-1], heads, -1)`` needs to know how many."""
+        value = self._value_of(obj.node)
+        if isinstance(value, tuple | list):
+            return iter([obj[i] for i in range(len(value))])
+        return super().iter(obj)
+
+    def _value_of(self, node: fx.Node) -> Any:
+        """Return what a node computes for the example: a tensor without values, or a number."""
+        todo = [node]
+        while todo:
+            missing = [n for n in todo[-1].all_input_nodes if n not in self._values]
+            todo += missing
+            if not missing:
+                ready = todo.pop()
+                self._values[ready] = self._computed(ready)
+        return self._values[node]
+
+    def _computed(self, node: fx.Node) -> Any:
+        args: Any
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        target: Any = node.target
+        if node.op == "get_attr":
+            target = operator.attrgetter(str(node.target))
+            args = (self.root,)
+        elif node.op == "call_method":
+            target, args = getattr(args[0], str(node.target)), args[1:]
+        elif node.op == "call_module":
+            target = self.added.get(str(node.target)) or self.root.get_submodule(str(node.target))
+            if any(hooks_of(target)):
+                raise TypeError("the shape that it reads follows from a module with hooks")
+        thread, self._thread = self._thread, 0  # calls are passed through, as those of others
+        try:
+            with self._fake, torch.no_grad():
+                return target(*args, **kwargs)
+        finally:
+            self._thread = thread
 
     def call_module(
         self,
@@ -148,7 +224,22 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        parts = None if is_opaque(m) else parts_of(m)
+        if parts is not None:
+            try:
+                return parts(m, *args, **kwargs)
+            except AsAWhole:
+                pass
         return super().call_module(m, forward, args, kwargs)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Return the name of a module, which may be no module of the network's own."""
+        if not isinstance(mod, InProjection):
+            return super().path_of_module(mod)
+        attention = mod.held[0]
+        path = f"{super().path_of_module(attention)}.in_proj".removeprefix(".")
+        self.added[path] = mod
+        return path
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
@@ -159,6 +250,8 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, InProjection):
+            return True
         return is_opaque(m) or bool(super().is_leaf_module(m, module_qualified_name))
 
     def create_arg(self, a: Any) -> Any:
@@ -208,7 +301,22 @@ def trace(root: nn.Module, arguments: Arguments) -> fx.GraphModule:
         node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes
     ):
         raise Untraceable(f"{type(root).__name__}.forward makes tensors of its own")
-    return fx.GraphModule(tracer.root, graph, type(root).__name__)
+    if not tracer.added:
+        return fx.GraphModule(tracer.root, graph, type(root).__name__)
+    return fx.GraphModule(_targets(tracer, graph), graph, type(root).__name__)
+
+
+def _targets(tracer: _Tracer, graph: fx.Graph) -> dict[str, Any]:
+    """Return every module, parameter and buffer that a graph names."""
+    named: dict[str, Any] = dict(tracer.added)
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op == "call_module" and target not in named:
+            named[target] = tracer.root.get_submodule(target)
+        elif node.op == "get_attr":
+            parent, _, name = target.rpartition(".")
+            named[target] = getattr(tracer.root.get_submodule(parent), name)
+    return named
 
 
 def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
@@ -217,7 +325,7 @@ def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
         before = _outside_state(root)
         tracer = _Tracer(arguments)
         try:
-            with _proxies_pass_for_tensors():
+            with _proxies_pass_for_tensors(), _attention_is_one_call():
                 graph = tracer.trace(root)
         except Exception as error:  # fx raises whatever the user's code raises on a proxy
             _restore(root, before, _outside_state(root))
@@ -563,6 +671,7 @@ def _spec(graph: fx.GraphModule, node: fx.Node) -> Spec:
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _SUMS = (operator.add, operator.iadd, torch.add)
+_LAYERS = (nn.Conv2d, nn.Linear, InProjection, NonDynamicallyQuantizableLinear)
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply)
 _ACTIVATIONS: dict[Any, Activation] = {
     F.silu: "silu",
@@ -601,7 +710,7 @@ def _module_spec(module: nn.Module, name: str, dtype: torch.dtype) -> Spec:
     if is_opaque(module):
         raise InputError("it has hooks, a parametrization or a forward of its own")
     kind = type(module)
-    if kind in (nn.Conv2d, nn.Linear):
+    if kind in _LAYERS:
         return ConvSpec(module, name, geometry_of(module))  # type: ignore[arg-type]
     if isinstance(module, nn.BatchNorm2d) and kind is nn.BatchNorm2d:
         if (module.weight is None) != (module.bias is None):

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from acdc.engine.arguments import Arguments, NoFixedArguments
+from acdc.engine.attention import has_in_projection
 from acdc.engine.choice import Policy
 from acdc.engine.contract import KernelPlan
 from acdc.engine.gradients import KernelGradients
@@ -320,10 +321,13 @@ class Host:
             if node.op == "call_module":
                 called[str(node.target)] = found
         for target, module in self._root.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                reason = _reason(target, called)
-                if isinstance(reason, str):
-                    self.refused[self._full_name(target)] = reason
+            if has_in_projection(module):
+                target = f"{target}.in_proj".removeprefix(".")
+            elif not isinstance(module, nn.Conv2d | nn.Linear):
+                continue
+            reason = _reason(target, called)
+            if isinstance(reason, str):
+                self.refused[self._full_name(target)] = reason
 
 
 def _reason(target: str, called: Mapping[str, Recognised | str]) -> Recognised | str:
