@@ -145,6 +145,9 @@ _DETAILS = {
     "time?": Maybe(_TIME),
     "devices?": Maybe(POSITIVE),
     "warnings?": [WARNING],
+    **dict.fromkeys(("finished?", "command?", "device?"), Maybe(str)),
+    **dict.fromkeys(("machine?", "versions?"), Maybe(dict)),
+    **dict.fromkeys(("dense_finetuned?", "bn_reestimated?"), bool),
 }
 _RECORD = {
     "sparse": Maybe({**_NETWORK, "sparsity": SHARE, "nnz": COUNT}),
