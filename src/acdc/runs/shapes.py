@@ -161,12 +161,13 @@ _RECORD = {
 
 # What a comparison reads beyond that. Records of older versions lack some of it.
 _COMPARED = {
+    **dict.fromkeys(("sparse", "dense"), Maybe({"loss": float})),
     "details": {
         **dict.fromkeys(("data", "device", "command", "finished"), str),
         **dict.fromkeys(("machine", "versions"), dict),
         "epochs": POSITIVE,
         "time": dict.fromkeys(("dense", "sparse", "engine", "cpu"), SECONDS),
-    }
+    },
 }
 
 
