@@ -115,7 +115,8 @@ _RECIPE = {
     "changed?": Maybe(dict),
 }
 
-_NETWORK = {"accuracy": PERCENT, "bits?": AMOUNT, "bytes": POSITIVE}
+# The bits are not finite where the loss overflowed in the last evaluation and not in training.
+_NETWORK = {"accuracy": PERCENT, "bits?": float, "bytes": POSITIVE}
 _DONE = {
     **_LAYER, "pruned?": bool, "nnz?": Maybe(COUNT),
 }  # fmt: skip
