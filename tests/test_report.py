@@ -531,6 +531,17 @@ def test_losses_that_are_not_finite(tmp_path: Path) -> None:
     assert "nan" not in "".join(re.findall(r' d="([^"]*)"', text)).lower()
 
 
+@pytest.mark.parametrize("bits", ["nan", "inf"])
+def test_a_text_network_whose_loss_is_not_finite_has_its_page(tmp_path: Path, bits: str) -> None:
+    """The last evaluation may overflow where no loss of training did; the record says so."""
+    record = write_run(tmp_path)
+    for twin in ("sparse", "dense"):
+        record[twin]["bits"] = float(bits)
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    read = Reader(report.render(tmp_path).read_text(encoding="utf-8"))
+    assert read.row("twins", "Bits of a character") == [bits, bits, "–"]
+
+
 def test_layers_that_are_not_pruned(tmp_path: Path) -> None:
     layers = resnet20()
     layers[0]["prunable"] = layers[-1]["prunable"] = False
