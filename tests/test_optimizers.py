@@ -259,6 +259,44 @@ if importlib.util.find_spec("schedulefree"):
 every_optimizer = pytest.mark.parametrize("name", FACTORIES)
 
 
+class NeedsClosure(Optimizer):
+    """As SGDScheduleFreeClosure: the gradient is that of other weights than the parameters hold."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            z = self.state[p].setdefault("z", p.detach().clone())
+            p.lerp_(z, 0.25)
+        with torch.enable_grad():
+            loss = closure()
+        for p in params:
+            z = self.state[p]["z"]
+            p.lerp_(z, 1 - 1 / 0.75)
+            z.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+            p.lerp_(z, 0.5)
+        return loss
+
+
+@pytest.mark.parametrize("reset", ["all", "entered"])
+def test_an_optimizer_that_needs_a_closure_is_followed(reset: Any) -> None:
+    model = build()
+    optimizer = NeedsClosure(model.parameters())
+    sparsifier = Sparsifier(replace(METHOD, reset=reset), model, optimizer)
+    for step in range(TOTAL):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            return backward(model, step)
+
+        optimizer.step(closure)
+        assert sparsifier.step == step + 1
+        assert is_exact(sparsifier)
+
+
 def is_exact(sparsifier: Sparsifier) -> bool:
     return all(is_plus_zero(weight[mask]) for _, weight, mask in dropped(sparsifier))
 

@@ -224,9 +224,18 @@ def _is_scalar(value: Any) -> bool:
 def _step(optimizer: Optimizer, param: Tensor, gradient: float) -> None:
     """Take a step without the hooks of the process, with a gradient that differs by element."""
     slope = torch.linspace(1.0, 2.0, max(1, param.numel()), device=param.device)
-    param.grad = (gradient * slope[: param.numel()]).reshape(param.shape).to(param.dtype)
-    step = type(optimizer).step
-    getattr(step, "__wrapped__", step)(optimizer)
+
+    def set_gradient() -> Any:
+        param.grad = (gradient * slope[: param.numel()]).reshape(param.shape).to(param.dtype)
+        return param.detach().sum()
+
+    set_gradient()
+    step = getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is None or closure.default is not inspect.Parameter.empty:
+        step(optimizer)
+    else:  # it computes the gradient at other weights than the parameters hold: schedule-free
+        step(optimizer, set_gradient)
     param.grad = None
 
 
