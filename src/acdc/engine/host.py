@@ -27,6 +27,7 @@ from acdc.engine.graph import (
     ConvSpec,
     Recognised,
     Untraceable,
+    follow_buffers,
     has_other_forward,
     hooks_of,
     propagate,
@@ -197,6 +198,9 @@ class Host:
             return self.original(*args, **kwargs)
         graph = self._graph()
         if graph is None:
+            return self.original(*args, **kwargs)
+        if not follow_buffers(graph, self._root):
+            self._warn("a buffer has another shape or dtype than when it was traced")
             return self.original(*args, **kwargs)
         try:
             values = self._arguments.of_call(args, kwargs)
