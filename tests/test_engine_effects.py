@@ -277,6 +277,16 @@ class ReadStatistics(Noting):
         return x * self.norm.running_mean.abs().sum().sqrt()
 
 
+class WriteInsideOfSegment(Noting):
+    """The two convolutions are one segment, and the buffer is read under another name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        self.ema.add_(mean(x))
+        scale = 1 + self.view.sum()
+        return self.fc(self.b(x).relu().mean((2, 3)) * scale)
+
+
 class CountingNorm(nn.BatchNorm2d):
     """As timm writes it: the module counts its batches, and calls a function."""
 
@@ -335,7 +345,8 @@ IN_PARTS = (
     UseAndAdd, UseOfView, Replace, ReplaceByTraced, ScaleAndUse, Item, TracedItem, Data, DataByName,
     Fill, Direct, Free, Branch, FreeBranch, Keep, KeepShape, Append, AppendNumber, KeepNested,
     Metered, Count, Clamp, ClampData, ClampAll, AssignData, AssignAllData, WithoutGradients,
-    ReadStatistics, OwnNormTwice, CumulativeNorm, SubclassNorm, CumulativeSubclassNorm,
+    ReadStatistics, WriteInsideOfSegment, OwnNormTwice, CumulativeNorm, SubclassNorm,
+    CumulativeSubclassNorm,
 )  # fmt: skip
 
 
@@ -481,6 +492,19 @@ def test_a_buffer_that_was_replaced_is_read_from_then_on() -> None:
     for model in (pair.model, pair.plain):
         model.ema = torch.ones(1, dtype=torch.float64).expand(8)
     pair.steps(range(4, 6))
+
+
+class Sliced(Noting):
+    """The only reader of a layer's result takes a part of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.a(x)).relu().mean((2, 3)))[:, 1:]
+
+
+def test_a_layer_of_whose_result_only_a_part_is_read() -> None:
+    pair = Pair(Sliced)
+    pair.engine.compress(pair.masks)
+    pair.steps(range(2))
 
 
 SEEN: list[Any] = []
