@@ -180,6 +180,41 @@ typedef struct acdc_norm_unfold_args {
     int32_t threads;
 } acdc_norm_unfold_args;
 
+/* LayerNorm and RMSNorm over the channels of each pixel or token:
+ *   out = (x - mean) * inverse * weight + bias,  inverse = 1 / sqrt(variance + eps)
+ * For RMSNorm (`centered` is 0) the mean is 0, and the variance is the mean of the squares. `stats` has two
+ * channels, mean and inverse. They are computed and stored, or read if `known`. Dead lanes become zero. */
+typedef struct acdc_layer_norm_args {
+    acdc_image x, stats, out;
+    const void *weight, *bias; /* [channels] or null: 1 and 0 */
+    double eps;
+    int32_t centered, known;
+    int32_t threads;
+} acdc_layer_norm_args;
+
+/* Its gradient. dx is added to if `accumulate`. sums[0][c] = sum of grad, sums[1][c] = sum of grad times the
+ * normalised x: the gradients of bias and weight. */
+typedef struct acdc_layer_norm_grad_args {
+    acdc_image grad, x, stats, dx; /* dx: origin null: absent */
+    const void* weight;
+    int32_t centered, accumulate;
+    double* sums;    /* [2][channels] or null */
+    void* workspace; /* with sums: threads * channels * 2 * lanes elements, 64-B aligned */
+    int32_t threads;
+} acdc_layer_norm_grad_args;
+
+/* out = x * gate. The gate has one pixel. */
+typedef struct acdc_gate_args {
+    acdc_image x, gate, out;
+    int32_t threads;
+} acdc_gate_args;
+
+/* dgate = sum of grad * x over the pixels. */
+typedef struct acdc_gate_grad_args {
+    acdc_image grad, x, dgate;
+    int32_t threads;
+} acdc_gate_grad_args;
+
 /* out = op(a, b), where op is the row of the kernel table. */
 typedef struct acdc_pointwise_args {
     acdc_image a, b, out;
@@ -196,30 +231,44 @@ typedef struct acdc_pool_args {
 
 /* The one list of kernels. The dispatch table, the binding and the list of kernels that the tests must
  * cover are made from it. row(name, arguments) */
-#define ACDC_KERNELS(row)                        \
-    row(to_layout, acdc_convert_args)            \
-    row(from_layout, acdc_convert_args)          \
-    row(conv, acdc_conv_args)                    \
-    row(weight_grad, acdc_weight_grad_args)      \
-    row(channel_sums, acdc_channel_sums_args)    \
-    row(norm, acdc_norm_args)                    \
-    row(norm_reduce, acdc_norm_reduce_args)      \
-    row(norm_grad, acdc_norm_grad_args)          \
-    row(statistics, acdc_statistics_args)        \
-    row(norm_fold, acdc_norm_fold_args)          \
-    row(norm_unfold, acdc_norm_unfold_args)      \
-    row(relu, acdc_pointwise_args)               \
-    row(relu_grad, acdc_pointwise_args)          \
-    row(add, acdc_pointwise_args)                \
-    row(gelu, acdc_pointwise_args)               \
-    row(gelu_grad, acdc_pointwise_args)          \
-    row(gelu_tanh, acdc_pointwise_args)          \
-    row(gelu_tanh_grad, acdc_pointwise_args)     \
-    row(silu, acdc_pointwise_args)               \
-    row(silu_grad, acdc_pointwise_args)          \
-    row(max_pool, acdc_pool_args)                \
-    row(max_pool_grad, acdc_pool_args)           \
-    row(avg_pool, acdc_pool_args)                \
+#define ACDC_KERNELS(row)                           \
+    row(to_layout, acdc_convert_args)               \
+    row(from_layout, acdc_convert_args)             \
+    row(conv, acdc_conv_args)                       \
+    row(weight_grad, acdc_weight_grad_args)         \
+    row(channel_sums, acdc_channel_sums_args)       \
+    row(norm, acdc_norm_args)                       \
+    row(norm_reduce, acdc_norm_reduce_args)         \
+    row(norm_grad, acdc_norm_grad_args)             \
+    row(statistics, acdc_statistics_args)           \
+    row(norm_fold, acdc_norm_fold_args)             \
+    row(norm_unfold, acdc_norm_unfold_args)         \
+    row(relu, acdc_pointwise_args)                  \
+    row(relu_grad, acdc_pointwise_args)             \
+    row(add, acdc_pointwise_args)                   \
+    row(mul, acdc_pointwise_args)                   \
+    row(copy, acdc_pointwise_args)                  \
+    row(gelu, acdc_pointwise_args)                  \
+    row(gelu_grad, acdc_pointwise_args)             \
+    row(gelu_tanh, acdc_pointwise_args)             \
+    row(gelu_tanh_grad, acdc_pointwise_args)        \
+    row(silu, acdc_pointwise_args)                  \
+    row(silu_grad, acdc_pointwise_args)             \
+    row(sigmoid, acdc_pointwise_args)               \
+    row(sigmoid_grad, acdc_pointwise_args)          \
+    row(relu6, acdc_pointwise_args)                 \
+    row(relu6_grad, acdc_pointwise_args)            \
+    row(hardsigmoid, acdc_pointwise_args)           \
+    row(hardsigmoid_grad, acdc_pointwise_args)      \
+    row(hardswish, acdc_pointwise_args)             \
+    row(hardswish_grad, acdc_pointwise_args)        \
+    row(layer_norm, acdc_layer_norm_args)           \
+    row(layer_norm_grad, acdc_layer_norm_grad_args) \
+    row(gate, acdc_gate_args)                       \
+    row(gate_grad, acdc_gate_grad_args)             \
+    row(max_pool, acdc_pool_args)                   \
+    row(max_pool_grad, acdc_pool_args)              \
+    row(avg_pool, acdc_pool_args)                   \
     row(avg_pool_grad, acdc_pool_args)
 
 /* One table for each compiled instruction set. `f64` serves gradient checks, not speed. */
@@ -292,6 +341,9 @@ void acdc_gather(const void* dense, const int32_t* index, int64_t count, void* v
 /* dense[index[i]] = vector[i], and every other of the `size` elements of `dense` becomes zero. */
 void acdc_expand(const void* vector, const int32_t* index, int64_t count, void* dense, int64_t size, int32_t bytes,
                  int32_t threads);
+
+/* dense[i] = 0 where dropped[i] is not 0 */
+void acdc_clear(const uint8_t* dropped, void* dense, int64_t size, int32_t bytes, int32_t threads);
 
 /* One step of an optimizer on the kept elements. The other elements of the weight become zero. */
 typedef struct acdc_kept {

@@ -1,4 +1,5 @@
-// GELU and SiLU: x times a share between 0 and 1. The backward pass needs x alone.
+// GELU, SiLU and hard-swish: x times a share between 0 and 1. Sigmoid and hard-sigmoid: the share itself. The
+// backward pass needs x alone.
 //
 // In float, the exponential and the normal distribution are polynomials, which compile to vector code. In
 // double, which serves gradient checks, the C library computes them lane by lane.
@@ -77,6 +78,20 @@ struct NearNormal {
     }
 };
 
+// min(max(v, 0), most). NaN stays NaN.
+template <class real> inline vec<real> between_0_and(real most, vec<real> v) {
+    return select<real>(v > splat(most), splat(most), relu_of<real>(v));
+}
+
+// A straight line from 0 at -3 to 1 at 3: hard-swish and hard-sigmoid.
+struct Line {
+    template <class real> static Share<real> share(vec<real> x) {
+        const vec<real> sixth = splat(real(1) / real(6));
+        const mask<real> inside = (x > splat(real(-3))) & (x < splat(real(3)));
+        return {between_0_and<real>(6, x + real(3)) * sixth, keep<real>(inside, sixth)};
+    }
+};
+
 template <class real, class F> void activation(const acdc_pointwise_args* a, const acdc_share* share) {
     pointwise<real>(a, share, [](vec<real> x, vec<real>) { return x * F::template share<real>(x).value; });
 }
@@ -99,6 +114,56 @@ ACDC_ACTIVATION(gelu, Normal)
 ACDC_ACTIVATION(gelu_tanh, NearNormal)
 ACDC_ACTIVATION(silu, Logistic)
 #undef ACDC_ACTIVATION
+
+// The share of 0 is not 0, so the dead lanes are cleared.
+template <class real, class F> void share_alone(const acdc_pointwise_args* args, const acdc_share* share) {
+    each_plane(args->out, args->threads, share, [&](int thread, int64_t block, int channel) {
+        const acdc_image in = of_thread<real>(args->a, thread), into = of_thread<real>(args->out, thread);
+        const bool whole = live_lanes(into, block, into.width - 1) == lanes;
+        for (int row = 0; row < into.height; ++row) {
+            const real* x = row_of<real>(in, block, channel, row);
+            real* out = row_of<real>(into, block, channel, row);
+            for (int i = 0; i < into.width * lanes; i += lanes) {
+                const vec<real> v = F::template share<real>(load(x + i)).value;
+                store(out + i, whole ? v : keep<real>(first_lanes<real>(live_lanes(into, block, i / lanes)), v));
+            }
+        }
+    });
+}
+
+#define ACDC_SHARE(name, F)                                                                            \
+    template <class real> void name(const acdc_pointwise_args* a, const acdc_share* share) {           \
+        share_alone<real, F>(a, share);                                                                \
+    }                                                                                                  \
+    template <class real> void name##_grad(const acdc_pointwise_args* a, const acdc_share* share) {    \
+        pointwise<real>(a, share, [](vec<real> grad, vec<real> x) {                                    \
+            return grad * F::share<real>(x).slope;                                                     \
+        });                                                                                            \
+    }
+ACDC_SHARE(sigmoid, Logistic)
+ACDC_SHARE(hardsigmoid, Line)
+#undef ACDC_SHARE
+
+template <class real> void hardswish(const acdc_pointwise_args* a, const acdc_share* share) {
+    activation<real, Line>(a, share);
+}
+// a: the gradient; b: the input. The slope is that of a parabola between two lines.
+template <class real> void hardswish_grad(const acdc_pointwise_args* a, const acdc_share* share) {
+    pointwise<real>(a, share, [](vec<real> grad, vec<real> x) {
+        const vec<real> inside = grad * (x * (real(1) / real(3)) + real(0.5));
+        return keep<real>(x > splat(real(-3)), select<real>(x < splat(real(3)), inside, grad));
+    });
+}
+
+template <class real> void relu6(const acdc_pointwise_args* a, const acdc_share* share) {
+    pointwise<real>(a, share, [](vec<real> x, vec<real>) { return between_0_and<real>(6, x); });
+}
+// a: the gradient; b: the input.
+template <class real> void relu6_grad(const acdc_pointwise_args* a, const acdc_share* share) {
+    pointwise<real>(a, share, [](vec<real> grad, vec<real> x) {
+        return keep<real>((x > vec<real>{}) & (x < splat(real(6))), grad);
+    });
+}
 
 }  // namespace
 }  // namespace ACDC_ISA

@@ -3,6 +3,8 @@
 #include "activation.h"
 #include "convert.h"
 #include "conv.h"
+#include "gate.h"
+#include "layer_norm.h"
 #include "norm.h"
 #include "pool.h"
 #include "weight_grad.h"

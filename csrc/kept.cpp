@@ -64,6 +64,14 @@ void expand(const T* vector, const int32_t* index, int64_t count, T* dense, int6
     });
 }
 
+template <class T> void clear(const uint8_t* dropped, T* dense, int64_t size, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; ++t) {
+        const Part part(size, t, threads);
+        for (int64_t i = part.begin; i < part.end; ++i) dense[i] = dropped[i] ? T(0) : dense[i];
+    }
+}
+
 // One step of the kept elements: update(weights, gradients, first, kept) changes the weights of a chunk.
 template <class Update> void step(const acdc_kept* k, int threads, Update update) {
     const int32_t* index = k->index;
@@ -99,6 +107,12 @@ void acdc_expand(const void* vector, const int32_t* index, int64_t count, void* 
         expand(static_cast<const uint32_t*>(vector), index, count, static_cast<uint32_t*>(dense), size, threads);
     if (bytes == 8)
         expand(static_cast<const uint64_t*>(vector), index, count, static_cast<uint64_t*>(dense), size, threads);
+}
+
+void acdc_clear(const uint8_t* dropped, void* dense, int64_t size, int32_t bytes, int32_t threads) {
+    if (bytes == 2) clear(dropped, static_cast<uint16_t*>(dense), size, threads);
+    if (bytes == 4) clear(dropped, static_cast<uint32_t*>(dense), size, threads);
+    if (bytes == 8) clear(dropped, static_cast<uint64_t*>(dense), size, threads);
 }
 
 void acdc_sgd(const acdc_kept* k, const acdc_sgd_args* a, int32_t threads) {

@@ -56,6 +56,9 @@ template <class T> void set_field(nb::class_<T>& cls, const char* name, const fl
 template <class T> void set_field(nb::class_<T>& cls, const char* name, const int32_t* T::*field) {
     set_pointer(cls, name, field);
 }
+template <class T> void set_field(nb::class_<T>& cls, const char* name, const int64_t* T::*field) {
+    set_pointer(cls, name, field);
+}
 template <class T, class V> void set_field(nb::class_<T>& cls, const char* name, V T::*field) { cls.def_rw(name, field); }
 
 struct Plan {
@@ -203,6 +206,32 @@ NB_MODULE(_kernels, m) {
         FIELD(inverse); FIELD(a); FIELD(b); FIELD(c); FIELD(weight_grad); FIELD(bias_grad); FIELD(threads);
     }
     {
+        using Struct = acdc_layer_norm_args;
+        nb::class_<Struct> cls(m, "layer_norm_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(stats); FIELD(out); FIELD(weight); FIELD(bias); FIELD(eps); FIELD(centered); FIELD(known);
+        FIELD(threads);
+    }
+    {
+        using Struct = acdc_layer_norm_grad_args;
+        nb::class_<Struct> cls(m, "layer_norm_grad_args");
+        cls.def(nb::init<>());
+        FIELD(grad); FIELD(x); FIELD(stats); FIELD(dx); FIELD(weight); FIELD(centered); FIELD(accumulate);
+        FIELD(sums); FIELD(workspace); FIELD(threads);
+    }
+    {
+        using Struct = acdc_gate_args;
+        nb::class_<Struct> cls(m, "gate_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(gate); FIELD(out); FIELD(threads);
+    }
+    {
+        using Struct = acdc_gate_grad_args;
+        nb::class_<Struct> cls(m, "gate_grad_args");
+        cls.def(nb::init<>());
+        FIELD(grad); FIELD(x); FIELD(dgate); FIELD(threads);
+    }
+    {
         using Struct = acdc_pointwise_args;
         nb::class_<Struct> cls(m, "pointwise_args");
         cls.def(nb::init<>());
@@ -223,10 +252,7 @@ NB_MODULE(_kernels, m) {
         FIELD(row_step); FIELD(column_step); FIELD(row_padding); FIELD(column_padding); FIELD(row_dilation);
         FIELD(column_dilation); FIELD(nnz); FIELD(lanes); FIELD(is_double); FIELD(x_row); FIELD(x_channel);
         FIELD(dy_row); FIELD(dy_channel); FIELD(in_tile); FIELD(out_tile); FIELD(out_stride); FIELD(in_stride);
-        FIELD(row_stride); FIELD(column_stride);
-        cls.def_prop_rw(
-            "support", [](const Struct& self) { return Address(self.support); },
-            [](Struct& self, Address value) { self.support = pointer<const int64_t>(value); });
+        FIELD(row_stride); FIELD(column_stride); FIELD(support);
     }
     nb::class_<Plan>(m, "Plan")
         .def(nb::init<const acdc_plan_args&>())
@@ -243,6 +269,10 @@ NB_MODULE(_kernels, m) {
                        int threads) {
         nb::gil_scoped_release release;
         acdc_expand(pointer(vector), pointer<int32_t>(index), count, pointer(dense), size, bytes, threads);
+    });
+    m.def("clear", [](Address dropped, Address dense, int64_t size, int bytes, int threads) {
+        nb::gil_scoped_release release;
+        acdc_clear(pointer<uint8_t>(dropped), pointer(dense), size, bytes, threads);
     });
     {
         using Struct = acdc_kept;

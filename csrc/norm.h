@@ -251,6 +251,12 @@ template <class real> void relu_grad(const acdc_pointwise_args* a, const acdc_sh
 template <class real> void add(const acdc_pointwise_args* a, const acdc_share* share) {
     pointwise<real>(a, share, [](vec<real> x, vec<real> y) { return x + y; });
 }
+template <class real> void mul(const acdc_pointwise_args* a, const acdc_share* share) {
+    pointwise<real>(a, share, [](vec<real> x, vec<real> y) { return x * y; });
+}
+template <class real> void copy(const acdc_pointwise_args* a, const acdc_share* share) {
+    pointwise<real>(a, share, [](vec<real> x, vec<real>) { return x; });
+}
 
 }  // namespace
 }  // namespace ACDC_ISA

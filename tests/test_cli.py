@@ -456,6 +456,15 @@ def test_a_dense_run_has_one_column(tmp_path: Path, capsys: Capture) -> None:
     assert (folder / "dense.safetensors").read_bytes() == files(folder)["dense.safetensors"]
 
 
+def test_a_method_without_a_sparsity_has_a_dash_in_the_table(done: Path) -> None:
+    """Such as a method of a user that keeps what it finds: ``Method.sparsity`` may be None."""
+    record = json.loads((done / "record.json").read_text())
+    record["details"]["sparsity_asked"] = None
+    text = io.StringIO()
+    Console(file=text, width=100).print(console.outcome(record))
+    assert re.search("sparsity asked +– *\n", text.getvalue())
+
+
 def test_a_text_is_judged_in_bits_of_a_character(tmp_path: Path) -> None:
     text_of_shakespeares_size(tmp_path)
     task = replace(

@@ -540,6 +540,43 @@ def test_warnings_of_runs_are_in_the_results_and_on_the_page(
         shutil.rmtree(run.path, ignore_errors=True)  # its row takes its place
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: r["details"].update(train_flops=0), "train_flops_ratio is 0"),
+        (lambda r: r["details"].update(train_flops=10**29), "train_flops_ratio is "),
+        (lambda r: r.update(inference_flops_ratio=1e300), "inference_flops_ratio is 1e"),
+        (lambda r: r["sparse"].pop("loss"), "sparse has no 'loss'"),
+        (lambda r: r["sparse"].update(loss="a text"), 'sparse.loss is "a text"'),
+        (lambda r: r["sparse"].update(loss=float("inf")), "sparse_quality is -Infinity"),
+    ],
+)
+def test_a_record_with_results_out_of_bounds_is_a_failed_cell_and_stops_no_other(
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Any], Any],
+    reason: str,
+) -> None:
+    """The results are read again by the next command: what it would refuse is not written."""
+    monkeypatch.setattr(results, "quality", lambda _: "bits")  # as of a text, judged by its loss
+    folder = Path(shutil.copytree(small, tmp_path / "small"))
+    path = record.Folder(folder / "runs" / rows(folder)[1]["cell"]).record
+    healthy = path.read_text()
+    damaged = json.loads(healthy)
+    change(damaged)
+    path.write_text(json.dumps(damaged))
+    for _ in range(2):
+        compare(grid_of("small"), tmp_path, resume=True, device="cpu")
+        (failed,) = rows(folder, "failed.jsonl")
+        assert reason in failed["reason"]
+        assert "Remove" in failed["reason"]
+        assert len(rows(folder)) == 2
+    path.write_text(healthy)
+    compare(grid_of("small"), tmp_path, resume=True, device="cpu")
+    assert len(rows(folder)) == 3
+
+
 def test_what_starts_from_a_run_that_failed_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from acdc.engine import memory, segment
 from acdc.runs.models import CifarResNet
-from support.engine_nets import BACKENDS, NETWORKS, Gpt, Pair, in_place_late, segments
+from support.engine_nets import BACKENDS, NETWORKS, Gpt, Pair, close, in_place_late, segments
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -98,6 +98,53 @@ def test_an_activation_goes_block_by_block_and_is_not_kept(activation: nn.Module
     kept = [slot for slot in tape.slots if tape.is_kept(slot)]
     assert kept == [tape.value(first.x), tape.value(act.x)]
     assert tape.value(act.out).is_transient
+
+
+@backends
+def test_a_hardsigmoid(backend: str, runs: list[int]) -> None:
+    """PyTorch's gradient has the digits of float in float64, too."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardsigmoid(), nn.Conv2d(8, 4, 3))
+    pair = Pair(model, (3, 6, 6), backend_name=backend)
+    pair.step(5, limit=1e-7)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("where", ["tokens", "images", "channels_last"])
+def test_dropout_draws_the_numbers_of_pytorch(where: str, runs: list[int]) -> None:
+    model: nn.Module = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.4), nn.Linear(8, 8))
+    if where != "tokens":
+        model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Dropout(0.4), nn.Conv2d(8, 8, 3))
+    pair = Pair(model, (6,) if where == "tokens" else (6, 7, 7), lay=LAYS.get(where, lambda x: x))
+    for seed, samples in enumerate((33, 5)):
+        pair.step(samples, seed)
+        assert torch.equal(torch.rand(1), drawn_after(pair, samples, seed))
+    assert len(runs) == 2
+    first = pair.model(x := pair.batch(9))
+    assert not torch.equal(first, pair.model(x))
+
+
+def drawn_after(pair: Pair, samples: int, seed: int) -> Tensor:
+    """Return the next random number after a step of plain PyTorch."""
+    torch.manual_seed(seed)
+    pair.plain(pair.lay(pair.batch(samples, seed)))
+    return torch.rand(1)
+
+
+LAYS = {"channels_last": lambda x: x.contiguous(memory_format=torch.channels_last)}
+
+
+def test_a_second_derivative_has_the_masks_of_the_forward_pass(runs: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.4), nn.Linear(8, 8))
+    pair = Pair(model, (6,))
+    found = []
+    for net in (pair.plain, pair.model):
+        x = pair.batch(20, 3).requires_grad_()
+        torch.manual_seed(0)
+        (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), [x, net[0].bias]))
+    for want, got in zip(*found, strict=True):
+        close(got, want)
+    assert runs
 
 
 def frames(pair: Pair) -> list[memory.Frame]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import acdc
 from acdc.engine import segment
+from acdc.engine.host import ARGUMENTS
 
 
 class Layers(nn.Module):
@@ -215,17 +216,63 @@ def test_a_call_that_means_the_same_runs_on_the_kernels(
     assert ran
 
 
-def test_another_value_is_computed_by_pytorch_and_said_once(
+def test_other_values_run_on_graphs_of_their_own(ran: list[int]) -> None:
+    """Training gives an attention mask, say, where the example had none."""
+    model, plain = on_engine(Options(), x_of())
+    others: list[dict[str, Any]] = [{"mask": MASK}, {"twice": True}, {"scale": 2.0}]
+    for kwargs in others * 2:
+        ran.clear()
+        same(model(x_of(1), **kwargs), plain(x_of(1), **kwargs))
+        assert ran
+
+
+def test_ever_new_values_are_computed_by_pytorch_and_said_once(
     ran: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "acdc.engine")
     model, _ = on_engine(Options(), x_of())
-    for _ in range(3):
-        model(x_of(), twice=True)
-    assert not ran
-    (message,) = (record.getMessage() for record in caplog.records)
-    assert "part runs on plain PyTorch: its argument 'twice' is True" in message
-    assert "the example has False" in message
+    for step in range(2, 9):
+        model(x_of(), scale=float(step))
+    assert len(ran) == ARGUMENTS - 1
+    (message,) = {record.getMessage() for record in caplog.records if "5.0" in record.getMessage()}
+    assert "part runs on plain PyTorch: its argument 'scale' is 5.0" in message
+    assert "the example has 1.0" in message
+    assert len(caplog.records) == 1
+
+
+class Collects(Layers):
+    """It hands its result over in a list that it is given."""
+
+    def forward(self, x: Tensor, into: list[Any]) -> Tensor:
+        into.append(y := self.layers(x))
+        return y + 0
+
+
+def test_a_list_that_the_forward_fills_is_filled() -> None:
+    model, plain = on_engine(Collects(), x_of(), [])
+    for net in (model, plain):
+        found: list[Any] = []
+        y = net(x_of(1), found)
+        assert torch.equal(found[0], y)
+
+
+class Anything(Layers):
+    """As the layers of transformers: tensors in a tuple, and any other keywords."""
+
+    def forward(self, x: Tensor, pair: tuple[Tensor, Tensor] | None = None, **more: Any) -> Tensor:
+        y = self.layers(x)
+        if pair is not None:
+            y = y * pair[0] + pair[1]
+        return y + more["shift"] if "shift" in more else y
+
+
+def test_a_part_that_takes_any_keywords_runs_on_the_kernels(ran: list[int]) -> None:
+    model, plain = on_engine(Anything(), x_of(), (MASK, x_of(3)))
+    calls = (Call(x_of(1), (x_of(2), MASK)), Call(x_of(1)), Call(x_of(1), shift=MASK, other=None))
+    for call in calls:
+        ran.clear()
+        same(model(*call.args, **call.kwargs), plain(*call.args, **call.kwargs))
+        assert ran
 
 
 def test_gradients_under_other_keywords_are_those_of_plain_pytorch() -> None:
@@ -354,6 +401,27 @@ def test_a_forward_that_asks_for_the_type_of_its_argument() -> None:
     model, plain = on_engine(Asks(), x_of(), MASK)
     for call in (Call(x_of(1), MASK), Call([x_of(1), x_of(2)]), Call(x_of(1)), Call(x_of(1), 3)):
         same(model(*call.args), plain(*call.args))
+
+
+MIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a power": lambda x: torch.pow(x, 3.0),
+    "a number where not": lambda x: torch.where(x > 0, x, 0.0),
+    "as many as columns": lambda x: x * torch.ones(x.size(1)),
+    "as long as columns": lambda x: x + torch.arange(x.size(1)),
+    "a number that is filled in": lambda x: x + torch.full((1,), x.size(0)),
+}
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_a_traced_value_is_no_tensor_to_compiled_code(what: str) -> None:
+    """PyTorch's compiled code takes a tensor where it expects a number, and reads its memory."""
+
+    class Mixes(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(MIXED[what](x))
+
+    model, plain = on_engine(Mixes(), x_of())
+    same(model(x_of(1)), plain(x_of(1)))
 
 
 # --- outputs --------------------------------------------------------------------------------------

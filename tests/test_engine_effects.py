@@ -507,6 +507,45 @@ def test_a_layer_of_whose_result_only_a_part_is_read() -> None:
     pair.steps(range(2))
 
 
+class Attending(Noting):
+    """The graph names a layer that the network has no module for, and sizes are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.act = nn.ReLU()
+        self.act.register_buffer("scale", torch.ones(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.a(x)).relu().flatten(2).transpose(1, 2)
+        self.n += 1
+        x = self.attention(x, x, x, need_weights=False)[0]
+        x = self.act(x) * self.act.scale
+        x = x.reshape(*x.shape[:-1], *self.view.shape).flatten(2)
+        return self.fc(x.mean(1))
+
+
+def test_a_network_with_attention_has_its_effects_and_keeps_its_buffers_as_they_are() -> None:
+    pair = Pair(Attending)
+    compare(pair.model, pair.plain)
+    pair.engine.compress(pair.masks)
+    pair.steps(range(3))
+    assert pair.engine.choices["attention.in_proj"].sparse
+    assert [host.module for host in pair.engine._hosts] == [pair.model]
+
+
+class ClampInProjection(Attending):
+    def forward(self, x: Tensor) -> Tensor:
+        self.attention.in_proj_weight.data.clamp_(-0.2, 0.2)
+        return super().forward(x)
+
+
+def test_a_forward_that_changes_the_weight_of_an_in_projection_is_traced_in_parts() -> None:
+    pair = Pair(ClampInProjection)
+    pair.engine.compress(pair.masks)
+    assert pair.model not in [host.module for host in pair.engine._hosts]
+
+
 SEEN: list[Any] = []
 
 

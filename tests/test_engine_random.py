@@ -57,6 +57,20 @@ class Residual(nn.Module):
         return self.branch(x) + self.past(x)
 
 
+class Gated(nn.Module):
+    """A branch that is multiplied by another one, or by what both read."""
+
+    def __init__(self, branch: nn.Module, gate: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.gate = branch, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) * self.gate(x)
+
+
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Dropout)
+
+
 class Builder:
     """Draws a chain of layers with matching shapes.
 
@@ -129,11 +143,33 @@ class Builder:
         past += [self.norm()] if kind == "norm" else []
         return Residual(nn.Sequential(*branch), nn.Sequential(*past))
 
+    def activation(self) -> nn.Module:
+        made: nn.Module = self.draw(st.sampled_from(ACTIVATIONS))()
+        return made
+
+    def squeeze(self) -> nn.Module:
+        """Return squeeze-and-excitation, or a product of two branches."""
+        channels = self.shape[0]
+        if self.draw(st.booleans()):
+            gate = [nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, channels, 1), self.activation()]
+            return Gated(nn.Identity(), nn.Sequential(*gate))
+        gate = [self.conv(keep=True, channels=channels), self.activation()]
+        return Gated(nn.Identity(), nn.Sequential(*gate))
+
+    def token_norm(self, features: int) -> nn.Module:
+        draw, settings = self.draw, {"eps": EPS, "elementwise_affine": self.draw(st.booleans())}
+        if draw(st.booleans()):
+            return nn.RMSNorm(features, **settings)
+        return nn.LayerNorm(features, **settings, bias=draw(st.booleans()))
+
     def head(self) -> list[nn.Module]:
         sizes = [self.shape[0], self.draw(small), self.draw(small)]
         first, second = (nn.Linear(a, b) for a, b in pairwise(sizes))
-        activation = self.draw(st.sampled_from([nn.ReLU(), nn.GELU(), nn.SiLU()]))
-        return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), first, activation, second]
+        branch: nn.Module = nn.Sequential(self.token_norm(sizes[1]), self.activation())
+        kind = self.draw(st.sampled_from([Residual, Gated, None]))
+        if kind is not None:
+            branch = kind(branch, self.draw(st.sampled_from([nn.Identity(), nn.SiLU()])))
+        return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), first, branch, second]
 
 
 @st.composite
@@ -142,7 +178,7 @@ def networks(draw: Callable[[Any], Any]) -> tuple[nn.Module, tuple[int, ...], in
     torch.manual_seed(draw(st.integers(0, 99)))
     build = Builder(draw)
     shape = build.shape
-    others = [build.conv, build.norm, nn.ReLU, build.pool]
+    others = [build.conv, build.norm, nn.ReLU, build.pool, build.activation, build.squeeze]
     parts = others + len(others) * [build.residual]  # where most can go wrong
     layers: list[nn.Module] = [build.conv()]
     layers += [draw(st.sampled_from(parts))() for _ in range(draw(st.integers(0, 5)))]

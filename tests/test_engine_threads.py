@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import pickle
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import acdc
 from acdc.engine import graph, memory, segment
+from acdc.engine.arguments import Arguments
 from support.engine_nets import cut, support_of
 from support.helpers import SCHEDULE
 from support.threads import Threads, convolutions, perceptron, trial
@@ -98,6 +100,7 @@ def test_a_graph_is_traced_while_other_threads_call_networks_and_draw_numbers(
 ) -> None:
     """``torch.fx`` replaces ``nn.Module.__call__`` for all threads while it traces."""
     model, plain, _ = on_engine(convolutions)
+    given = Arguments.of(inspect.signature(model.forward), (torch.randn(2, 8, 4, 4),), {})
     other, stop = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).double(), threading.Event()
     x, calls = torch.randn(4, 8, dtype=torch.float64), []
     want = copy.deepcopy(other)(x)
@@ -116,7 +119,7 @@ def test_a_graph_is_traced_while_other_threads_call_networks_and_draw_numbers(
     def trace() -> str | None:
         try:
             for _ in range(20):
-                graph.trace(model, {})
+                graph.trace(model, given)
         finally:
             stop.set()
         return None

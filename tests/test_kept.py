@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from acdc.engine import native
 from acdc.engine.engine import Engine
 from acdc.engine.gradients import LARGE
-from acdc.engine.kept import expand, gather
+from acdc.engine.kept import clear, expand, gather
 from acdc.hooks.kept_rules import stepped
 from acdc.hooks.kept_steps import ELEMENTWISE, pays
 from acdc.hooks.kept_weight import KeptState, KeptWeight
@@ -619,3 +619,46 @@ def test_a_tensor_that_is_larger_than_the_caches_is_expanded_too(offset: int) ->
     assert int((found[offset : offset + size] != 0).sum()) == index.numel()
     assert (found[:offset] == 7).all()
     assert (found[offset + size :] == 7).all()
+
+
+CLEARED: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: x,
+    "double": lambda x: x.double(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "bytes": lambda x: x.to(torch.int8),
+    "complex": lambda x: torch.complex(x, -x),
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1),
+    "with gaps": lambda x: x[:, ::2],
+    "lazily negated": lambda x: torch._neg_view(x),
+    "parameter": lambda x: nn.Parameter(x, requires_grad=False),
+    "small": lambda x: x[:2],
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("form", CLEARED)
+def test_what_is_cleared_is_plus_zero_and_the_rest_is_as_it_was(form: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        values = torch.randn(40, 30, 7, 7, generator=torch.Generator().manual_seed(0)) * 50
+        values.view(-1)[::97] = torch.inf
+        values.view(-1)[::89] = torch.nan
+        tensor = CLEARED[form](values)
+        dropped = torch.empty_like(tensor, dtype=torch.bool)
+        dropped.copy_(torch.rand(tensor.shape) < 0.9)
+        expected, version = tensor.clone().masked_fill_(dropped, 0.0), tensor._version
+        clear(tensor, dropped)
+        assert same(tensor.resolve_neg(), expected)
+        assert tensor._version > version
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_is_cleared_within_a_graph_is_differentiated() -> None:
+    start = torch.ones(256, 256, requires_grad=True)
+    gradient, dropped = start * 2, torch.rand(256, 256) < 0.5
+    clear(gradient, dropped)
+    gradient.sum().backward()
+    assert torch.equal(start.grad, 2.0 * ~dropped)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -531,11 +532,115 @@ def test_relu_and_add_equal_pytorch_and_keep_nan(name, dtype):
     torch.testing.assert_close(k.from_layout(out), x.relu(), rtol=0, atol=0, equal_nan=True)
     k.pointwise("relu_grad", b_y, out, out=out)
     assert torch.equal(k.from_layout(out), y * (x > 0))
-    k.pointwise("add", b_x, b_y, out=out)
-    torch.testing.assert_close(k.from_layout(out), x + y, rtol=0, atol=0, equal_nan=True)
+    for kernel, want in (("add", x + y), ("mul", x * y), ("copy", x)):
+        k.pointwise(kernel, *(b_x, b_y)[: 1 if kernel == "copy" else 2], out=out)
+        torch.testing.assert_close(k.from_layout(out), want, rtol=0, atol=0, equal_nan=True)
 
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", ["weight and bias", "weight", "neither"])
+@pytest.mark.parametrize("function", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize(
+    "size", [(1, 7), (61, 7), (130, 200), (3, 7, 1, 1), (5, 66, 3, 6), (33, 7, 4, 4)]
+)
+def test_a_norm_over_channels_equals_autograd(name, dtype, affine, function, size):
+    torch.manual_seed(0)
+    k, centered, channels = backend(name), function == "LayerNorm", size[1]
+    if len(size) == 2:
+        shape = Shape.of_tokens(*size, k.lanes, dtype)
+    else:
+        shape = Shape.of_images(size, k.lanes, 1, dtype)
+    x, grad = torch.randn(size, dtype=dtype) * 3 + 5, torch.randn(size, dtype=dtype)
+    weight = torch.randn(channels, dtype=dtype) if "weight" in affine else None
+    bias = torch.randn(channels, dtype=dtype) if "bias" in affine and centered else None
+    leaves = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias)]
+    last = leaves[0].movedim(1, -1)
+    if centered:
+        want = F.layer_norm(last, (channels,), *leaves[1:], eps=0.1)
+    else:
+        want = F.rms_norm(last, (channels,), leaves[1], eps=0.1)
+    want = want.movedim(-1, 1)
+    want.backward(grad.double())
+
+    stats, out, dx = (Buffer.zeros(s) for s in (replace(shape, channels=2, halo=0), shape, shape))
+    b_x, b_grad = (k.to_layout(t, Buffer.zeros(shape)) for t in (x, grad))
+    more = {"weight": weight, "bias": bias, "eps": 0.1, "centered": centered}
+    for known in (False, True):
+        out.pixels().fill_(7)
+        k.layer_norm(b_x, stats, out, known=known, **more)
+        close(k.from_layout(out), want.detach(), dtype)
+        dead_lanes_are_zero(out)
+        halo_is_zero(out)
+    sums = torch.full((2, channels), 7.0, dtype=torch.float64)
+    more = {"weight": weight, "centered": centered}
+    k.layer_norm_grad(b_grad, b_x, stats, dx, sums=sums, **more)
+    close(k.from_layout(dx), leaves[0].grad, dtype)
+    for got, leaf in zip(sums, (leaves[2], leaves[1]), strict=True):
+        if leaf is not None:
+            close(got, leaf.grad, dtype, terms=leaf.new_ones(x.numel() // channels))
+    k.layer_norm_grad(b_grad, b_x, stats, dx, accumulate=True, **more)
+    close(k.from_layout(dx), 2 * leaves[0].grad, dtype)
+    dead_lanes_are_zero(dx)
+    halo_is_zero(dx)
+    again = torch.zeros_like(sums)
+    k.layer_norm_grad(b_grad, b_x, stats, None, sums=again, **more)
+    assert torch.equal(sums, again)
+    k.layer_norm_grad(b_grad, b_x, stats, b_grad, **more)  # in place
+    close(k.from_layout(b_grad), leaves[0].grad, dtype)
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_over_channels_keeps_its_digits_beside_a_large_mean(name, dtype):
+    """The sum of squares minus the square of the mean would lose all digits here."""
+    k = backend(name)
+    x = (torch.randn(9, 500, dtype=torch.float64) + 3000).to(dtype)
+    shape = Shape.of_tokens(9, 500, k.lanes, dtype)
+    stats, out = Buffer.zeros(replace(shape, channels=2)), Buffer.zeros(shape)
+    k.layer_norm(k.to_layout(x, Buffer.zeros(shape)), stats, out)
+    want = F.layer_norm(x.double(), (500,))
+    limit = 1e-3 if dtype == torch.float32 else 1e-10  # 3000 has a rounding error of 1e-4 in float
+    assert (k.from_layout(out).double() - want).abs().max() < limit
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("samples", [1, 8, 37])
+def test_a_gate_equals_the_product_of_pytorch(name, dtype, samples):
+    torch.manual_seed(0)
+    k = backend(name)
+    leaves = [torch.randn(samples, 5, *hw, dtype=dtype).requires_grad_() for hw in ((6, 7), (1, 1))]
+    want = leaves[0] * leaves[1]
+    grad = torch.randn_like(want)
+    want.backward(grad)
+    shape = Shape.of_images(want.shape, k.lanes, 1, dtype)
+    one = Shape.of_images((samples, 5, 1, 1), k.lanes, 2, dtype)
+    x, gate, b_grad = (
+        k.to_layout(t, Buffer.zeros(s))
+        for t, s in ((leaves[0], shape), (leaves[1], one), (grad, shape))
+    )
+    out, dx, dgate = Buffer.zeros(shape), Buffer.zeros(shape), Buffer.zeros(one)
+    k.gate(x, gate, out)
+    k.gate(b_grad, gate, dx)
+    k.gate_grad(b_grad, x, dgate)
+    found = zip((out, dx, dgate), (want.detach(), *(t.grad for t in leaves)), strict=True)
+    for got, ideal in found:
+        close(k.from_layout(got), ideal, dtype)
+        dead_lanes_are_zero(got)
+        halo_is_zero(got)
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": F.sigmoid,
+    "relu6": F.relu6,
+    # PyTorch's own has the slope 1 / 6 of float in float64, too.
+    "hardsigmoid": lambda x: F.relu6(x + 3) / 6,
+    "hardswish": F.hardswish,
+}
 
 
 @backends
@@ -576,9 +681,11 @@ def test_activations_of_nan_and_infinity_are_those_of_pytorch(name, dtype, funct
     b_x, out, grad = k.to_layout(x, Buffer.zeros(shape)), Buffer.zeros(shape), Buffer.zeros(shape)
     k.pointwise(function, b_x, out=out)
     k.pointwise(f"{function}_grad", k.to_layout(torch.ones_like(x), grad), b_x, out=grad)
-    for got, ideal in ((out, want), (grad, leaf.grad)):
-        got = k.from_layout(got).to(exact)
-        torch.testing.assert_close(got, ideal.detach(), equal_nan=True, rtol=1e-6, atol=0)
+    # The slope of a line at NaN is 0 or 1 in PyTorch, by the dtype.
+    lines = function in ("relu6", "hardsigmoid", "hardswish")
+    for got, ideal, first in ((out, want, 0), (grad, leaf.grad, int(lines))):
+        got = k.from_layout(got).to(exact)[first:]
+        torch.testing.assert_close(got, ideal.detach()[first:], equal_nan=True, rtol=1e-6, atol=0)
 
 
 @backends

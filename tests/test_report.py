@@ -501,7 +501,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     for name, change in {
         "recipe.json": lambda d: d["values"].update({"note": evil, evil: 1}) or d.update(name=evil),
         "record.json": lambda d: d["details"].update(
-            command=evil, finished=evil, machine={evil: evil}, versions=evil
+            command=evil, finished=evil, machine={evil: evil}, versions={evil: evil}
         ),
     }.items():
         data = json.loads((tmp_path / name).read_text())
@@ -529,6 +529,17 @@ def test_losses_that_are_not_finite(tmp_path: Path) -> None:
     assert Reader(text).figures == FIGURES
     assert "The loss of 3 steps is not finite and is not drawn." in text
     assert "nan" not in "".join(re.findall(r' d="([^"]*)"', text)).lower()
+
+
+@pytest.mark.parametrize("bits", ["nan", "inf"])
+def test_a_text_network_whose_loss_is_not_finite_has_its_page(tmp_path: Path, bits: str) -> None:
+    """The last evaluation may overflow where no loss of training did; the record says so."""
+    record = write_run(tmp_path)
+    for twin in ("sparse", "dense"):
+        record[twin]["bits"] = float(bits)
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    read = Reader(report.render(tmp_path).read_text(encoding="utf-8"))
+    assert read.row("twins", "Bits of a character") == [bits, bits, "–"]
 
 
 def test_layers_that_are_not_pruned(tmp_path: Path) -> None:
@@ -571,6 +582,35 @@ def test_bad_folders_are_refused(tmp_path: Path, broken: str) -> None:
     with pytest.raises(InputError, match=sentence):
         report.render(folder)
     assert not (folder / "report.html").exists()
+
+
+# What the page shows of a record's details, and a number, a text or a list of another type.
+WRONG_DETAILS = {
+    **dict.fromkeys(("finished", "command", "device"), (float("inf"), ["a text"], {}, True)),
+    **dict.fromkeys(("machine", "versions"), ("a text", 1, [])),
+    **dict.fromkeys(("dense_finetuned", "bn_reestimated"), ("a text", 1, [])),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DETAILS)
+def test_a_record_with_details_of_another_type_is_refused(tmp_path: Path, name: str) -> None:
+    record = write_run(tmp_path)
+    for value in WRONG_DETAILS[name]:
+        record["details"][name] = value
+        (tmp_path / "record.json").write_text(json.dumps(record))
+        with pytest.raises(InputError, match=rf"record.json' is damaged \(details.{name} is "):
+            report.render(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_record_without_the_details_that_a_page_can_leave_out_is_shown(tmp_path: Path) -> None:
+    record = write_run(tmp_path)
+    for name in WRONG_DETAILS:
+        record["details"].pop(name, None)
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    page = report.render(tmp_path).read_text(encoding="utf-8")
+    assert "Example CPU" not in page
+    assert "2026-05-04" not in page
 
 
 def test_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

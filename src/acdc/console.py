@@ -290,9 +290,9 @@ def _sparse_rows(
     """Yield the rows of a run with a sparse network, with a dense twin or without."""
     details = record["details"]
     tuned = details["finetune_flops"] / details["train_flops_dense"]
-    spent = details.get("time") or {}
+    asked, spent = details["sparsity_asked"], details.get("time") or {}
     for label, left, right in (
-        ("sparsity asked", percent(100 * details["sparsity_asked"]), ""),
+        ("sparsity asked", "–" if asked is None else percent(100 * asked), ""),
         ("sparsity reached", percent(100 * sparse["sparsity"]), percent(0)),
         ("weights kept", f"{sparse['nnz']:,}", f"{details['prunable']:,}"),
         (

@@ -44,6 +44,7 @@ class Files:
         assert main(typed) == 0
         (folder,) = (root / "runs").iterdir()
         self.run.symlink_to(folder.name)  # the name of the folder has a hash
+        _add_what_few_runs_have(self.run)
         assert main(["compare", f"{GRID}:small", "--out", str(root / "grid")]) == 0
         self.copy = root.with_name(f"{root.name}-copy")
         shutil.copytree(root, self.copy, symlinks=True)
@@ -90,6 +91,27 @@ class Files:
                     f"{kind[0]}.{name}",
                     "\n".join([*lines[:number], wrong, *lines[number + 1 :]]) + "\n",
                 )
+
+
+def _add_what_few_runs_have(run: Path) -> None:
+    """Put a warning, refused layers, times of layers and a verdict into a record and its events."""
+    record, metrics = run / "record.json", run / "metrics.jsonl"
+    found = json.loads(record.read_text())
+    details = found["details"]
+    details["warnings"] = [{"step": 3, "text": "The checkpoint was damaged."}]
+    details["refused"] = {"fc.weight": "the method does not prune it"}
+    share = {"sparse_share": 0.8, "share": 0.75}
+    verdict = {"kind": "training", "off": ["fc"], "dense": False, **share}
+    engine = details["engine"]
+    engine |= {"refused": {"fc": "it is too small"}, "verdicts": [verdict]}
+    engine["choices"][0] |= {"dense_ms": 2.0, "sparse_ms": 1.0, "convert_ms": 0.1}
+    record.write_text(json.dumps(found))
+    events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    next(e for e in events if e["event"] == "start")["refused"] = details["refused"]
+    built = next(e for e in events if e["event"] == "engine")
+    built |= {key: engine[key] for key in ("choices", "refused")}
+    events.append({"event": "verdict", "step": events[-1]["step"], "verdicts": [verdict]})
+    metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
 def sealed_index(text: str) -> str:

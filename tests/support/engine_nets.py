@@ -229,6 +229,80 @@ def mlps() -> nn.Module:
     return nn.Sequential(*(Mlp(a, bias) for a, bias in zip(parts, (1, 1, 0, 1), strict=True)))
 
 
+class Gated(nn.Module):
+    """The MLP of Llama."""
+
+    def __init__(self, drop: float = 0.0, **norm: Any) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(16, **norm)
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.drop(self.down(F.silu(self.gate(y)) * self.up(y)))
+
+
+def gated() -> nn.Module:
+    return nn.Sequential(Gated(), Gated(eps=0.1), Gated(elementwise_affine=False))
+
+
+def odd_layer_norms() -> nn.Module:
+    """Norms of several inputs, without weights, that are frozen, and one that is used twice."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        x = m.plain(x) + m.twice(x)
+        y = m.b(m.twice(x))
+        z = F.dropout(m.frozen(y * x), 0.5, False)
+        return m.c(z) * z + m.no_bias(x * x)
+
+    made = Written(
+        forward, a=nn.Linear(16, 16), b=nn.Linear(16, 16), c=nn.Linear(16, 16),
+        plain=nn.LayerNorm(16, elementwise_affine=False), twice=nn.LayerNorm(16),
+        frozen=nn.LayerNorm(16), no_bias=nn.LayerNorm(16, bias=False, eps=0.1),
+    )  # fmt: skip
+    made.frozen.requires_grad_(False)
+    made.twice.bias.requires_grad_(False)
+    return made
+
+
+def dropouts() -> nn.Module:
+    """Dropouts of tokens, of several kinds, each drawing its own mask."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(m.a(x))
+        y = F.dropout(m.b(F.gelu(x)), 0.2, m.training)
+        return m.c(F.dropout(x + y, p=0.7, training=m.training, inplace=True)) + y
+
+    return Written(
+        forward, a=nn.Linear(16, 16), b=nn.Linear(16, 16), c=nn.Linear(16, 16),
+        first=nn.Dropout(0.3),
+    )  # fmt: skip
+
+
+class Squeeze(nn.Module):
+    """Squeeze-and-excitation, as MobileNetV3 has it."""
+
+    def __init__(self, channels: int, gate_first: bool = False) -> None:
+        super().__init__()
+        self.down, self.up = conv(channels, 4, 1, bias=True), conv(4, channels, 1, bias=True)
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.adaptive_avg_pool2d(x, 1)
+        y = self.up(F.relu(self.down(y)))
+        return y.sigmoid() * x if self.gate_first else x * F.silu(y)
+
+
+def squeezes() -> nn.Module:
+    return nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8), nn.Hardswish(inplace=True), Squeeze(8),
+        conv(8, 8, groups=8), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), Squeeze(8, True),
+        nn.Dropout(0.2), conv(8, 6, 1), nn.Sigmoid(), conv(6, 6),
+    )  # fmt: skip
+
+
 def pre_activation() -> nn.Module:
     blocks = (PreActivation(8, 8, 1), PreActivation(8, 16, 2))
     return nn.Sequential(conv(3, 8), *blocks, nn.BatchNorm2d(16), nn.ReLU())
@@ -368,12 +442,12 @@ NETWORKS: dict[str, Network] = {
     "bottleneck": Network(bottleneck_resnet, (3, 20, 20), 2),
     "pre-activation": Network(pre_activation, (3, 6, 6), 1),
     "WideResNet": Network(
-        WideResNet(10, 1, classes=4, dropout=0.3).build, (3, 8, 8), 5, 2, zero=(
+        WideResNet(10, 1, classes=4, dropout=0.3).build, (3, 8, 8), 2, zero=(
             "conv1.bias", *(f"layer{i}.0.conv2.bias" for i in (1, 2, 3)),
             *(f"layer{i}.0.downsample.bias" for i in (2, 3)),
         ),
     ),
-    "VGG": Network(vgg, (3, 8, 8), 3, 2),
+    "VGG": Network(vgg, (3, 8, 8), 2),
     "MobileNet": Network(mobile, (3, 8, 8), 1),
     "DenseNet": Network(densenet, (8, 5, 7), 2),
     "functions": Network(functional, (3, 8, 8), 1, zero=("b.bias",)),
@@ -385,7 +459,11 @@ NETWORKS: dict[str, Network] = {
     "odd norms": Network(odd_norms, (3, 6, 6), 1),
     "frozen norms": Network(frozen_norms, (3, 6, 6), 1),
     "frozen weights": Network(frozen_weights, (3, 6, 6), 1),
-    "MLPs": Network(mlps, (3, 16), 4),
+    "MLPs": Network(mlps, (3, 16), 1),
+    "gated MLPs": Network(gated, (3, 16), 1),
+    "odd LayerNorms": Network(odd_layer_norms, (3, 16), 1),
+    "dropouts": Network(dropouts, (3, 16), 1),
+    "squeeze-and-excitation": Network(squeezes, (3, 6, 6), 1, zero=("0.bias",)),
     "linear": Network(linear, (12,), 1),
     "branching": Network(Branching, (3, 6, 6), 4),
     "towers": Network(Towers, (3, 6, 6), 2),

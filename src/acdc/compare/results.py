@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,6 @@ from acdc.schema import (
     Maybe,
     Misfit,
     Number,
-    Shape,
     check,
     parse,
 )
@@ -75,9 +75,13 @@ def row(task: Task, origin: Json, run: Prepared, record: Json, before: Json | No
         run: The run.
         record: Its record.
         before: The record of the run that it started from.
+
+    Raises:
+        InputError: A number is out of the bounds that :func:`read` accepts. A record that was
+            altered gives such numbers, and a text network whose loss on the test data is infinite.
     """
     cell, parts = run.cell, [record] if before is None else [before, record]
-    return {
+    found = {
         "method": cell.method,
         "sparsity": cell.sparsity,
         "seed": cell.seed,
@@ -96,6 +100,14 @@ def row(task: Task, origin: Json, run: Prepared, record: Json, before: Json | No
         "finished": record["details"]["finished"],
         "origin": digest(origin),
     } | _warned(parts)
+    try:
+        _check_row(found)
+    except Misfit as error:
+        raise InputError(
+            f"The results of {run.label} are out of bounds ({error}). Its network diverged, or its "
+            f"record.json was altered. Remove the file: the run writes it anew."
+        ) from error
+    return found
 
 
 def record_in(folder: Folder) -> Json:
@@ -197,6 +209,17 @@ _ORIGIN = {
 }
 
 
+def _check_row(row: Any) -> None:
+    """See that a value is a row of the results.
+
+    Raises:
+        Misfit: It is none.
+    """
+    check(row, _ROW, "it")
+    if row["sparse_quality"] is row["dense_quality"] is None:
+        raise Misfit("sparse_quality and dense_quality are both null")
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -234,17 +257,18 @@ def read(folder: Path, base: Recipe) -> dict[str, tuple[Json, Json]]:
     if not (results.exists() and origins.exists()):
         return {}
     try:
-        known = _parsed(origins, origins.read_bytes())
-        _fits(origins, known, Each(str, _ORIGIN))
+        with _named(origins):
+            known = parse(origins.read_bytes())
+            check(known, Each(str, _ORIGIN), "it")
         same = {name for name, one in known.items() if complete(one["task"]) == encode(base)}
         found = {}
         for number, line in enumerate(results.read_bytes().splitlines(), 1):
-            where = f"{results.name}, line {number}"
-            row = _parsed(where, line)
-            _fits(where, row, {"origin?": str})
-            if row.get("origin") in same:
-                _fits(where, row, _ROW)
-                found[row["cell"]] = (row, known[row["origin"]])
+            with _named(f"{results.name}, line {number}"):
+                row = parse(line)
+                check(row, {"origin?": str}, "it")
+                if row.get("origin") in same:
+                    _check_row(row)
+                    found[row["cell"]] = (row, known[row["origin"]])
         return found
     except (OSError, Misfit) as error:
         raise InputError(
@@ -253,19 +277,16 @@ def read(folder: Path, base: Recipe) -> dict[str, tuple[Json, Json]]:
         ) from error
 
 
-def _parsed(where: object, text: bytes) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise Misfit(f"{where}: {error}") from error
+@contextmanager
+def _named(where: object) -> Iterator[None]:
+    """Put the place into the message of what cannot be read.
 
-
-def _fits(where: object, value: Any, shape: Shape) -> None:
+    Raises:
+        Misfit: The value there is no JSON, or has another shape.
+    """
     try:
-        check(value, shape, "it")
-        if shape is _ROW and value["sparse_quality"] is value["dense_quality"] is None:
-            raise Misfit("sparse_quality and dense_quality are both null")
-    except Misfit as error:
+        yield
+    except ValueError as error:  # a Misfit is one
         raise Misfit(f"{where}: {error}") from error
 
 

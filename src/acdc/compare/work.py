@@ -263,7 +263,10 @@ class _Board:
         assert record is not None
         before = self.jobs[run.before.label].record if run.before else None
         origin = results.origin(self.base, record)
-        row = results.row(self.grid.task, origin, run, record, before)
+        try:
+            row = results.row(self.grid.task, origin, run, record, before)
+        except InputError as error:
+            return Outcome(cell, reason=str(error), run=run)
         return Outcome(cell, row, run=run, origin=origin)
 
     def _epochs(self, cell: Cell) -> int | None:

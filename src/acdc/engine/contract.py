@@ -27,12 +27,22 @@ Pointwise = Literal[
     "relu",  # max(x, 0); NaN stays NaN
     "relu_grad",  # (grad, y): grad where y, the output of the ReLU, is positive; 0 elsewhere
     "add",  # (x, y): x + y
+    "mul",  # (x, y): x * y
+    "copy",  # x
     "gelu",  # x * (1 + erf(x / sqrt(2))) / 2
     "gelu_tanh",  # the approximation of gelu by tanh
     "silu",  # x / (1 + exp(-x))
+    "sigmoid",  # 1 / (1 + exp(-x))
+    "relu6",  # min(max(x, 0), 6)
+    "hardsigmoid",  # relu6(x + 3) / 6
+    "hardswish",  # x * relu6(x + 3) / 6
     "gelu_grad",  # (grad, x): the gradient of the input x, from the gradient of the output
     "gelu_tanh_grad",
     "silu_grad",
+    "sigmoid_grad",
+    "relu6_grad",
+    "hardsigmoid_grad",
+    "hardswish_grad",
 ]
 """The kernels that compute each number of their output from the same number of their inputs."""
 
@@ -342,7 +352,65 @@ class Kernels(Protocol):
         ``dz`` follows from ``grad``, ``out``, ``scale`` and ``offset`` as in ``norm_reduce``.
         """
 
+    # --- LayerNorm --------------------------------------------------------------------------------
+
+    def layer_norm(
+        self,
+        x: Buffer,
+        stats: Buffer,
+        out: Buffer,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        centered: bool = True,
+        known: bool = False,
+    ) -> None:
+        """Normalize each pixel, or token, over its channels.
+
+        ``out = (x - mean) / sqrt(variance + eps) * weight + bias``.
+
+        Args:
+            x, out: Its input and its output.
+            stats: A buffer of the size of ``x`` with two channels. It receives the mean and
+                ``1 / sqrt(variance + eps)`` of each pixel.
+            weight, bias: One number per channel; 1 and 0 by default.
+            eps: Is added to the variance.
+            centered: LayerNorm. Otherwise RMSNorm: the mean counts as 0.
+            known: ``stats`` is read instead, as an earlier call left it.
+
+        """
+
+    def layer_norm_grad(
+        self,
+        grad: Buffer,
+        x: Buffer,
+        stats: Buffer,
+        dx: Buffer | None,
+        *,
+        weight: Tensor | None = None,
+        centered: bool = True,
+        accumulate: bool = False,
+        sums: Tensor | None = None,
+    ) -> None:
+        """Compute the gradients of ``layer_norm``.
+
+        Args:
+            grad: The gradient of its output.
+            x, stats, weight, centered: As ``layer_norm`` had and left them.
+            dx: Receives the gradient of ``x``, if given.
+            accumulate: Add to what ``dx`` holds.
+            sums: Float64 ``[2, channels]``. It receives the gradients of bias and weight, if given.
+
+        """
+
     # --- between layers ---------------------------------------------------------------------------
+
+    def gate(self, x: Buffer, gate: Buffer, out: Buffer) -> None:
+        """Compute ``out = x * gate``, where ``gate`` is an image of one pixel."""
+
+    def gate_grad(self, grad: Buffer, x: Buffer, dgate: Buffer) -> None:
+        """Compute the gradient of the gate: the sum of ``grad * x`` over the pixels."""
 
     def pointwise(self, kernel: Pointwise, *inputs: Buffer, out: Buffer) -> None:
         """Compute ``out`` by one of the pointwise kernels. It may be one of the inputs."""

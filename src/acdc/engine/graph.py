@@ -5,28 +5,36 @@ Each node is recognised as an operation of the engine, or gets the reason why it
 
 from __future__ import annotations
 
+import builtins
+import copy
 import gc
 import inspect
 import operator
 import random
+import re
+import sys
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 from io import StringIO
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from acdc.engine.arguments import Arguments
+from acdc.engine.attention import AsAWhole, InProjection, parts_of
 from acdc.engine.effects import Attributes, Change, SideEffect, Watch
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.locks import Lock
@@ -70,20 +78,12 @@ def has_other_forward(module: nn.Module) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers.
-
-    A forward that asks ``isinstance(x, Tensor)`` gets the answer that a tensor would give.
-    """
+    """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers."""
 
     _is_param = _is_buffer = False  # what ``isinstance(x, nn.Parameter)`` reads
 
-    @property
-    def __class__(self) -> type:
-        return Tensor
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        raise TypeError(f"A traced value cannot become a {kind.__name__}.")
+    def __len__(self) -> int:
+        return len(list(self.tracer.iter(self)))
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return _Attribute(self, name)
@@ -134,6 +134,33 @@ class _Attribute(fx.proxy.Attribute):
         super().__setattr__(name, value)
 
 
+@contextmanager
+def _attention_is_one_call() -> Iterator[None]:
+    """Trace the attention functions of transformers as one call: they ask for sizes."""
+    interface = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    plain = getattr(interface, "get_interface", None)
+    if interface is None or plain is None:
+        yield
+        return
+    interface.get_interface = lambda *args, **kwargs: _as_one_call(plain(*args, **kwargs))
+    try:
+        yield
+    finally:
+        interface.get_interface = plain
+
+
+def _as_one_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(module: nn.Module, query: Any, *args: Any, **kwargs: Any) -> Any:
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            return function(module, *args, **kwargs)
+
+        if not isinstance(query, fx.Proxy):
+            return attention(query, *args, **kwargs)
+        return query.tracer.create_proxy("call_function", attention, (query, *args), kwargs)
+
+    return call
+
+
 def _write_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: fx.Proxy, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -153,6 +180,25 @@ for _name, _function in _IN_PLACE.items():
 _tracing = Lock(rank=1)
 
 
+@contextmanager
+def _proxies_pass_for_tensors() -> Iterator[None]:
+    """Make ``isinstance(x, Tensor)`` true in Python code for a traced value, as for a tensor.
+
+    A proxy whose ``__class__`` is ``Tensor`` would pass in C++ code, too. ``torch.pow(x, 3.0)`` or
+    ``torch.where(x > 0, x, 0.0)`` would then read its memory as that of a tensor.
+    """
+    plain, proxies = builtins.isinstance, (_Proxy, _Buffer)
+
+    def is_instance(value: Any, kinds: Any, /) -> bool:
+        return plain(value, kinds) or (type(value) in proxies and issubclass(Tensor, kinds))
+
+    builtins.isinstance = is_instance
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
+
+
 class _Tracer(fx.Tracer):
     """Traces into every module that is neither opaque nor one of PyTorch's own.
 
@@ -162,16 +208,87 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # a forward may write them, and others may between two steps
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         super().__init__()
         self._thread = threading.get_ident()
         self._modes = _modes()
-        self._values: list[weakref.ref[fx.Proxy]] = []
+        self._arguments = arguments
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._tensors: dict[fx.Node, Tensor] = {}  # arguments, parameters and buffers, before
+        self._values: dict[fx.Node, Any] = {}
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
+        self.added: dict[str, nn.Module] = {}  # layers that the network has no module for
 
     @property
     def keeps(self) -> bool:
         """Whether a traced value still exists: something outside of the graph holds it."""
-        return any(value() is not None for value in self._values)
+        return any(proxy() is not None for proxy in self._proxies)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Return a function of the root, with a proxy for each tensor of the arguments."""
+
+        def forward(root: nn.Module) -> Any:
+            before = _identities((args, kwargs))
+            result = (parts_of(root) or root_fn)(root, *args, **kwargs)
+            if _identities((args, kwargs)) != before:
+                raise TypeError("it changes a list or a dictionary that it is given")
+            return result
+
+        args, kwargs = self._arguments.rebuilt(self._placeholder)
+        return forward, [self.root]
+
+    def _placeholder(self, name: str, tensor: Tensor) -> fx.Proxy:
+        made = self.create_proxy("placeholder", re.sub(r"\W", "_", name), (), {})
+        self._tensors[made.node] = tensor
+        return made
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """Return the parts of a tuple: ``(*x.shape[:-1], heads, -1)`` needs to know how many."""
+        value = self._value_of(obj.node)
+        if isinstance(value, tuple | list):
+            return iter([obj[i] for i in range(len(value))])
+        return super().iter(obj)
+
+    def _value_of(self, node: fx.Node) -> Any:
+        """Return what a node computes for the example: a tensor without values, or a number."""
+        todo = [node]
+        while todo:
+            missing = [n for n in todo[-1].all_input_nodes if n not in self._values]
+            todo += missing
+            if not missing:
+                ready = todo.pop()
+                self._values[ready] = self._computed(ready)
+        return self._values[node]
+
+    def _computed(self, node: fx.Node) -> Any:
+        thread, self._thread = self._thread, 0  # calls are passed through, as those of others
+        try:
+            # Nothing here is an operation of the forward, so nothing watches it.
+            with _disable_current_modes(), self._fake, torch.no_grad():
+                return self._result(node)
+        finally:
+            self._thread = thread
+
+    def _result(self, node: fx.Node) -> Any:
+        if node.op in ("placeholder", "get_attr"):
+            # The forward may have assigned a traced value to this buffer since.
+            tensor = self._tensors.get(node)
+            constant = operator.attrgetter(str(node.target))  # a tensor that the forward made
+            return self._fake.from_tensor(constant(self.root) if tensor is None else tensor)
+        args: Any
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        target: Any = node.target
+        if node.op == "call_method":
+            target, args = getattr(args[0], str(node.target)), args[1:]
+        elif node.op == "call_module":
+            target = self.added.get(str(node.target)) or self.root.get_submodule(str(node.target))
+            if any(hooks_of(target)):
+                raise TypeError("the shape that it reads follows from a module with hooks")
+            with FakeCopyMode(self._fake):  # otherwise a BatchNorm would count this call
+                target = copy.deepcopy(target)
+        return target(*args, **kwargs)
 
     def call_module(
         self,
@@ -182,7 +299,22 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        parts = None if is_opaque(m) else parts_of(m)
+        if parts is not None:
+            try:
+                return parts(m, *args, **kwargs)
+            except AsAWhole:
+                pass
         return super().call_module(m, forward, args, kwargs)
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """Return the name of a module, which may be no module of the network's own."""
+        if not isinstance(mod, InProjection):
+            return super().path_of_module(mod)
+        attention = mod.held[0]
+        path = f"{super().path_of_module(attention)}.in_proj".removeprefix(".")
+        self.added[path] = mod
+        return path
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
@@ -193,11 +325,13 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         tensor = _stored(self.root, node)
+        if tensor is not None:
+            self._tensors[node] = tensor
         if tensor is None or isinstance(tensor, nn.Parameter):
             value = _Proxy(node, self)
         else:
             value = _Buffer(node, self, tensor)
-        self._values.append(weakref.ref(value))
+        self._proxies.append(weakref.ref(value))
         return value
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -206,6 +340,8 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, InProjection):
+            return True
         return is_opaque(m) or bool(super().is_leaf_module(m, module_qualified_name))
 
     def create_arg(self, a: Any) -> Any:
@@ -218,6 +354,15 @@ class _Tracer(fx.Tracer):
 
 
 _CONTAINERS = (dict, list, immutable_dict, immutable_list)
+
+
+def _identities(value: Any) -> Any:
+    """Return what nested containers hold, for a comparison."""
+    if type(value) in (tuple, list):
+        return tuple(map(_identities, value))
+    if type(value) is dict:
+        return tuple((key, _identities(item)) for key, item in value.items())
+    return id(value)
 
 
 def _constructor(value: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -251,8 +396,8 @@ def _held(root: nn.Module, target: str) -> Tensor | None:
     return None
 
 
-def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
-    """Return the graph of ``root.forward`` in its present mode, with these arguments fixed.
+def trace(root: nn.Module, arguments: Arguments) -> fx.GraphModule:
+    """Return the graph of ``root.forward`` in its present mode, as a function of the tensors.
 
     The modules are left as they were, whether or not this raises.
 
@@ -262,8 +407,9 @@ def trace(root: nn.Module, defaults: Mapping[str, Any]) -> fx.GraphModule:
 
     """
     with _tracing, torch.enable_grad():
-        tracer, graph = _traced(root, defaults)
-    traced = fx.GraphModule(tracer.root, graph, type(root).__name__)
+        tracer, graph = _traced(root, arguments)
+    held = _with_added(tracer, graph) if tracer.added else tracer.root
+    traced = fx.GraphModule(held, graph, type(root).__name__)
     names = (str(node.target) for node in graph.nodes if node.op == "get_attr")
     traced.meta[_BUFFERS] = [n for n in names if not isinstance(_held(root, n), nn.Parameter)]
     return traced
@@ -288,16 +434,40 @@ def follow_buffers(graph: fx.GraphModule, root: nn.Module) -> bool:
     return True
 
 
-def _traced(root: nn.Module, defaults: Mapping[str, Any]) -> tuple[_Tracer, fx.Graph]:
+def _with_added(tracer: _Tracer, graph: fx.Graph) -> nn.Module:
+    """Return a module that holds every module, parameter and buffer that a graph names."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    named: dict[str, Any] = dict(tracer.added)
+    for target in called - named.keys():
+        named[target] = tracer.root.get_submodule(target)
+    for node in graph.nodes:
+        target = str(node.target)
+        # A module that is called holds its tensors, in the way that the network chose.
+        if node.op == "get_attr" and not any(target.startswith(f"{path}.") for path in called):
+            named[target] = operator.attrgetter(target)(tracer.root)
+    holder = nn.Module()
+    holder.training = tracer.root.training
+    for target in sorted(named, key=lambda target: target.count(".")):
+        *path, name = target.split(".")
+        owner = holder
+        for part in path:
+            if not hasattr(owner, part):
+                setattr(owner, part, nn.Module())
+            owner = getattr(owner, part)
+        setattr(owner, name, named[target])
+    return holder
+
+
+def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
     """Trace without an effect that lasts. Another thread may draw random numbers meanwhile."""
     title = f"{type(root).__name__}.forward"
     first = _random_state()
     for _ in range(ATTEMPTS):
         attributes, numbers = Attributes(root), _random_state()
-        tracer, watch = _Tracer(), Watch()
+        tracer, watch = _Tracer(arguments), Watch()
         try:
-            with watch:
-                graph = tracer.trace(root, concrete_args=dict(defaults) or None)
+            with _proxies_pass_for_tensors(), _attention_is_one_call(), watch:
+                graph = tracer.trace(root)
             why = watch.reason or _why_wrong(root, graph, list(attributes.changes()))
         except SideEffect as error:
             why = str(error)
@@ -406,6 +576,52 @@ class AddSpec:
 
 
 @dataclass(frozen=True)
+class LayerNormSpec:
+    """A LayerNorm, or an RMSNorm, over the last dimension of tokens.
+
+    Args:
+        module: It holds ``weight`` and, if it is a LayerNorm, ``bias``.
+        centered: A LayerNorm.
+        dtype: Of its input.
+        eps_name: The name of what is added to the variance.
+
+    """
+
+    module: nn.Module
+    centered: bool
+    dtype: torch.dtype
+    eps_name: str = "eps"
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The factor of each channel."""
+        return cast("Tensor | None", self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The offset of each channel."""
+        return cast("Tensor | None", self.module.bias) if self.centered else None
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        eps = getattr(self.module, self.eps_name)
+        return torch.finfo(self.dtype).eps if eps is None else float(eps)
+
+
+@dataclass(frozen=True)
+class MulSpec:
+    """A product of two tensors of one shape, or of images and one number for each channel."""
+
+
+@dataclass(frozen=True)
+class DropoutSpec:
+    """A dropout with this probability, in training."""
+
+    p: float
+
+
+@dataclass(frozen=True)
 class PoolSpec:
     """Max or average pooling. If ``window`` is None, it is the whole image."""
 
@@ -416,11 +632,14 @@ class PoolSpec:
     count_padding: bool = True
 
 
+Activation = Literal["gelu", "gelu_tanh", "silu", "sigmoid", "relu6", "hardsigmoid", "hardswish"]
+
+
 @dataclass(frozen=True)
 class ActivationSpec:
-    """A GELU or SiLU, by the name of its kernel."""
+    """A GELU, SiLU or the like, by the name of its kernel."""
 
-    kernel: Literal["gelu", "gelu_tanh", "silu"]
+    kernel: Activation
 
 
 @dataclass(frozen=True)
@@ -428,7 +647,18 @@ class IdentitySpec:
     """An identity, or a dropout that drops nothing."""
 
 
-Spec = ConvSpec | NormSpec | ReluSpec | AddSpec | PoolSpec | ActivationSpec | IdentitySpec
+Spec = (
+    ConvSpec
+    | NormSpec
+    | LayerNormSpec
+    | ReluSpec
+    | AddSpec
+    | MulSpec
+    | PoolSpec
+    | ActivationSpec
+    | DropoutSpec
+    | IdentitySpec
+)
 
 
 @dataclass(frozen=True)
@@ -441,7 +671,7 @@ class Recognised:
 
 def inputs_of(node: fx.Node, spec: Spec) -> tuple[fx.Node, ...]:
     """Return the tensors that a recognised node reads."""
-    return node.args[: 2 if isinstance(spec, AddSpec) else 1]  # type: ignore[return-value]
+    return node.args[: 2 if isinstance(spec, AddSpec | MulSpec) else 1]  # type: ignore[return-value]
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -504,6 +734,7 @@ def _check_stored(graph: fx.GraphModule) -> None:
             uses[_memory(tensor)] += len(node.users)
         elif node.op == "call_module":
             module = graph.get_submodule(str(node.target))
+            module = module.held[0] if isinstance(module, InProjection) else module
             memories = {_memory(t) for t in (*module.parameters(), *module.buffers())}
             uses.update(memories)
     for node in graph.graph.nodes:
@@ -587,6 +818,8 @@ def _recognise(
     kind = _kind(spec, [_known_kind(source, found) for source in inputs], len(meta.shape))
     if kind is None:
         return "its inputs are images and tokens, which the layout holds differently"
+    if kind == "tokens" and isinstance(spec, MulSpec) and len(set(map(shape_of, inputs))) > 1:
+        return "a product of tensors of different shapes"
     if kind == "images" and any(len(shape_of(source) or ()) != 4 for source in inputs):
         return "images have four dimensions"
     return Recognised(spec, kind)
@@ -602,6 +835,8 @@ def _kind(spec: Spec, inputs: list[Kind | None], dimensions: int) -> Kind | None
     given = {kind for kind in inputs if kind is not None}
     if isinstance(spec, ConvSpec):
         kind: Kind = "tokens" if isinstance(spec.module, nn.Linear) else "images"
+    elif isinstance(spec, LayerNormSpec):
+        kind = "tokens"
     elif isinstance(spec, NormSpec | PoolSpec):
         kind = "images"
     elif len(given) == 1:
@@ -616,23 +851,50 @@ def _kind(spec: Spec, inputs: list[Kind | None], dimensions: int) -> Kind | None
 
 def _spec(graph: fx.GraphModule, node: fx.Node) -> Spec:
     if node.op == "call_module":
-        return _module_spec(graph.get_submodule(str(node.target)), str(node.target))
+        target, dtype = str(node.target), node.meta["tensor_meta"].dtype
+        return _module_spec(graph.get_submodule(target), target, dtype)
     function = _METHODS.get(str(node.target)) if node.op == "call_method" else node.target
     if function in _RELUS:
         return ReluSpec()
     if function in _SUMS:
         return _sum(node)
+    if function in _PRODUCTS:
+        return _product(node)
+    if function in (F.dropout, torch.dropout):
+        return _dropout(**_arguments(F.dropout, node))
     if function in _POOLS:
         return _pool(_POOLS[function](*node.args[1:], **node.kwargs))
-    if function in (F.gelu, F.silu):
-        return _activation(function, node)
+    if function in _ACTIVATIONS:
+        return ActivationSpec(_ACTIVATIONS[function])
+    if function is F.gelu:
+        return _gelu(**_arguments(F.gelu, node))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
     raise InputError(f"{name} is not one of the engine's operations")
 
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _SUMS = (operator.add, operator.iadd, torch.add)
+_LAYERS = (nn.Conv2d, nn.Linear, InProjection, NonDynamicallyQuantizableLinear)
+_PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply)
+_ACTIVATIONS: dict[Any, Activation] = {
+    F.silu: "silu",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    F.relu6: "relu6",
+    F.hardsigmoid: "hardsigmoid",
+    F.hardswish: "hardswish",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    nn.ReLU6: "relu6",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Hardswish: "hardswish",
+}
 _METHODS: dict[str, Any] = {
+    "mul": torch.mul,
+    "mul_": torch.mul,
+    "__mul__": operator.mul,
+    "__imul__": operator.imul,
+    "sigmoid": torch.sigmoid,
     "relu": torch.relu,
     "relu_": torch.relu_,
     "add": torch.add,
@@ -647,11 +909,11 @@ _POOLS: dict[Any, Callable[..., nn.Module]] = {
 }
 
 
-def _module_spec(module: nn.Module, name: str) -> Spec:
+def _module_spec(module: nn.Module, name: str, dtype: torch.dtype) -> Spec:
     if is_opaque(module):
         raise InputError("it has hooks, a parametrization or a forward of its own")
     kind = type(module)
-    if kind in (nn.Conv2d, nn.Linear):
+    if kind in _LAYERS:
         return ConvSpec(module, name, geometry_of(module))  # type: ignore[arg-type]
     if isinstance(module, nn.BatchNorm2d) and kind is nn.BatchNorm2d:
         if (module.weight is None) != (module.bias is None):
@@ -663,12 +925,18 @@ def _module_spec(module: nn.Module, name: str) -> Spec:
         return _pool(module)
     if isinstance(module, nn.GELU):
         return _gelu(module.approximate)
-    if kind is nn.SiLU:
-        return ActivationSpec("silu")
-    if kind is nn.Identity or (
-        isinstance(module, nn.Dropout | nn.Dropout2d) and (module.p == 0 or not module.training)
-    ):
+    if kind in _ACTIVATIONS:
+        return ActivationSpec(_ACTIVATIONS[kind])
+    if kind is nn.Identity:
         return IdentitySpec()
+    if kind is nn.Dropout:
+        return _dropout(module.p, module.training)  # type: ignore[arg-type]
+    if kind is nn.Dropout2d and (module.p == 0 or not module.training):
+        return IdentitySpec()
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and kind in (nn.LayerNorm, nn.RMSNorm):
+        if len(module.normalized_shape) != 1:
+            raise InputError("a normalisation over several dimensions")
+        return LayerNormSpec(module, kind is nn.LayerNorm, dtype)
     raise InputError(f"{kind.__name__} is not one of the engine's operations")
 
 
@@ -732,15 +1000,42 @@ def _sum(node: fx.Node) -> Spec:
     return AddSpec()
 
 
-def _activation(function: Any, node: fx.Node) -> Spec:
-    if function is F.silu:
-        return ActivationSpec("silu")
-    approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
-    return _gelu(str(approximate))
+def _product(node: fx.Node) -> Spec:
+    shapes = [shape_of(a) if isinstance(a, fx.Node) else None for a in node.args]
+    if len(shapes) != 2 or shapes[0] is None or shapes[1] is None:
+        raise InputError("a product with a number")
+    if shapes[0] == shapes[1]:
+        return MulSpec()
+    images = len(shapes[0]) == len(shapes[1]) == 4 and shapes[0][:2] == shapes[1][:2]
+    if images and (1, 1) in (shapes[0][2:], shapes[1][2:]):
+        return MulSpec()
+    raise InputError("a product of tensors of different shapes")
 
 
-def _gelu(approximate: str) -> ActivationSpec:
+def _dropout(p: float = 0.5, training: bool = True, **_: Any) -> Spec:
+    if p == 0 or not training:
+        return IdentitySpec()
+    if not 0 < p < 1:
+        raise InputError(f"a dropout with p={p}")
+    return DropoutSpec(p)
+
+
+def _gelu(approximate: str = "none", **_: Any) -> ActivationSpec:
     return ActivationSpec("gelu_tanh" if approximate == "tanh" else "gelu")
+
+
+def _arguments(function: Callable[..., Any], node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a call by name, without the first one."""
+    names = list(_PARAMETERS[function])
+    return dict(zip(names[1:], node.args[1:], strict=False)) | {
+        name: value for name, value in node.kwargs.items() if name != names[0]
+    }
+
+
+_PARAMETERS = {
+    F.gelu: ("input", "approximate"),
+    F.dropout: ("input", "p", "training", "inplace"),
+}
 
 
 def _pair(value: Any) -> Size2:

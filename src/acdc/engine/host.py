@@ -12,7 +12,6 @@ import logging
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from acdc.engine.arguments import Arguments, NoFixedArguments
+from acdc.engine.attention import has_in_projection
 from acdc.engine.choice import Policy
 from acdc.engine.contract import KernelPlan
 from acdc.engine.gradients import KernelGradients
@@ -50,6 +51,8 @@ UNREACHED = (
     "the example does not reach it; give one that does, and call the layer itself where only its "
     "weight is used"
 )
+
+ARGUMENTS = 4  # for so many kinds of calls a module is traced; PyTorch computes the others
 
 
 class Host:
@@ -88,19 +91,23 @@ class Host:
         self.written = KernelGradients()
         self._started = False
         self._warned: set[str] = set()
+        self._warned_of_values = False
         if has_other_forward(module):
             raise Untraceable("its forward was replaced by other code")
         self._root = module
         if isinstance(module, nn.Conv2d | nn.Linear):
             self._root = _Single(module)
-        self._arguments = _all_arguments(self._root, args, kwargs)
-        self._graphs: dict[Hashable, fx.GraphModule | None] = {}
+        self._signature = inspect.signature(self._root.forward)
+        self._example = self._arguments(args, kwargs)
+        if not name and _takes_any(self._example.signature):
+            raise Untraceable("its forward takes any number of arguments")
+        self._graphs: dict[tuple[Hashable, Hashable], fx.GraphModule | None] = {}
         self._sparse: set[str] = set()  # the layers that the graphs run sparse
         self._chosen: set[str] = set()  # the layers that had a choice when the graphs were built
         self._note_modules()
         # The first graph is built from this trace, if the modes are still the same.
         self._traced: tuple[Hashable, fx.GraphModule] | None
-        self._traced = (self._modes(), self._trace())
+        self._traced = (self._modes(), self._trace(self._example))
         self._note_refused(self._traced[1])
 
     @property
@@ -126,7 +133,7 @@ class Host:
         for segment in self.segments():
             segment.start(self._plans_of(segment.program), written)
         self._started = True
-        self._graph()
+        self._graph(self._example)
         self._sparse, self._chosen = self.policy.sparse, set(self.policy.choices)
         if self.segments():
             self.module.forward = _Forward(self)
@@ -196,18 +203,24 @@ class Host:
         if reason is not None:
             self._warn(reason)
             return self.original(*args, **kwargs)
-        graph = self._graph()
+        try:
+            arguments = self._arguments(args, kwargs)
+        except Untraceable as error:
+            self._warn(str(error))
+            return self.original(*args, **kwargs)
+        graph = self._graph(arguments)
         if graph is None:
             return self.original(*args, **kwargs)
         if not follow_buffers(graph, self._root):
             self._warn("a buffer has another shape or dtype than when it was traced")
             return self.original(*args, **kwargs)
+        return graph.forward(*arguments.tensors)  # the graph has names of its own for them
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         try:
-            values = self._arguments.of_call(args, kwargs)
-        except Untraceable as error:
-            self._warn(str(error))
-            return self.original(*args, **kwargs)
-        return graph.forward(*values)  # the graph has names of its own for the arguments
+            return Arguments.of(self._signature, args, kwargs)
+        except NoFixedArguments as error:
+            raise Untraceable(str(error)) from error
 
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:
@@ -221,9 +234,12 @@ class Host:
 
     # --- graphs -----------------------------------------------------------------------------------
 
-    def _graph(self) -> fx.GraphModule | None:
-        """Return the graph for the present modes and hooks, or None if it cannot be traced."""
-        key = self._modes()
+    def _graph(self, arguments: Arguments) -> fx.GraphModule | None:
+        """Return the graph for these arguments in the present modes and with the present hooks.
+
+        It is None if PyTorch must compute the call.
+        """
+        key = (self._modes(), arguments.key)
         if (graph := self._graphs.get(key)) is not None:
             return graph
         with self.workspace.lock:
@@ -231,12 +247,24 @@ class Host:
                 # `functional_call` puts other parameters into the modules for the time of a call.
                 if not (self._started and self._has_own_params()):
                     return None
+                if self._is_one_too_many(arguments):
+                    return None
                 try:
-                    self._graphs[key] = self._build(key)
+                    self._graphs[key] = self._build(key, arguments)
                 except Untraceable as error:
                     self._warn(str(error))
                     self._graphs[key] = None
             return self._graphs[key]
+
+    def _is_one_too_many(self, arguments: Arguments) -> bool:
+        """Return whether the module is called with ever new values: each would be traced again."""
+        known = {key for _, key in self._graphs}
+        if arguments.key in known or len(known) < ARGUMENTS:
+            return False
+        if not self._warned_of_values:
+            self._warned_of_values = True
+            self._warn(arguments.difference(self._example))
+        return True
 
     def _modes(self) -> Hashable:
         """Return everything that a graph depends on: training modes and hooks."""
@@ -247,15 +275,16 @@ class Host:
     def _title(self) -> str:
         return self.name or type(self.module).__name__
 
-    def _trace(self) -> fx.GraphModule:
+    def _trace(self, arguments: Arguments) -> fx.GraphModule:
         with _own_forward(self.module):
-            graph = trace(self._root, self._arguments.fixed)
-        propagate(graph, self._arguments.values)
+            graph = trace(self._root, arguments)
+        propagate(graph, arguments.tensors)
         return graph
 
-    def _build(self, modes: Hashable) -> fx.GraphModule:
+    def _build(self, key: tuple[Hashable, Hashable], arguments: Arguments) -> fx.GraphModule:
         traced, self._traced = self._traced, None
-        graph = traced[1] if traced and traced[0] == modes else self._trace()
+        first = traced and (traced[0], self._example.key) == key
+        graph = traced[1] if traced and first else self._trace(arguments)
         recognised = {n: r for n, r in recognise(graph).items() if isinstance(r, Recognised)}
         layers = {self._name(r.spec) for r in recognised.values() if isinstance(r.spec, ConvSpec)}
         new = layers - self.policy.choices.keys()
@@ -296,10 +325,13 @@ class Host:
             if node.op == "call_module":
                 called[str(node.target)] = found
         for target, module in self._root.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                reason = _reason(target, called)
-                if isinstance(reason, str):
-                    self.refused[self._full_name(target)] = reason
+            if has_in_projection(module):
+                target = f"{target}.in_proj".removeprefix(".")
+            elif not isinstance(module, nn.Conv2d | nn.Linear):
+                continue
+            reason = _reason(target, called)
+            if isinstance(reason, str):
+                self.refused[self._full_name(target)] = reason
 
 
 def _reason(target: str, called: Mapping[str, Recognised | str]) -> Recognised | str:
@@ -310,6 +342,12 @@ def _reason(target: str, called: Mapping[str, Recognised | str]) -> Recognised |
     if (whole := next(parents, None)) is not None:
         return f"it is a part of {whole}, which is called as a whole ({called[whole]})"
     return UNREACHED
+
+
+def _takes_any(signature: inspect.Signature) -> bool:
+    """Return whether a forward takes any keywords: training may call it in another way."""
+    any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.kind in any_number for p in signature.parameters.values())
 
 
 def own_forward(module: nn.Module) -> Callable[..., Any]:
@@ -373,77 +411,6 @@ class _Single(nn.Module):
     def forward(self, input: Tensor) -> Any:
         """Call the layer."""
         return self.layer(input)
-
-
-_PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """The arguments that a forward is traced with.
-
-    Args:
-        signature: Of the forward.
-        values: All values, in the order of the signature.
-        fixed: The values that are no tensors. A graph holds for these values only.
-
-    """
-
-    signature: inspect.Signature
-    values: tuple[Any, ...]
-    fixed: dict[str, Any]
-
-    def of_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the values of a call, in the order of the signature.
-
-        Raises:
-            Untraceable: a graph does not hold for this call.
-
-        """
-        try:
-            given = _bound(self.signature, args, kwargs)
-        except TypeError as error:
-            raise Untraceable(f"its arguments do not fit its signature ({error})") from error
-        for name, value in given.items():
-            if name not in self.fixed:
-                if not isinstance(value, Tensor):
-                    raise Untraceable(f"its argument {name!r} is no tensor, as in the example")
-            elif type(value) is not type(self.fixed[name]) or value != self.fixed[name]:
-                now = repr(value) if type(value) in _PLAIN else f"a {type(value).__name__}"
-                raise Untraceable(
-                    f"its argument {name!r} is {now}, and the example has {self.fixed[name]!r}"
-                )
-        return tuple(given.values())
-
-
-def _all_arguments(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> _Arguments:
-    signature = inspect.signature(module.forward)
-    kinds = {p.kind for p in signature.parameters.values()}
-    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-        raise Untraceable("its forward takes any number of arguments")
-    try:
-        given = _bound(signature, args, kwargs)
-    except TypeError as error:  # a wrapper takes an argument away, before the forward is called
-        raise Untraceable(f"its arguments do not fit its signature ({error})") from error
-    fixed = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
-    for name, parameter in signature.parameters.items():
-        if isinstance(parameter.default, Tensor) and given[name] is parameter.default:
-            raise Untraceable(f"the default of its argument {name!r} is a tensor")
-    for name, value in fixed.items():
-        # What is inside of an object or a container may be another at the next call.
-        if type(value) not in _PLAIN or value != value:
-            raise Untraceable(f"its argument {name!r} is a {type(value).__name__}")
-    return _Arguments(signature, tuple(given.values()), fixed)
-
-
-def _bound(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
 
 
 @contextmanager

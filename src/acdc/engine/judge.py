@@ -28,7 +28,7 @@ from acdc.engine.locks import Lock
 from acdc.engine.verdict import Off, Trial, Verdict
 from acdc.processes import ALONE
 
-NEAR = 1.25  # batches whose sizes differ by less may be of one kind
+NEAR = 1.25  # the sizes of the batches of one kind are within this factor
 MOST = 64  # kinds that are judged; PyTorch computes any further ones
 OPTIMIZER = "optimizer steps of kept weights"
 ENGINE = "the engine"  # the only part of a kind that has no others
@@ -52,12 +52,14 @@ def part_of(layers: Layers) -> str:
 
 
 def kind_of(mode: str, values: Iterable[Tensor]) -> str:
-    """Return the kind of a forward pass. Tokens and samples of nearly one number are one kind.
+    """Return the kind of a forward pass: its mode, its number of values, and the size of images.
 
-    >>> images, tokens = torch.empty(128, 3, 32, 32), torch.empty(16, 60)
+    The number is rounded to a power of ``NEAR``: batches of texts differ a little in length.
+
+    >>> images, tokens = torch.empty(128, 3, 32, 32), torch.empty(18, 60)
     >>> kind_of("training", [images])
-    'training, about 410,000 values, images of 32x32'
-    >>> kind_of("training", [tokens]) == kind_of("training", [tokens[:15]])
+    'training, about 420,000 values, images of 32x32'
+    >>> kind_of("training", [tokens]) == kind_of("training", [tokens[:16]])
     True
     """
     values = list(values)

@@ -1,4 +1,4 @@
-"""Between a tensor of dense size and the vector of its kept elements."""
+"""The kept elements of a tensor of dense size: as a vector, and back; and zeros beside them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from acdc.engine import native
 
 SIZES = (2, 4, 8)  # bytes of an element that the compiled functions move
+LARGE = 2**15  # elements; with fewer, a call costs as much as its elements
 
 
 def gather(dense: Tensor, index: Tensor) -> Tensor:
@@ -40,3 +41,36 @@ def expand(vector: Tensor, index: Tensor, dense: Tensor) -> None:
         torch.autograd.graph.increment_version(dense)
     else:
         dense.zero_().index_copy_(0, index.long(), vector)
+
+
+def clear(tensor: Tensor, dropped: Tensor) -> None:
+    """Set elements of a tensor to +0.0, in place.
+
+    Args:
+        tensor: Of any layout, on any device.
+        dropped: bool, of its shape, on its device: True where an element becomes zero.
+    """
+    # Not a product with a mask: that leaves -0.0 for -1, and NaN for infinity.
+    if _is_plain(tensor) and tensor.stride() == dropped.stride() and native.available():
+        native.clear(tensor, dropped)
+        torch.autograd.graph.increment_version(tensor)
+    else:
+        tensor.masked_fill_(dropped, 0.0)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is numbers without gaps in the memory of the CPU, and large."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.numel() >= LARGE
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and tensor.element_size() in SIZES
+        and not (tensor.is_complex() or tensor.is_neg() or tensor.is_inference())
+        and not (torch.is_grad_enabled() and tensor.requires_grad)
+        and (tensor.is_contiguous() or _is_channels_last(tensor))
+    )
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)

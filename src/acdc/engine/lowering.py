@@ -6,7 +6,7 @@ BatchNorm, addition and ReLU become one operation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -15,7 +15,10 @@ from acdc.engine.graph import (
     ActivationSpec,
     AddSpec,
     ConvSpec,
+    DropoutSpec,
     IdentitySpec,
+    LayerNormSpec,
+    MulSpec,
     NormSpec,
     PoolSpec,
     Recognised,
@@ -28,6 +31,10 @@ from acdc.engine.operations import (
     Activation,
     Add,
     Conv,
+    Dropout,
+    Gate,
+    LayerNorm,
+    Mul,
     Norm,
     Normalise,
     Pool,
@@ -54,6 +61,7 @@ class _Lowering:
 
     def __init__(self) -> None:
         self.ops: list[Op] = []
+        self._dropouts: dict[fx.Node, Dropout] = {}
         self._made: dict[fx.Node, Value | _Pending] = {}
 
     def lower(self, graph: fx.Graph) -> Program:
@@ -70,7 +78,7 @@ class _Lowering:
         outputs = tuple(self._value(n) for n in ([results] if returns_one else results))
         ops = tuple(self.ops)
         _set_halos(ops)
-        return Program(ops, inputs, outputs, returns_one, params_of(ops))
+        return Program(ops, inputs, outputs, returns_one, params_of(ops), self._dropouts)
 
     def _lower(self, node: fx.Node, known: Recognised) -> None:
         spec, inputs = known.spec, inputs_of(node, known.spec)
@@ -95,9 +103,29 @@ class _Lowering:
             self._emit(node, known, lambda x, out: Conv(spec, x, out))
         elif isinstance(spec, PoolSpec):
             self._emit(node, known, lambda x, out: Pool(spec, x, out))
+        elif isinstance(spec, LayerNormSpec):
+            self._emit(node, known, lambda x, out: LayerNorm(spec, x, out))
+        elif isinstance(spec, DropoutSpec):
+            self._emit(node, known, lambda x, out: self._dropout(node, spec, x, out))
+        elif isinstance(spec, MulSpec):
+            self._lower_product(node, inputs, known.kind == "tokens")
         else:
             assert isinstance(spec, ActivationSpec)
             self._emit(node, known, lambda x, out: Activation(spec, x, out))
+
+    def _dropout(self, node: fx.Node, spec: DropoutSpec, x: Value, out: Value) -> Op:
+        self._dropouts[node] = op = Dropout(spec.p, x, out, replace(out))
+        return op
+
+    def _lower_product(self, node: fx.Node, inputs: tuple[fx.Node, ...], tokens: bool) -> None:
+        x, y = map(self._value, inputs)
+        out = self._made[node] = value_of(node, tokens)
+        if (x.height, x.width) == (y.height, y.width):
+            self.ops.append(Mul(x, y, out))
+        elif (y.height, y.width) == (1, 1):
+            self.ops.append(Gate(x, y, out))
+        else:
+            self.ops.append(Gate(y, x, out))
 
     def _emit(self, node: fx.Node, known: Recognised, make: Callable[[Value, Value], Op]) -> None:
         out = value_of(node, known.kind == "tokens")

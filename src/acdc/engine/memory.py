@@ -130,6 +130,7 @@ class Frame:
         workspace: Workspace,
     ) -> None:
         self.backend, self._dtype = backend, tape.inputs[0].value.dtype
+        self.memory_format = torch.contiguous_format
         self.results: dict[int, Tensor] = {}
         self.before: list[Call] = []
         self.after: list[Call] = []

@@ -112,6 +112,17 @@ def expand(vector: Tensor, index: Tensor, dense: Tensor) -> None:
     )
 
 
+def clear(tensor: Tensor, dropped: Tensor) -> None:
+    """Set elements to zero where ``dropped`` is true. See ``engine/kept.py``."""
+    _kernels.clear(
+        dropped.data_ptr(),
+        tensor.data_ptr(),
+        tensor.numel(),
+        tensor.element_size(),
+        torch.get_num_threads(),
+    )
+
+
 def optimizer_step(kernel: str, kept: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Call ``acdc_sgd`` or ``acdc_adam`` of ``csrc/kept.cpp``.
 
@@ -573,7 +584,61 @@ class Native(Kernels):
         )
         self._run("norm_grad", args, y, *held)
 
+    # ---- LayerNorm ----
+
+    def layer_norm(
+        self,
+        x: Buffer,
+        stats: Buffer,
+        out: Buffer,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        centered: bool = True,
+        known: bool = False,
+    ) -> None:
+        a = _kernels.layer_norm_args()
+        self._images(a, x=x, out=out)
+        self._stats(a, x, stats)
+        a.eps, a.centered, a.known = eps, centered, known
+        self._run("layer_norm", a, x, *self._vectors(a, x, weight=weight, bias=bias))
+
+    def layer_norm_grad(
+        self,
+        grad: Buffer,
+        x: Buffer,
+        stats: Buffer,
+        dx: Buffer | None,
+        *,
+        weight: Tensor | None = None,
+        centered: bool = True,
+        accumulate: bool = False,
+        sums: Tensor | None = None,
+    ) -> None:
+        a = _kernels.layer_norm_grad_args()
+        self._images(a, grad=grad, x=x, dx=dx)
+        self._stats(a, x, stats)
+        a.centered, a.accumulate = centered, accumulate
+        held = self._vectors(a, x, weight=weight)
+        if sums is not None:
+            held += [self._sums(sums, 2, x), self._scratch(2, x)]
+            a.sums, a.workspace = (tensor.data_ptr() for tensor in held[-2:])
+        self._run("layer_norm_grad", a, x, *held)
+
     # ---- between layers ----
+
+    def gate(self, x: Buffer, gate: Buffer, out: Buffer) -> None:
+        a = _kernels.gate_args()
+        self._images(a, x=x, out=out)
+        a.gate = self._one_pixel(gate, x)
+        self._run("gate", a, x)
+
+    def gate_grad(self, grad: Buffer, x: Buffer, dgate: Buffer) -> None:
+        a = _kernels.gate_grad_args()
+        self._images(a, grad=grad, x=x)
+        a.dgate = self._one_pixel(dgate, x)
+        self._run("gate_grad", a, x)
 
     def pointwise(self, kernel: Pointwise, *inputs: Buffer, out: Buffer) -> None:
         args = _kernels.pointwise_args()
@@ -711,6 +776,21 @@ class Native(Kernels):
                 raise InputError(f"Buffers of one operation have one size, got {first} and {s}.")
             setattr(args, name, self._image(buffer))
         self._same_samples(*given.values())
+
+    def _stats(self, args: Struct, x: Buffer, stats: Buffer) -> None:
+        """Set the statistics of each pixel of ``x``."""
+        s = stats.shape
+        if (s.channels, s.height, s.width) != (2, x.shape.height, x.shape.width):
+            raise InputError(f"Statistics have two channels and the size of {x.shape}, got {s}.")
+        self._same_samples(x, stats)
+        args.stats = self._image(stats)
+
+    def _one_pixel(self, gate: Buffer, x: Buffer) -> Struct:
+        s = gate.shape
+        if (s.channels, s.height, s.width) != (x.shape.channels, 1, 1):
+            raise InputError(f"A gate has one pixel and {x.shape.channels} channels, got {s}.")
+        self._same_samples(x, gate)
+        return self._image(gate)
 
     def _vectors(self, args: Struct, like: Buffer, **vectors: Tensor | None) -> list[Tensor]:
         """Set the fields of these names to vectors with one number per channel.

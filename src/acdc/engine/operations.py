@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from acdc.engine.contract import Call, Fold, Pointwise, WeightGradCall
-from acdc.engine.graph import ActivationSpec, ConvSpec, PoolSpec
+from acdc.engine.graph import ActivationSpec, ConvSpec, LayerNormSpec, PoolSpec
 from acdc.engine.layout import Buffer
 from acdc.engine.tape import Binder, GradientRequest, Op, Slot, Tape, Value
 
@@ -25,6 +25,7 @@ class Program:
         inputs, outputs: The values at both ends.
         returns_one: The result is one tensor, not a tuple.
         params: All parameters that may take a gradient, each once.
+        dropouts: Node of the graph -> dropout that draws a mask.
 
     """
 
@@ -33,6 +34,7 @@ class Program:
     outputs: tuple[Value, ...]
     returns_one: bool
     params: tuple[Tensor, ...]
+    dropouts: Mapping[fx.Node, Dropout]
 
     @property
     def is_current(self) -> bool:
@@ -85,6 +87,12 @@ class Conv(Op):
     def params(self) -> tuple[Tensor, ...]:
         module = self.spec.module
         return (module.weight,) if module.bias is None else (module.weight, module.bias)
+
+    def read_by_address(self) -> tuple[Tensor | None, ...]:
+        return (self.spec.module.bias,)  # the weight is copied at each call
+
+    def read_again(self) -> tuple[Tensor | None, ...]:
+        return (self.spec.module.weight,)
 
     def forward(self, tape: Tape) -> None:
         x, y, module = tape.value(self.x), tape.value(self.out), self.spec.module
@@ -267,6 +275,16 @@ class Normalise(Op):
             p for n in self.norms for p in (n.module.weight, n.module.bias) if p is not None
         )
 
+    def read_by_address(self) -> tuple[Tensor | None, ...]:
+        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        return tuple(getattr(norm.module, name) for norm in self.norms for name in names)
+
+    def read_again(self) -> tuple[Tensor | None, ...]:
+        return tuple(norm.module.weight for norm in self.norms)
+
+    def settings(self) -> Hashable:
+        return tuple((n.of_batch, n.module.momentum, n.module.eps) for n in self.norms)
+
     @property
     def _is_simple(self) -> bool:
         """Whether ``out`` depends on ``y`` alone."""
@@ -393,6 +411,94 @@ def _share(tape: Tape, op: Op, value: Value) -> tuple[Slot, Callable[[], None]]:
     return share, lambda: tape.give(op, share, value)
 
 
+@dataclass(eq=False)
+class LayerNorm(Op):
+    """A LayerNorm or RMSNorm over the channels of each token."""
+
+    spec: LayerNormSpec
+    x: Value
+    out: Value
+
+    def __post_init__(self) -> None:
+        x = self.x
+        self._stats = Value(2, x.height, x.width, x.tokens, x.dtype)
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    def params(self) -> tuple[Tensor, ...]:
+        return tuple(p for p in (self.spec.weight, self.spec.bias) if p is not None)
+
+    def read_by_address(self) -> tuple[Tensor | None, ...]:
+        return self.params()
+
+    def read_again(self) -> tuple[Tensor | None, ...]:
+        return self.params()
+
+    def settings(self) -> Hashable:
+        return self.spec.eps
+
+    def forward(self, tape: Tape) -> None:
+        self._apply(tape, tape.value(self.x), tape.value(self.out), known=False)
+
+    def recompute(self, tape: Tape) -> Slot:
+        # The statistics are kept, two numbers per token. The backward pass reads `x` anyway.
+        x, out = tape.value_in_backward(self.x), tape.new(self.out, self.out.halo)
+        self._apply(tape, x, out, known=True)
+        return out
+
+    def _apply(self, tape: Tape, x: Slot, out: Slot, known: bool) -> None:
+        stats, spec = tape.value(self._stats), self.spec
+
+        def bind(f: Binder) -> Call:
+            return f.backend.bind(
+                f.backend.layer_norm,
+                f.buffer(x),
+                f.buffer(stats),
+                f.buffer(out),
+                weight=spec.weight,
+                bias=spec.bias,
+                eps=spec.eps,
+                centered=spec.centered,
+                known=known,
+            )
+
+        tape.do(self, bind, x, stats, out)
+
+    def backward(self, tape: Tape) -> None:
+        grad, x, stats = (
+            tape.grad(self.out),
+            tape.value_in_backward(self.x),
+            tape.value(self._stats),
+        )
+        takes = [tape.takes(p) for p in (self.spec.bias, self.spec.weight)]
+        accumulate = tape.has_grad(self.x)
+        dx = tape.grad(self.x) if tape.needs(self.x) else None
+
+        def bind(f: Binder) -> Call:
+            more: dict[str, Any] = {"sums": _sums(f, self, 2, self.out)} if any(takes) else {}
+            if more:
+                for param, total in zip(
+                    (self.spec.bias, self.spec.weight), more["sums"], strict=True
+                ):
+                    if param is not None:
+                        f.after.append(partial(_add_result, f, param, total))
+            return f.backend.bind(
+                f.backend.layer_norm_grad,
+                f.buffer(grad),
+                f.buffer(x),
+                f.buffer(stats),
+                _optional(f, dx),
+                weight=self.spec.weight,
+                centered=self.spec.centered,
+                accumulate=accumulate,
+                **more,
+            )
+
+        tape.do(self, bind, grad, x, stats, *(() if dx is None else (dx,)))
+
+
 # --- between layers -------------------------------------------------------------------------------
 
 
@@ -447,6 +553,134 @@ class Add(Op):
 
 
 @dataclass(eq=False)
+class Mul(Op):
+    """A product of two tensors of one shape."""
+
+    x: Value
+    y: Value
+    out: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x, self.y)
+
+    def forward(self, tape: Tape) -> None:
+        x, y, out = (tape.value(v) for v in (self.x, self.y, self.out))
+        _pointwise(tape, self, "mul", x, y, out=out)
+
+    def backward(self, tape: Tape) -> None:
+        grad = tape.grad(self.out)
+        for value, other in ((self.x, self.y), (self.y, self.x)):
+            if tape.needs(value):
+                factor = tape.value_in_backward(other)
+                share, give = _share(tape, self, value)
+                _pointwise(tape, self, "mul", grad, factor, out=share)
+                give()
+
+
+@dataclass(eq=False)
+class Gate(Op):
+    """A product of an image and an image of one pixel: squeeze-and-excitation."""
+
+    x: Value
+    gate: Value
+    out: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x, self.gate)
+
+    def forward(self, tape: Tape) -> None:
+        x, gate, out = (tape.value(v) for v in (self.x, self.gate, self.out))
+        self._scale(tape, x, gate, out)
+
+    def recompute(self, tape: Tape) -> Slot:
+        # The backward pass reads `x` anyway, and the gate is small.
+        x, gate = tape.value_in_backward(self.x), tape.value_in_backward(self.gate)
+        out = tape.new(self.out, self.out.halo)
+        self._scale(tape, x, gate, out)
+        return out
+
+    def _scale(self, tape: Tape, x: Slot, gate: Slot, out: Slot) -> None:
+        tape.do(
+            self,
+            lambda f: f.backend.bind(f.backend.gate, *map(f.buffer, (x, gate, out))),
+            x,
+            gate,
+            out,
+        )
+
+    def backward(self, tape: Tape) -> None:
+        grad = tape.grad(self.out)
+        if tape.needs(self.gate):
+            x = tape.value_in_backward(self.x)
+            dgate, give = _share(tape, self, self.gate)
+            tape.do(
+                self,
+                lambda f: f.backend.bind(f.backend.gate_grad, *map(f.buffer, (grad, x, dgate))),
+                grad,
+                x,
+                dgate,
+            )
+            give()
+        if tape.needs(self.x):
+            dx, give = _share(tape, self, self.x)
+            self._scale(tape, grad, tape.value_in_backward(self.gate), dx)
+            give()
+
+
+@dataclass(eq=False)
+class Dropout(Op):
+    """A dropout in training. PyTorch draws its mask before the first instruction.
+
+    Args:
+        p: The probability of a zero.
+        x, out: Its input and its output.
+        mask: Zeros, and ``1 / (1 - p)`` where a number is kept.
+
+    """
+
+    p: float
+    x: Value
+    out: Value
+    mask: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    def forward(self, tape: Tape) -> None:
+        x, mask, out = tape.value(self.x), tape.filled_before(self.mask), tape.value(self.out)
+
+        def bind(f: Binder) -> Call:
+            f.before.append(partial(self._draw, f, f.buffer(mask)))
+            return f.backend.bind(
+                f.backend.pointwise, "mul", f.buffer(x), f.buffer(mask), out=f.buffer(out)
+            )
+
+        tape.do(self, bind, x, mask, out)
+
+    def _draw(self, f: Binder, mask: Buffer) -> None:
+        """Draw the numbers that ``torch.nn.functional.dropout`` draws."""
+        s = mask.shape
+        size = (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
+        lies = torch.contiguous_format if s.tokens else f.memory_format
+        noise = torch.empty(size, dtype=s.dtype, device="cpu", memory_format=lies)
+        f.backend.to_layout(noise.bernoulli_(1 - self.p).div_(1 - self.p), mask)
+
+    def recompute(self, tape: Tape) -> Slot:
+        x, out = tape.value_in_backward(self.x), tape.new(self.out, self.out.halo)
+        _pointwise(tape, self, "mul", x, tape.value(self.mask), out=out)
+        return out
+
+    def backward(self, tape: Tape) -> None:
+        grad, mask = tape.grad(self.out), tape.value(self.mask)
+        dx, give = _share(tape, self, self.x)
+        _pointwise(tape, self, "mul", grad, mask, out=dx)
+        give()
+
+
+@dataclass(eq=False)
 class Pool(Op):
     """Max or average pooling."""
 
@@ -495,7 +729,7 @@ class Pool(Op):
 
 @dataclass(eq=False)
 class Activation(Op):
-    """A GELU or SiLU."""
+    """A GELU, SiLU or the like: its gradient follows from its input."""
 
     spec: ActivationSpec
     x: Value
@@ -530,6 +764,10 @@ _GRADIENTS: dict[str, Pointwise] = {
     "gelu": "gelu_grad",
     "gelu_tanh": "gelu_tanh_grad",
     "silu": "silu_grad",
+    "sigmoid": "sigmoid_grad",
+    "relu6": "relu6_grad",
+    "hardsigmoid": "hardsigmoid_grad",
+    "hardswish": "hardswish_grad",
 }
 
 

@@ -62,4 +62,7 @@ class Plans:
         return 1.0 if mask is None else mask.sum().item() / mask.numel()
 
     def _mask(self, name: str) -> Tensor | None:
-        return self._masks.get(f"{name}.weight" if name else "weight")
+        if not name:
+            return self._masks.get("weight")
+        # The second is a parameter without a module of its own: `in_proj_weight` of an attention.
+        return self._masks.get(f"{name}.weight", self._masks.get(f"{name}_weight"))

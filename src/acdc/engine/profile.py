@@ -130,6 +130,8 @@ class Profile:
         for name, other in self._model.named_modules():
             if other is module or (weight is not None and getattr(other, "weight", None) is weight):
                 return name or type(other).__name__
+            if weight is not None and getattr(other, "in_proj_weight", None) is weight:
+                return f"{name}.in_proj".removeprefix(".")
         return type(module).__name__
 
     def _multiply_adds(self, op: Op, call: NativeCall) -> int:

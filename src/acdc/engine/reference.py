@@ -315,6 +315,59 @@ class Reference(Kernels):
             self._put(line(d, y2, a2, b2, c2), dy2)
         self._put(line(d, y, a, b, c), dy)
 
+    def layer_norm(
+        self,
+        x: Buffer,
+        stats: Buffer,
+        out: Buffer,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        centered: bool = True,
+        known: bool = False,
+    ) -> None:
+        plain = self._nchw(x)
+        if not known:
+            mean = plain.mean(1, keepdim=True) if centered else torch.zeros_like(plain[:, :1])
+            inverse = ((plain - mean).square().mean(1, keepdim=True) + eps).rsqrt()
+            self._put(torch.cat([mean, inverse], 1), stats)
+        normal = self._normalised(plain, stats)
+        normal = normal if weight is None else normal * weight.detach()[:, None, None]
+        self._put(normal if bias is None else normal + bias.detach()[:, None, None], out)
+
+    def layer_norm_grad(
+        self,
+        grad: Buffer,
+        x: Buffer,
+        stats: Buffer,
+        dx: Buffer | None,
+        *,
+        weight: Tensor | None = None,
+        centered: bool = True,
+        accumulate: bool = False,
+        sums: Tensor | None = None,
+    ) -> None:
+        g, normal = self._nchw(grad), self._normalised(self._nchw(x), stats)
+        if sums is not None:
+            sums.copy_(torch.stack([t.double().sum((0, 2, 3)) for t in (g, g * normal)]))
+        if dx is None:
+            return
+        g = g if weight is None else g * weight.detach()[:, None, None]
+        d = g - normal * (g * normal).mean(1, keepdim=True)
+        d = (d - g.mean(1, keepdim=True) if centered else d) * self._nchw(stats)[:, 1:]
+        self._put(d + self._nchw(dx) if accumulate else d, dx)
+
+    def _normalised(self, x: Tensor, stats: Buffer) -> Tensor:
+        known = self._nchw(stats)
+        return (x - known[:, :1]) * known[:, 1:]
+
+    def gate(self, x: Buffer, gate: Buffer, out: Buffer) -> None:
+        self._put(self._nchw(x) * self._nchw(gate), out)
+
+    def gate_grad(self, grad: Buffer, x: Buffer, dgate: Buffer) -> None:
+        self._put((self._nchw(grad) * self._nchw(x)).sum((2, 3), keepdim=True), dgate)
+
     def pointwise(self, kernel: Pointwise, *inputs: Buffer, out: Buffer) -> None:
         self._put(_POINTWISE[kernel](*map(self._nchw, inputs)), out)
 
@@ -417,12 +470,22 @@ _POINTWISE: dict[Pointwise, Callable[..., Tensor]] = {
     "relu": torch.relu,
     "relu_grad": _masked,
     "add": torch.add,
+    "mul": torch.mul,
+    "copy": torch.clone,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "relu6": F.relu6,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
     "gelu_grad": torch.ops.aten.gelu_backward,
     "gelu_tanh_grad": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     "silu_grad": torch.ops.aten.silu_backward,
+    "sigmoid_grad": lambda grad, x: torch.ops.aten.sigmoid_backward(grad, x.sigmoid()),
+    "relu6_grad": lambda grad, x: torch.ops.aten.hardtanh_backward(grad, x, 0.0, 6.0),
+    "hardsigmoid_grad": lambda grad, x: torch.where(x.abs() < 3, grad / 6, torch.zeros_like(grad)),
+    "hardswish_grad": torch.ops.aten.hardswish_backward,
 }
 
 

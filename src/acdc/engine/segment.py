@@ -61,9 +61,8 @@ class Segment(nn.Module):
         self.nnz: dict[int, int] = {}  # id of a weight -> written elements of its gradient
         self._tapes: dict[Hashable, Tape] = {}
         self._free: dict[Hashable, list[Arena]] = {}
-        # What the backward pass reads again.
-        self.weights = [op.spec.module.weight for op in program.convs]
-        self.weights += [n.module.weight for n in program.norms if n.module.weight is not None]
+        again = [p for op in program.ops for p in op.read_again() if p is not None]
+        self.weights = list({id(p): p for p in again}.values())
         self._pointers: tuple[int, ...] = ()
         self._warned: set[str] = set()
 
@@ -72,15 +71,26 @@ class Segment(nn.Module):
         """The layers as a program."""
         return self._held[1]
 
-    def plain(self, *inputs: Tensor) -> Any:
-        """Compute once more on PyTorch, with the parameters of the program.
+    def plain(self, lease: Lease, *inputs: Tensor) -> Any:
+        """Compute a forward pass once more on PyTorch, with the parameters of the program.
 
-        Buffers stay as they are: a BatchNorm has counted this batch already.
+        Buffers stay as they are: a BatchNorm has counted this batch already. Dropout has the masks
+        of that forward pass.
         """
         # The lock: meanwhile these tensors are in the network's own modules.
         with self.workspace.lock, torch.autocast("cpu", enabled=False):
-            buffers = {name: b.clone() for name, b in self._held[0].named_buffers()}
-            return torch.func.functional_call(self._held[0], self._params | buffers, inputs)
+            held: dict[str, Tensor] = {f"plain.{name}": p for name, p in self._params.items()}
+            held |= {f"plain.{name}": b.clone() for name, b in self._held[0].named_buffers()}
+            masks = self._masks(lease, inputs[0])
+            return torch.func.functional_call(_Again(self._held[0], masks), held, inputs)
+
+    def _masks(self, lease: Lease, first: Tensor) -> dict[fx.Node, Tensor]:
+        """Return the masks of a forward pass by the node of their dropout."""
+        masks = {}
+        for node, op in self.program.dropouts.items():
+            slot = lease.tape.value(op.mask)
+            masks[node] = _plain(lease.frame, slot, _out_shape(first, op.mask), _format(first))
+        return masks
 
     def start(self, plans: Mapping[Op, KernelPlan], written: KernelGradients) -> None:
         """Compute with these index lists from now on, in the buffers that exist.
@@ -166,8 +176,8 @@ class Segment(nn.Module):
     # --- frames -----------------------------------------------------------------------------------
 
     def _key(self, request: GradientRequest | None) -> Hashable:
-        modes = tuple((n.of_batch, n.module.momentum, n.module.eps) for n in self.program.norms)
-        return request, modes, torch.get_num_threads()
+        settings = tuple(op.settings() for op in self.program.ops)
+        return request, settings, torch.get_num_threads()
 
     def lease(self, inputs: tuple[Tensor, ...], request: GradientRequest | None) -> Lease:
         """Return an unused frame for these inputs. The caller holds the lock of the workspace."""
@@ -198,13 +208,38 @@ class Segment(nn.Module):
         return Lease(arena, frame, free)
 
     def _read_by_address(self) -> list[Tensor]:
-        """Return the tensors that bound calls point into. Weights are copied at each call."""
-        found = [conv.spec.module.bias for conv in self.program.convs]
-        for norm in self.program.norms:
-            module = norm.module
-            found += [module.weight, module.bias, module.running_mean, module.running_var]
-            found.append(module.num_batches_tracked)
+        """Return the tensors that bound calls point into."""
+        found = (tensor for op in self.program.ops for tensor in op.read_by_address())
         return [tensor for tensor in found if tensor is not None]
+
+
+class _Again(nn.Module):
+    """A part of a graph, computed with masks that were drawn before.
+
+    Args:
+        plain: The part.
+        masks: By the node of their dropout.
+
+    """
+
+    def __init__(self, plain: fx.GraphModule, masks: Mapping[fx.Node, Tensor]) -> None:
+        super().__init__()
+        self.plain = plain
+        self._masks = masks
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return _WithMasks(self.plain, self._masks).run(*inputs)
+
+
+class _WithMasks(fx.Interpreter):
+    def __init__(self, plain: fx.GraphModule, masks: Mapping[fx.Node, Tensor]) -> None:
+        super().__init__(plain)
+        self._masks = masks
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self._masks:
+            return self.env[n.all_input_nodes[0]] * self._masks[n]
+        return super().run_node(n)
 
 
 class _NoFrame(Exception):
@@ -268,7 +303,7 @@ def plain_backward(
     The kernels have no derivatives of second order, so the forward pass is computed again.
     """
     with torch.enable_grad():
-        outs = ctx.segment.plain(*inputs)
+        outs = ctx.segment.plain(ctx.lease, *inputs)
     needed = ctx.needs_input_grad[2:]
     wanted = [t for t, need in zip((*inputs, *ctx.params), needed, strict=True) if need]
     found = iter(
@@ -286,6 +321,7 @@ def compute(lease: Lease, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """
     assert lease.workspace.lock.is_mine
     frame, tape, first = lease.frame, lease.tape, inputs[0]
+    frame.memory_format = _format(first)
     for x, slot in zip(inputs, tape.inputs, strict=True):
         frame.backend.to_layout(_flat(x.detach(), slot.value), frame.buffer(slot))
     for call in frame.before + frame.forward:

@@ -8,7 +8,7 @@ frame (``acdc.engine.memory``) gives memory to the slots and binds the instructi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -61,6 +61,18 @@ class Op(ABC):
         """Return the parameters that may take a gradient."""
         return ()
 
+    def read_by_address(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors that bound calls point into."""
+        return ()
+
+    def read_again(self) -> tuple[Tensor | None, ...]:
+        """Return the parameters that the backward pass reads again."""
+        return ()
+
+    def settings(self) -> Hashable:
+        """Return the settings of the module that instructions are bound with."""
+        return None
+
     @abstractmethod
     def forward(self, tape: Tape) -> None:
         """Append the instructions that compute ``out``."""
@@ -107,6 +119,7 @@ class Binder(Protocol):
 
     Attributes:
         backend: The kernels.
+        memory_format: How the first input of this call lies in memory.
         results: The gradients of parameters, by the id of the parameter.
         before: The calls that run before the forward pass.
         after: The calls that run after the backward pass.
@@ -115,6 +128,7 @@ class Binder(Protocol):
     """
 
     backend: Kernels
+    memory_format: torch.memory_format
     results: dict[int, Tensor]
     before: list[Call]
     after: list[Call]
@@ -258,6 +272,13 @@ class Tape:
             self._values[value] = self.new(value, value.halo)
         return self._values[value]
 
+    def filled_before(self, value: Value) -> Slot:
+        """Return the slot of a value that is written before the first instruction."""
+        slot = self.value(value)
+        slot.first = 0
+        slot.groups.add(None)
+        return slot
+
     def value_in_backward(self, value: Value) -> Slot:
         """Return the slot of a value in the backward pass: kept, or recomputed in this group."""
         maker = self._recomputable.get(value)
@@ -317,12 +338,14 @@ class Tape:
 
     def copy(self, op: Op, source: Slot, target: Slot) -> None:
         """Append a copy from slot to slot."""
-
-        def bind(f: Binder) -> Call:
-            pixels, into = f.buffer(source).pixels(), f.buffer(target).pixels()
-            return lambda: into.copy_(pixels)
-
-        self.do(op, bind, source, target, alone=True)
+        self.do(
+            op,
+            lambda f: f.backend.bind(
+                f.backend.pointwise, "copy", f.buffer(source), out=f.buffer(target)
+            ),
+            source,
+            target,
+        )
 
     def _touch(self, group: int | None, *slots: Slot) -> None:
         now = len(self.forward)

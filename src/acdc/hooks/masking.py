@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from acdc.engine.kept import clear
 from acdc.errors import InputError
 from acdc.hooks.kept_steps import KeptSteps
 from acdc.hooks.twin import averaged
@@ -81,8 +82,8 @@ class Masking:
             param = self._params[name]
             trained = param.requires_grad
             param.requires_grad_(True)  # a frozen weight takes no hook, and may thaw in this phase
-            clear = self._clear_gradient(name)
-            self._hooks.append(param.register_post_accumulate_grad_hook(clear))
+            hook = self._clear_gradient(name)
+            self._hooks.append(param.register_post_accumulate_grad_hook(hook))
             param.requires_grad_(trained)
         if not self.dense_gradient:
             self.clear_gradients()
@@ -100,15 +101,14 @@ class Masking:
         Args:
             only: The ids of the parameters that may have changed; ``None``: of all.
         """
-        # Not a product with the mask: that leaves -0.0 for -1 and NaN for infinity.
         for name in self._dropped:
             param = self._params[name]
             if only is not None and id(param) not in only:
                 continue
             if not any(steps.left_zeros(param) for steps in self._kept_steps):
-                param.masked_fill_(self._dropped[name], 0.0)
+                clear(param, self._dropped[name])
             for copy in self._copies(name):
-                copy.masked_fill_(self._dropped[name], 0.0)
+                clear(copy, self._dropped[name])
 
     def project_copy(self, model: nn.Module) -> None:
         """Set the weights outside the support to zero in another copy of the model.
@@ -132,7 +132,7 @@ class Masking:
         for name in self._dropped:
             grad = self._params[name].grad
             if grad is not None:
-                grad.masked_fill_(self._dropped[name], 0.0)
+                clear(grad, self._dropped[name])
 
     def tell_engine(self) -> None:
         """Let the engine run the support. A step with a dense gradient runs dense."""
@@ -166,15 +166,15 @@ class Masking:
     def _clear_gradient(self, name: str) -> Callable[[Tensor], None]:
         dropped, kept, engine = self._dropped, self.support.counts()[name], self.engine
 
-        def clear(param: Tensor) -> None:
+        def clear_gradient(param: Tensor) -> None:
             if self.dense_gradient:
                 return
             if engine is not None and engine.kernel_gradients.all_of(param, kept):
                 return  # zero there already
             if param.grad is not None:
-                param.grad.masked_fill_(dropped[name], 0.0)
+                clear(param.grad, dropped[name])
 
-        return clear
+        return clear_gradient
 
 
 class _Dropped(Iterable[str]):

@@ -9,7 +9,6 @@ The figures are in ``plots.py``, the tables in ``tables.py``.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -71,7 +70,7 @@ def page(run: Run) -> str:
         layers=tables.one_power(tables.layers(run), 4, 5),
         values=tables.values(run),
         origin=_origin(run),
-        command=_command(run),
+        command=run.details.get("command"),
     )
 
 
@@ -90,20 +89,17 @@ def _subtitle(run: Run) -> list[str]:
         asked_text = "" if asked is None else f"{percent(asked)} sparsity asked for, "
         parts.append(f"{asked_text}{percent(sparse['sparsity'])} reached")
     parts.append(f"seed {run.recipe.get('seed', 'not recorded')}")
-    if when := run.details.get("finished", run.details.get("started")):
-        parts.append(_date(when))
+    if finished := run.details.get("finished"):
+        parts.append(_date(finished))
     return parts
 
 
-def _date(started: Any) -> str:
+def _date(text: str) -> str:
+    """Write a date of a record for people; a text that is no date stays as it is."""
     try:
-        when = (
-            datetime.fromisoformat(started)
-            if isinstance(started, str)
-            else datetime.fromtimestamp(float(started))
-        )
-    except (TypeError, ValueError):
-        return str(started)
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return text
     return f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".strip()
 
 
@@ -243,30 +239,19 @@ def _step_ms(run: Run, kind: str) -> float | None:
 
 
 def _origin(run: Run) -> list[tuple[str, str]]:
-    """Return recipe, seed, dates, machine and versions of the run."""
+    """Return recipe, seed, date, machine and versions of the run."""
     details = run.details
     rows = [("Recipe", str(run.recipe.get("name", "not recorded")))]
     rows += [("Seed", str(run.recipe.get("seed", "not recorded")))]
     if run.record is not None and run.record.get("run"):
         # The folder's name alone: its path on the machine is private.
         rows.append(("Run", Path(str(run.record["run"])).name))
-    for key in ("started", "finished"):
-        if details.get(key):
-            rows.append((key.capitalize(), _date(details[key])))
+    if finished := details.get("finished"):
+        rows.append(("Finished", _date(finished)))
     for key, label in (("machine", "Machine"), ("versions", "Versions")):
-        value = details.get(key)
-        if isinstance(value, Mapping):
+        if value := details.get(key):
             rows.append((label, ", ".join(f"{name} {part}" for name, part in value.items())))
-        elif value:
-            rows.append((label, str(value)))
     if details.get("device"):
         many = int(details.get("devices") or 1)
         rows.append(("Device", f"{details['device']}{f' × {many}' if many > 1 else ''}"))
     return rows
-
-
-def _command(run: Run) -> str | None:
-    command = run.details.get("command")
-    if isinstance(command, (list, tuple)):
-        return shlex.join(str(part) for part in command)
-    return None if command is None else str(command)

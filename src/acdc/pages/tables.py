@@ -107,7 +107,8 @@ def _reached(*networks: Any) -> list[Row]:
         if len(values) == 2:
             gap = values[0] - values[1]
             sign = "+" if gap > 0 else "−" if gap < 0 else "±"
-            cells.append(Cell(f"{sign}{abs(gap):.{digits}f} {unit}", round(gap, 6)))
+            difference = Cell(f"{sign}{abs(gap):.{digits}f} {unit}", round(gap, 6))
+            cells.append(difference if math.isfinite(gap) else NONE)
         rows.append(Row(label, tuple(cells)))
     return rows
 

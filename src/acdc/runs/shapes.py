@@ -115,7 +115,8 @@ _RECIPE = {
     "changed?": Maybe(dict),
 }
 
-_NETWORK = {"accuracy": PERCENT, "bits?": AMOUNT, "bytes": POSITIVE}
+# The bits are not finite where the loss overflowed in the last evaluation and not in training.
+_NETWORK = {"accuracy": PERCENT, "bits?": float, "bytes": POSITIVE}
 _DONE = {
     **_LAYER, "pruned?": bool, "nnz?": Maybe(COUNT),
 }  # fmt: skip
@@ -145,6 +146,9 @@ _DETAILS = {
     "time?": Maybe(_TIME),
     "devices?": Maybe(POSITIVE),
     "warnings?": [WARNING],
+    **dict.fromkeys(("finished?", "command?", "device?"), Maybe(str)),
+    **dict.fromkeys(("machine?", "versions?"), Maybe(dict)),
+    **dict.fromkeys(("dense_finetuned?", "bn_reestimated?"), bool),
 }
 _RECORD = {
     "sparse": Maybe({**_NETWORK, "sparsity": SHARE, "nnz": COUNT}),
@@ -158,12 +162,13 @@ _RECORD = {
 
 # What a comparison reads beyond that. Records of older versions lack some of it.
 _COMPARED = {
+    **dict.fromkeys(("sparse", "dense"), Maybe({"loss": float})),
     "details": {
         **dict.fromkeys(("data", "device", "command", "finished"), str),
         **dict.fromkeys(("machine", "versions"), dict),
         "epochs": POSITIVE,
         "time": dict.fromkeys(("dense", "sparse", "engine", "cpu"), SECONDS),
-    }
+    },
 }
 
 
