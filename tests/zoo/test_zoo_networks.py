@@ -50,14 +50,7 @@ def test_four_phases_and_the_pair_on_disk(name: str, tmp_path: Path) -> None:
     )
 
 
-# A fault that is known: the BatchNorm of timm counts batches in a buffer. Tracing adds to the
-# buffer, and the graph does not.
-COUNTS = pytest.mark.xfail(reason="num_batches_tracked of timm's BatchNormAct2d stands still")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=COUNTS) if n == "mobilenetv3" else n for n in ON_ENGINE]
-)
+@pytest.mark.parametrize("name", ON_ENGINE)
 def test_the_engine_computes_what_pytorch_does(name: str) -> None:
     needs(name)
     case = NETWORKS[name]

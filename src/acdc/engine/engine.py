@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from acdc.engine.backends import kernels
 from acdc.engine.choice import Choice, Policy, table
 from acdc.engine.contract import Kernels
+from acdc.engine.effects import Attributes
 from acdc.engine.gradients import KernelGradients
 from acdc.engine.graph import Untraceable
 from acdc.engine.host import UNREACHED, Host
@@ -302,12 +303,16 @@ class Engine:
 
     @cached_property
     def _calls(self) -> dict[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]]:
-        """The arguments of each module's first call, recorded in evaluation mode."""
+        """The arguments of each module's first call, recorded in evaluation mode.
+
+        What the call changes in buffers and attributes is undone. A change of a parameter stays.
+        """
         calls: dict[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             calls.setdefault(module, (args, kwargs))
 
+        attributes = Attributes(self.model, values=True)
         hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in self.model.modules()]
         modes = {m: m.training for m in self.model.modules()}
         args, kwargs = self._example
@@ -319,6 +324,7 @@ class Engine:
                 hook.remove()
             for module, mode in modes.items():
                 module.training = mode
+            attributes.restore()
         return calls
 
 

@@ -6,13 +6,16 @@ Each node is recognised as an operation of the engine, or gets the reason why it
 from __future__ import annotations
 
 import builtins
+import copy
+import gc
 import inspect
 import operator
 import random
 import re
 import sys
 import threading
-from collections import OrderedDict
+import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
@@ -22,14 +25,17 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from acdc.engine.arguments import Arguments
 from acdc.engine.attention import AsAWhole, InProjection, parts_of
+from acdc.engine.effects import Attributes, Change, SideEffect, Watch
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.locks import Lock
 from acdc.errors import InputError
@@ -74,8 +80,58 @@ def has_other_forward(module: nn.Module) -> bool:
 class _Proxy(fx.Proxy):
     """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers."""
 
+    _is_param = _is_buffer = False  # what ``isinstance(x, nn.Parameter)`` reads
+
     def __len__(self) -> int:
         return len(list(self.tracer.iter(self)))
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer", "tensor"):
+            raise SideEffect(f"assigns {name!r} of a tensor")
+        super().__setattr__(name, value)
+
+
+class _Buffer(_Proxy):
+    """A buffer, whose values may differ in each step. Its shape, dtype and device are fixed."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.tensor = tensor
+
+    shape = property(lambda self: self.tensor.shape)
+    ndim = property(lambda self: self.tensor.ndim)
+    dtype = property(lambda self: self.tensor.dtype)
+    device = property(lambda self: self.tensor.device)
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the shape, or one of its sizes."""
+        return self.tensor.shape if dim is None else self.tensor.shape[dim]
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return self.tensor.ndim
+
+    def numel(self) -> int:
+        """Return the number of elements."""
+        return self.tensor.numel()
+
+
+class _Attribute(fx.proxy.Attribute):
+    """``x.data`` or ``x.shape``, which is not read before it is used."""
+
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("root", "attr", "tracer", "_node"):
+            raise SideEffect(f"assigns {name!r} of a tensor")
+        super().__setattr__(name, value)
 
 
 @contextmanager
@@ -98,7 +154,7 @@ def _as_one_call(function: Callable[..., Any]) -> Callable[..., Any]:
         def attention(*args: Any, **kwargs: Any) -> Any:
             return function(module, *args, **kwargs)
 
-        if type(query) is not _Proxy:
+        if not isinstance(query, fx.Proxy):
             return attention(query, *args, **kwargs)
         return query.tracer.create_proxy("call_function", attention, (query, *args), kwargs)
 
@@ -106,7 +162,7 @@ def _as_one_call(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _write_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: _Proxy, other: Any) -> Any:
+    def method(self: fx.Proxy, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     return method
@@ -118,6 +174,7 @@ _IN_PLACE = {
 }
 for _name, _function in _IN_PLACE.items():
     setattr(_Proxy, _name, _write_in_place(_function))
+    setattr(_Attribute, _name, _write_in_place(_function))
 
 
 _tracing = Lock(rank=1)
@@ -130,10 +187,10 @@ def _proxies_pass_for_tensors() -> Iterator[None]:
     A proxy whose ``__class__`` is ``Tensor`` would pass in C++ code, too. ``torch.pow(x, 3.0)`` or
     ``torch.where(x > 0, x, 0.0)`` would then read its memory as that of a tensor.
     """
-    plain = builtins.isinstance
+    plain, proxies = builtins.isinstance, (_Proxy, _Buffer)
 
     def is_instance(value: Any, kinds: Any, /) -> bool:
-        return plain(value, kinds) or (type(value) is _Proxy and issubclass(Tensor, kinds))
+        return plain(value, kinds) or (type(value) in proxies and issubclass(Tensor, kinds))
 
     builtins.isinstance = is_instance
     try:
@@ -149,13 +206,23 @@ class _Tracer(fx.Tracer):
     thread traces at a time, and the calls of all others are passed through.
     """
 
+    proxy_buffer_attributes = True  # a forward may write them, and others may between two steps
+
     def __init__(self, arguments: Arguments) -> None:
         super().__init__()
         self._thread = threading.get_ident()
+        self._modes = _modes()
         self._arguments = arguments
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._tensors: dict[fx.Node, Tensor] = {}  # arguments, parameters and buffers, before
         self._values: dict[fx.Node, Any] = {}
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
         self.added: dict[str, nn.Module] = {}  # layers that the network has no module for
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a traced value still exists: something outside of the graph holds it."""
+        return any(proxy() is not None for proxy in self._proxies)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -174,7 +241,7 @@ class _Tracer(fx.Tracer):
 
     def _placeholder(self, name: str, tensor: Tensor) -> fx.Proxy:
         made = self.create_proxy("placeholder", re.sub(r"\W", "_", name), (), {})
-        self._values[made.node] = self._fake.from_tensor(tensor)
+        self._tensors[made.node] = tensor
         return made
 
     def iter(self, obj: Any) -> Iterator[Any]:
@@ -196,24 +263,32 @@ class _Tracer(fx.Tracer):
         return self._values[node]
 
     def _computed(self, node: fx.Node) -> Any:
+        thread, self._thread = self._thread, 0  # calls are passed through, as those of others
+        try:
+            # Nothing here is an operation of the forward, so nothing watches it.
+            with _disable_current_modes(), self._fake, torch.no_grad():
+                return self._result(node)
+        finally:
+            self._thread = thread
+
+    def _result(self, node: fx.Node) -> Any:
+        if node.op in ("placeholder", "get_attr"):
+            # The forward may have assigned a traced value to this buffer since.
+            tensor = self._tensors.get(node)
+            constant = operator.attrgetter(str(node.target))  # a tensor that the forward made
+            return self._fake.from_tensor(constant(self.root) if tensor is None else tensor)
         args: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
         target: Any = node.target
-        if node.op == "get_attr":
-            target = operator.attrgetter(str(node.target))
-            args = (self.root,)
-        elif node.op == "call_method":
+        if node.op == "call_method":
             target, args = getattr(args[0], str(node.target)), args[1:]
         elif node.op == "call_module":
             target = self.added.get(str(node.target)) or self.root.get_submodule(str(node.target))
             if any(hooks_of(target)):
                 raise TypeError("the shape that it reads follows from a module with hooks")
-        thread, self._thread = self._thread, 0  # calls are passed through, as those of others
-        try:
-            with self._fake, torch.no_grad():
-                return target(*args, **kwargs)
-        finally:
-            self._thread = thread
+            with FakeCopyMode(self._fake):  # otherwise a BatchNorm would count this call
+                target = copy.deepcopy(target)
+        return target(*args, **kwargs)
 
     def call_module(
         self,
@@ -244,10 +319,25 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
             return attr_val
+        if issubclass(type(attr_val), fx.Proxy):  # the forward has assigned it
+            return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        tensor = _stored(self.root, node)
+        if tensor is not None:
+            self._tensors[node] = tensor
+        if tensor is None or isinstance(tensor, nn.Parameter):
+            value = _Proxy(node, self)
+        else:
+            value = _Buffer(node, self, tensor)
+        self._proxies.append(weakref.ref(value))
+        return value
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise SideEffect("switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, InProjection):
@@ -287,79 +377,150 @@ def _constructor(value: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     raise TypeError(f"it makes a {type(value).__name__}")
 
 
+def _modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+
+def _stored(root: nn.Module, node: fx.Node) -> Tensor | None:
+    """Return the tensor of a module that a node stands for, or None."""
+    return _held(root, str(node.target)) if node.op == "get_attr" else None
+
+
+def _held(root: nn.Module, target: str) -> Tensor | None:
+    """Return the parameter, buffer or other tensor of this name, or None if there is none."""
+    path, _, name = target.rpartition(".")
+    owner = vars(root.get_submodule(path))
+    for values in (owner.get("_parameters", {}), owner.get("_buffers", {}), owner):
+        if isinstance(values.get(name), Tensor):
+            return values[name]  # type: ignore[no-any-return]
+    return None
+
+
 def trace(root: nn.Module, arguments: Arguments) -> fx.GraphModule:
     """Return the graph of ``root.forward`` in its present mode, as a function of the tensors.
 
+    The modules are left as they were, whether or not this raises.
+
     Raises:
         Untraceable: it depends on the values of tensors, or has a side effect that a graph would
-            have only once: it draws random numbers, makes new tensors, or counts.
+            have only once: it draws random numbers, makes new tensors, counts, or keeps a value.
 
     """
-    with _tracing:
+    with _tracing, torch.enable_grad():
         tracer, graph = _traced(root, arguments)
-    if any(
-        node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes
-    ):
-        raise Untraceable(f"{type(root).__name__}.forward makes tensors of its own")
-    if not tracer.added:
-        return fx.GraphModule(tracer.root, graph, type(root).__name__)
-    return fx.GraphModule(_targets(tracer, graph), graph, type(root).__name__)
+    held = _with_added(tracer, graph) if tracer.added else tracer.root
+    traced = fx.GraphModule(held, graph, type(root).__name__)
+    names = (str(node.target) for node in graph.nodes if node.op == "get_attr")
+    traced.meta[_BUFFERS] = [n for n in names if not isinstance(_held(root, n), nn.Parameter)]
+    return traced
 
 
-def _targets(tracer: _Tracer, graph: fx.Graph) -> dict[str, Any]:
-    """Return every module, parameter and buffer that a graph names."""
+_BUFFERS = "buffers"  # the key in ``meta`` of the names of the buffers that a graph reads
+
+
+def follow_buffers(graph: fx.GraphModule, root: nn.Module) -> bool:
+    """Let a graph read the buffers that its root holds now: another may have been assigned.
+
+    Return False if the graph does not hold for one of them.
+    """
+    for name in graph.meta[_BUFFERS]:
+        before, now = _held(graph, name), _held(root, name)
+        if before is now:
+            continue
+        if before is None or now is None or before.shape != now.shape or before.dtype != now.dtype:
+            return False
+        path, _, last = name.rpartition(".")
+        setattr(graph.get_submodule(path), last, now)
+    return True
+
+
+def _with_added(tracer: _Tracer, graph: fx.Graph) -> nn.Module:
+    """Return a module that holds every module, parameter and buffer that a graph names."""
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     named: dict[str, Any] = dict(tracer.added)
+    for target in called - named.keys():
+        named[target] = tracer.root.get_submodule(target)
     for node in graph.nodes:
         target = str(node.target)
-        if node.op == "call_module" and target not in named:
-            named[target] = tracer.root.get_submodule(target)
-        elif node.op == "get_attr":
-            parent, _, name = target.rpartition(".")
-            named[target] = getattr(tracer.root.get_submodule(parent), name)
-    return named
+        # A module that is called holds its tensors, in the way that the network chose.
+        if node.op == "get_attr" and not any(target.startswith(f"{path}.") for path in called):
+            named[target] = operator.attrgetter(target)(tracer.root)
+    holder = nn.Module()
+    holder.training = tracer.root.training
+    for target in sorted(named, key=lambda target: target.count(".")):
+        *path, name = target.split(".")
+        owner = holder
+        for part in path:
+            if not hasattr(owner, part):
+                setattr(owner, part, nn.Module())
+            owner = getattr(owner, part)
+        setattr(owner, name, named[target])
+    return holder
 
 
 def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
     """Trace without an effect that lasts. Another thread may draw random numbers meanwhile."""
-    for attempts_left in range(ATTEMPTS - 1, -1, -1):
-        before = _outside_state(root)
-        tracer = _Tracer(arguments)
+    title = f"{type(root).__name__}.forward"
+    first = _random_state()
+    for _ in range(ATTEMPTS):
+        attributes, numbers = Attributes(root), _random_state()
+        tracer, watch = _Tracer(arguments), Watch()
         try:
-            with _proxies_pass_for_tensors(), _attention_is_one_call():
+            with _proxies_pass_for_tensors(), _attention_is_one_call(), watch:
                 graph = tracer.trace(root)
+            why = watch.reason or _why_wrong(root, graph, list(attributes.changes()))
+        except SideEffect as error:
+            why = str(error)
         except Exception as error:  # fx raises whatever the user's code raises on a proxy
-            _restore(root, before, _outside_state(root))
-            raise Untraceable(
-                f"{type(root).__name__}.forward is no fixed graph ({first_line(error)})"
-            ) from error
-        after = _outside_state(root)
-        if before == after:
+            _set_random_state(numbers)
+            raise Untraceable(f"{title} is no fixed graph ({first_line(error)})") from error
+        finally:
+            attributes.restore()
+        if why is None and tracer.keeps:
+            gc.collect()  # fx leaves circles
+            why = "keeps a traced value outside of its modules" if tracer.keeps else None
+        if why is not None:
+            _set_random_state(numbers)
+            raise Untraceable(f"{title} {why}")
+        if numbers == _random_state():
             return tracer, graph
-        if before[-1] != after[-1] or not attempts_left:
-            _restore(root, before, after)
-            break
-    raise Untraceable(
-        f"{type(root).__name__}.forward draws random numbers or counts in Python as it runs"
-    )
+    _set_random_state(first)
+    raise Untraceable(f"{title} draws random numbers or counts in Python as it runs")
 
 
-def _outside_state(root: nn.Module) -> tuple[Any, ...]:
-    """Return the state outside of a graph that a forward might change."""
-    plain = bool | int | float | str
-    return (
-        random.getstate(),
-        torch.random.get_rng_state().numpy().tobytes(),
-        [{k: v for k, v in vars(m).items() if isinstance(v, plain)} for m in root.modules()],
-    )
+def _why_wrong(root: nn.Module, graph: fx.Graph, changes: list[Change]) -> str | None:
+    """Return why a graph does less than its forward, or None."""
+    if any(
+        node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes
+    ):
+        return "makes tensors of its own"
+    for change in changes:
+        module = change.buffers_of
+        if module is None or not all(_writes(root, module, name) for name in change.entries):
+            return f"changes {change.attribute!r}"
+    return None
 
 
-def _restore(root: nn.Module, before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
-    if before == after:
-        return
-    random.setstate(before[0])
-    torch.random.set_rng_state(torch.frombuffer(bytearray(before[1]), dtype=torch.uint8))
-    for module, values in zip(root.modules(), before[2], strict=True):
-        vars(module).update(values)
+def _writes(root: nn.Module, module: nn.Module, name: str) -> bool:
+    """Return whether ``self.name += 1`` assigned a buffer, which the graph then does as well."""
+    value = vars(module)["_buffers"].get(name)
+    if not issubclass(type(value), fx.Proxy):
+        return False
+    node = value.node
+    while node.op in ("call_function", "call_method") and _in_place(node):
+        node = node.args[0]
+    path, _, last = str(node.target).rpartition(".")
+    return node.op == "get_attr" and last == name and root.get_submodule(path) is module
+
+
+def _random_state() -> tuple[Any, bytes]:
+    return random.getstate(), torch.random.get_rng_state().numpy().tobytes()
+
+
+def _set_random_state(state: tuple[Any, bytes]) -> None:
+    if state != _random_state():
+        random.setstate(state[0])
+        torch.random.set_rng_state(torch.frombuffer(bytearray(state[1]), dtype=torch.uint8))
 
 
 def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
@@ -539,6 +700,7 @@ def recognise(graph: fx.GraphModule) -> dict[fx.Node, Recognised | str]:
     for node in found:
         if _in_place(node):
             _check_in_place(node, found)
+    _check_stored(graph)
     _check_shared_norms(found)
     return found
 
@@ -559,6 +721,47 @@ def _check_in_place(node: fx.Node, found: dict[fx.Node, Recognised | str]) -> No
         if not made_here:
             found[node] = "a tensor that PyTorch made is changed in place"
         source = source.args[0] if source.args else None  # `source` may be a view of it
+
+
+def _check_stored(graph: fx.GraphModule) -> None:
+    """Check that nothing else uses a buffer or parameter that a node changes.
+
+    The segments may be executed in another order than their nodes were traced.
+    """
+    uses: Counter[int] = Counter()  # of each memory
+    for node in graph.graph.nodes:
+        if (tensor := _stored(graph, node)) is not None:
+            uses[_memory(tensor)] += len(node.users)
+        elif node.op == "call_module":
+            module = graph.get_submodule(str(node.target))
+            module = module.held[0] if isinstance(module, InProjection) else module
+            memories = {_memory(t) for t in (*module.parameters(), *module.buffers())}
+            uses.update(memories)
+    for node in graph.graph.nodes:
+        for source in _changed_by(node):
+            while source.args and isinstance(source.args[0], fx.Node):  # it may be a view
+                source = source.args[0]
+            tensor = _stored(graph, source)
+            if tensor is not None and uses[_memory(tensor)] > 1:
+                raise Untraceable(
+                    f"it changes {str(source.target)!r}, which it also uses elsewhere"
+                )
+
+
+def _changed_by(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments that a node may change in place."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    changed: list[Any] = []
+    if _in_place(node):
+        changed = [node.args[:1], node.kwargs.get("input"), node.kwargs.get("self")]
+    elif getattr(node.target, "__name__", "") in ("batch_norm", "instance_norm"):
+        changed = [node.args[1:], node.kwargs]  # the running statistics are among them
+    return [value for value in tree_leaves(changed) if isinstance(value, fx.Node)]
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _in_place(node: fx.Node) -> bool:

@@ -28,6 +28,7 @@ from acdc.engine.graph import (
     ConvSpec,
     Recognised,
     Untraceable,
+    follow_buffers,
     has_other_forward,
     hooks_of,
     propagate,
@@ -209,6 +210,9 @@ class Host:
             return self.original(*args, **kwargs)
         graph = self._graph(arguments)
         if graph is None:
+            return self.original(*args, **kwargs)
+        if not follow_buffers(graph, self._root):
+            self._warn("a buffer has another shape or dtype than when it was traced")
             return self.original(*args, **kwargs)
         return graph.forward(*arguments.tensors)  # the graph has names of its own for them
 

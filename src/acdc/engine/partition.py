@@ -88,6 +88,8 @@ def _connected(proposed: Partition, recognised: Mapping[fx.Node, Recognised]) ->
     """
     parts: list[tuple[set[tuple[fx.Node, str]], list[fx.Node]]] = []
     for node in proposed.nodes:
+        if node not in recognised:  # an index, which torch.fx moves to the node that it reads
+            continue
         what = recognised[node]
         # A tensor that one node reads as images and another as tokens is converted twice anyway.
         tensors = {(tensor, str(what.kind)) for tensor in (node, *inputs_of(node, what.spec))}
