@@ -15,13 +15,16 @@ from acdc.bench import zoo, zoo_step
 from acdc.bench.step import OPTIMIZERS
 from acdc.bench.zoo import OWN, ZOO, ZooNetwork
 from acdc.cli import main
+from acdc.engine.choice import Choice
+from acdc.engine.engine import Engine
+from acdc.engine.verdict import Verdict
 from acdc.errors import InputError
 
 Capture = pytest.CaptureFixture[str]
 KEYS = {
     "case", "sparsity", "optimizer", "ratio", "dense_ms", "engine_ms", "dense_setting",
     "dense_settings_ms", "quartiles", "rounds", "dense_peak_mb", "engine_peak_mb",
-    "sparse_percent", "layers", "not_sparse", "notes",
+    "sparse_percent", "layers", "not_sparse", "verdicts", "notes",
 }  # fmt: skip
 
 
@@ -102,6 +105,25 @@ def test_a_row_for_every_network_and_sparsity_and_the_reasons_below(
     assert all(f"small at 50 %: {line}" in out for line in zoo_step._grouped(good["not_sparse"]))
     assert good["not_sparse"]["up.weight"] == "the engine has no kernels for such a layer"
     assert "Not timed: absent (needs timm, which is not installed: pip install timm)." in out
+
+
+def test_what_whole_steps_have_switched_off_runs_dense(
+    tiny: None, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: list[bool] = []
+    monkeypatch.setattr(zoo_step.OnEngine, "settle", lambda self: settled.append(True))
+    off = Verdict("training", ("the engine",), True, 1.25, 1.0)
+    monkeypatch.setattr(Engine, "verdicts", property(lambda self: (off,)))
+    monkeypatch.setattr(
+        Engine, "choices", property(lambda self: {"last": Choice(sparse=True, density=0.5)})
+    )
+    file = tmp_path / "zoo.json"
+    assert run("--network", "small", "--sparsity", "0.5", "--json", str(file)) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert settled == [True]  # before anything is timed
+    assert row["sparse_percent"] == 0.0
+    assert row["not_sparse"]["last.weight"] == zoo_step.SLOWER_AS_A_WHOLE
+    assert f"small at 50 %: {off}" in capsys.readouterr().out
 
 
 def test_further_columns_and_optimizers(tiny: None, tmp_path: Path, capsys: Capture) -> None:

@@ -27,6 +27,7 @@ from acdc.pattern import Scope
 T = TypeVar("T", bound=Training)
 
 SLOWER = "dense was faster when the layer was timed"
+SLOWER_AS_A_WHOLE = "whole steps were faster without the engine"
 
 
 class Bf16(Training):
@@ -113,6 +114,7 @@ def _rows(network: Network, settings: Settings) -> Iterator[Row]:
         try:
             engine = OnEngine(network, sparsity, settings.scope, kind)
             trainings["engine", sparsity] = engines[sparsity] = _warm(engine)
+            engine.settle()
             if engine.engine.off:
                 notes[sparsity]["engine"] = engine.engine.off
         except Exception as error:  # the network may fail in the engine alone
@@ -128,12 +130,13 @@ def _rows(network: Network, settings: Settings) -> Iterator[Row]:
         row |= summary(dense, sparse | columns, settings.columns)
         dense_mb = dense_mb or peak_mb(network.name, formats[row["dense_setting"]], kind, find=find)
         row |= {"dense_peak_mb": dense_mb, "engine_peak_mb": None, "sparse_percent": None}
-        row |= {"layers": {}, "not_sparse": {}}
+        row |= {"layers": {}, "not_sparse": {}, "verdicts": []}
         if (training := engines.get(sparsity)) is not None:
             row["engine_peak_mb"] = peak_mb(network.name, sparsity, settings.scope, kind, find=find)
             row["sparse_percent"] = sparse_percent(training)
             row["layers"] = choices(training.engine)
             row["not_sparse"] = not_sparse(training)
+            row["verdicts"] = [str(v) for v in training.engine.verdicts if v.off]
         yield row | {"notes": notes[None] | notes[sparsity]}
 
 
@@ -149,7 +152,7 @@ def _failed(network: Network, sparsity: float, why: str, settings: Settings) -> 
     empty = ("ratio", "dense_ms", "engine_ms", *(f"{name}_ms" for name in settings.columns))
     row |= dict.fromkeys((*empty, "dense_peak_mb", "engine_peak_mb", "sparse_percent"))
     row |= {"dense_setting": "failed", "dense_settings_ms": {}, "quartiles": {}, "rounds": 0}
-    return row | {"layers": {}, "not_sparse": {}, "notes": {"dense": why}}
+    return row | {"layers": {}, "not_sparse": {}, "verdicts": [], "notes": {"dense": why}}
 
 
 # --- what does not run sparse -------------------------------------------------------------------
@@ -173,7 +176,14 @@ def sparse_percent(training: OnEngine) -> float | None:
     return 100 * sum(n for name, n in macs.items() if name in sparse) / whole if whole else None
 
 
+def _is_off(engine: Engine) -> bool:
+    """Return whether whole steps have switched the engine off."""
+    return any(verdict.dense for verdict in engine.verdicts)
+
+
 def _sparse(engine: Engine) -> set[str]:
+    if _is_off(engine):
+        return set()
     return {f"{name}.weight" for name, choice in engine.choices.items() if choice.sparse}
 
 
@@ -187,7 +197,7 @@ def not_sparse(training: OnEngine) -> dict[str, str]:
         if engine.off is not None:
             found[name] = engine.off
         elif layer in engine.choices:
-            found[name] = SLOWER
+            found[name] = SLOWER_AS_A_WHOLE if engine.choices[layer].sparse else SLOWER
         else:
             found[name] = engine.refused.get(layer, "the engine has no kernels for such a layer")
     return found
@@ -199,7 +209,7 @@ def reasons(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         case = f"{row['case']} at {100 * row['sparsity']:g} %"
         lines += [f"{case}: {name} failed: {why}" for name, why in row["notes"].items()]
-        lines += [f"{case}: {line}" for line in _grouped(row["not_sparse"])]
+        lines += [f"{case}: {line}" for line in (*row["verdicts"], *_grouped(row["not_sparse"]))]
     return lines
 
 
