@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import acdc
 from acdc.engine import segment
 from acdc.engine.host import ARGUMENTS
+from support.engine_nets import Outer
 
 
 class Layers(nn.Module):
@@ -59,17 +60,6 @@ class Options(Layers):
         if shift is not None:
             y = y + shift
         return (y,) if return_dict is False else y
-
-
-class Outer(nn.Module):
-    """A forward that is no graph, so that the engine hosts its part."""
-
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(*args, **kwargs)
 
 
 def x_of(seed: int = 0, rows: int = 6) -> Tensor:

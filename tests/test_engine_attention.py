@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import acdc
 from acdc.engine import segment
-from support.engine_nets import backward, close, cut, tensors
+from support.engine_nets import Outer, backward, close, cut, tensors
 
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
 BANNED = torch.eye(5, dtype=torch.bool)
@@ -97,17 +97,6 @@ class Self(nn.Module):
     def forward(self, x: Tensor, attn: Any = None, padding: Any = None, **more: Any) -> Any:
         x = self.into(x)
         return self.attention(x, x, x, attn_mask=attn, key_padding_mask=padding, **more)
-
-
-class Outer(nn.Module):
-    """A forward of any arguments, so that the engine hosts its part."""
-
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.part(*args, **kwargs)
 
 
 @pytest.mark.parametrize("settings", [{}, {"batch_first": True}, {"bias": False, "dropout": 0.3}])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import acdc
-from acdc.engine import graph, memory, segment
+from acdc.engine import memory, segment, tracing
 from acdc.engine.arguments import Arguments
 from support.engine_nets import cut, support_of
 from support.helpers import SCHEDULE
@@ -119,7 +119,7 @@ def test_a_graph_is_traced_while_other_threads_call_networks_and_draw_numbers(
     def trace() -> str | None:
         try:
             for _ in range(20):
-                graph.trace(model, given)
+                tracing.trace(model, given)
         finally:
             stop.set()
         return None

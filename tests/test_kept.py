@@ -636,13 +636,20 @@ CLEARED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+BY_KERNEL = {"plain", "double", "bfloat16", "channels last", "parameter"}
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("form", CLEARED)
-def test_what_is_cleared_is_plus_zero_and_the_rest_is_as_it_was(form: str, threads: int) -> None:
+def test_what_is_cleared_is_plus_zero_and_the_rest_is_as_it_was(
+    form: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared, called = native.clear, []
+    monkeypatch.setattr(native, "clear", lambda *args: called.append(cleared(*args)))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        values = torch.randn(40, 30, 7, 7, generator=torch.Generator().manual_seed(0)) * 50
+        values = torch.randn(60, 30, 7, 7, generator=torch.Generator().manual_seed(0)) * 50
         values.view(-1)[::97] = torch.inf
         values.view(-1)[::89] = torch.nan
         tensor = CLEARED[form](values)
@@ -652,6 +659,7 @@ def test_what_is_cleared_is_plus_zero_and_the_rest_is_as_it_was(form: str, threa
         clear(tensor, dropped)
         assert same(tensor.resolve_neg(), expected)
         assert tensor._version > version
+        assert bool(called) is (native.available() and form in BY_KERNEL)
     finally:
         torch.set_num_threads(before)
 

@@ -6,31 +6,20 @@ The processes are those of ``support/ranks.py``, which tries everything once.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
+from support import gloo
 from support.ranks import CASES
 
-TESTS = Path(__file__).parent
 End = tuple[int | None, str]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[End]]:
     """What happens -> exit code and standard error of each rank; None: it did not end."""
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this build of torch has no gloo")
-    folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "support.ranks", str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    result: dict[str, list[End]] = json.loads(done.stdout)
+    printed = gloo.run("support.ranks", tmp_path_factory.mktemp("ranks"))
+    result: dict[str, list[End]] = json.loads(printed)
     assert result.keys() == CASES.keys()
     return result
 

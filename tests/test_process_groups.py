@@ -5,23 +5,18 @@ The processes are those of ``support/groups.py``, which tries everything once.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from support import groups
+from support import gloo, groups
 from support.groups import CASES, Seen
 from support.helpers import CUTS, REVIVAL, TOTAL, build
 
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).parent
 CHANGES = len((*CUTS, REVIVAL))
 HASHED = 8 * 5  # bytes that a process sends at a change: five numbers
 
@@ -29,14 +24,8 @@ HASHED = 8 * 5  # bytes that a process sends at a change: five numbers
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Seen]]:
     """Name of a case -> what each rank saw."""
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this build of torch has no gloo")
     folder = tmp_path_factory.mktemp("groups")
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "support.groups", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
+    gloo.run("support.groups", folder)
     return {
         case: [torch.load(folder / f"{case}.{rank}.pt") for rank in range(world)]
         for case, (world, _) in CASES.items()

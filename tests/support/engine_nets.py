@@ -648,3 +648,14 @@ def segments(engine: acdc.Engine) -> list[Segment]:
     """Return the segments that exist now."""
     graphs = [g for host in engine._hosts for g in host._graphs.values() if g is not None]
     return [m for g in graphs for m in g.children() if isinstance(m, Segment)]
+
+
+class Outer(nn.Module):
+    """A forward of any arguments, which is no graph: the engine hosts its part."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.part(*args, **kwargs)

@@ -157,8 +157,7 @@ def attend(
 
     """
     q, k, v = _by_head(qkv, heads, batch_first)
-    if is_causal and attn_mask is None:
-        raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+    _check_mask(attn_mask, is_causal)
     causal = is_causal and key_padding_mask is None
     mask = None if causal else _mask(attn_mask, key_padding_mask, q)
     seen = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
@@ -181,14 +180,19 @@ def attend_with_weights(
     The arguments are those of ``attend``. With ``average``, the weights are averaged over heads.
     """
     q, k, v = _by_head(qkv, heads, batch_first)
-    if is_causal and attn_mask is None:
-        raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
+    _check_mask(attn_mask, is_causal)
     scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-2, -1)
     mask = _mask(attn_mask, key_padding_mask, q)
     weights = torch.softmax(scores if mask is None else scores + mask, -1)
     weights = F.dropout(weights, dropout) if dropout > 0 else weights
     shown = weights.mean(1) if average else weights
     return _side_by_side(weights @ v, qkv, batch_first), shown if qkv.dim() == 3 else shown[0]
+
+
+def _check_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise as ``nn.MultiheadAttention`` does, for a hint without the mask that it is about."""
+    if is_causal and attn_mask is None:
+        raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
 
 
 def _by_head(qkv: Tensor, heads: int, batch_first: bool) -> tuple[Tensor, ...]:

@@ -23,7 +23,6 @@ from acdc.engine.choice import Choice, Policy, table
 from acdc.engine.contract import Kernels
 from acdc.engine.effects import Attributes
 from acdc.engine.gradients import KernelGradients
-from acdc.engine.graph import Untraceable
 from acdc.engine.host import UNREACHED, Host
 from acdc.engine.judge import Judge
 from acdc.engine.memory import Workspace
@@ -31,6 +30,7 @@ from acdc.engine.native import Native
 from acdc.engine.plans import Plans
 from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
+from acdc.engine.tracing import Untraceable
 from acdc.engine.verdict import Verdict
 from acdc.errors import InputError
 from acdc.layers import unwrapped

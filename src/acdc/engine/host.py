@@ -24,17 +24,7 @@ from acdc.engine.attention import has_in_projection
 from acdc.engine.choice import Policy
 from acdc.engine.contract import KernelPlan
 from acdc.engine.gradients import KernelGradients
-from acdc.engine.graph import (
-    ConvSpec,
-    Recognised,
-    Untraceable,
-    follow_buffers,
-    has_other_forward,
-    hooks_of,
-    propagate,
-    recognise,
-    trace,
-)
+from acdc.engine.graph import ConvSpec, Recognised, recognise
 from acdc.engine.judge import Judge, Pass
 from acdc.engine.lowering import lower
 from acdc.engine.memory import Workspace
@@ -44,6 +34,14 @@ from acdc.engine.partition import fuse
 from acdc.engine.plans import Plans
 from acdc.engine.segment import Segment
 from acdc.engine.tape import Op
+from acdc.engine.tracing import (
+    Untraceable,
+    follow_buffers,
+    has_other_forward,
+    hooks_of,
+    propagate,
+    trace,
+)
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from acdc.engine import native
+from acdc.engine.gradients import LARGE
 
 SIZES = (2, 4, 8)  # bytes of an element that the compiled functions move
-LARGE = 2**15  # elements; with fewer, a call costs as much as its elements
 
 
 def gather(dense: Tensor, index: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def gather(dense: Tensor, index: Tensor) -> Tensor:
     Returns:
         ``[k]``, of the dtype of ``dense``.
     """
-    if not native.available() or dense.element_size() not in SIZES:
+    if not _moves(dense):
         return dense.index_select(0, index)
     vector = torch.empty(index.numel(), dtype=dense.dtype, device="cpu")
     native.gather(dense, index, vector)
@@ -36,7 +36,7 @@ def expand(vector: Tensor, index: Tensor, dense: Tensor) -> None:
         index: int32 ``[k]``, ascending: the positions of the kept elements.
         dense: ``[n]``, contiguous, on the CPU. Its version is counted up.
     """
-    if native.available() and dense.element_size() in SIZES:
+    if _moves(dense):
         native.expand(vector, index, dense)
         torch.autograd.graph.increment_version(dense)
     else:
@@ -51,11 +51,16 @@ def clear(tensor: Tensor, dropped: Tensor) -> None:
         dropped: bool, of its shape, on its device: True where an element becomes zero.
     """
     # Not a product with a mask: that leaves -0.0 for -1, and NaN for infinity.
-    if _is_plain(tensor) and tensor.stride() == dropped.stride() and native.available():
+    if _moves(tensor) and _is_plain(tensor) and tensor.stride() == dropped.stride():
         native.clear(tensor, dropped)
         torch.autograd.graph.increment_version(tensor)
     else:
         tensor.masked_fill_(dropped, 0.0)
+
+
+def _moves(tensor: Tensor) -> bool:
+    """Return whether there are compiled functions for elements of this size."""
+    return native.available() and tensor.element_size() in SIZES
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -65,7 +70,6 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.numel() >= LARGE
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
-        and tensor.element_size() in SIZES
         and not (tensor.is_complex() or tensor.is_neg() or tensor.is_inference())
         and not (torch.is_grad_enabled() and tensor.requires_grad)
         and (tensor.is_contiguous() or _is_channels_last(tensor))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -525,12 +525,13 @@ class Relu(Op):
 
 
 @dataclass(eq=False)
-class Add(Op):
-    """A sum."""
+class _OfTwo(Op):
+    """An operation on two tensors of one shape, element by element."""
 
     x: Value
     y: Value
     out: Value
+    kernel: ClassVar[Pointwise]
 
     @property
     def reads(self) -> tuple[Value, ...]:
@@ -538,7 +539,13 @@ class Add(Op):
 
     def forward(self, tape: Tape) -> None:
         x, y, out = (tape.value(v) for v in (self.x, self.y, self.out))
-        _pointwise(tape, self, "add", x, y, out=out)
+        _pointwise(tape, self, self.kernel, x, y, out=out)
+
+
+class Add(_OfTwo):
+    """A sum."""
+
+    kernel = "add"
 
     def backward(self, tape: Tape) -> None:
         grad = tape.release(self.out)
@@ -552,21 +559,10 @@ class Add(Op):
         tape.give(self, grad, needed[-1])
 
 
-@dataclass(eq=False)
-class Mul(Op):
-    """A product of two tensors of one shape."""
+class Mul(_OfTwo):
+    """A product."""
 
-    x: Value
-    y: Value
-    out: Value
-
-    @property
-    def reads(self) -> tuple[Value, ...]:
-        return (self.x, self.y)
-
-    def forward(self, tape: Tape) -> None:
-        x, y, out = (tape.value(v) for v in (self.x, self.y, self.out))
-        _pointwise(tape, self, "mul", x, y, out=out)
+    kernel = "mul"
 
     def backward(self, tape: Tape) -> None:
         grad = tape.grad(self.out)

@@ -18,12 +18,12 @@ from torch import Tensor, fx, nn
 
 from acdc.engine.contract import KernelPlan, Kernels
 from acdc.engine.gradients import KernelGradients
-from acdc.engine.graph import first_line
 from acdc.engine.judge import Judge
 from acdc.engine.memory import Arena, Frame, Lease, Workspace
 from acdc.engine.modes import why_plain
 from acdc.engine.operations import Program
 from acdc.engine.tape import GradientRequest, Op, Slot, Tape, Value
+from acdc.engine.tracing import first_line
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ the optimizer step vectors of the kept elements instead.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -153,37 +153,38 @@ class KeptSteps:
             options = self.optimizer.param_groups[number].items()
             group.update({k: v for k, v in options if k not in ("params", "param_names")})
             for weight in weights:
-                if weight.is_ready:
-                    ready.append(weight.param)
-                    if not self._step_at_once(weight, group):
-                        left.append(weight)
+                if not weight.is_ready:
+                    continue
+                ready.append(weight.param)
+                state = self._state_of(weight)
+                if stepped(type(self.optimizer), weight, state, group):
+                    self._keep(weight, state)
+                else:
+                    left.append((weight, state))
         self._step_by_twin(twin, left)
         # The optimizer shall not find them: it passes over weights without a gradient.
         self._grads = clear_grads(ready)
 
-    def _step_at_once(self, weight: KeptWeight, options: Mapping[str, Any]) -> bool:
-        """Step a weight in one pass over memory, and return whether that could be done."""
-        state = self._state_of(weight).of_kept()
-        done = stepped(type(self.optimizer), weight, state, options)
-        if done and state:
-            self.optimizer.state[weight.param] = KeptState(weight, state)
-        return done
-
-    def _step_by_twin(self, twin: Optimizer, weights: list[KeptWeight]) -> None:
+    def _step_by_twin(self, twin: Optimizer, left: list[tuple[KeptWeight, dict[str, Any]]]) -> None:
         """Step weights as vectors of their kept elements, by an optimizer of the same kind."""
-        for weight in weights:
+        for weight, state in left:
             weight.read()
-            twin.state[weight.vector] = self._state_of(weight).of_kept()
+            twin.state[weight.vector] = state
         # Not twin.step(): hooks that somebody registered for all optimizers count this step once.
         type(twin).step.__wrapped__(twin)  # type: ignore[attr-defined]
-        for weight in weights:
-            if made := twin.state.pop(weight.vector):
-                self.optimizer.state[weight.param] = KeptState(weight, made)
+        for weight, _ in left:
+            self._keep(weight, twin.state.pop(weight.vector))
             weight.write()
 
-    def _state_of(self, weight: KeptWeight) -> KeptState:
+    def _state_of(self, weight: KeptWeight) -> dict[str, Any]:
+        """Return the state of the kept elements of a weight."""
         state = self.optimizer.state.get(weight.param, {})
-        return state if isinstance(state, KeptState) else KeptState(weight, state)
+        return (state if isinstance(state, KeptState) else KeptState(weight, state)).of_kept()
+
+    def _keep(self, weight: KeptWeight, state: dict[str, Any]) -> None:
+        """Store the state of the kept elements of a weight."""
+        if state:
+            self.optimizer.state[weight.param] = KeptState(weight, state)
 
     def _make_plain(self) -> None:
         """Give every weight a state that is a plain dictionary of dense tensors."""

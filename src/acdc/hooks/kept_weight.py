@@ -30,7 +30,7 @@ class KeptWeight:
 
     def __init__(self, param: nn.Parameter, mask: Tensor) -> None:
         self.param, self._stride = param, param.stride()
-        self._order = sorted(range(param.dim()), key=lambda d: -self._stride[d])
+        self._order = _order_of_memory(param)
         self.index = mask.permute(self._order).reshape(-1).nonzero()[:, 0].int()
         self.vector = nn.Parameter(param.detach().new_empty(0))
         self.version: int | None = None
@@ -95,8 +95,13 @@ class KeptWeight:
 
 def can_be_kept(param: Tensor) -> bool:
     """Return whether a weight lies in memory without gaps, and its positions have 32 bits."""
-    order = sorted(range(param.dim()), key=lambda d: -param.stride()[d])
-    return param.numel() <= LARGEST and bool(param.permute(order).is_contiguous())
+    without_gaps = param.permute(_order_of_memory(param)).is_contiguous()
+    return param.numel() <= LARGEST and bool(without_gaps)
+
+
+def _order_of_memory(param: Tensor) -> list[int]:
+    """Return the dimensions, that of the largest stride first."""
+    return sorted(range(param.dim()), key=lambda d: -param.stride()[d])
 
 
 class KeptState(dict[str, Any]):

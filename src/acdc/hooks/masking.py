@@ -125,7 +125,7 @@ class Masking:
                 f"that the sparsifier is bound to."
             )
         for name in self._dropped:
-            params[name].masked_fill_(self._dropped[name].to(params[name].device), 0.0)
+            clear(params[name], self._dropped[name].to(params[name].device))
 
     def clear_gradients(self) -> None:
         """Clear the gradients outside the support that were accumulated before now."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acdc.engine.kept import clear
 from acdc.methods.training import Behind, Training
 from acdc.methods.weights import Weights
 from acdc.support import Support
@@ -57,7 +58,7 @@ class DenseStore:
             if param.grad is None:
                 continue
             if trained is not None:
-                param.grad.masked_fill_(~trained, 0.0)
+                clear(param.grad, ~trained)
             pull = self._pull(dense, support[name], trained)
             if pull is not None:
                 param.grad.add_(pull if scale is None else pull * scale)
@@ -71,7 +72,7 @@ class DenseStore:
         for name in self.dense:
             param = self._params[name]
             if param.grad is not None:
-                param.grad.masked_fill_(param == 0, 0.0)
+                clear(param.grad, param == 0)
 
     def take_over(self) -> None:
         """Take over what the step made of the weights that are trained; the others stay."""

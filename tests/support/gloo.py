@@ -1,0 +1,28 @@
+"""A module of this package that starts processes which train together, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+TESTS = Path(__file__).parents[1]
+
+
+def run(module: str, folder: Path) -> str:
+    """Run a module with a folder as its argument, and return what it prints.
+
+    Skips the test where PyTorch was built without gloo.
+    """
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("this build of torch has no gloo")
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
