@@ -65,7 +65,8 @@ class Bench:
         torch.manual_seed(0)
         self.net, self.x = build(), torch.randn(shape)
         self.optimizer = make(self.net.parameters())
-        self.engine = acdc.Engine(self.net, self.x, choose=False)  # or whole steps may switch it off
+        # Without a choice, so that whole steps cannot switch the engine off in between.
+        self.engine = acdc.Engine(self.net, self.x, choose=False)
         method = acdc.ACDC(
             acdc.Unstructured(sparsity, "uniform"),
             acdc.constant("sparse", epochs=1).resolve(1_000_000),
