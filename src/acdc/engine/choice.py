@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from torch import fx, nn
+from torch import fx
 from torch.fx.passes.infra.partitioner import Partition
 
 from acdc.engine.contract import KernelPlan, Kernels
-from acdc.engine.graph import ConvSpec, Recognised, inputs_of
+from acdc.engine.graph import ConvSpec, Kind, Recognised, inputs_of
 from acdc.engine.lowering import value_of
 from acdc.engine.partition import ends_of, layers_of, samples_of, segments_of
 from acdc.engine.plans import Plans
@@ -163,7 +163,7 @@ class Policy:
                 name = names[node] = name_of(what.spec)
                 if name not in self.choices:
                     new.add(name)
-                    self.choices[name] = self._measure(name, what.spec, node)
+                    self.choices[name] = self._measure(name, what.spec, node, what.kind)
         if new and self._may_time:
             for segment in self._segments(graph, recognised, names):
                 layers = [names[node] for node in layers_of(segment, recognised)]
@@ -186,11 +186,11 @@ class Policy:
         chosen = {n for n in recognised if n not in names or self.choices[names[n]].sparse}
         return segments_of(graph, recognised, chosen)
 
-    def _measure(self, name: str, spec: ConvSpec, node: fx.Node) -> Choice:
+    def _measure(self, name: str, spec: ConvSpec, node: fx.Node, kind: Kind) -> Choice:
         density = self.plans.density(name)
         if not self._may_time:
             return Choice(not self.times_layers, density)
-        layer = _candidate(name, spec, node)
+        layer = _candidate(name, spec, node, kind)
         plan = self.plans.plan(name, spec, layer.x, layer.out)
         return measure(layer, plan, self.plans.kernels, density, self._timings)
 
@@ -200,20 +200,19 @@ class Policy:
         """Return the time of the conversions at the ends of a segment."""
         return sum(
             conversion_ms(
-                value_of(end, tokens), samples_of(end, tokens), self.plans.kernels, self._timings
+                value_of(end, kind), samples_of(end, kind), self.plans.kernels, self._timings
             )
-            for end, tokens in ends_of(segment, recognised).items()
+            for end, kind in ends_of(segment, recognised).items()
         )
 
 
-def _candidate(name: str, spec: ConvSpec, node: fx.Node) -> Candidate:
+def _candidate(name: str, spec: ConvSpec, node: fx.Node, kind: Kind) -> Candidate:
     (source,) = inputs_of(node, spec)
-    tokens = isinstance(spec.module, nn.Linear)
-    x, out = value_of(source, tokens), value_of(node, tokens)
-    if not tokens:
+    x, out = value_of(source, kind), value_of(node, kind)
+    if kind == "images":
         x.halo = spec.geometry.halo
         out.grad_halo = spec.geometry.grad_halo(x.height, x.width)
-    return Candidate(name, spec.module, spec.geometry, x, out, samples_of(source, tokens))
+    return Candidate(name, spec, x, out, samples_of(source, kind))
 
 
 def table(

@@ -23,6 +23,7 @@ from acdc.engine.choice import Choice, Policy, table
 from acdc.engine.contract import Kernels
 from acdc.engine.effects import Attributes
 from acdc.engine.gradients import KernelGradients
+from acdc.engine.graph import is_layer
 from acdc.engine.host import UNREACHED, Host
 from acdc.engine.judge import Judge
 from acdc.engine.memory import Workspace
@@ -287,7 +288,7 @@ class Engine:
             self._hosts.append(host)
         except Untraceable as error:
             log.info("%s is traced in parts: %s.", name or type(module).__name__, error)
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if is_layer(module):
                 self.refused[name] = str(error)
             self._host_parts(name, module)
 
@@ -296,7 +297,7 @@ class Engine:
             full = f"{name}.{child_name}" if name else child_name
             if child in self._calls:
                 self._host(full, child, *self._calls[child])
-            elif isinstance(child, nn.Conv2d | nn.Linear):
+            elif is_layer(child):
                 self.refused[full] = UNREACHED
             else:
                 self._host_parts(full, child)

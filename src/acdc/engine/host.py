@@ -24,7 +24,7 @@ from acdc.engine.attention import has_in_projection
 from acdc.engine.choice import Policy
 from acdc.engine.contract import KernelPlan
 from acdc.engine.gradients import KernelGradients
-from acdc.engine.graph import ConvSpec, Recognised, recognise
+from acdc.engine.graph import ConvSpec, Recognised, is_layer, recognise
 from acdc.engine.judge import Judge, Pass
 from acdc.engine.lowering import lower
 from acdc.engine.memory import Workspace
@@ -93,7 +93,7 @@ class Host:
         if has_other_forward(module):
             raise Untraceable("its forward was replaced by other code")
         self._root = module
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if is_layer(module):
             self._root = _Single(module)
         self._signature = inspect.signature(self._root.forward)
         self._example = self._arguments(args, kwargs)
@@ -325,7 +325,7 @@ class Host:
         for target, module in self._root.named_modules():
             if has_in_projection(module):
                 target = f"{target}.in_proj".removeprefix(".")
-            elif not isinstance(module, nn.Conv2d | nn.Linear):
+            elif not is_layer(module):
                 continue
             reason = _reason(target, called)
             if isinstance(reason, str):

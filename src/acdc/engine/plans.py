@@ -38,17 +38,18 @@ class Plans:
 
     def plan(self, name: str, spec: ConvSpec, x: Value, out: Value) -> KernelPlan:
         """Return the index lists of a layer, made once per support and image size."""
-        lanes, weight = self.kernels.lanes, spec.module.weight
+        lanes, weight = self.kernels.lanes, spec.weight
         x_shape, dy_shape = x.shape(1, lanes, x.halo), out.shape(1, lanes, out.grad_halo)
         if (key := (name, x_shape, dy_shape)) not in self._made:
             mask = self._mask(name)
             if mask is None:
                 support = torch.arange(weight.numel(), device="cpu")
             else:
-                support = mask.reshape(-1).nonzero()[:, 0]
+                support = spec.by_output(mask).reshape(-1).nonzero()[:, 0]
             # The strides that its gradient will have: the weight's own, or contiguous ones if the
             # weight has gaps.
-            outs, per_group, *rest = torch.empty_like(weight, device="meta").stride()
+            like = spec.by_output(torch.empty_like(weight, device="meta"))
+            outs, per_group, *rest = like.stride()
             rows, columns = rest or (1, 1)
             strides = (outs, per_group, rows, columns)
             self._made[key] = self.kernels.plan(
