@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import acdc
+from acdc.engine import segment
 from acdc.engine.known import activation_of, is_known, rms_norm_eps
 from support.beside import Beside
 from support.engine_nets import Written, cut
@@ -74,7 +75,14 @@ def test_a_class_of_another_module_with_that_name_stays_with_pytorch() -> None:
     assert not is_known(Conv1D())
 
 
-def test_gpt2_runs_sparse(runs: list[int]) -> None:
+@pytest.mark.parametrize("cache", [False, True])
+def test_gpt2_runs_sparse(
+    cache: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a cache a block is one graph. With a cache the same layers run sparse, in parts."""
+    count: list[int] = []
+    compute = segment.compute
+    monkeypatch.setattr(segment, "compute", lambda *args: count.append(1) or compute(*args))
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0,
@@ -94,7 +102,7 @@ def test_gpt2_runs_sparse(runs: list[int]) -> None:
     losses = []
     for net in (plain, model):
         net.zero_grad()
-        loss = net(input_ids=ids, labels=ids).loss
+        loss = net(input_ids=ids, labels=ids, use_cache=cache).loss
         loss.backward()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -105,7 +113,22 @@ def test_gpt2_runs_sparse(runs: list[int]) -> None:
         )
     sparse = {f"{name}.weight" for name, choice in engine.choices.items() if choice.sparse}
     assert sparse == masks.keys() | {"lm_head.weight"}
-    assert runs
+    assert model.config.use_cache
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("acdc")]
+    if cache:
+        assert len(count) > 5
+        assert said == [
+            f"transformer.h.{i} runs in parts: its argument 'cache' is a DynamicCache."
+            for i in (0, 1)
+        ]
+        said.clear(), count.clear()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    # The head; of each block, what comes before its attention, and what comes after it.
+    assert len(count) == 5
+    assert said == []
+    engine.decompress()
+    for module in model.modules():
+        assert "forward" not in vars(module)
 
 
 # --- activations and norms ------------------------------------------------------------------------
