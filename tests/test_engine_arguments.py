@@ -226,7 +226,7 @@ def test_ever_new_values_are_computed_in_parts_and_said_once(
     # The example's call is a graph, and those after it. Then both layers by themselves.
     assert len(ran) == ARGUMENTS - 1 + 2 * (7 - ARGUMENTS + 1)
     (message,) = {record.getMessage() for record in caplog.records if "5.0" in record.getMessage()}
-    assert "part runs on plain PyTorch: its argument 'scale' is 5.0" in message
+    assert "part runs in parts: its argument 'scale' is 5.0" in message
     assert "the example has 1.0" in message
     assert len(caplog.records) == 1
 
