@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from acdc.bench import networks
 from acdc.bench.networks import Network
 from acdc.errors import InputError
+from acdc.layers import Layers
 
 INSTALL = {
     "transformers": "pip install transformers",
@@ -139,8 +140,9 @@ _ROWS: tuple[tuple[str, str, Build, int, bool, int], ...] = (
         4, True, 96),
     ("torch_encoder", "torch", _encoder, 16, False, 64),
 )  # fmt: skip
+_PRUNED = Layers(types=("conv", "linear", "attention"), skip_first=True, skip_last=True)
 ZOO: dict[str, ZooNetwork] = {
-    name: ZooNetwork(name, build, batch, images, None, library, size)
+    name: ZooNetwork(name, build, batch, images, _PRUNED, library, size)
     for name, library, build, batch, images, size in _ROWS
 }
 OWN = ("resnet20_w16_n128", "resnet14_w64_n64", "gpt_d768_l4_t512")

@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.passes.infra.partitioner import Partition
 
 from acdc.engine.contract import KernelPlan, Kernels
+from acdc.engine.gradients import LARGE
 from acdc.engine.graph import ConvSpec, Kind, Recognised, inputs_of
 from acdc.engine.lowering import value_of
 from acdc.engine.partition import ends_of, layers_of, samples_of, segments_of
@@ -171,6 +172,7 @@ class Policy:
                 if not segment_pays([self.choices[name] for name in layers], conversions):
                     for name in new.intersection(layers):
                         self.choices[name] = replace(self.choices[name], sparse=False)
+        self.plans.keep(self.sparse)
         return self._segments(graph, recognised, names)
 
     @property
@@ -190,6 +192,10 @@ class Policy:
         density = self.plans.density(name)
         if not self._may_time:
             return Choice(not self.times_layers, density)
+        if spec.is_linear and not self.plans.is_pruned(name) and spec.weight.numel() >= LARGE:
+            # Its lists would need six times the memory of the weight, and it would not be chosen: a
+            # matrix product does several times as many operations per second.
+            return Choice(False, density)
         layer = _candidate(name, spec, node, kind)
         plan = self.plans.plan(name, spec, layer.x, layer.out)
         return measure(layer, plan, self.plans.kernels, density, self._timings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -56,6 +56,14 @@ class Plans:
                 spec.geometry, support, x_shape, dy_shape, strides=strides
             )
         return self._made[key]
+
+    def keep(self, names: Collection[str]) -> None:
+        """Free the lists of all layers but these."""
+        self._made = {key: plan for key, plan in self._made.items() if key[0] in names}
+
+    def is_pruned(self, name: str) -> bool:
+        """Return whether the support has a mask for a layer."""
+        return self._mask(name) is not None
 
     def density(self, name: str) -> float:
         """Return the share of kept weights of a layer."""
