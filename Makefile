@@ -12,10 +12,10 @@ DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types unit test-zoo faults soak sanitize \
-	sanitize-threads format clean
+	sanitize-threads check-kernels kernels-aarch64 test-aarch64 format clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 install: $(STAMP)  ## make .venv and install acdc with all extras but ImageNet's
 
@@ -96,6 +96,20 @@ $(TSAN)/.built: $(STAMP) tests/support/team.cpp $(shell find src/acdc -name '*.p
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TSAN)/site \
 		-C build-dir=$(TSAN)/cmake -C cmake.build-type=RelWithDebInfo -C cmake.define.ACDC_SANITIZE=thread .
 	@touch $@
+
+EXAMPLES ?= 1000
+CHECK := -DACDC_CHECK=ON -S .
+check-kernels:  ## the kernels against plain loops in C++, without Python, for EXAMPLES=1000 examples
+	cmake $(CHECK) -B build/check
+	cmake --build build/check
+	OMP_WAIT_POLICY=PASSIVE build/check/check-kernels --examples $(EXAMPLES)
+
+kernels-aarch64:  ## cross-compile the kernels for 64-bit ARM (Debian's g++-aarch64-linux-gnu)
+	cmake $(CHECK) -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	cmake --build build/aarch64
+
+test-aarch64: kernels-aarch64  ## the same check on an emulated ARM CPU (Debian's qemu-user)
+	OMP_WAIT_POLICY=PASSIVE qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/check-kernels --examples $(EXAMPLES)
 
 format: install  ## put the code into its format
 	$(BIN)/ruff format .
