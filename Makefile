@@ -100,16 +100,16 @@ $(TSAN)/.built: $(STAMP) tests/support/team.cpp $(shell find src/acdc -name '*.p
 EXAMPLES ?= 1000
 CHECK := -DACDC_CHECK=ON -S .
 check-kernels:  ## the kernels against plain loops in C++, without Python, for EXAMPLES=1000 examples
-	cmake $(CHECK) -B build/check
-	cmake --build build/check
-	OMP_WAIT_POLICY=PASSIVE build/check/check-kernels --examples $(EXAMPLES)
+	cmake $(CHECK) -B build/kernels/check
+	cmake --build build/kernels/check
+	OMP_WAIT_POLICY=PASSIVE build/kernels/check/check-kernels --examples $(EXAMPLES)
 
 kernels-aarch64:  ## cross-compile the kernels for 64-bit ARM (Debian's g++-aarch64-linux-gnu)
-	cmake $(CHECK) -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
-	cmake --build build/aarch64
+	cmake $(CHECK) -B build/kernels/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	cmake --build build/kernels/aarch64
 
 test-aarch64: kernels-aarch64  ## the same check on an emulated ARM CPU (Debian's qemu-user)
-	OMP_WAIT_POLICY=PASSIVE qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/check-kernels --examples $(EXAMPLES)
+	OMP_WAIT_POLICY=PASSIVE qemu-aarch64 -L /usr/aarch64-linux-gnu build/kernels/aarch64/check-kernels --examples $(EXAMPLES)
 
 format: install  ## put the code into its format
 	$(BIN)/ruff format .

@@ -11,6 +11,7 @@ from support.kernel_calls import KernelCalls
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("ACDC_TILES", "rule")  # no test measures, or writes in the user's folder
     config.pluginmanager.register(KernelCalls(config))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # two workers of two threads on two cores wait for one another

@@ -15,6 +15,7 @@ from acdc import files
 from acdc.engine import native
 
 ROOT = Path(__file__).parent.parent
+BUILDS = ROOT / "build" / "kernels"
 TOOLCHAIN = ROOT / "cmake" / "aarch64-linux-gnu.cmake"
 COMPILER = "aarch64-linux-gnu-g++"
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
@@ -32,11 +33,11 @@ arm = pytest.mark.skipif(
 
 
 def built(folder: str, *settings: str) -> Path:
-    """Build the program in a folder of ``build``, where the next build finds what has not changed.
+    """Build the program in a folder where the next build finds what has not changed.
 
     Another worker of the test run may build at the same time: the folder has a lock.
     """
-    build = ROOT / "build" / folder
+    build = BUILDS / folder
     with files.alone(build, f"{build} is in use", patience=1200):
         for command in (
             ["-S", str(ROOT), "-B", str(build), "-DACDC_CHECK=ON", *settings],
@@ -120,7 +121,7 @@ def test_a_kernel_for_arm_that_does_nothing_is_seen(on_arm: list[str]) -> None:
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-objdump") is None, reason="no objdump for ARM")
 def test_the_kernels_for_arm_multiply_and_add_vectors_at_once(on_arm: list[str]) -> None:
     """Without fused operations, or number by number, they would be right, and slow."""
-    (path,) = (ROOT / "build" / "aarch64").glob("CMakeFiles/acdc_baseline.dir/csrc/body.cpp.o")
+    (path,) = (BUILDS / "aarch64").glob("CMakeFiles/acdc_baseline.dir/csrc/body.cpp.o")
     command = ["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", str(path)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     # The tile of 3 x 4 pixels, without a stride.

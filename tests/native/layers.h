@@ -176,6 +176,7 @@ template <class real> class LayerCheck {
         a.x = in.image(), a.y = out.image();
         a.in_row_step = a.in_column_step = a.out_row_step = a.out_column_step = 1;
         a.tile_rows = random.between(1, 4), a.tile_columns = random.between(1, 8);
+        a.stream_bytes = random.one_of({int64_t(0), int64_t(1) << 40});
         return a;
     }
 

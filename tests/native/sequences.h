@@ -1,5 +1,6 @@
 // A sequence of kernels that acdc_run takes block by block: a convolution into a buffer of one block per thread, a
-// ReLU, and the sums by channel of its result.
+// ReLU, the sums by channel of its result, and twice its result. If the sums stand alone, the last kernel is a group
+// of its own, which goes through the blocks backwards.
 #pragma once
 #include "layers.h"
 
@@ -18,7 +19,7 @@ template <class real> void check_sequences(const Kernels<real>& k, Random& rando
     const Tensor x = random_tensor(random, samples, channels, random.between(1, 5), random.between(1, 5));
     const std::vector<double> weight = random.normals(int64_t(channels) * channels);
     Buffer<real> b_x(x, k.place()), transient(samples, channels, x.height, x.width, k.place(), k.threads);
-    Buffer<real> b_y(x, k.place(1));
+    Buffer<real> b_y(x, k.place(1)), b_twice(x, k.place());
     b_x.put(x);
 
     std::vector<int64_t> support;
@@ -45,25 +46,30 @@ template <class real> void check_sequences(const Kernels<real>& k, Random& rando
     relu.a = transient.image(true), relu.out = b_y.dirty().image(), relu.threads = k.threads;
     const Memory<double> sums(channels);
     const Memory<real> workspace = k.workspace(int64_t(channels) * k.lanes());
-    acdc_channel_sums_args add{};
-    add.x = b_y.image(), add.sums = sums.data, add.workspace = workspace.data, add.threads = k.threads;
+    acdc_channel_sums_args sum{};
+    sum.x = b_y.image(), sum.sums = sums.data, sum.workspace = workspace.data, sum.threads = k.threads;
 
-    const bool alone = random.chance(0.5);  // the last call, after all blocks
+    acdc_pointwise_args twice{};
+    twice.a = twice.b = b_y.image(), twice.out = b_twice.dirty().image(), twice.threads = k.threads;
+
     const acdc_call calls[] = {call(k.pointer_to_conv(), conv, false), call(k.pointer_to_relu(), relu, false),
-                               call(k.pointer_to_channel_sums(), add, alone)};
-    const Memory<double> seconds((1 + k.threads) * 3);
-    acdc_run(calls, 3, b_x.blocks(), k.threads, random.chance(0.5) ? seconds.data : nullptr);
+                               call(k.pointer_to_channel_sums(), sum, random.chance(0.5)),
+                               call(k.pointer_to_add(), twice, false)};
+    const Memory<double> seconds((1 + k.threads) * 4);
+    acdc_run(calls, 4, b_x.blocks(), k.threads, random.chance(0.5) ? seconds.data : nullptr);
 
     Tensor want = x.like();
     want.each([&](int n, int c, int h, int w) {
-        double sum = 0;
-        for (int i = 0; i < channels; ++i) sum += weight[std::size_t(c) * channels + i] * x.at(n, i, h, w);
-        want.at(n, c, h, w) = sum > 0 ? sum : 0;
+        double total = 0;
+        for (int i = 0; i < channels; ++i) total += weight[std::size_t(c) * channels + i] * x.at(n, i, h, w);
+        want.at(n, c, h, w) = total > 0 ? total : 0;
     });
     close<real>("a sequence of kernels", b_y.get().values, want.values);
     b_y.check_rest("a sequence of kernels");
     close<real>("the sums of a sequence", values_of(sums),
                 want.sum_by_channel([&](int n, int c, int h, int w) { return want.at(n, c, h, w); }));
+    for (double& value : want.values) value *= 2;
+    close<real>("twice the result of a sequence", b_twice.get().values, want.values);
 }
 
 }  // namespace check
