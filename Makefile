@@ -11,7 +11,7 @@ DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/
 	src/acdc/console.py src/acdc/compare/cells.py src/acdc/methods/snfs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit test-zoo faults soak sanitize \
+.PHONY: help install demo test lint types unit unit-narrow test-zoo faults soak sanitize \
 	sanitize-threads check-kernels kernels-aarch64 test-aarch64 format clean
 
 help:  ## show this list
@@ -44,6 +44,13 @@ types: install  ## mypy, strict
 # not spin: with a worker on each CPU they would take the time of the others.
 unit: install  ## tests and doctests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal --doctest-modules $(DOCTEST) tests
+
+# The tests of the engine take the widest instruction set where they do not name one.
+unit-narrow: install  ## the tests of the engine as on CPUs with fewer instructions
+	for widest in baseline avx2; do \
+		OMP_WAIT_POLICY=PASSIVE ACDC_WIDEST=$$widest $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal \
+			tests/test_engine*.py tests/test_kept.py tests/test_profile.py tests/test_tiles.py tests/test_verdict.py || exit 1; \
+	done
 
 # torchvision and timm need a newer torch than the one that is pinned, so they have an environment of their
 # own. The kernels are built into a folder of their own, because they are built for another environment.
