@@ -11,11 +11,11 @@ DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/
 	src/acdc/console.py src/acdc/compare/cells.py src/acdc/methods/snfs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit test-zoo faults soak sanitize \
-	sanitize-threads format clean
+.PHONY: help install demo test lint types unit unit-narrow test-zoo faults soak sanitize \
+	sanitize-threads check-kernels kernels-aarch64 test-aarch64 format clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 install: $(STAMP)  ## make .venv and install acdc with all extras but ImageNet's
 
@@ -44,6 +44,13 @@ types: install  ## mypy, strict
 # not spin: with a worker on each CPU they would take the time of the others.
 unit: install  ## tests and doctests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal --doctest-modules $(DOCTEST) tests
+
+# The tests of the engine take the widest instruction set where they do not name one.
+unit-narrow: install  ## the tests of the engine as on CPUs with fewer instructions
+	for widest in baseline avx2; do \
+		OMP_WAIT_POLICY=PASSIVE ACDC_WIDEST=$$widest $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal \
+			tests/test_engine*.py tests/test_kept.py tests/test_profile.py tests/test_tiles.py tests/test_verdict.py || exit 1; \
+	done
 
 # torchvision and timm need a newer torch than the one that is pinned, so they have an environment of their
 # own. The kernels are built into a folder of their own, because they are built for another environment.
@@ -96,6 +103,20 @@ $(TSAN)/.built: $(STAMP) tests/support/team.cpp $(shell find src/acdc -name '*.p
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(TSAN)/site \
 		-C build-dir=$(TSAN)/cmake -C cmake.build-type=RelWithDebInfo -C cmake.define.ACDC_SANITIZE=thread .
 	@touch $@
+
+EXAMPLES ?= 1000
+CHECK := -DACDC_CHECK=ON -S .
+check-kernels:  ## the kernels against plain loops in C++, without Python, for EXAMPLES=1000 examples
+	cmake $(CHECK) -B build/kernels/check
+	cmake --build build/kernels/check
+	OMP_WAIT_POLICY=PASSIVE build/kernels/check/check-kernels --examples $(EXAMPLES)
+
+kernels-aarch64:  ## cross-compile the kernels for 64-bit ARM (Debian's g++-aarch64-linux-gnu)
+	cmake $(CHECK) -B build/kernels/aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
+	cmake --build build/kernels/aarch64
+
+test-aarch64: kernels-aarch64  ## the same check on an emulated ARM CPU (Debian's qemu-user)
+	OMP_WAIT_POLICY=PASSIVE qemu-aarch64 -L /usr/aarch64-linux-gnu build/kernels/aarch64/check-kernels --examples $(EXAMPLES)
 
 format: install  ## put the code into its format
 	$(BIN)/ruff format .

@@ -77,6 +77,7 @@ typedef struct acdc_conv_args {
     int32_t in_row_step, in_column_step, out_row_step, out_column_step;
     int32_t tile_rows, tile_columns; /* register tile, cut to what exists; see tile_within */
     int32_t accumulate;              /* add to what y holds */
+    int64_t stream_bytes;            /* a y that is larger, and written once, is written around the caches */
     const void* bias;                /* [channels of y] or null */
     const void* shift;               /* [channels of y] or null: subtracted inside `sums` */
     double* sums;                    /* [2][channels of y] or null: sum and sum of squares of y - shift */

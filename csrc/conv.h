@@ -138,8 +138,6 @@ template <class real> using ConvTileKernel = void (*)(const ConvTile<real>&);
 // How many vectors a tile may keep in registers. AVX-512 has 32 registers, the others have 16. The double
 // kernels serve gradient checks, so they have fewer tiles and compile fast.
 template <class real> constexpr int conv_tile_limit = sizeof(real) == 8 ? 4 : lanes == 16 ? 16 : 14;
-constexpr int64_t stream_bytes = 16 << 20;  // about half of a large last-level cache
-
 template <class real, int TH, int TW, int IN, int OUT> constexpr ConvTileKernel<real> conv_tile_or_null() {
     constexpr bool known_step = IN != 0;
     if constexpr (TH * TW <= conv_tile_limit<real> && (known_step || TH == 1)) return conv_tile<real, TH, TW, IN, OUT>;
@@ -271,10 +269,11 @@ template <class real> struct Conv {
         }
     }
 
-    // An output that is written once and does not fit into the caches is written around them.
+    // An output that is written once and does not fit into the caches is written around them. The double kernels
+    // never do this.
     bool streams() const {
         const int64_t bytes = a.y.block * a.y.blocks * int64_t(sizeof(real));
-        return bytes > stream_bytes && !a.y.per_thread && !a.accumulate && a.phases == 1 && a.lists[0].tiles == 1;
+        return bytes > a.stream_bytes && !a.y.per_thread && !a.accumulate && a.phases == 1 && a.lists[0].tiles == 1;
     }
 
     void run(int thread, int64_t first, int64_t last) const {

@@ -136,7 +136,7 @@ NB_MODULE(_kernels, m) {
         nb::class_<Struct> cls(m, "conv_args");
         cls.def(nb::init<>());
         FIELD(x); FIELD(y); FIELD(in_row_step); FIELD(in_column_step); FIELD(out_row_step); FIELD(out_column_step);
-        FIELD(tile_rows); FIELD(tile_columns); FIELD(accumulate); FIELD(bias); FIELD(shift); FIELD(sums);
+        FIELD(tile_rows); FIELD(tile_columns); FIELD(accumulate); FIELD(stream_bytes); FIELD(bias); FIELD(shift); FIELD(sums);
         FIELD(workspace); FIELD(threads);
         cls.def("set_plan", [](Struct& self, const Plan& plan, bool input_grad) {
             self.phases = 1;

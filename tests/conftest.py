@@ -1,4 +1,6 @@
-"""Settings of every test run: the plugin of the kernels, and the threads of parallel workers."""
+"""Settings of every test run: the plugin of the kernels, the instruction sets that the tests
+see, and the threads of parallel workers.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from acdc.engine import segment
+from acdc.engine import native, segment
 from support.kernel_calls import KernelCalls
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if widest := os.environ.get("ACDC_WIDEST"):
+        _hide_wider(widest)
+    os.environ.setdefault("ACDC_TILES", "rule")  # no test measures, or writes in the user's folder
     config.pluginmanager.register(KernelCalls(config))
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:  # two workers of two threads on two cores wait for one another
@@ -32,3 +37,12 @@ def runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> I
     yield count
     records = caplog.get_records("call")
     assert [r.getMessage() for r in records if r.name.startswith("acdc")] == []
+
+
+def _hide_wider(widest: str) -> None:
+    """Let the tests of this process see a CPU that has no wider instruction set than this one."""
+    sets = native.instruction_sets()
+    if widest not in sets:
+        raise pytest.UsageError(f"ACDC_WIDEST is {widest!r}, and this machine has {sets}.")
+    fewer = sets[: sets.index(widest) + 1]
+    native.instruction_sets = lambda: list(fewer)  # type: ignore[assignment]

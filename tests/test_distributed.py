@@ -25,7 +25,9 @@ from acdc import score
 from acdc.engine import choice, judge, verdict
 from acdc.engine.choice import Choice
 from acdc.engine.segment import Segment
+from acdc.engine.tile import Tiling
 from acdc.engine.timing import Candidate
+from acdc.engine.tuning import Tilings
 from acdc.hooks import kept_steps
 from acdc.methods.acdc import ACDC
 from acdc.methods.dpf import DPF
@@ -166,7 +168,8 @@ MINE = ({"conv1", "fc1"}, {"conv2", "fc2"})  # what each rank measures to be fas
 def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[str, Any]:
     """Train under DDP with or without an engine.
 
-    Each rank alone would choose other layers, and only the first one finds that whole steps lose.
+    Each rank alone would choose other layers and other tiles, and only the first one finds that
+    whole steps lose.
     """
     now, on_kernels = 0.0, Segment._run
 
@@ -183,6 +186,8 @@ def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[
     example = batch(0)[0].double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "measure", measure)
+        patch.setattr(choice, "WORK", 0)
+        patch.setattr(Tilings, "of", lambda *_: Tiling(2**14, 1 + dist.get_rank()))
         patch.setattr(kept_steps, "LARGE", 64)  # so that optimizer steps are of kept elements, too
         patch.setattr(Segment, "_run", costly)
         patch.setattr(judge, "clock", lambda: now)
@@ -209,6 +214,7 @@ def on_engine(on: bool, memory_format: torch.memory_format, **ddp: Any) -> dict[
                 model.train()
     if engine is not None:
         seen["trial"] = engine.state_dict()["trials"][judge.TRAINING]
+        seen["tilings"] = {choice.tiling for choice in engine.choices.values() if choice.sparse}
         seen["sparse"] = {name for name, choice in engine.choices.items() if choice.sparse}
     seen["zero"] = all(
         is_plus_zero(sparsifier.params[n][~m]) for n, m in sparsifier.support.items()
@@ -476,6 +482,7 @@ def test_the_engine_of_every_rank_runs_what_the_first_one_chose(
 ) -> None:
     seen = [rank["engine", case, True] for rank in ranks]
     assert [rank["sparse"] for rank in seen] == [MINE[0], MINE[0]]
+    assert [rank["tilings"] for rank in seen] == 2 * [{Tiling(2**14, 1)}]
     sparse = [CUTS[0] <= step < REVIVAL or step >= CUTS[1] for step in range(TOTAL)]
     assert [rank["active"] for rank in seen] == [sparse, sparse]
     assert all(map(torch.equal, *(rank["weights"] for rank in seen)))

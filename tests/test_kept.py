@@ -63,8 +63,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adadelta": (O.Adadelta, {"lr": 1.0, **WD}),
 }
 every_optimizer = pytest.mark.parametrize("which", OPTIMIZERS)
-# Single operations round otherwise. A bias before a BatchNorm has a gradient of nothing but
-# rounding, and Adam makes steps of the learning rate, 0.01, of it.
+# Single operations round otherwise.
 CLOSE = {"rtol": 1e-5, "atol": 5e-6}
 
 
@@ -139,6 +138,14 @@ def compare(kept: Run, plain: Run) -> None:
                 assert same(value, other[key])
 
 
+def without_noise(model: nn.Module) -> nn.Module:
+    """Freeze a bias before a BatchNorm: its gradient is nothing but rounding, which differs from
+    CPU to CPU, and AdamW makes steps of the learning rate of it.
+    """
+    model.conv2.bias.requires_grad_(False)
+    return model
+
+
 def both(which: str, **options: Any) -> tuple[Run, Run]:
     return Run(factory(which), True, **options), Run(factory(which), False, **options)
 
@@ -146,7 +153,7 @@ def both(which: str, **options: Any) -> tuple[Run, Run]:
 @every_optimizer
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_a_run_has_the_numbers_of_masked_dense(which: str, set_to_none: bool) -> None:
-    kept, plain = both(which)
+    kept, plain = both(which, change=without_noise)
     for index in range(TOTAL):
         sparse = not kept.sparsifier.support.is_full
         for run in (kept, plain):

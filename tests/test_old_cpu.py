@@ -18,7 +18,7 @@ from acdc.engine import native
 
 ROOT = Path(__file__).parent.parent
 QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
-# Of the editable install, by wheel tag; `make sanitize` builds deeper down.
+# Of the editable install, by wheel tag; `make sanitize` and `make check-kernels` build deeper down.
 OBJECTS = sorted(ROOT.glob("build/*/CMakeFiles"))
 
 pytestmark = [

@@ -12,8 +12,8 @@ import pytest
 
 from acdc.cli import main
 from acdc.errors import InputError
+from acdc.files import cache_folder
 from acdc.runs.data import FashionMNIST
-from acdc.runs.data.files import cache_folder
 from acdc.schedule import MOST_PHASES, Phase, Schedule, alternate, constant, phases
 from support import compare_grids
 from support.ordinary import as_ordinary_user

@@ -151,6 +151,26 @@ class Staging:
         return InputError(f"Cannot write {self.what} to {self.folder}: {cause}. {remedy} {after}")
 
 
+def expanded(path: Path) -> Path:
+    """Return a path with ``~`` replaced by the home folder; as it is if there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for what can be made or fetched again: ``$XDG_CACHE_HOME/acdc``.
+
+    ``None`` for a user without a home folder, as in some containers.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "").strip()
+    home = expanded(Path("~/.cache"))
+    if not base and home.parts[0] == "~":
+        return None
+    return (Path(base) if base else home) / "acdc"
+
+
 def latest(path: Path) -> Path:
     """Return where a file of the last save is: in its place, unless the save was killed."""
     waiting = path.parent / _SAVED / path.name

@@ -7,8 +7,10 @@ its ends.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 from torch import fx
 from torch.fx.passes.infra.partitioner import Partition
@@ -19,7 +21,9 @@ from acdc.engine.graph import ConvSpec, Kind, Recognised, inputs_of
 from acdc.engine.lowering import value_of
 from acdc.engine.partition import ends_of, layers_of, samples_of, segments_of
 from acdc.engine.plans import Plans
+from acdc.engine.tile import Tiling
 from acdc.engine.timing import Candidate, Timings, conversion_ms, time_layer
+from acdc.engine.tuning import WORK, Tilings, class_of
 from acdc.engine.verdict import Verdict
 from acdc.processes import ALONE
 
@@ -35,6 +39,7 @@ class Choice:
         density: The share of kept weights when it was timed.
         dense_ms, sparse_ms, convert_ms: Its times, as in ``timing.LayerTimes``. None if it was not
             timed.
+        tiling: How its passes are cut into tiles. None: by the rule, for the caches of the machine.
 
     """
 
@@ -43,6 +48,13 @@ class Choice:
     dense_ms: float | None = None
     sparse_ms: float | None = None
     convert_ms: float | None = None
+    tiling: Tiling | None = None
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Self:
+        """Return the choice of a state; states of older versions have no tiling."""
+        tiling = state.get("tiling")
+        return cls(**{**state, "tiling": None if tiling is None else Tiling(**tiling)})
 
     def fits(self, density: float) -> bool:
         """Return whether the choice still holds at this density.
@@ -105,6 +117,11 @@ class Policy:
         self.compressing = False
         self.peers = ALONE
         self._timings: Timings = {}
+        self._tilings = Tilings(plans.kernels)
+
+    def tiling(self, name: str) -> Tiling | None:
+        """Return how the passes of a layer are cut into tiles. None: by the rule."""
+        return self.choices[name].tiling if name in self.choices else None
 
     @property
     def sparse(self) -> set[str]:
@@ -158,19 +175,19 @@ class Policy:
 
         """
         names: dict[fx.Node, str] = {}
-        new: set[str] = set()
+        new: dict[str, Candidate] = {}
         for node, what in recognised.items():
             if isinstance(what.spec, ConvSpec):
                 name = names[node] = name_of(what.spec)
                 if name not in self.choices:
-                    new.add(name)
-                    self.choices[name] = self._measure(name, what.spec, node, what.kind)
+                    new.setdefault(name, _candidate(name, what.spec, node, what.kind))
+        self.choices |= self._measured(new) if self._may_time else self._untimed(new)
         if new and self._may_time:
             for segment in self._segments(graph, recognised, names):
                 layers = [names[node] for node in layers_of(segment, recognised)]
                 conversions = self._conversions_ms(segment, recognised)
                 if not segment_pays([self.choices[name] for name in layers], conversions):
-                    for name in new.intersection(layers):
+                    for name in new.keys() & set(layers):
                         self.choices[name] = replace(self.choices[name], sparse=False)
         self.plans.keep(self.sparse)
         return self._segments(graph, recognised, names)
@@ -188,17 +205,43 @@ class Policy:
         chosen = {n for n in recognised if n not in names or self.choices[names[n]].sparse}
         return segments_of(graph, recognised, chosen)
 
-    def _measure(self, name: str, spec: ConvSpec, node: fx.Node, kind: Kind) -> Choice:
-        density = self.plans.density(name)
-        if not self._may_time:
-            return Choice(not self.times_layers, density)
-        if spec.is_linear and not self.plans.is_pruned(name) and spec.weight.numel() >= LARGE:
+    def _work(self, layer: Candidate) -> int:
+        """Return the multiply-adds of the kept weights in a forward pass."""
+        positions = layer.samples * (1 if layer.out.tokens else layer.out.height * layer.out.width)
+        return round(positions * self.plans.density(layer.name) * layer.spec.weight.numel())
+
+    def _untimed(self, new: Iterable[str]) -> dict[str, Choice]:
+        """Return the choices for new layers where nothing is timed."""
+        return {name: Choice(not self.times_layers, self.plans.density(name)) for name in new}
+
+    def _measured(self, new: Mapping[str, Candidate]) -> dict[str, Choice]:
+        """Return the choices for new layers by their times."""
+        work: Counter[str | None] = Counter()
+        for layer in new.values():
+            work[self._class(layer)] += self._work(layer)
+        return {name: self._measure(layer, work[self._class(layer)]) for name, layer in new.items()}
+
+    def _class(self, layer: Candidate) -> str | None:
+        return class_of(layer.spec.geometry, layer.out.tokens, self.plans.density(layer.name))
+
+    def _measure(self, layer: Candidate, work: int) -> Choice:
+        """Time a layer.
+
+        Args:
+            layer: The layer.
+            work: The multiply-adds of its class. Measuring tiles takes some tenths of a second,
+                which few of them never get back.
+
+        """
+        density, spec = self.plans.density(layer.name), layer.spec
+        if spec.is_linear and not self.plans.is_pruned(layer.name) and spec.weight.numel() >= LARGE:
             # Its lists would need six times the memory of the weight, and it would not be chosen: a
             # matrix product does several times as many operations per second.
             return Choice(False, density)
-        layer = _candidate(name, spec, node, kind)
-        plan = self.plans.plan(name, spec, layer.x, layer.out)
-        return measure(layer, plan, self.plans.kernels, density, self._timings)
+        tiling = self._tilings.of(self._class(layer)) if work >= WORK else None
+        plan = self.plans.plan(layer.name, spec, layer.x, layer.out, tiling)
+        choice = measure(layer, plan, self.plans.kernels, density, self._timings)
+        return replace(choice, tiling=tiling)
 
     def _conversions_ms(
         self, segment: Partition, recognised: Mapping[fx.Node, Recognised]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.layout import Buffer, Shape
+from acdc.engine.tile import Tiling
 from acdc.errors import InputError
 
 DTYPES = (torch.float32, torch.float64)
@@ -164,8 +165,16 @@ class Kernels(Protocol):
         dy: Shape,
         *,
         strides: Strides | None = None,
+        tiling: Tiling | None = None,
     ) -> KernelPlan:
-        """Return the index lists of a layer."""
+        """Return the index lists of a layer.
+
+        Args:
+            geometry, support, x, dy, strides: As ``KernelPlan`` has them.
+            tiling: What the tiles depend on beside the layer. The default is that of the caches of
+                this machine. The reference has no tiles.
+
+        """
 
     # --- bound calls ------------------------------------------------------------------------------
 

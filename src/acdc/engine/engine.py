@@ -264,7 +264,7 @@ class Engine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the choices of another run. They apply from the next compression on."""
-        self._policy.choices = {name: Choice(**c) for name, c in state["choices"].items()}
+        self._policy.choices = {name: Choice.of(c) for name, c in state["choices"].items()}
         self._judge.load(state.get("trials", {}))  # states of older versions have none
 
     # --- finding what can be traced ---------------------------------------------------------------

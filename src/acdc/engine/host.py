@@ -29,7 +29,7 @@ from acdc.engine.judge import Judge, Pass
 from acdc.engine.lowering import lower
 from acdc.engine.memory import Workspace
 from acdc.engine.modes import why_plain
-from acdc.engine.operations import Program
+from acdc.engine.operations import Conv, Program
 from acdc.engine.partition import fuse
 from acdc.engine.plans import Plans
 from acdc.engine.segment import Segment
@@ -357,10 +357,11 @@ class Host:
         return segment
 
     def _plans_of(self, program: Program) -> dict[Op, KernelPlan]:
-        return {
-            conv: self.plans.plan(self._name(conv.spec), conv.spec, conv.x, conv.out)
-            for conv in program.convs
-        }
+        return {conv: self._plan_of(conv) for conv in program.convs}
+
+    def _plan_of(self, conv: Conv) -> KernelPlan:
+        name = self._name(conv.spec)
+        return self.plans.plan(name, conv.spec, conv.x, conv.out, self.policy.tiling(name))
 
     def _name(self, spec: ConvSpec) -> str:
         return self._full_name(spec.name)

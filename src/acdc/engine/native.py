@@ -16,6 +16,7 @@ from typing import Any
 import torch  # first: the kernels must find torch's OpenMP library
 from torch import Tensor
 
+from acdc.engine.caches import caches
 from acdc.engine.contract import (
     Call,
     Fold,
@@ -29,7 +30,7 @@ from acdc.engine.contract import (
 )
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.layout import LINE, Buffer, Shape
-from acdc.engine.tile import Tile
+from acdc.engine.tile import Tile, Tiling
 from acdc.errors import AcdcError, InputError
 
 try:
@@ -156,13 +157,15 @@ class NativePlan(KernelPlan):
         x: Shape,
         dy: Shape,
         strides: Strides | None = None,
+        tiling: Tiling | None = None,
     ) -> None:
         _check_available()
         super().__init__(geometry, support, x, dy, strides)
         density = self.nnz / numel(geometry) / geometry.groups
-        self.tile = Tile.forward(geometry, dy, density)
-        self.grad_tile = Tile.input_grad(geometry, x, density)
-        self.weight_tile = self.tile.weight_grad(geometry)
+        tiling = tiling or Tiling.of_caches()
+        self.tile = Tile.forward(geometry, dy, density, tiling)
+        self.grad_tile = Tile.input_grad(geometry, x, density, tiling)
+        self.weight_tile = self.tile.weight_grad(geometry, tiling)
         a = _kernels.plan_args()
         a.out_channels, a.in_channels = geometry.out_channels, geometry.in_channels
         a.kernel_rows, a.kernel_columns = geometry.kernel
@@ -285,8 +288,9 @@ class Native(Kernels):
         dy: Shape,
         *,
         strides: Strides | None = None,
+        tiling: Tiling | None = None,
     ) -> NativePlan:
-        return NativePlan(geometry, support, x, dy, strides)
+        return NativePlan(geometry, support, x, dy, strides, tiling)
 
     # ---- bound calls ----
 
@@ -716,6 +720,7 @@ class Native(Kernels):
         self._same_samples(x, y)
         a.x, a.y = self._image(x), self._image(y)
         a.tile_rows, a.tile_columns, a.accumulate = tile.rows, tile.columns, accumulate
+        a.stream_bytes = caches().last // 2  # the other half is for what the pass reads
         self._run("conv", a, x, *held)
 
     def _pool(

@@ -11,6 +11,7 @@ from acdc.engine.contract import KernelPlan, Kernels
 from acdc.engine.graph import ConvSpec
 from acdc.engine.layout import Shape
 from acdc.engine.tape import Value
+from acdc.engine.tile import Tiling
 
 
 class Plans:
@@ -24,7 +25,7 @@ class Plans:
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
         self._masks: dict[str, Tensor] = {}
-        self._made: dict[tuple[str, Shape, Shape], KernelPlan] = {}
+        self._made: dict[tuple[str, Shape, Shape, Tiling | None], KernelPlan] = {}
 
     def start(self, masks: Mapping[str, Tensor]) -> None:
         """Use these masks from now on; lists of other masks are freed.
@@ -36,11 +37,13 @@ class Plans:
         self._made.clear()
         self._masks = dict(masks)
 
-    def plan(self, name: str, spec: ConvSpec, x: Value, out: Value) -> KernelPlan:
-        """Return the index lists of a layer, made once per support and image size."""
+    def plan(
+        self, name: str, spec: ConvSpec, x: Value, out: Value, tiling: Tiling | None
+    ) -> KernelPlan:
+        """Return the index lists of a layer, made once per support, image size and tiling."""
         lanes, weight = self.kernels.lanes, spec.weight
         x_shape, dy_shape = x.shape(1, lanes, x.halo), out.shape(1, lanes, out.grad_halo)
-        if (key := (name, x_shape, dy_shape)) not in self._made:
+        if (key := (name, x_shape, dy_shape, tiling)) not in self._made:
             mask = self._mask(name)
             if mask is None:
                 support = torch.arange(weight.numel(), device="cpu")
@@ -53,7 +56,7 @@ class Plans:
             rows, columns = rest or (1, 1)
             strides = (outs, per_group, rows, columns)
             self._made[key] = self.kernels.plan(
-                spec.geometry, support, x_shape, dy_shape, strides=strides
+                spec.geometry, support, x_shape, dy_shape, strides=strides, tiling=tiling
             )
         return self._made[key]
 

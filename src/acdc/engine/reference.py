@@ -16,6 +16,7 @@ from torch import Tensor
 from acdc.engine.contract import Call, Fold, KernelPlan, Kernels, P, Pointwise, Step, Strides
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.layout import Buffer, Shape
+from acdc.engine.tile import Tiling
 from acdc.errors import InputError
 
 
@@ -83,6 +84,7 @@ class Reference(Kernels):
         dy: Shape,
         *,
         strides: Strides | None = None,
+        tiling: Tiling | None = None,
     ) -> ReferencePlan:
         return ReferencePlan(geometry, support, x, dy, strides)
 

@@ -38,6 +38,9 @@ CHOICE = {  # of the engine, for a layer
     "dense_ms": Maybe(AMOUNT),
     "sparse_ms": Maybe(AMOUNT),
     "convert_ms": Maybe(AMOUNT),
+    "tiling?": Maybe(
+        {"panel_bytes": POSITIVE, "rows": Maybe(POSITIVE), "grad_rows": Maybe(POSITIVE)}
+    ),
 }
 WARNING = {"step": COUNT, "text": str}
 _NAMED_CHOICE = {"name": str, **CHOICE}

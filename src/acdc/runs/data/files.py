@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from acdc.errors import InputError
+from acdc.files import cache_folder, expanded
 from acdc.runs.data import pickles
 
 VARIABLE = "ACDC_DATA"
@@ -29,26 +30,6 @@ def named_folder() -> Path | None:
     """Return the folder that the environment variable ``ACDC_DATA`` names; ``None`` if unset."""
     value = os.environ.get(VARIABLE, "").strip()
     return expanded(Path(value)) if value else None
-
-
-def expanded(path: Path) -> Path:
-    """Return a path with ``~`` replaced by the home folder; as it is if there is none."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
-
-
-def cache_folder() -> Path | None:
-    """Return the folder of downloads if no other folder is named: ``$XDG_CACHE_HOME/acdc``.
-
-    ``None`` for a user without a home folder, as in some containers.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "").strip()
-    home = expanded(Path("~/.cache"))
-    if not base and home.parts[0] == "~":
-        return None
-    return (Path(base) if base else home) / "acdc"
 
 
 def candidates(

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from acdc.errors import InputError, MissingDependency, need
+from acdc.files import cache_folder
 from acdc.random import stream
 from acdc.runs.data.base import Batch, Data, Source, Split, first_of, known_split, steps_per_epoch
-from acdc.runs.data.files import VARIABLE, cache_folder, candidates
+from acdc.runs.data.files import VARIABLE, candidates
 
 Transform: TypeAlias = Callable[[Any], Tensor]
 """From a PIL image (RGB) to float32 ``[3, size, size]``, normalised."""
