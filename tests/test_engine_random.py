@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -68,6 +69,39 @@ class Gated(nn.Module):
         return self.branch(x) * self.gate(x)
 
 
+class SideBySide(nn.Module):
+    """Two branches, and what both read, one after the other."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, *(branch(x) for branch in self.branches)], 1)
+
+
+class Pixels(nn.Module):
+    """Layers over images with the channels last, as in a ConvNeXt."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm that calls the function, as in ``timm``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        stats = (self.running_mean, self.running_var)
+        settings = (self.training, self.momentum, self.eps)
+        return F.relu_(F.batch_norm(x, *stats, self.weight, self.bias, *settings))
+
+
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Dropout)
 
 
@@ -110,7 +144,8 @@ class Builder:
 
     def norm(self) -> nn.BatchNorm2d:
         affine = self.draw(st.booleans())
-        made = nn.BatchNorm2d(self.shape[0], eps=EPS, affine=affine)
+        kind = self.draw(st.sampled_from([nn.BatchNorm2d, nn.BatchNorm2d, NormAct]))
+        made: nn.BatchNorm2d = kind(self.shape[0], eps=EPS, affine=affine)
         if affine:
             nn.init.uniform_(made.weight, 0.5, 1.5)
             nn.init.normal_(made.bias)
@@ -156,6 +191,28 @@ class Builder:
         gate = [self.conv(keep=True, channels=channels), self.activation()]
         return Gated(nn.Identity(), nn.Sequential(*gate))
 
+    def side_by_side(self) -> nn.Module:
+        """Return branches whose results stand beside what they read."""
+        before = self.shape
+        branches, channels = [], before[0]
+        for _ in range(self.draw(st.integers(1, 2))):
+            self.shape = before
+            layers = [self.conv(keep=True), *([self.norm()] if self.draw(st.booleans()) else [])]
+            branches.append(nn.Sequential(*layers))
+            channels += self.shape[0]
+        self.shape = (channels, *before[1:])
+        return SideBySide(*branches)
+
+    def pixels(self) -> nn.Module:
+        """Return a LayerNorm and linear layers over pixels; a residual sum around them, or none."""
+        before = self.shape[0]
+        inner, out = self.draw(small), before if self.draw(st.booleans()) else self.draw(small)
+        activation = self.draw(st.sampled_from([nn.GELU, nn.ReLU, nn.SiLU]))()
+        layers = (self.token_norm(before), nn.Linear(before, inner), activation)
+        self.shape = (out, *self.shape[1:])
+        made = Pixels(*layers, nn.Linear(inner, out))
+        return Residual(made, nn.Identity()) if out == before else made
+
     def token_norm(self, features: int) -> nn.Module:
         draw, settings = self.draw, {"eps": EPS, "elementwise_affine": self.draw(st.booleans())}
         if draw(st.booleans()):
@@ -179,6 +236,7 @@ def networks(draw: Callable[[Any], Any]) -> tuple[nn.Module, tuple[int, ...], in
     build = Builder(draw)
     shape = build.shape
     others = [build.conv, build.norm, nn.ReLU, build.pool, build.activation, build.squeeze]
+    others += [build.side_by_side, build.pixels]
     parts = others + len(others) * [build.residual]  # where most can go wrong
     layers: list[nn.Module] = [build.conv()]
     layers += [draw(st.sampled_from(parts))() for _ in range(draw(st.integers(0, 5)))]
