@@ -4,12 +4,14 @@ see, and the threads of parallel workers.
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from acdc.engine import native
+from acdc.engine import native, segment
 from support.kernel_calls import KernelCalls
 
 
@@ -23,6 +25,18 @@ def pytest_configure(config: pytest.Config) -> None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that a test starts
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[list[int]]:
+    """The segments that the kernels computed. A fallback to PyTorch fails the test."""
+    caplog.set_level(logging.WARNING, "acdc.engine")
+    count: list[int] = []
+    compute = segment.compute
+    monkeypatch.setattr(segment, "compute", lambda *args: count.append(1) or compute(*args))
+    yield count
+    records = caplog.get_records("call")
+    assert [r.getMessage() for r in records if r.name.startswith("acdc")] == []
 
 
 def _hide_wider(widest: str) -> None:

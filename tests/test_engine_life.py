@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 import acdc
 from acdc.engine import choice, memory, segment, timing
 from acdc.engine.choice import Choice
+from acdc.engine.timing import Candidate, LayerTimes
 from acdc.errors import InputError
 from acdc.runs.models import SmallResNet
+from support.engine_nets import cut
 from support.helpers import CUTS, SCHEDULE, TOTAL
 
 SHAPE = (1, 8, 8)
@@ -652,3 +654,44 @@ def test_an_engine_of_another_model_is_refused() -> None:
         acdc.Sparsifier(
             method, model, make("sgd", model), engine=acdc.Engine(net(), batch()[0], choose=False)
         )
+
+
+# --- what is not timed, and what is freed ---------------------------------------------------------
+
+
+def test_the_lists_of_layers_that_stay_dense_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        choice,
+        "time_layer",
+        lambda layer, *_: LayerTimes(1.0, 9.0 if layer.name == "1" else 0.1, 0.01),
+    )
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    masks = {f"{i}.weight": torch.rand(8, 8) < 0.4 for i in range(3)}
+    cut(net, masks)
+    engine = acdc.Engine(net, torch.randn(4, 8))
+    engine.compress(masks)
+    assert {name: c.sparse for name, c in engine.choices.items()} == {
+        "0": True, "1": False, "2": True,
+    }  # fmt: skip
+    assert {name for name, *_ in engine._plans._made} == {"0", "2"}
+
+
+def test_a_large_linear_layer_that_is_not_pruned_stays_dense_without_a_timing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed: list[str] = []
+
+    def time_layer(layer: Candidate, *_: Any) -> LayerTimes:
+        timed.append(layer.name)
+        return LayerTimes(1.0, 0.1, 0.01)
+
+    monkeypatch.setattr(choice, "time_layer", time_layer)
+    net = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 8))
+    masks = {"0.weight": torch.rand(256, 256) < 0.1}
+    cut(net, masks)
+    engine = acdc.Engine(net, torch.randn(4, 256))
+    engine.compress(masks)
+    assert timed == ["0", "2"]  # the last one is small
+    assert not engine.choices["1"].sparse
+    assert engine.choices["1"].dense_ms is None
+    engine.table()

@@ -449,7 +449,7 @@ NETWORKS: dict[str, Network] = {
     ),
     "VGG": Network(vgg, (3, 8, 8), 2),
     "MobileNet": Network(mobile, (3, 8, 8), 1),
-    "DenseNet": Network(densenet, (8, 5, 7), 2),
+    "DenseNet": Network(densenet, (8, 5, 7), 1),
     "functions": Network(functional, (3, 8, 8), 1, zero=("b.bias",)),
     "sum in place": Network(in_place_sum, (3, 6, 6), 1),
     "residual twice": Network(residual_twice, (3, 6, 6), 1),

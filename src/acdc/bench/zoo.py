@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from acdc.bench import networks
 from acdc.bench.networks import Network
 from acdc.errors import InputError
+from acdc.layers import Layers
 
 INSTALL = {
     "transformers": "pip install transformers",
@@ -96,7 +97,8 @@ _TEXT = {
     "vocab_size": _WORDS, "hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6,
     "intermediate_size": 1536,
 }  # fmt: skip
-_GPT2 = {"vocab_size": _WORDS, "n_embd": 384, "n_layer": 4, "n_head": 6}
+_NO_CACHE = {"use_cache": False}  # as the Trainer of transformers sets it
+_GPT2 = {"vocab_size": _WORDS, "n_embd": 384, "n_layer": 4, "n_head": 6, **_NO_CACHE}
 _DISTIL = {"vocab_size": _WORDS, "dim": 384, "hidden_dim": 1536, "n_layers": 4, "n_heads": 6}
 _RESNET18 = {
     "layer_type": "basic", "embedding_size": 64, "hidden_sizes": [64, 128, 256, 512],
@@ -119,7 +121,7 @@ _ROWS: tuple[tuple[str, str, Build, int, bool, int], ...] = (
     ("hf_gpt2", "transformers", partial(
         _of_transformers, "GPT2LMHeadModel", "GPT2Config", **_GPT2), 8, False, 64),
     ("hf_llama", "transformers", partial(
-        _of_transformers, "LlamaForCausalLM", "LlamaConfig", **_TEXT), 8, False, 64),
+        _of_transformers, "LlamaForCausalLM", "LlamaConfig", **_TEXT, **_NO_CACHE), 8, False, 64),
     ("timm_vit_small", "timm", partial(
         _of_timm, "vit_small_patch16_224", img_size=96), 16, True, 96),
     ("timm_mobilenetv3_large", "timm", partial(_of_timm, "mobilenetv3_large_100"), 16, True, 96),
@@ -138,8 +140,9 @@ _ROWS: tuple[tuple[str, str, Build, int, bool, int], ...] = (
         4, True, 96),
     ("torch_encoder", "torch", _encoder, 16, False, 64),
 )  # fmt: skip
+_PRUNED = Layers(types=("conv", "linear", "attention"), skip_first=True, skip_last=True)
 ZOO: dict[str, ZooNetwork] = {
-    name: ZooNetwork(name, build, batch, images, None, library, size)
+    name: ZooNetwork(name, build, batch, images, _PRUNED, library, size)
     for name, library, build, batch, images, size in _ROWS
 }
 OWN = ("resnet20_w16_n128", "resnet14_w64_n64", "gpt_d768_l4_t512")

@@ -184,14 +184,16 @@ def _is_off(engine: Engine) -> bool:
 def _sparse(engine: Engine) -> set[str]:
     if _is_off(engine):
         return set()
-    return {f"{name}.weight" for name, choice in engine.choices.items() if choice.sparse}
+    sparse = [name for name, choice in engine.choices.items() if choice.sparse]
+    # The second is a parameter without a module of its own: `in_proj_weight` of an attention.
+    return {f"{name}{end}" for name in sparse for end in (".weight", "_weight")}
 
 
 def not_sparse(training: OnEngine) -> dict[str, str]:
     """Return for each pruned weight that runs dense the reason."""
     engine, found = training.engine, {}
     for name in training.sparsifier.params:
-        layer = name.removesuffix(".weight")
+        layer = name.removesuffix(".weight").removesuffix("_weight")
         if name in _sparse(engine):
             continue
         if engine.off is not None:

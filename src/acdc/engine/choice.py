@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from torch import fx, nn
+from torch import fx
 from torch.fx.passes.infra.partitioner import Partition
 
 from acdc.engine.contract import KernelPlan, Kernels
-from acdc.engine.graph import ConvSpec, Recognised, inputs_of
+from acdc.engine.gradients import LARGE
+from acdc.engine.graph import ConvSpec, Kind, Recognised, inputs_of
 from acdc.engine.lowering import value_of
 from acdc.engine.partition import ends_of, layers_of, samples_of, segments_of
 from acdc.engine.plans import Plans
@@ -174,12 +175,12 @@ class Policy:
 
         """
         names: dict[fx.Node, str] = {}
-        new: dict[str, tuple[ConvSpec, fx.Node]] = {}
+        new: dict[str, Candidate] = {}
         for node, what in recognised.items():
             if isinstance(what.spec, ConvSpec):
                 name = names[node] = name_of(what.spec)
                 if name not in self.choices:
-                    new.setdefault(name, (what.spec, node))
+                    new.setdefault(name, _candidate(name, what.spec, node, what.kind))
         self.choices |= self._measured(new) if self._may_time else self._untimed(new)
         if new and self._may_time:
             for segment in self._segments(graph, recognised, names):
@@ -188,6 +189,7 @@ class Policy:
                 if not segment_pays([self.choices[name] for name in layers], conversions):
                     for name in new.keys() & set(layers):
                         self.choices[name] = replace(self.choices[name], sparse=False)
+        self.plans.keep(self.sparse)
         return self._segments(graph, recognised, names)
 
     @property
@@ -206,36 +208,36 @@ class Policy:
     def _work(self, layer: Candidate) -> int:
         """Return the multiply-adds of the kept weights in a forward pass."""
         positions = layer.samples * (1 if layer.out.tokens else layer.out.height * layer.out.width)
-        return round(positions * self.plans.density(layer.name) * layer.module.weight.numel())
+        return round(positions * self.plans.density(layer.name) * layer.spec.weight.numel())
 
     def _untimed(self, new: Iterable[str]) -> dict[str, Choice]:
         """Return the choices for new layers where nothing is timed."""
         return {name: Choice(not self.times_layers, self.plans.density(name)) for name in new}
 
-    def _measured(self, new: Mapping[str, tuple[ConvSpec, fx.Node]]) -> dict[str, Choice]:
+    def _measured(self, new: Mapping[str, Candidate]) -> dict[str, Choice]:
         """Return the choices for new layers by their times."""
-        layers = {name: _candidate(name, spec, node) for name, (spec, node) in new.items()}
         work: Counter[str | None] = Counter()
-        for layer in layers.values():
+        for layer in new.values():
             work[self._class(layer)] += self._work(layer)
-        return {
-            name: self._measure(layer, new[name][0], work[self._class(layer)])
-            for name, layer in layers.items()
-        }
+        return {name: self._measure(layer, work[self._class(layer)]) for name, layer in new.items()}
 
     def _class(self, layer: Candidate) -> str | None:
-        return class_of(layer.geometry, layer.out.tokens, self.plans.density(layer.name))
+        return class_of(layer.spec.geometry, layer.out.tokens, self.plans.density(layer.name))
 
-    def _measure(self, layer: Candidate, spec: ConvSpec, work: int) -> Choice:
+    def _measure(self, layer: Candidate, work: int) -> Choice:
         """Time a layer.
 
         Args:
-            layer, spec: The layer.
+            layer: The layer.
             work: The multiply-adds of its class. Measuring tiles takes some tenths of a second,
                 which few of them never get back.
 
         """
-        density = self.plans.density(layer.name)
+        density, spec = self.plans.density(layer.name), layer.spec
+        if spec.is_linear and not self.plans.is_pruned(layer.name) and spec.weight.numel() >= LARGE:
+            # Its lists would need six times the memory of the weight, and it would not be chosen: a
+            # matrix product does several times as many operations per second.
+            return Choice(False, density)
         tiling = self._tilings.of(self._class(layer)) if work >= WORK else None
         plan = self.plans.plan(layer.name, spec, layer.x, layer.out, tiling)
         choice = measure(layer, plan, self.plans.kernels, density, self._timings)
@@ -247,20 +249,19 @@ class Policy:
         """Return the time of the conversions at the ends of a segment."""
         return sum(
             conversion_ms(
-                value_of(end, tokens), samples_of(end, tokens), self.plans.kernels, self._timings
+                value_of(end, kind), samples_of(end, kind), self.plans.kernels, self._timings
             )
-            for end, tokens in ends_of(segment, recognised).items()
+            for end, kind in ends_of(segment, recognised).items()
         )
 
 
-def _candidate(name: str, spec: ConvSpec, node: fx.Node) -> Candidate:
+def _candidate(name: str, spec: ConvSpec, node: fx.Node, kind: Kind) -> Candidate:
     (source,) = inputs_of(node, spec)
-    tokens = isinstance(spec.module, nn.Linear)
-    x, out = value_of(source, tokens), value_of(node, tokens)
-    if not tokens:
+    x, out = value_of(source, kind), value_of(node, kind)
+    if kind == "images":
         x.halo = spec.geometry.halo
         out.grad_halo = spec.geometry.grad_halo(x.height, x.width)
-    return Candidate(name, spec.module, spec.geometry, x, out, samples_of(source, tokens))
+    return Candidate(name, spec, x, out, samples_of(source, kind))
 
 
 def table(

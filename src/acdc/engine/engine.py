@@ -23,6 +23,7 @@ from acdc.engine.choice import Choice, Policy, table
 from acdc.engine.contract import Kernels
 from acdc.engine.effects import Attributes
 from acdc.engine.gradients import KernelGradients
+from acdc.engine.graph import is_layer
 from acdc.engine.host import UNREACHED, Host
 from acdc.engine.judge import Judge
 from acdc.engine.memory import Workspace
@@ -92,7 +93,7 @@ class Engine:
             log.info("The engine stays off: %s.", self.off)
             return
         args, kwargs = self._example = _arguments(self.model, example)
-        self._host("", self.model, args, kwargs)
+        self._host("", self.model, args, kwargs, self._hosts, self.refused)
         for name, reason in self.refused.items():
             log.info("%s stays with PyTorch: %s.", name, reason)
 
@@ -269,7 +270,13 @@ class Engine:
     # --- finding what can be traced ---------------------------------------------------------------
 
     def _host(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        hosts: list[Host],
+        refused: dict[str, str],
     ) -> None:
         """Make a host of each of the largest parts of a module that can be traced."""
         try:
@@ -282,30 +289,41 @@ class Engine:
                 policy=self._policy,
                 judge=self._judge,
                 workspace=self.workspace,
-                refused=self.refused,
+                refused=refused,
+                parts_of=self._parts_of,
             )
-            self._hosts.append(host)
+            hosts.append(host)
         except Untraceable as error:
             log.info("%s is traced in parts: %s.", name or type(module).__name__, error)
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                self.refused[name] = str(error)
-            self._host_parts(name, module)
+            if is_layer(module):
+                refused[name] = str(error)
+            self._host_parts(name, module, hosts, refused)
 
-    def _host_parts(self, name: str, module: nn.Module) -> None:
+    def _parts_of(self, host: Host) -> list[Host]:
+        """Return hosts of the parts of a module: for calls that no graph of the module holds."""
+        hosts: list[Host] = []
+        self._host_parts(host.name, host.module, hosts, {})
+        return hosts
+
+    def _host_parts(
+        self, name: str, module: nn.Module, hosts: list[Host], refused: dict[str, str]
+    ) -> None:
         for child_name, child in module.named_children():
             full = f"{name}.{child_name}" if name else child_name
             if child in self._calls:
-                self._host(full, child, *self._calls[child])
-            elif isinstance(child, nn.Conv2d | nn.Linear):
-                self.refused[full] = UNREACHED
+                self._host(full, child, *self._calls[child], hosts, refused)
+            elif is_layer(child):
+                refused[full] = UNREACHED
             else:
-                self._host_parts(full, child)
+                self._host_parts(full, child, hosts, refused)
 
     @cached_property
     def _calls(self) -> dict[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]]:
         """The arguments of each module's first call, recorded in evaluation mode.
 
         What the call changes in buffers and attributes is undone. A change of a parameter stays.
+        Models of ``transformers`` fill no cache of keys and values: training has no use for one,
+        and a call with a cache, if there is one, is computed in parts.
         """
         calls: dict[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
 
@@ -317,7 +335,7 @@ class Engine:
         modes = {m: m.training for m in self.model.modules()}
         args, kwargs = self._example
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), _no_cache(self.model):
                 self.model.eval()(*args, **kwargs)
         finally:
             for hook in hooks:
@@ -326,6 +344,20 @@ class Engine:
                 module.training = mode
             attributes.restore()
         return calls
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """Let a model of ``transformers`` make no cache of keys and values inside this context."""
+    found: list[Any] = [vars(module).get("config") for module in model.modules()]
+    configs = {id(c): c for c in found if getattr(c, "use_cache", None) is True}.values()
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
 
 
 def _why_off(model: nn.Module) -> str | None:

@@ -19,12 +19,23 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_leaves
 
 from acdc.engine.attention import InProjection
+from acdc.engine.calls import NormCall
 from acdc.engine.geometry import ConvGeometry, Size2
-from acdc.engine.tracing import Untraceable, changes_in_place, is_opaque, stored_tensor
+from acdc.engine.known import activation_of, is_transposed, rms_norm_eps
+from acdc.engine.tracing import (
+    NEW,
+    Untraceable,
+    changes_in_place,
+    is_opaque,
+    memory_of,
+    stored_tensor,
+)
 from acdc.errors import InputError
 
-Kind = Literal["images", "tokens"]
-"""How the layout holds a tensor: as ``[N, C, H, W]`` or as ``[..., features]``."""
+Kind = Literal["images", "pixels", "tokens"]
+"""What the layout holds: images ``[N, C, H, W]``, the same as ``[N, H, W, C]`` in PyTorch, or
+tokens ``[..., features]``.
+"""
 
 
 # --- the kinds of nodes ---------------------------------------------------------------------------
@@ -34,16 +45,40 @@ Kind = Literal["images", "tokens"]
 class ConvSpec:
     """A convolution, or a linear layer over tokens. ``name`` is that of the module."""
 
-    module: nn.Conv2d | nn.Linear
+    module: nn.Module
     name: str
     geometry: ConvGeometry
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, as the module holds it."""
+        return cast("Tensor", self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, one number for each output channel."""
+        return cast("Tensor | None", self.module.bias)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer."""
+        return not isinstance(self.module, nn.Conv2d)
+
+    def by_output(self, weight: Tensor) -> Tensor:
+        """Return a weight, its mask or its gradient as ``[out, in, ...]``, in the same memory."""
+        return weight.t() if is_transposed(self.module) else weight
 
 
 @dataclass(frozen=True)
 class NormSpec:
     """A BatchNorm over images."""
 
-    module: nn.BatchNorm2d
+    module: nn.BatchNorm2d | NormCall
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the running statistics."""
+        return self.module.held[0] if isinstance(self.module, NormCall) else self.module
 
 
 @dataclass(frozen=True)
@@ -96,6 +131,13 @@ class MulSpec:
 
 
 @dataclass(frozen=True)
+class ConcatSpec:
+    """Several tensors one after the other, along a dimension that holds channels."""
+
+    dim: int
+
+
+@dataclass(frozen=True)
 class DropoutSpec:
     """A dropout with this probability, in training."""
 
@@ -124,6 +166,16 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True)
+class PermuteSpec:
+    """Images with the channels last, or pixels with the channels first again.
+
+    The layout holds both in the same way.
+    """
+
+    last: bool
+
+
+@dataclass(frozen=True)
 class IdentitySpec:
     """An identity, or a dropout that drops nothing."""
 
@@ -135,9 +187,11 @@ Spec = (
     | ReluSpec
     | AddSpec
     | MulSpec
+    | ConcatSpec
     | PoolSpec
     | ActivationSpec
     | DropoutSpec
+    | PermuteSpec
     | IdentitySpec
 )
 
@@ -149,9 +203,18 @@ class Recognised:
     spec: Spec
     kind: Kind
 
+    @property
+    def reads(self) -> Kind:
+        """How the layout holds what it reads."""
+        if isinstance(self.spec, PermuteSpec):
+            return "images" if self.spec.last else "pixels"
+        return self.kind
+
 
 def inputs_of(node: fx.Node, spec: Spec) -> tuple[fx.Node, ...]:
     """Return the tensors that a recognised node reads."""
+    if isinstance(spec, ConcatSpec):
+        return _parts(node)
     return node.args[: 2 if isinstance(spec, AddSpec | MulSpec) else 1]  # type: ignore[return-value]
 
 
@@ -201,6 +264,7 @@ def _check_in_place(node: fx.Node, found: dict[fx.Node, Recognised | str]) -> No
         made_here = isinstance(known, Recognised) and not isinstance(known.spec, IdentitySpec)
         if not made_here:
             found[node] = "a tensor that PyTorch made is changed in place"
+        made_here |= bool(source.meta.get(NEW))
         source = source.args[0] if source.args else None  # `source` may be a view of it
 
 
@@ -212,21 +276,27 @@ def _check_stored(graph: fx.GraphModule) -> None:
     uses: Counter[int] = Counter()  # of each memory
     for node in graph.graph.nodes:
         if (tensor := stored_tensor(graph, node)) is not None:
-            uses[_memory(tensor)] += len(node.users)
+            uses[memory_of(tensor)] += len(node.users)
         elif node.op == "call_module":
             module = graph.get_submodule(str(node.target))
-            module = module.held[0] if isinstance(module, InProjection) else module
-            memories = {_memory(t) for t in (*module.parameters(), *module.buffers())}
-            uses.update(memories)
+            uses.update({memory_of(tensor) for tensor in _tensors_of(module)})
     for node in graph.graph.nodes:
         for source in _changed_by(node):
             while source.args and isinstance(source.args[0], fx.Node):  # it may be a view
                 source = source.args[0]
             tensor = stored_tensor(graph, source)
-            if tensor is not None and uses[_memory(tensor)] > 1:
+            if tensor is not None and uses[memory_of(tensor)] > 1:
                 raise Untraceable(
                     f"it changes {str(source.target)!r}, which it also uses elsewhere"
                 )
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers that a module of a graph reads or writes."""
+    if isinstance(module, NormCall):
+        return module.tensors()
+    module = module.held[0] if isinstance(module, InProjection) else module
+    return [*module.parameters(), *module.buffers()]
 
 
 def _changed_by(node: fx.Node) -> list[fx.Node]:
@@ -241,16 +311,12 @@ def _changed_by(node: fx.Node) -> list[fx.Node]:
     return [value for value in tree_leaves(changed) if isinstance(value, fx.Node)]
 
 
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
 def _check_shared_norms(found: dict[fx.Node, Recognised | str]) -> None:
     """Leave a BatchNorm that is used twice to PyTorch: its statistics are updated in order."""
     uses: dict[nn.Module, list[fx.Node]] = {}
     for node, known in found.items():
         if isinstance(known, Recognised) and isinstance(known.spec, NormSpec):
-            uses.setdefault(known.spec.module, []).append(node)
+            uses.setdefault(known.spec.owner, []).append(node)
     for nodes in uses.values():
         if len(nodes) > 1:
             found.update(dict.fromkeys(nodes, "a BatchNorm that is used more than once"))
@@ -277,12 +343,21 @@ def _recognise(
         return "its inputs have several dtypes"
     kind = _kind(spec, [_known_kind(source, found) for source in inputs], len(meta.shape))
     if kind is None:
-        return "its inputs are images and tokens, which the layout holds differently"
-    if kind == "tokens" and isinstance(spec, MulSpec) and len(set(map(shape_of, inputs))) > 1:
+        return "the layout holds its inputs in different ways"
+    if kind != "images" and isinstance(spec, MulSpec) and len(set(map(shape_of, inputs))) > 1:
         return "a product of tensors of different shapes"
+    if isinstance(spec, ConcatSpec) and spec.dim != _channels_of(kind, len(meta.shape)):
+        return "it does not join channels"
+    if kind == "pixels" and isinstance(spec, DropoutSpec):
+        return "a dropout of images with the channels last"
     if kind == "images" and any(len(shape_of(source) or ()) != 4 for source in inputs):
         return "images have four dimensions"
     return Recognised(spec, kind)
+
+
+def _channels_of(kind: Kind, dimensions: int) -> int:
+    """Return the dimension of the channels."""
+    return 1 if kind == "images" else dimensions - 1
 
 
 def _known_kind(node: fx.Node, found: Mapping[fx.Node, Recognised | str]) -> Kind | None:
@@ -293,11 +368,15 @@ def _known_kind(node: fx.Node, found: Mapping[fx.Node, Recognised | str]) -> Kin
 def _kind(spec: Spec, inputs: list[Kind | None], dimensions: int) -> Kind | None:
     """Return how the layout holds the result: fixed by the operation, or as its inputs."""
     given = {kind for kind in inputs if kind is not None}
-    if isinstance(spec, ConvSpec):
-        kind: Kind = "tokens" if isinstance(spec.module, nn.Linear) else "images"
-    elif isinstance(spec, LayerNormSpec):
-        kind = "tokens"
-    elif isinstance(spec, NormSpec | PoolSpec):
+    if isinstance(spec, PermuteSpec):
+        before: Kind = "images" if spec.last else "pixels"
+        return ("pixels" if spec.last else "images") if given == {before} else None
+    over_channels = isinstance(spec, LayerNormSpec) or (
+        isinstance(spec, ConvSpec) and spec.is_linear
+    )
+    if over_channels:
+        kind: Kind = "pixels" if given == {"pixels"} else "tokens"
+    elif isinstance(spec, ConvSpec | NormSpec | PoolSpec):
         kind = "images"
     elif len(given) == 1:
         return given.pop()
@@ -320,6 +399,10 @@ def _spec(graph: fx.GraphModule, node: fx.Node) -> Spec:
         return _sum(node)
     if function in _PRODUCTS:
         return _product(node)
+    if function is torch.permute:
+        return _permute(node)
+    if function in _CONCATENATIONS:
+        return _concat(node)
     if function in (F.dropout, torch.dropout):
         return _dropout(**_arguments(F.dropout, node))
     if function in _POOLS:
@@ -336,6 +419,8 @@ _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _SUMS = (operator.add, operator.iadd, torch.add)
 _LAYERS = (nn.Conv2d, nn.Linear, InProjection, NonDynamicallyQuantizableLinear)
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply)
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ACTIVATIONS: dict[Any, Activation] = {
     F.silu: "silu",
     F.sigmoid: "sigmoid",
@@ -354,6 +439,7 @@ _METHODS: dict[str, Any] = {
     "mul_": torch.mul,
     "__mul__": operator.mul,
     "__imul__": operator.imul,
+    "permute": torch.permute,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
     "relu_": torch.relu_,
@@ -373,8 +459,10 @@ def _module_spec(module: nn.Module, name: str, dtype: torch.dtype) -> Spec:
     if is_opaque(module):
         raise InputError("it has hooks, a parametrization or a forward of its own")
     kind = type(module)
-    if kind in _LAYERS:
-        return ConvSpec(module, name, geometry_of(module))  # type: ignore[arg-type]
+    if kind in _LAYERS or is_transposed(module):
+        return ConvSpec(module, name, geometry_of(module))
+    if isinstance(module, NormCall):
+        return _norm_call(module, dtype)
     if isinstance(module, nn.BatchNorm2d) and kind is nn.BatchNorm2d:
         if (module.weight is None) != (module.bias is None):
             raise InputError("a BatchNorm has both weight and bias, or neither")
@@ -397,7 +485,28 @@ def _module_spec(module: nn.Module, name: str, dtype: torch.dtype) -> Spec:
         if len(module.normalized_shape) != 1:
             raise InputError("a normalisation over several dimensions")
         return LayerNormSpec(module, kind is nn.LayerNorm, dtype)
+    if (activation := activation_of(module)) is not None:
+        return ActivationSpec(activation)
+    if dtype == torch.float32 and (eps := rms_norm_eps(module)) is not None:
+        return LayerNormSpec(module, False, dtype, eps)
     raise InputError(f"{kind.__name__} is not one of the engine's operations")
+
+
+def _norm_call(module: NormCall, dtype: torch.dtype) -> Spec:
+    if module.function is not F.batch_norm:
+        if len(module.settings["normalized_shape"]) != 1:
+            raise InputError("a normalisation over several dimensions")
+        return LayerNormSpec(module, module.function is F.layer_norm, dtype)
+    if (module.weight is None) != (module.bias is None):
+        raise InputError("a BatchNorm has both weight and bias, or neither")
+    if (module.running_mean is None) != (module.running_var is None):
+        raise InputError("a BatchNorm has both running statistics, or neither")
+    return NormSpec(module)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Return whether a module is a layer of a kind that the kernels compute."""
+    return isinstance(module, nn.Conv2d | nn.Linear) or is_transposed(module)
 
 
 def geometry_of(module: nn.Module) -> ConvGeometry:
@@ -409,6 +518,8 @@ def geometry_of(module: nn.Module) -> ConvGeometry:
     """
     if isinstance(module, nn.Linear):
         return ConvGeometry.linear(module.in_features, module.out_features)
+    if is_transposed(module):
+        return ConvGeometry.linear(*cast("Tensor", module.weight).shape)
     assert isinstance(module, nn.Conv2d)
     if module.padding_mode != "zeros":
         raise InputError(f"its padding is {module.padding_mode!r}, and the kernels pad with zeros")
@@ -478,6 +589,32 @@ def _dropout(p: float = 0.5, training: bool = True, **_: Any) -> Spec:
     if not 0 < p < 1:
         raise InputError(f"a dropout with p={p}")
     return DropoutSpec(p)
+
+
+def _permute(node: fx.Node) -> Spec:
+    dims: Any = node.args[1:] if len(node.args) > 1 else (node.kwargs.get("dims", ()),)
+    if len(dims) == 1 and isinstance(dims[0], tuple | list):
+        (dims,) = dims
+    order = tuple(d % 4 if isinstance(d, int) else d for d in dims)
+    if order not in (TO_LAST, TO_FIRST):
+        raise InputError("it moves other dimensions than the channels of images")
+    return PermuteSpec(order == TO_LAST)
+
+
+def _concat(node: fx.Node) -> Spec:
+    parts, shape = _parts(node), shape_of(node) or ()
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
+    if not parts or not all(isinstance(part, fx.Node) and shape_of(part) for part in parts):
+        raise InputError("it does not join tensors of a fixed number")
+    if not isinstance(dim, int):
+        raise InputError("it does not join channels")
+    return ConcatSpec(dim % len(shape))
+
+
+def _parts(node: fx.Node) -> tuple[Any, ...]:
+    """Return the tensors that a call of ``torch.cat`` joins."""
+    given = node.args[0] if node.args else node.kwargs.get("tensors")
+    return tuple(given) if isinstance(given, tuple | list) else ()
 
 
 def _gelu(approximate: str = "none", **_: Any) -> ActivationSpec:

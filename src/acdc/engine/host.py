@@ -10,7 +10,7 @@ import copy
 import inspect
 import logging
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -24,7 +24,7 @@ from acdc.engine.attention import has_in_projection
 from acdc.engine.choice import Policy
 from acdc.engine.contract import KernelPlan
 from acdc.engine.gradients import KernelGradients
-from acdc.engine.graph import ConvSpec, Recognised, recognise
+from acdc.engine.graph import ConvSpec, Recognised, is_layer, recognise
 from acdc.engine.judge import Judge, Pass
 from acdc.engine.lowering import lower
 from acdc.engine.memory import Workspace
@@ -65,6 +65,7 @@ class Host:
         judge: Says what is switched off in a pass.
         workspace: The memory that all segments share.
         refused: Name of a layer -> why it stays with PyTorch; filled here.
+        parts_of: Returns hosts of the parts of a module.
 
     Raises:
         Untraceable: its forward is no fixed graph.
@@ -83,23 +84,28 @@ class Host:
         judge: Judge,
         workspace: Workspace,
         refused: dict[str, str],
+        parts_of: Callable[[Host], list[Host]],
     ) -> None:
         self.module, self.name, self.refused = module, name, refused
         self.plans, self.policy, self.judge, self.workspace = plans, policy, judge, workspace
+        self._parts_of = parts_of
+        self._parts: list[Host] | None = None  # made at the first call that no graph can hold
         self.written = KernelGradients()
         self._started = False
         self._warned: set[str] = set()
-        self._warned_of_values = False
+        self._say = log.warning
+        self._difference = ""  # of the first call that was one too many
         if has_other_forward(module):
             raise Untraceable("its forward was replaced by other code")
         self._root = module
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if is_layer(module):
             self._root = _Single(module)
         self._signature = inspect.signature(self._root.forward)
         self._example = self._arguments(args, kwargs)
         if not name and _takes_any(self._example.signature):
             raise Untraceable("its forward takes any number of arguments")
         self._graphs: dict[tuple[Hashable, Hashable], fx.GraphModule | None] = {}
+        self._why: dict[tuple[Hashable, Hashable], str] = {}  # there is no graph
         self._sparse: set[str] = set()  # the layers that the graphs run sparse
         self._chosen: set[str] = set()  # the layers that had a choice when the graphs were built
         self._note_modules()
@@ -128,24 +134,31 @@ class Host:
             self._graphs.clear()
             self._traced = None
             self._note_modules()
-        for segment in self.segments():
+        for segment in self._own_segments():
             segment.start(self._plans_of(segment.program), written)
         self._started = True
         self._graph(self._example)
         self._sparse, self._chosen = self.policy.sparse, set(self.policy.choices)
-        if self.segments():
+        self._replace_forward()
+
+    def _replace_forward(self) -> None:
+        if self._own_segments():
             self.module.forward = _Forward(self)
 
     def pause(self) -> None:
         """Give the module its own forward back. Buffers stay for the next compression."""
-        for segment in self.segments():
+        for segment in self._own_segments():
             segment.pause()
+        for part in self._parts or ():
+            part.pause()
         self._restore_forward()
 
     def stop(self) -> None:
         """Give the module its own forward back, and free all buffers."""
-        for segment in self.segments():
+        for segment in self._own_segments():
             segment.stop()
+        for part in self._parts or ():
+            part.stop()
         self._restore_forward()
 
     def _restore_forward(self) -> None:
@@ -154,7 +167,11 @@ class Host:
             del self.module.forward
 
     def segments(self) -> list[Segment]:
-        """Return the segments of all graphs so far."""
+        """Return the segments of all graphs so far, also of the parts."""
+        of_parts = [segment for part in self._parts or () for segment in part.segments()]
+        return self._own_segments() + of_parts
+
+    def _own_segments(self) -> list[Segment]:
         return [
             m for g in self._graphs.values() if g for m in g.children() if isinstance(m, Segment)
         ]
@@ -177,7 +194,7 @@ class Host:
             and self._chosen <= self.policy.choices.keys()
             and self._modules == list(self.module.modules())
             and self._has_own_params()
-            and all(segment.program.is_current for segment in self.segments())
+            and all(segment.program.is_current for segment in self._own_segments())
         )
 
     def begin(self, *args: Any, **kwargs: Any) -> Pass:
@@ -204,15 +221,48 @@ class Host:
         try:
             arguments = self._arguments(args, kwargs)
         except Untraceable as error:
-            self._warn(str(error))
-            return self.original(*args, **kwargs)
+            return self._in_parts(str(error), args, kwargs)
         graph = self._graph(arguments)
         if graph is None:
-            return self.original(*args, **kwargs)
+            return self._in_parts(self._why_no_graph(arguments), args, kwargs)
         if not follow_buffers(graph, self._root):
             self._warn("a buffer has another shape or dtype than when it was traced")
             return self.original(*args, **kwargs)
         return graph.forward(*arguments.tensors)  # the graph has names of its own for them
+
+    def _in_parts(self, reason: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Compute a call that no graph holds: the module's own forward, and its parts sparse.
+
+        Args:
+            reason: Why no graph holds it. Empty: its parameters are others for the time of a call.
+            args, kwargs: The arguments.
+
+        """
+        parts: list[Host] = []
+        if reason and self._started and not isinstance(self._root, _Single):
+            with self.workspace.lock:
+                if self._parts is None:
+                    self._parts = self._parts_of(self)
+                    for part in self._parts:
+                        part._say = log.info  # the warning about the whole says it
+                for part in self._parts:
+                    if not part._started:
+                        part.start(self.written)
+                        part._hide()
+                parts = [part for part in self._parts if part._own_segments()]
+        if reason:
+            self._warn(reason, parts)
+        for part in parts:
+            part._replace_forward()
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            for part in parts:
+                part._hide()
+
+    def _hide(self) -> None:
+        """Give the module its own forward back, and stay ready."""
+        vars(self.module).pop("forward", None)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         try:
@@ -220,10 +270,11 @@ class Host:
         except NoFixedArguments as error:
             raise Untraceable(str(error)) from error
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, reason: str, parts: Sequence[Host] = ()) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            log.warning("%s runs on plain PyTorch: %s.", self._title, reason)
+            how = "in parts" if parts else "on plain PyTorch"
+            self._say("%s runs %s: %s.", self._title, how, reason)
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -250,19 +301,23 @@ class Host:
                 try:
                     self._graphs[key] = self._build(key, arguments)
                 except Untraceable as error:
-                    self._warn(str(error))
+                    self._why[key] = str(error)
                     self._graphs[key] = None
             return self._graphs[key]
 
     def _is_one_too_many(self, arguments: Arguments) -> bool:
         """Return whether the module is called with ever new values: each would be traced again."""
         known = {key for _, key in self._graphs}
-        if arguments.key in known or len(known) < ARGUMENTS:
-            return False
-        if not self._warned_of_values:
-            self._warned_of_values = True
-            self._warn(arguments.difference(self._example))
-        return True
+        return arguments.key not in known and len(known) >= ARGUMENTS
+
+    def _why_no_graph(self, arguments: Arguments) -> str:
+        """Return why there is no graph; empty if there may be one at another time."""
+        if not (self._started and self._has_own_params()):
+            return ""
+        if self._is_one_too_many(arguments):
+            self._difference = self._difference or arguments.difference(self._example)
+            return self._difference
+        return self._why.get((self._modes(), arguments.key), "")
 
     def _modes(self) -> Hashable:
         """Return everything that a graph depends on: training modes and hooks."""
@@ -326,7 +381,7 @@ class Host:
         for target, module in self._root.named_modules():
             if has_in_projection(module):
                 target = f"{target}.in_proj".removeprefix(".")
-            elif not isinstance(module, nn.Conv2d | nn.Linear):
+            elif not is_layer(module):
                 continue
             reason = _reason(target, called)
             if isinstance(reason, str):

@@ -19,7 +19,10 @@ TOKEN_COLUMNS = 8  # registers of tokens in a block: one register tile of a line
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of one buffer: its contents and its place in memory. Pitches count elements."""
+    """The shape of one buffer: its contents and its place in memory. Pitches count elements.
+
+    ``part_of``: the channels of the buffer that this one is a part of; 0 if it is a whole one.
+    """
 
     samples: int
     channels: int
@@ -29,6 +32,7 @@ class Shape:
     halo: int = 0
     tokens: bool = False
     dtype: torch.dtype = torch.float32
+    part_of: int = 0
 
     def __post_init__(self) -> None:
         if min(self.samples, self.channels, self.height, self.width, self.lanes) < 1:
@@ -87,7 +91,7 @@ class Shape:
     def block(self) -> int:
         """Elements from a block to the next, in whole cache lines."""
         per_line = LINE // self.dtype.itemsize
-        return -(-self.channel * self.channels // per_line) * per_line
+        return -(-self.channel * (self.part_of or self.channels) // per_line) * per_line
 
     @property
     def origin(self) -> int:
@@ -124,6 +128,12 @@ class Buffer:
     def zeros(shape: Shape) -> Buffer:
         """Allocate a buffer, all zeros, aligned to a cache line."""
         return allocate([shape])[0]
+
+    def part(self, first: int, channels: int) -> Buffer:
+        """Return some channels of this buffer, in the same memory."""
+        s = self.shape
+        shape = replace(s, channels=channels, part_of=s.part_of or s.channels)
+        return Buffer(shape, self.data[first * s.channel :], self.per_thread)
 
     def pixels(self) -> torch.Tensor:
         """Return the interior as a view ``[block, channel, row, column, lane]``."""

@@ -14,12 +14,15 @@ from torch import fx
 from acdc.engine.graph import (
     ActivationSpec,
     AddSpec,
+    ConcatSpec,
     ConvSpec,
     DropoutSpec,
     IdentitySpec,
+    Kind,
     LayerNormSpec,
     MulSpec,
     NormSpec,
+    PermuteSpec,
     PoolSpec,
     Recognised,
     ReluSpec,
@@ -30,6 +33,7 @@ from acdc.engine.layout import TOKEN_COLUMNS
 from acdc.engine.operations import (
     Activation,
     Add,
+    Concat,
     Conv,
     Dropout,
     Gate,
@@ -68,34 +72,36 @@ class _Lowering:
         """Return the program of a graph."""
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         for node in placeholders:
-            self._made[node] = value_of(node, _holds_tokens(node))
+            self._made[node] = value_of(node, _read_as(node))
         inputs = tuple(self._value(node) for node in placeholders)
         for node in graph.nodes:
             if node.op not in ("placeholder", "output"):
                 self._lower(node, node.meta["engine"])
         results: Any = graph.output_node().args[0]
         returns_one = isinstance(results, fx.Node)
-        outputs = tuple(self._value(n) for n in ([results] if returns_one else results))
+        ends = (results,) if returns_one else tuple(results)
+        outputs = tuple(map(self._value, ends))
+        last = tuple(isinstance(end.meta["engine"].spec, PermuteSpec) for end in ends)
         ops = tuple(self.ops)
         _set_halos(ops)
-        return Program(ops, inputs, outputs, returns_one, params_of(ops), self._dropouts)
+        return Program(ops, inputs, outputs, last, returns_one, params_of(ops), self._dropouts)
 
     def _lower(self, node: fx.Node, known: Recognised) -> None:
         spec, inputs = known.spec, inputs_of(node, known.spec)
-        if isinstance(spec, IdentitySpec):
+        if isinstance(spec, IdentitySpec | PermuteSpec):
             self._made[node] = self._value(inputs[0])
         elif isinstance(spec, NormSpec):
             norm = Norm(spec.module, self._value(inputs[0]))
             maker = self._maker(norm.y)
             if isinstance(maker, Conv) and maker.norm is None and not norm.y.tokens:
                 maker.norm, norm.has_sums = norm, True
-            self._put(node, _Pending(norm, value_of(node, False)))
+            self._put(node, _Pending(norm, value_of(node, known.kind)))
         elif isinstance(spec, AddSpec):
-            self._lower_sum(node, inputs, known.kind == "tokens")
+            self._lower_sum(node, inputs, known.kind)
         elif isinstance(spec, ReluSpec):
             before = self._pending(inputs[0])
             if before is not None:
-                before.relu, before.out = True, value_of(node, False)
+                before.relu, before.out = True, value_of(node, known.kind)
                 self._put(node, before)
             else:
                 self._emit(node, known, lambda x, out: Relu(x, out))
@@ -107,8 +113,12 @@ class _Lowering:
             self._emit(node, known, lambda x, out: LayerNorm(spec, x, out))
         elif isinstance(spec, DropoutSpec):
             self._emit(node, known, lambda x, out: self._dropout(node, spec, x, out))
+        elif isinstance(spec, ConcatSpec):
+            out = value_of(node, known.kind)
+            self.ops.append(Concat(tuple(map(self._value, inputs)), out))
+            self._made[node] = out
         elif isinstance(spec, MulSpec):
-            self._lower_product(node, inputs, known.kind == "tokens")
+            self._lower_product(node, inputs, known.kind)
         else:
             assert isinstance(spec, ActivationSpec)
             self._emit(node, known, lambda x, out: Activation(spec, x, out))
@@ -117,9 +127,9 @@ class _Lowering:
         self._dropouts[node] = op = Dropout(spec.p, x, out, replace(out))
         return op
 
-    def _lower_product(self, node: fx.Node, inputs: tuple[fx.Node, ...], tokens: bool) -> None:
+    def _lower_product(self, node: fx.Node, inputs: tuple[fx.Node, ...], kind: Kind) -> None:
         x, y = map(self._value, inputs)
-        out = self._made[node] = value_of(node, tokens)
+        out = self._made[node] = value_of(node, kind)
         if (x.height, x.width) == (y.height, y.width):
             self.ops.append(Mul(x, y, out))
         elif (y.height, y.width) == (1, 1):
@@ -128,15 +138,15 @@ class _Lowering:
             self.ops.append(Gate(y, x, out))
 
     def _emit(self, node: fx.Node, known: Recognised, make: Callable[[Value, Value], Op]) -> None:
-        out = value_of(node, known.kind == "tokens")
+        out = value_of(node, known.kind)
         self.ops.append(make(self._value(inputs_of(node, known.spec)[0]), out))
         self._made[node] = out
 
-    def _lower_sum(self, node: fx.Node, inputs: tuple[fx.Node, ...], tokens: bool) -> None:
+    def _lower_sum(self, node: fx.Node, inputs: tuple[fx.Node, ...], kind: Kind) -> None:
         growing = [n for n in inputs if (p := self._pending(n)) is not None and not p.is_sum]
         if not growing or inputs[0] is inputs[1]:
             x, y = map(self._value, inputs)
-            self.ops.append(Add(x, y, out := value_of(node, tokens)))
+            self.ops.append(Add(x, y, out := value_of(node, kind)))
             self._made[node] = out
             return
         first = self._pending(growing[0])
@@ -147,7 +157,7 @@ class _Lowering:
             first.second = second.norm
         else:
             first.residual = self._value(other)
-        first.out = value_of(node, False)
+        first.out = value_of(node, kind)
         self._put(node, first)
 
     def _put(self, node: fx.Node, pending: _Pending) -> None:
@@ -187,8 +197,9 @@ class _Pending:
         return self.second is not None or self.residual is not None
 
 
-def _holds_tokens(node: fx.Node) -> bool:
-    return any(u.meta["engine"].kind == "tokens" for u in node.users if u.op != "output")
+def _read_as(node: fx.Node) -> Kind:
+    kind: Kind = next(user.meta["engine"].reads for user in node.users if user.op != "output")
+    return kind
 
 
 def _set_halos(ops: tuple[Op, ...]) -> None:
@@ -200,12 +211,14 @@ def _set_halos(ops: tuple[Op, ...]) -> None:
         op.out.grad_halo = geometry.grad_halo(op.x.height, op.x.width)
 
 
-def value_of(node: fx.Node, tokens: bool) -> Value:
-    """Return the value of a node."""
+def value_of(node: fx.Node, kind: Kind) -> Value:
+    """Return the value of a node that the layout holds in this way."""
     shape = shape_of(node)
     assert shape is not None
     dtype = node.meta["tensor_meta"].dtype
-    if tokens:
+    if kind == "tokens":
         return Value(shape[-1], 1, TOKEN_COLUMNS, True, dtype)
+    if kind == "pixels":
+        shape = (shape[0], shape[3], shape[1], shape[2])
     _, channels, height, width = shape
     return Value(channels, height, width, False, dtype)

@@ -21,6 +21,7 @@ from torch._C._autograd import SavedTensor
 
 from acdc.engine.contract import Call, KernelPlan, Kernels, Step, WeightGradCall
 from acdc.engine.gradients import LARGE
+from acdc.engine.graph import ConvSpec
 from acdc.engine.layout import LINE, Buffer, Shape, allocate
 from acdc.engine.locks import Lock
 from acdc.engine.native import advise_huge_pages
@@ -134,7 +135,7 @@ class Frame:
         self.results: dict[int, Tensor] = {}
         self.before: list[Call] = []
         self.after: list[Call] = []
-        self.targets: list[tuple[WeightGradCall, Tensor]] = []
+        self.targets: list[tuple[WeightGradCall, ConvSpec]] = []
         self._plans, self._buffers = plans, buffers
         self._made: dict[object, object] = {}
         self.forward = self._bound(tape.forward, by_block)
@@ -157,8 +158,8 @@ class Frame:
 
     def set_targets(self, workspace: Workspace) -> None:
         """Direct the weight gradients into ``results``, and their partial sums into scratch."""
-        for (call, weight), part in zip(self.targets, self._scratch_of(workspace), strict=True):
-            call.into(self.results[id(weight)], part)
+        for (call, layer), part in zip(self.targets, self._scratch_of(workspace), strict=True):
+            call.into(layer.by_output(self.results[id(layer.weight)]), part)
 
     def _scratch_of(self, workspace: Workspace) -> Sequence[Tensor]:
         """Return the memory for the partial sums of each weight gradient."""

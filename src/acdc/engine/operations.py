@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from acdc.engine.calls import NormCall
 from acdc.engine.contract import Call, Fold, Pointwise, WeightGradCall
 from acdc.engine.graph import ActivationSpec, ConvSpec, LayerNormSpec, PoolSpec
 from acdc.engine.layout import Buffer
@@ -23,6 +25,7 @@ class Program:
     Args:
         ops: The operations in order.
         inputs, outputs: The values at both ends.
+        last: Whether each output has its channels last in the memory of PyTorch.
         returns_one: The result is one tensor, not a tuple.
         params: All parameters that may take a gradient, each once.
         dropouts: Node of the graph -> dropout that draws a mask.
@@ -32,6 +35,7 @@ class Program:
     ops: tuple[Op, ...]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    last: tuple[bool, ...]
     returns_one: bool
     params: tuple[Tensor, ...]
     dropouts: Mapping[fx.Node, Dropout]
@@ -53,7 +57,7 @@ class Program:
 
     def tape(self, request: GradientRequest | None) -> Tape:
         """Return the instructions of the operations."""
-        return Tape(self.ops, self.inputs, self.outputs, request)
+        return Tape(self.ops, self.inputs, self.outputs, request, self.last)
 
 
 def params_of(ops: Iterable[Op]) -> tuple[Tensor, ...]:
@@ -85,24 +89,24 @@ class Conv(Op):
         return (self.x,)
 
     def params(self) -> tuple[Tensor, ...]:
-        module = self.spec.module
-        return (module.weight,) if module.bias is None else (module.weight, module.bias)
+        weight, bias = self.spec.weight, self.spec.bias
+        return (weight,) if bias is None else (weight, bias)
 
     def read_by_address(self) -> tuple[Tensor | None, ...]:
-        return (self.spec.module.bias,)  # the weight is copied at each call
+        return (self.spec.bias,)  # the weight is copied at each call
 
     def read_again(self) -> tuple[Tensor | None, ...]:
-        return (self.spec.module.weight,)
+        return (self.spec.weight,)
 
     def forward(self, tape: Tape) -> None:
-        x, y, module = tape.value(self.x), tape.value(self.out), self.spec.module
+        x, y, spec = tape.value(self.x), tape.value(self.out), self.spec
 
         def conv(f: Binder) -> Call:
             plan = f.plan(self)
-            f.before.append(lambda: plan.refresh(module.weight))
+            f.before.append(lambda: plan.refresh(spec.by_output(spec.weight)))
             if tape.has_backward:  # now: the weights may change before the backward pass
-                f.before.append(lambda: plan.refresh(module.weight, True))
-            more: dict[str, Any] = {"bias": module.bias}
+                f.before.append(lambda: plan.refresh(spec.by_output(spec.weight), True))
+            more: dict[str, Any] = {"bias": spec.bias}
             if self.norm is not None and self.norm.of_batch:
                 shift = self.norm.module.running_mean
                 more |= {"statistics": True, "shift": shift, "sums": self.norm.sums(f)}
@@ -111,11 +115,11 @@ class Conv(Op):
         tape.do(self, conv, x, y)
 
     def backward(self, tape: Tape) -> None:
-        dy, module = tape.grad(self.out), self.spec.module
-        if tape.takes(module.weight):
+        dy = tape.grad(self.out)
+        if tape.takes(self.spec.weight):
             x = tape.value_in_backward(self.x)
             tape.do(self, lambda f: self._weight_grad(f, f.buffer(x), f.buffer(dy)), x, dy)
-        if tape.takes(module.bias):
+        if tape.takes(self.spec.bias):
             tape.do(self, lambda f: self._bias_grad(f, f.buffer(dy)), dy)
         if tape.needs(self.x):
             accumulate, dx = tape.has_grad(self.x), tape.grad(self.x)
@@ -135,11 +139,12 @@ class Conv(Op):
     def _weight_grad(self, f: Binder, x: Buffer, dy: Buffer) -> WeightGradCall:
         # The result starts at zero. A layer that is used twice adds to it twice.
         call = f.backend.weight_grad_call(f.plan(self), x, dy, accumulate=True)
-        f.targets.append((call, self.spec.module.weight))
+        f.targets.append((call, self.spec))
         return call
 
     def _bias_grad(self, f: Binder, dy: Buffer) -> Call:
-        bias = self.spec.module.bias
+        bias = self.spec.bias
+        assert bias is not None
         sums = torch.zeros(dy.shape.channels, dtype=torch.float64, device="cpu")
         f.after.append(lambda: f.results[id(bias)].add_(sums))
         return f.backend.bind(f.backend.channel_sums, dy, sums=sums)
@@ -156,13 +161,15 @@ class Norm:
 
     """
 
-    module: nn.BatchNorm2d
+    module: nn.BatchNorm2d | NormCall
     y: Value
     has_sums: bool = False
 
     @property
     def of_batch(self) -> bool:
         """Whether the statistics are those of the batch."""
+        if isinstance(self.module, NormCall):
+            return self.module.of_batch
         return self.module.training or self.module.running_mean is None
 
     def fold(self, f: Binder) -> Fold:
@@ -572,6 +579,65 @@ class Mul(_OfTwo):
                 share, give = _share(tape, self, value)
                 _pointwise(tape, self, "mul", grad, factor, out=share)
                 give()
+
+
+@dataclass(eq=False)
+class Concat(Op):
+    """Tensors side by side: their channels one after the other."""
+
+    parts: tuple[Value, ...]
+    out: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return self.parts
+
+    def _places(self) -> list[tuple[Value, int]]:
+        """Return each part with the number of its first channel."""
+        ends = accumulate(part.channels for part in self.parts)
+        return [(part, end - part.channels) for part, end in zip(self.parts, ends, strict=True)]
+
+    def forward(self, tape: Tape) -> None:
+        self._fill(tape, tape.value(self.out), tape.value)
+
+    def recompute(self, tape: Tape) -> Slot:
+        # The parts are kept anyway. A copy takes less time than BatchNorm's pass over it.
+        out = tape.new(self.out, self.out.halo)
+        self._fill(tape, out, tape.value_in_backward)
+        return out
+
+    def _fill(self, tape: Tape, out: Slot, slot_of: Callable[[Value], Slot]) -> None:
+        for part, first in self._places():
+            source, count = slot_of(part), part.channels
+
+            def copy(
+                f: Binder, source: Slot = source, first: int = first, count: int = count
+            ) -> Call:
+                into = f.buffer(out).part(first, count)
+                return f.backend.bind(f.backend.pointwise, "copy", f.buffer(source), out=into)
+
+            tape.do(self, copy, source, out)
+
+    def backward(self, tape: Tape) -> None:
+        grad = tape.grad(self.out)
+        for part, first in self._places():
+            if not tape.needs(part):
+                continue
+            adds, into, count = tape.has_grad(part), tape.grad(part), part.channels
+
+            def give(
+                f: Binder,
+                adds: bool = adds,
+                into: Slot = into,
+                first: int = first,
+                count: int = count,
+            ) -> Call:
+                share, to, b = f.buffer(grad).part(first, count), f.buffer(into), f.backend
+                if adds:
+                    return b.bind(b.pointwise, "add", to, share, out=to)
+                return b.bind(b.pointwise, "copy", share, out=to)
+
+            tape.do(self, give, grad, into)
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -41,23 +41,32 @@ class Plans:
         self, name: str, spec: ConvSpec, x: Value, out: Value, tiling: Tiling | None
     ) -> KernelPlan:
         """Return the index lists of a layer, made once per support, image size and tiling."""
-        lanes, weight = self.kernels.lanes, spec.module.weight
+        lanes, weight = self.kernels.lanes, spec.weight
         x_shape, dy_shape = x.shape(1, lanes, x.halo), out.shape(1, lanes, out.grad_halo)
         if (key := (name, x_shape, dy_shape, tiling)) not in self._made:
             mask = self._mask(name)
             if mask is None:
                 support = torch.arange(weight.numel(), device="cpu")
             else:
-                support = mask.reshape(-1).nonzero()[:, 0]
+                support = spec.by_output(mask).reshape(-1).nonzero()[:, 0]
             # The strides that its gradient will have: the weight's own, or contiguous ones if the
             # weight has gaps.
-            outs, per_group, *rest = torch.empty_like(weight, device="meta").stride()
+            like = spec.by_output(torch.empty_like(weight, device="meta"))
+            outs, per_group, *rest = like.stride()
             rows, columns = rest or (1, 1)
             strides = (outs, per_group, rows, columns)
             self._made[key] = self.kernels.plan(
                 spec.geometry, support, x_shape, dy_shape, strides=strides, tiling=tiling
             )
         return self._made[key]
+
+    def keep(self, names: Collection[str]) -> None:
+        """Free the lists of all layers but these."""
+        self._made = {key: plan for key, plan in self._made.items() if key[0] in names}
+
+    def is_pruned(self, name: str) -> bool:
+        """Return whether the support has a mask for a layer."""
+        return self._mask(name) is not None
 
     def density(self, name: str) -> float:
         """Return the share of kept weights of a layer."""

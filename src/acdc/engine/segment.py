@@ -104,7 +104,7 @@ class Segment(nn.Module):
         self.written, self.nnz = written, {}
         for conv in self.program.convs:
             if conv in plans:
-                key = id(conv.spec.module.weight)  # may be used twice: the larger number counts
+                key = id(conv.spec.weight)  # may be used twice: the larger number counts
                 self.nnz[key] = max(self.nnz.get(key, 0), plans[conv].nnz)
 
     def pause(self) -> None:
@@ -327,7 +327,13 @@ def compute(lease: Lease, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     for call in frame.before + frame.forward:
         call()
     return tuple(
-        _plain(frame, slot, _out_shape(first, slot.value), _format(first)) for slot in tape.outputs
+        _plain(
+            frame,
+            slot,
+            _out_shape(first, slot.value),
+            torch.channels_last if last else _format(first),
+        )
+        for slot, last in zip(tape.outputs, tape.last, strict=True)
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from acdc.engine.contract import Call, KernelPlan, Kernels, WeightGradCall
+from acdc.engine.graph import ConvSpec
 from acdc.engine.layout import Buffer, Shape
 
 T = TypeVar("T")
@@ -123,7 +124,7 @@ class Binder(Protocol):
         results: The gradients of parameters, by the id of the parameter.
         before: The calls that run before the forward pass.
         after: The calls that run after the backward pass.
-        targets: The calls of weight gradients, each with its weight.
+        targets: The calls of weight gradients, each with its layer.
 
     """
 
@@ -132,7 +133,7 @@ class Binder(Protocol):
     results: dict[int, Tensor]
     before: list[Call]
     after: list[Call]
-    targets: list[tuple[WeightGradCall, Tensor]]
+    targets: list[tuple[WeightGradCall, ConvSpec]]
 
     def buffer(self, slot: Slot) -> Buffer:
         """Return the memory of a slot."""
@@ -187,6 +188,8 @@ class Tape:
         inputs, outputs: The values at both ends.
         request: What the backward pass computes. None if there is no backward pass; then nothing is
             kept for it.
+        last: Whether each output has its channels last in the memory of PyTorch. The default is
+            that it lies as the first input does.
 
     """
 
@@ -196,8 +199,9 @@ class Tape:
         inputs: Sequence[Value],
         outputs: Sequence[Value],
         request: GradientRequest | None,
+        last: Sequence[bool] = (),
     ) -> None:
-        self.request = request
+        self.request, self.last = request, last or (False,) * len(outputs)
         self.forward: list[Instruction] = []
         self.backward: list[Instruction] = []
         self.slots: list[Slot] = []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from acdc.engine.contract import KernelPlan, Kernels
-from acdc.engine.geometry import ConvGeometry
+from acdc.engine.graph import ConvSpec
 from acdc.engine.layout import Buffer
 from acdc.engine.tape import Value
 
@@ -33,15 +33,14 @@ class Candidate:
 
     Args:
         name: Of the module in the network.
-        module, geometry: The layer.
+        spec: The layer.
         x, out: Its input and its output.
         samples: The batch size.
 
     """
 
     name: str
-    module: nn.Conv2d | nn.Linear
-    geometry: ConvGeometry
+    spec: ConvSpec
     x: Value
     out: Value
     samples: int
@@ -112,8 +111,8 @@ def _times(
     repeats: int,
 ) -> tuple[float, float, float]:
     """Return milliseconds dense, sparse, and for conversions."""
-    weight = layer.module.weight
-    equal = (layer.geometry, layer.samples, layer.x.height, layer.x.width, *weight.stride())
+    weight = layer.spec.by_output(layer.spec.weight)
+    equal = (layer.spec.geometry, layer.samples, layer.x.height, layer.x.width, *weight.stride())
     about = round(math.log(density, NEAR)) if density else None
     makers = {
         ("dense", *equal): partial(_dense, layer),
@@ -181,9 +180,11 @@ def _random(value: Value, samples: int) -> Tensor:
 def _dense(layer: Candidate) -> Callable[[], object]:
     """Return the layer in PyTorch with all its gradients, in the memory format of its weight."""
     x, grad = _random(layer.x, layer.samples), _random(layer.out, layer.samples)
-    weight, bias = layer.module.weight.detach(), layer.module.bias
-    bias = None if bias is None else bias.detach()
-    if isinstance(layer.module, nn.Linear):
+    weight = layer.spec.by_output(layer.spec.weight.detach())
+    bias = None if layer.spec.bias is None else layer.spec.bias.detach()
+    if layer.spec.is_linear:
+        if not layer.x.tokens:
+            x, grad = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (x, grad))
 
         def linear() -> None:
             nn.functional.linear(x, weight, bias)
@@ -191,7 +192,7 @@ def _dense(layer: Candidate) -> Callable[[], object]:
             torch.mm(grad.t(), x)
 
         return linear
-    g = layer.geometry
+    g = layer.spec.geometry
     if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
         x = x.contiguous(memory_format=torch.channels_last)
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -218,7 +219,7 @@ def _sparse(layer: Candidate, plan: KernelPlan, backend: Kernels) -> Callable[[]
     """Return the layer on the kernels with all its gradients, in the layout."""
     x, y = _buffers(layer, backend.lanes)
     backend.to_layout(_random(layer.x, layer.samples), x)
-    weight = layer.module.weight.detach()
+    weight = layer.spec.by_output(layer.spec.weight.detach())
     result = torch.zeros_like(weight)
 
     def passes() -> None:

@@ -26,10 +26,13 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from acdc.engine.arguments import Arguments
 from acdc.engine.attention import AsAWhole, InProjection, parts_of
+from acdc.engine.calls import as_modules
 from acdc.engine.effects import Attributes, Change, SideEffect, Watch
+from acdc.engine.known import is_known
 from acdc.engine.locks import Lock
 
 ATTEMPTS = 8  # to trace a module, if random numbers are drawn meanwhile
@@ -194,8 +197,9 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # a forward may write them, and others may between two steps
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, root: nn.Module, arguments: Arguments) -> None:
         super().__init__()
+        self._known = {m for m in root.modules() if is_known(m)}  # now: nothing watches it yet
         self._thread = threading.get_ident()
         self._modes = _modes()
         self._arguments = arguments
@@ -326,7 +330,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, InProjection):
+        if isinstance(m, InProjection) or m in self._known:
             return True
         return is_opaque(m) or bool(super().is_leaf_module(m, module_qualified_name))
 
@@ -394,6 +398,7 @@ def trace(root: nn.Module, arguments: Arguments) -> fx.GraphModule:
     """
     with _tracing, torch.enable_grad():
         tracer, graph = _traced(root, arguments)
+        tracer.added |= as_modules(graph, root)
     held = _with_added(tracer, graph) if tracer.added else tracer.root
     traced = fx.GraphModule(held, graph, type(root).__name__)
     names = (str(node.target) for node in graph.nodes if node.op == "get_attr")
@@ -450,7 +455,7 @@ def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
     first = _random_state()
     for _ in range(ATTEMPTS):
         attributes, numbers = Attributes(root), _random_state()
-        tracer, watch = _Tracer(arguments), Watch()
+        tracer, watch = _Tracer(root, arguments), Watch()
         try:
             with _proxies_pass_for_tensors(), _attention_is_one_call(), watch:
                 graph = tracer.trace(root)
@@ -509,8 +514,34 @@ def _set_random_state(state: tuple[Any, bytes]) -> None:
         torch.random.set_rng_state(torch.frombuffer(bytearray(state[1]), dtype=torch.uint8))
 
 
+NEW = "new"
+"""The key in the ``meta`` of a node: its result shares no memory with its arguments."""
+
+
+class _Shapes(ShapeProp):
+    """Notes shapes, and which results are new memory."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        given = _memories(self.fetch_args_kwargs_from_env(n))
+        made = _memories(result)
+        n.meta[NEW] = n.op.startswith("call_") and not made & given
+        return result
+
+
+def _memories(values: Any) -> set[int]:
+    return {memory_of(value) for value in tree_leaves(values) if isinstance(value, Tensor)}
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return a number that tensors have in common if and only if they share memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
     """Note the shape and dtype of every tensor in the graph's nodes, without computing anything.
+
+    Note, too, which results are new memory (``NEW``).
 
     Raises:
         Untraceable: the shapes depend on the values of tensors.
@@ -521,7 +552,7 @@ def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
     try:
         # ShapeProp prints its errors. The lock: stderr is redirected for all threads.
         with _tracing, mode, redirect_stderr(StringIO()):
-            shapes = ShapeProp(graph, fake_mode=mode)
+            shapes = _Shapes(graph, fake_mode=mode)
             for module in shapes.fake_module.modules():  # a copy whose tensors have no values
                 module.training = False  # a BatchNorm in training may read values
                 for hooks in hooks_of(module):
