@@ -83,6 +83,20 @@ def test_a_dropout_of_pixels_draws_the_masks_of_pytorch(runs: list[int]) -> None
     both.check(images(3))
 
 
+def test_a_dropout_behind_pixels_draws_the_masks_of_pytorch(runs: list[int]) -> None:
+    """In plain PyTorch, images that were pixels lie with channels last, and so do sums of them."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        z = m.b(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return m.d(m.drop(m.c(z) + y))
+
+    layers = {"a": conv(3, 8), "b": nn.Linear(8, 8), "c": conv(8, 8), "d": conv(8, 4)}
+    both = Beside(Written(forward, drop=nn.Dropout(0.5), **layers), images(3))
+    both.check(images(3))
+    assert len(runs) == 1
+
+
 # --- side by side ---------------------------------------------------------------------------------
 
 

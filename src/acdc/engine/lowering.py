@@ -67,6 +67,7 @@ class _Lowering:
         self.ops: list[Op] = []
         self._dropouts: dict[fx.Node, Dropout] = {}
         self._made: dict[fx.Node, Value | _Pending] = {}
+        self._last: set[fx.Node] = set()  # of images that PyTorch would hold with channels last
 
     def lower(self, graph: fx.Graph) -> Program:
         """Return the program of a graph."""
@@ -76,15 +77,25 @@ class _Lowering:
         inputs = tuple(self._value(node) for node in placeholders)
         for node in graph.nodes:
             if node.op not in ("placeholder", "output"):
+                self._note_format(node, node.meta["engine"])
                 self._lower(node, node.meta["engine"])
         results: Any = graph.output_node().args[0]
         returns_one = isinstance(results, fx.Node)
         ends = (results,) if returns_one else tuple(results)
         outputs = tuple(map(self._value, ends))
-        last = tuple(isinstance(end.meta["engine"].spec, PermuteSpec) for end in ends)
+        last = tuple(end in self._last for end in ends)
         ops = tuple(self.ops)
         _set_halos(ops)
         return Program(ops, inputs, outputs, last, returns_one, params_of(ops), self._dropouts)
+
+    def _note_format(self, node: fx.Node, known: Recognised) -> None:
+        """Note whether a node's images have their channels last in memory: behind pixels."""
+        if isinstance(known.spec, PermuteSpec):
+            last = not known.spec.last
+        else:
+            last = not self._last.isdisjoint(inputs_of(node, known.spec))
+        if last:
+            self._last.add(node)
 
     def _lower(self, node: fx.Node, known: Recognised) -> None:
         spec, inputs = known.spec, inputs_of(node, known.spec)
@@ -124,7 +135,7 @@ class _Lowering:
             self._emit(node, known, lambda x, out: Activation(spec, x, out))
 
     def _dropout(self, node: fx.Node, spec: DropoutSpec, x: Value, out: Value) -> Op:
-        self._dropouts[node] = op = Dropout(spec.p, x, out, replace(out))
+        self._dropouts[node] = op = Dropout(spec.p, x, out, replace(out), node in self._last)
         return op
 
     def _lower_product(self, node: fx.Node, inputs: tuple[fx.Node, ...], kind: Kind) -> None:

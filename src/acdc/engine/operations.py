@@ -699,6 +699,8 @@ class Dropout(Op):
         p: The probability of a zero.
         x, out: Its input and its output.
         mask: Zeros, and ``1 / (1 - p)`` where a number is kept.
+        last: PyTorch would hold ``x`` with channels last. Otherwise it lies as the first input of
+            the segment.
 
     """
 
@@ -706,6 +708,7 @@ class Dropout(Op):
     x: Value
     out: Value
     mask: Value
+    last: bool
 
     @property
     def reads(self) -> tuple[Value, ...]:
@@ -726,7 +729,8 @@ class Dropout(Op):
         """Draw the numbers that ``torch.nn.functional.dropout`` draws."""
         s = mask.shape
         size = (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
-        lies = torch.contiguous_format if s.tokens else f.memory_format
+        lies = torch.channels_last if self.last else f.memory_format
+        lies = torch.contiguous_format if s.tokens else lies
         noise = torch.empty(size, dtype=s.dtype, device="cpu", memory_format=lies)
         f.backend.to_layout(noise.bernoulli_(1 - self.p).div_(1 - self.p), mask)
 
