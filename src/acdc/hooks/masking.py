@@ -8,6 +8,7 @@ large weights. In a dense phase there is no hook, and training is bitwise what i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ class Masking:
         optimizers: The optimizers that step them.
         engine: What runs sparse phases sparsely, if anything does.
         copies: Name of a weight → state of its optimizer that must be zero where the weight is.
-        owner: Kept alive as long as a weight has a hook of this masking.
+        owner: Kept alive as long as this masking.
         peers: The processes whose engines run the same layers sparse.
 
     Attributes:
@@ -164,15 +165,18 @@ class Masking:
         self._hooks.clear()
 
     def _clear_gradient(self, name: str) -> Callable[[Tensor], None]:
-        dropped, kept, engine = self._dropped, self.support.counts()[name], self.engine
+        # PyTorch never frees a parameter whose hook holds it, so this one holds nothing. Hooks of
+        # the optimizer keep the masking alive.
+        masking, kept = weakref.ref(self), self.support.counts()[name]
 
         def clear_gradient(param: Tensor) -> None:
-            if self.dense_gradient:
+            now = masking()
+            if now is None or now.dense_gradient:
                 return
-            if engine is not None and engine.kernel_gradients.all_of(param, kept):
+            if now.engine is not None and now.engine.kernel_gradients.all_of(param, kept):
                 return  # zero there already
             if param.grad is not None:
-                clear(param.grad, dropped[name])
+                clear(param.grad, now._dropped[name])
 
         return clear_gradient
 
