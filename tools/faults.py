@@ -420,7 +420,7 @@ FAULTS = [
           "tests/test_pair.py tests/test_result.py -k 'flipped or two_saves'"),
     # --- masks ----------------------------------------------------------------------------------
     Fault("gradients outside the support are not cleared", "hooks/masking.py",
-          "clear(param.grad, dropped[name])", "pass",
+          "clear(param.grad, now._dropped[name])", "pass",
           f"{CONTRACT} -k 'outside_the_support and global'"),
     Fault("weights outside the support are not projected", "hooks/masking.py",
           "clear(param, self._dropped[name])", "pass",
