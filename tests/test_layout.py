@@ -32,7 +32,7 @@ ROWS: list[set[str]] = [
     {"acdc"},
     {"sparsifier"},
     {"hooks", "result", "summary"},
-    {"methods", "pair"},
+    {"methods", "pair", "runtime"},
     {"index", "states"},
     {"pattern", "engine", "cost", "bitmask"},
     {"topk", "processes", "positions"},

@@ -144,10 +144,18 @@ Spec = (
 
 @dataclass(frozen=True)
 class Recognised:
-    """A node that the engine can run: its operation, and how the layout holds its result."""
+    """A node that the engine can run.
+
+    Args:
+        spec: Its operation.
+        kind: How the layout holds its result.
+        reads: How the layout holds its inputs; None: as the result.
+
+    """
 
     spec: Spec
     kind: Kind
+    reads: Kind | None = None
 
 
 def inputs_of(node: fx.Node, spec: Spec) -> tuple[fx.Node, ...]:

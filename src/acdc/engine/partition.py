@@ -92,7 +92,9 @@ def _connected(proposed: Partition, recognised: Mapping[fx.Node, Recognised]) ->
             continue
         what = recognised[node]
         # A tensor that one node reads as images and another as tokens is converted twice anyway.
-        tensors = {(tensor, str(what.kind)) for tensor in (node, *inputs_of(node, what.spec))}
+        reads = str(what.reads or what.kind)
+        tensors = {(tensor, reads) for tensor in inputs_of(node, what.spec)}
+        tensors.add((node, str(what.kind)))
         nodes = [node]
         for part in [part for part in parts if part[0] & tensors]:
             parts.remove(part)

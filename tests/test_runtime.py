@@ -1,0 +1,382 @@
+"""``acdc.Runtime``: as PyTorch computes, for networks, batches, threads and bad input."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import acdc
+from acdc.engine import native
+from acdc.runtime.handle import MOST_IMAGES, PLANS
+from support.engine_nets import NETWORKS, Gpt, Written, block, bottleneck_resnet, conv
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a compiler")
+
+
+def ready(model: nn.Module, sparsity: float = 0.8, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Return a network in evaluation mode with zeros, and with statistics that are not trivial."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            assert module.running_var is not None
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            if module.weight is not None:
+                module.weight.data.normal_(generator=generator)
+                module.bias.data.normal_(generator=generator)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data[torch.rand(weight.shape, generator=generator) < sparsity] = 0
+    model.to(dtype)
+    for module in model.modules():  # `eval` of some of these networks leaves parts as they are
+        module.training = False
+    return model
+
+
+def batch(shape: tuple[int, ...], samples: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(samples)
+    return torch.randn(samples, *shape, generator=generator, dtype=dtype)
+
+
+def compare(model: nn.Module, runtime: Any, x: Tensor, tolerance: float = 1e-10) -> None:
+    with torch.no_grad():
+        wanted = model(x)
+    torch.testing.assert_close(runtime(x), wanted, rtol=tolerance, atol=tolerance)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "unlike towers"])
+def test_computes_what_pytorch_computes_for_any_batch(name: str) -> None:
+    model = ready(NETWORKS[name].build())
+    runtime = acdc.Runtime(model, batch(NETWORKS[name].shape), threads=2)
+    for samples in (2, 1, 5, 0):
+        compare(model, runtime, batch(NETWORKS[name].shape, samples))
+    assert any(row.how == "sparse" for row in runtime.explain().rows)
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("name", ["bottleneck", "MobileNet", "squeeze-and-excitation", "MLPs"])
+def test_every_instruction_set_computes_in_float32(name: str, isa: str) -> None:
+    """The reference is PyTorch in float64."""
+    model = ready(NETWORKS[name].build(), dtype=torch.float32)
+    exact = copy.deepcopy(model).double()
+    runtime = acdc.Runtime(model, batch(NETWORKS[name].shape, dtype=torch.float32), isa=isa)
+    for samples in (1, 3, 17):
+        x = batch(NETWORKS[name].shape, samples, torch.float32)
+        with torch.no_grad():
+            wanted = exact(x.double())
+        error = (runtime(x).double() - wanted).abs().max() / wanted.abs().max()
+        assert error < 3e-6
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
+    "3x3": (lambda: nn.Conv2d(4, 6, 3, padding=1), (9, 7)),
+    "without padding": (lambda: nn.Conv2d(4, 6, 3), (9, 7)),
+    "more padding than the filter needs": (lambda: nn.Conv2d(4, 6, 1, padding=2), (5, 4)),
+    "padding of one side": (lambda: nn.Conv2d(4, 6, (3, 1), padding=(1, 0)), (9, 7)),
+    "padding of the other side": (lambda: nn.Conv2d(4, 6, (1, 3), padding=(0, 1)), (9, 7)),
+    "stride 2": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (9, 7)),
+    "stride 2, even": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (8, 8)),
+    "stride 2, 7x7": (lambda: nn.Conv2d(3, 6, 7, stride=2, padding=3), (17, 18)),
+    "stride 2, 1x1": (lambda: nn.Conv2d(4, 6, 1, stride=2), (7, 8)),
+    "stride 3, dilation 2": (
+        lambda: nn.Conv2d(4, 6, 3, stride=3, padding=2, dilation=2), (13, 11)
+    ),
+    "strides and dilations that differ": (
+        lambda: nn.Conv2d(4, 6, (3, 2), (1, 2), (2, 1), (2, 1)), (11, 10)
+    ),
+    "patches": (lambda: nn.Conv2d(3, 8, 4, stride=4), (12, 16)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (7, 7)),
+    "depthwise, stride 2": (lambda: nn.Conv2d(6, 12, 3, 2, 1, groups=6), (7, 7)),
+    "groups": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=4), (6, 5)),
+    "one pixel": (lambda: nn.Conv2d(4, 6, 3, padding=1), (1, 1)),
+    "many channels": (lambda: nn.Conv2d(150, 40, 3, padding=1), (6, 6)),
+    "wide": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 300)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.99])
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_layers_of_all_sizes(name: str, sparsity: float) -> None:
+    torch.manual_seed(0)
+    make, size = LAYERS[name]
+    layer = make()
+    first = nn.Conv2d(3, layer.in_channels, 3, padding=1)
+    model = ready(nn.Sequential(first, nn.ReLU(), layer, nn.Hardswish()), sparsity)
+    runtime = acdc.Runtime(model, batch((3, *size)), threads=3)
+    assert all(row.how != "torch" for row in runtime.explain().rows) or sparsity == 0.5
+    for samples in (1, 4):
+        compare(model, runtime, batch((3, *size), samples))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 31, 64, 513])
+def test_linear_layers_take_any_number_of_tokens(tokens: int) -> None:
+    torch.manual_seed(0)
+    model = ready(nn.Sequential(nn.Linear(70, 33), nn.GELU(), nn.LayerNorm(33), nn.Linear(33, 20)))
+    runtime = acdc.Runtime(model, batch((70,), tokens))
+    compare(model, runtime, batch((70,), tokens))
+    compare(model, runtime, batch((3, 70), tokens)[:2])
+
+
+@pytest.mark.parametrize("window", ["max", "average", "average without padding", "whole", "mean"])
+def test_pooling(window: str) -> None:
+    pools: dict[str, Callable[[Tensor], Tensor]] = {
+        "max": lambda x: F.max_pool2d(x, 3, 2, 1),
+        "average": lambda x: F.avg_pool2d(x, (3, 2), 2, 1),
+        "average without padding": lambda x: F.avg_pool2d(x, 3, 1, 1, False, False),
+        "whole": lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1),
+        "mean": lambda x: x.mean((-1, 2)),
+    }
+    torch.manual_seed(0)
+    layers = {"a": conv(3, 6), "b": nn.Linear(6, 6)}
+    model = Written(lambda m, x: pools[window](m.a(x)), **layers)
+    runtime = acdc.Runtime(ready(model), batch((3, 9, 8)), strict=True)
+    compare(model, runtime, batch((3, 9, 8), 3))
+
+
+def test_a_mean_over_other_dimensions_is_pytorchs() -> None:
+    """The shape of the result is that of a mean over the pixels."""
+    model = ready(Written(lambda m, x: m.b(m.a(x).mean((1, 3))), a=conv(3, 6), b=nn.Linear(6, 4)))
+    compare(model, acdc.Runtime(model, batch((3, 6, 5))), batch((3, 6, 5), 3))
+
+
+def test_a_mixed_network_runs_in_parts_and_says_so() -> None:
+    model = ready(Gpt())
+    runtime = acdc.Runtime(model, batch((6, 16)))
+    compare(model, runtime, batch((6, 16), 3))
+    how = {row.layer: row for row in runtime.explain().rows}
+    assert how["blocks.0.qkv"].how == "sparse"
+    attention = next(row for row in runtime.explain().rows if "scaled_dot" in row.layer)
+    assert attention.how == "torch"
+    assert "not one of the engine's operations" in attention.why
+
+
+def test_bert_runs_in_parts() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ready(transformers.BertModel(config), 0.9, torch.float32)
+    ids = torch.randint(0, 50, (2, 9))
+    runtime = acdc.Runtime(model, {"input_ids": ids})
+    rows = {row.layer: row.how for row in runtime.explain().rows}
+    assert rows["encoder.layer.0.intermediate.dense"] == "sparse"
+    assert rows["encoder.layer.1.attention.self.query"] == "sparse"
+    for tokens in (ids, ids[:1], torch.randint(0, 50, (3, 5))):
+        with torch.no_grad():
+            wanted = model(input_ids=tokens)
+        got = runtime(input_ids=tokens)
+        torch.testing.assert_close(
+            got.last_hidden_state, wanted.last_hidden_state, atol=2e-5, rtol=0
+        )
+        torch.testing.assert_close(got.pooler_output, wanted.pooler_output, atol=2e-5, rtol=0)
+
+
+def test_batchnorm_sum_and_relu_are_part_of_the_layers() -> None:
+    model = ready(bottleneck_resnet())
+    runtime = acdc.Runtime(model, batch((3, 20, 20)), strict=True)
+    (program,) = runtime._network.programs
+    kinds = [type(op).__name__ for op in program.ops]
+    assert set(kinds) == {"Conv", "Pool", "Map"}
+    assert kinds.count("Map") == 1  # the flattened pixels of the pooling
+    residuals = [op for op in program.convs if op.residual is not None]
+    assert len(residuals) == 2
+    assert all(op.activation == "relu" for op in residuals)
+
+
+# --- what a user may rely on ----------------------------------------------------------------------
+
+
+def test_results_are_the_same_bit_for_bit_for_any_number_of_threads() -> None:
+    for name in ("bottleneck", "MobileNet", "MLPs"):
+        model = ready(NETWORKS[name].build(), dtype=torch.float32)
+        x = batch(NETWORKS[name].shape, 1, torch.float32)
+        results = [acdc.Runtime(model, x, threads=n)(x) for n in (1, 2, 3, 7)]
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_results_belong_to_the_caller() -> None:
+    model = ready(NETWORKS["several outputs"].build())
+    runtime = acdc.Runtime(model, batch((3, 6, 6)))
+    first = runtime(batch((3, 6, 6), 2))
+    noted = copy.deepcopy(first)
+    second = runtime(batch((3, 6, 6), 2) * 2)
+    torch.testing.assert_close(first, noted, rtol=0, atol=0)
+    assert not torch.equal(first[0], second[0])
+
+
+def test_later_changes_of_the_model_change_nothing() -> None:
+    model = ready(bottleneck_resnet())
+    runtime = acdc.Runtime(model, batch((3, 20, 20)))
+    before = runtime(batch((3, 20, 20)))
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.zero_()
+    assert torch.equal(runtime(batch((3, 20, 20))), before)
+
+
+def test_the_model_stays_as_it_is() -> None:
+    model = ready(bottleneck_resnet())
+    before = copy.deepcopy(model.state_dict())
+    acdc.Runtime(model, batch((3, 20, 20)))
+    assert "forward" not in vars(model)
+    assert all(p.requires_grad for p in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_large_batches_are_computed_in_pieces() -> None:
+    model = ready(block(3, 8))
+    runtime = acdc.Runtime(model, batch((3, 6, 6)))
+    compare(model, runtime, batch((3, 6, 6), 3 * MOST_IMAGES + 2))
+    for samples in range(1, PLANS + 4):
+        compare(model, runtime, batch((3, 6, 6), samples))
+    (plans,) = runtime._handle._plans.values()
+    assert len(plans) == PLANS
+
+
+def test_inputs_of_all_strides() -> None:
+    model = ready(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)))
+    runtime = acdc.Runtime(model, batch((3, 6, 5)))
+    x = batch((3, 6, 5), 4)
+    for other in (
+        x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3),
+        x.expand(4, 3, 6, 5)[::2], x[:1].expand(3, 3, 6, 5), x.flip(0),
+    ):  # fmt: skip
+        compare(model, runtime, other)
+    tokens = ready(nn.Sequential(nn.Linear(9, 40), nn.ReLU(), nn.Linear(40, 17)))
+    runtime = acdc.Runtime(tokens, batch((9,)))
+    compare(tokens, runtime, batch((20,), 9).t())
+    compare(tokens, runtime, batch((7, 9), 3).transpose(0, 1))
+
+
+def test_runs_as_an_onnx_session_does() -> None:
+    model = ready(bottleneck_resnet(), dtype=torch.float32)
+    runtime = acdc.Runtime(model, batch((3, 20, 20), dtype=torch.float32))
+    (given,) = runtime.get_inputs()
+    assert (given.shape, given.type) == (("batch", 3, 20, 20), "tensor(float)")
+    (result,) = runtime.get_outputs()
+    assert (result.name, result.shape) == ("output", ("batch", 10))
+    x = batch((3, 20, 20), 3, torch.float32)
+    (got,) = runtime.run(None, {given.name: x.numpy()})
+    assert isinstance(got, np.ndarray)
+    assert np.array_equal(got, runtime(x).numpy())
+    assert np.array_equal(runtime.run(["output"], {given.name: x.numpy()})[0], got)
+    with pytest.raises(acdc.InputError, match=r"The outputs are \['output'\], got 'y'"):
+        runtime.run(["y"], {given.name: x.numpy()})
+    with pytest.raises(acdc.InputError, match="The inputs are"):
+        runtime.run(None, {})
+
+
+def test_several_outputs_have_names() -> None:
+    model = ready(NETWORKS["several outputs"].build(), dtype=torch.float32)
+    runtime = acdc.Runtime(model, batch((3, 6, 6), dtype=torch.float32))
+    names = [output.name for output in runtime.get_outputs()]
+    assert len(set(names)) == 4
+    x = batch((3, 6, 6), dtype=torch.float32).numpy()
+    got = runtime.run(names[::-1], {runtime.get_inputs()[0].name: x})
+    for array, wanted in zip(got[::-1], runtime.run(None, {"x": x}), strict=True):
+        assert np.array_equal(array, wanted)
+
+
+def test_every_kernel_is_used() -> None:
+    used = set()
+    for name in ("bottleneck", "squeeze-and-excitation", "MLPs"):
+        model = ready(NETWORKS[name].build())
+        runtime = acdc.Runtime(model, batch(NETWORKS[name].shape))
+        used |= {call.kernel for plan in runtime._handle.plans for call in plan._every}
+    assert used == set(native.point_kernel_names())
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    model = ready(bottleneck_resnet())
+    list(model.modules())[5].training = True
+    with pytest.raises(acdc.InputError, match=r"training mode \(.+\).*model.eval\(\) first"):
+        acdc.Runtime(model, batch((3, 20, 20)))
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(acdc.InputError, match=r"takes a torch\.nn\.Module, got a str"):
+        acdc.Runtime("model.pt", batch((3,)))  # type: ignore[arg-type]
+    with pytest.raises(acdc.InputError, match="for CPUs"):
+        acdc.Runtime(nn.Linear(3, 3, device="meta").eval(), batch((3,)))
+    with pytest.raises(acdc.InputError, match=r"does not fit Linear\.forward"):
+        acdc.Runtime(nn.Linear(3, 3).eval(), (batch((3,)), 1))
+    for threads in (0, True, 1.5, 10**9):
+        with pytest.raises(acdc.InputError, match="whole number from 1 to 1024"):
+            acdc.Runtime(nn.Linear(3, 3).eval(), batch((3,)), threads=threads)  # type: ignore[arg-type]
+    with pytest.raises(acdc.InputError, match="This machine has the kernels"):
+        acdc.Runtime(nn.Linear(3, 3).eval(), batch((3,)), isa="mmx")
+
+
+def test_a_model_without_zeros_runs_in_pytorch_and_says_so() -> None:
+    torch.manual_seed(0)
+    model = bottleneck_resnet().eval()
+    x = batch((3, 20, 20), dtype=torch.float32)
+    runtime = acdc.Runtime(model, x, strict=True)
+    with torch.no_grad():
+        assert torch.equal(runtime(x), model(x))
+    rows = runtime.explain().rows
+    assert {row.how for row in rows} == {"torch"}
+    assert "100% of its weights are not zero" in rows[0].why
+    assert "0 layers run sparse" in str(runtime.explain())
+
+
+def test_strict_names_what_would_run_in_pytorch() -> None:
+    with pytest.raises(acdc.InputError, match=r"strict=True.*cat \(cat\)"):
+        acdc.Runtime(ready(NETWORKS["DenseNet"].build()), batch((8, 8, 8)), strict=True)
+    with pytest.raises(acdc.InputError, match="scaled_dot_product_attention"):
+        acdc.Runtime(ready(Gpt()), batch((6, 16)), strict=True)
+
+
+def test_other_shapes_and_dtypes_run_in_pytorch(caplog: pytest.LogCaptureFixture) -> None:
+    model = ready(nn.Sequential(block(3, 8), conv(8, 4)))
+    runtime = acdc.Runtime(model, batch((3, 6, 6)))
+    with caplog.at_level(logging.WARNING):
+        compare(model, runtime, batch((3, 8, 7)))
+    assert "the example's has (3, 6, 6)" in caplog.text
+    half = batch((3, 6, 6)).float()
+    with pytest.raises(RuntimeError), torch.no_grad():
+        model(half)
+    with pytest.raises(RuntimeError):  # as PyTorch
+        runtime(half)
+    with pytest.raises(RuntimeError):
+        runtime(batch((4, 6, 6)))
+    compare(model, runtime, batch((3, 6, 6), 2))
+
+
+def test_nan_stays_in_its_sample() -> None:
+    model = ready(bottleneck_resnet())
+    runtime = acdc.Runtime(model, batch((3, 20, 20)))
+    clean = batch((3, 20, 20), 3)
+    dirty = clean.clone()
+    dirty[1, :, 3:9, 3:9] = float("nan")
+    dirty[2, :, -1, -1] = float("inf")
+    before, got = runtime(clean), runtime(dirty)
+    assert torch.equal(got[0], before[0])
+    assert got[1].isnan().any()
+    assert torch.equal(runtime(clean), before)  # nothing of it stays in the buffers
+
+
+def test_autocast_and_transforms_are_pytorchs() -> None:
+    model = ready(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), dtype=torch.float32)
+    x = batch((8,), dtype=torch.float32)
+    runtime = acdc.Runtime(model, x)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(runtime(x), model(x))
+    mapped = torch.func.vmap(runtime)(x[:, None])
+    torch.testing.assert_close(mapped[:, 0], model(x).detach())
