@@ -88,7 +88,7 @@ typedef struct acdc_points_pool_args {
     int32_t maximum;
     int32_t window_rows, window_columns, row_step, column_step, row_padding, column_padding;
     int32_t count_padding; /* average: divide by the whole window even at the border */
-    void* workspace;       /* threads * width of x numbers */
+    void* workspace;       /* threads * (width of x + 2 * column_padding) numbers */
     int32_t threads;
 } acdc_points_pool_args;
 

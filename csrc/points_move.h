@@ -102,14 +102,14 @@ inline Span span_at(int index, int step, int padding, int window, int size) {
     return {most(first, 0), least(first + window, size)};
 }
 
-// Joins the rows of a window: one number for each column.
-template <class real, bool maximum> void join_rows(const acdc_points_pool_args& a, const real* x, Span rows, real* joined) {
-    for (int i = 0; i < a.x.width; ++i) joined[i] = x[rows.first * a.x.row + i];
-    for (int row = rows.first + 1; row < rows.last; ++row)
-        for (int i = 0; i < a.x.width; ++i) {
-            const real v = x[row * a.x.row + i];
-            joined[i] = maximum ? larger(joined[i], v) : joined[i] + v;
-        }
+// to[i] = the larger one or the sum of to[i] and from[i * step].
+template <class real, bool maximum> inline void join(real* to, const real* from, int count, int step) {
+    const auto loop = [&](int stride) {
+        for (int i = 0; i < count; ++i) to[i] = maximum ? larger(to[i], from[i * stride]) : to[i] + from[i * stride];
+    };
+    if (step == 1) loop(1);
+    else if (step == 2) loop(2);
+    else loop(step);
 }
 
 // How many pixels an average counts along one axis.
@@ -120,20 +120,22 @@ inline int counted(const acdc_points_pool_args& a, int index, int step, int padd
     return least(first + window, size + padding) - first;
 }
 
-template <class real, bool maximum> void pool_plane(const acdc_points_pool_args& a, const real* x, real* y, real* joined) {
-    for (int row = 0; row < a.y.height; ++row) {
-        join_rows<real, maximum>(a, x, span_at(row, a.row_step, a.row_padding, a.window_rows, a.x.height), joined);
-        const int down = counted(a, row, a.row_step, a.row_padding, a.window_rows, a.x.height);
-        for (int column = 0; column < a.y.width; ++column) {
-            const Span s = span_at(column, a.column_step, a.column_padding, a.window_columns, a.x.width);
-            real v = joined[s.first];
-            for (int i = s.first + 1; i < s.last; ++i) v = maximum ? larger(v, joined[i]) : v + joined[i];
-            if (!maximum) {
-                const int right = counted(a, column, a.column_step, a.column_padding, a.window_columns, a.x.width);
-                v *= real(1) / real(down * right);
-            }
-            y[row * a.y.row + column] = v;
-        }
+// `row` has room for a row of x with its padding, which changes no maximum and no sum.
+template <class real, bool maximum> void pool_plane(const acdc_points_pool_args& a, const real* x, real* y, real* row) {
+    const real outside = maximum ? -real(__builtin_inff()) : real(0);
+    const int room = a.x.width + 2 * a.column_padding;
+    for (int i = 0; i < room; ++i) row[i] = outside;
+    real* const inside = row + a.column_padding;
+    for (int r = 0; r < a.y.height; ++r, y += a.y.row) {
+        const Span rows = span_at(r, a.row_step, a.row_padding, a.window_rows, a.x.height);
+        for (int i = 0; i < a.x.width; ++i) inside[i] = x[rows.first * a.x.row + i];
+        for (int i = rows.first + 1; i < rows.last; ++i) join<real, maximum>(inside, x + i * a.x.row, a.x.width, 1);
+        for (int i = 0; i < a.y.width; ++i) y[i] = row[i * a.column_step];
+        for (int i = 1; i < a.window_columns; ++i) join<real, maximum>(y, row + i, a.y.width, a.column_step);
+        if (maximum) continue;
+        const int down = counted(a, r, a.row_step, a.row_padding, a.window_rows, a.x.height);
+        for (int i = 0; i < a.y.width; ++i)
+            y[i] /= real(down * counted(a, i, a.column_step, a.column_padding, a.window_columns, a.x.width));
     }
 }
 
@@ -143,9 +145,9 @@ template <class real> void points_pool(const acdc_points_pool_args* args, const 
         const int64_t n = item % a.x.samples, c = item / a.x.samples;
         const real* x = channel_of<real>(a.x, c) + n * a.x.sample;
         real* y = channel_of<real>(a.y, c) + n * a.y.sample;
-        real* joined = static_cast<real*>(a.workspace) + int64_t(thread) * a.x.width;
-        if (a.maximum) pool_plane<real, true>(a, x, y, joined);
-        else pool_plane<real, false>(a, x, y, joined);
+        real* row = static_cast<real*>(a.workspace) + int64_t(thread) * (a.x.width + 2 * a.column_padding);
+        if (a.maximum) pool_plane<real, true>(a, x, y, row);
+        else pool_plane<real, false>(a, x, y, row);
     });
 }
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 import acdc
 from acdc.engine import native
 from acdc.runtime.handle import MOST_IMAGES, PLANS
+from acdc.runtime.program import Conv, Map, Pool
 from support.engine_nets import NETWORKS, Gpt, Written, block, bottleneck_resnet, conv
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="installed without a compiler")
@@ -380,3 +384,113 @@ def test_autocast_and_transforms_are_pytorchs() -> None:
         assert torch.equal(runtime(x), model(x))
     mapped = torch.func.vmap(runtime)(x[:, None])
     torch.testing.assert_close(mapped[:, 0], model(x).detach())
+
+
+# --- memory, threads and processes ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_points_that_are_no_pixels_stay_zero(isa: str) -> None:
+    """Padding needs no code because of it. A stray write would be seen here, too."""
+    for name in ("bottleneck", "MobileNet", "functions"):
+        model = ready(NETWORKS[name].build(), dtype=torch.float32)
+        runtime = acdc.Runtime(model, batch(NETWORKS[name].shape, 3, torch.float32), isa=isa)
+        runtime(torch.full((3, *NETWORKS[name].shape), 1e3))
+        (plan,) = (p for p in runtime._handle.latest if p.layers[0].op.geometry.kernel != (1, 1))
+        seen = 0
+        for op, _ in plan.steps:
+            buffer = plan._buffers[op.out]
+            if not isinstance(op, Conv | Map | Pool) or buffer.live is None:
+                continue
+            grid = buffer.grid
+            for channel in range(buffer.channels):
+                start = channel * grid.channel
+                points = buffer.memory[start : start + grid.channel].clone()
+                pixels = points[grid.before : grid.before + buffer.live.numel()]
+                pixels[buffer.live.bool()] = 0
+                assert not points.any()
+                seen += 1
+        assert seen > 20
+
+
+def test_threads_on_one_handle_and_on_forked_handles() -> None:
+    model = ready(bottleneck_resnet(), dtype=torch.float32)
+    runtime = acdc.Runtime(model, batch((3, 20, 20), dtype=torch.float32), threads=1)
+    inputs = [batch((3, 20, 20), n, torch.float32) for n in (1, 2, 3, 4)]
+    wanted = [runtime(x) for x in inputs]
+    handles = [runtime, runtime, runtime.fork(), runtime.fork(threads=2)]
+    assert [handle.threads for handle in handles] == [1, 1, 1, 2]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for turn in range(20):
+            x = (number + turn) % 4
+            if not torch.equal(handles[number](inputs[x]), wanted[x]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert handles[2]._network is runtime._network
+    assert "sparse" in str(runtime.fork().explain())
+
+
+def _in_child(runtime: Any, x: Tensor, results: Any) -> None:
+    results.put((runtime(x).numpy(), runtime(x[:1]).numpy()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_computes_on_one_thread() -> None:
+    model = ready(bottleneck_resnet(), dtype=torch.float32)
+    x = batch((3, 20, 20), 2, torch.float32)
+    runtime = acdc.Runtime(model, x, threads=2)
+    wanted, wanted_one = runtime(x), runtime(x[:1])  # the parent has threads of OpenMP now
+    processes = multiprocessing.get_context("fork")
+    results = processes.Queue()
+    child = processes.Process(target=_in_child, args=(runtime, x, results))
+    child.start()
+    got, one = results.get(timeout=60)
+    child.join(timeout=60)
+    assert child.exitcode == 0
+    assert np.array_equal(got, wanted.numpy())
+    assert np.array_equal(one, wanted_one.numpy())
+    assert torch.equal(runtime(x), wanted)
+
+
+def test_a_profile_times_every_step() -> None:
+    model = ready(bottleneck_resnet(), dtype=torch.float32)
+    x = batch((3, 20, 20), 3, torch.float32)
+    runtime = acdc.Runtime(model, x)
+    rows = runtime.profile(x).rows
+    plan = runtime._handle.latest[0]
+    assert len(rows) == len(plan.steps) > len(plan.layers)
+    assert all(row.milliseconds is not None and row.milliseconds > 0 for row in rows)
+    layers = [row for row in rows if row.kept is not None]
+    assert len(layers) == len(plan.layers)
+    assert all(row.gflops is not None and row.gflops > 0 for row in layers)
+    assert "GF/s" in str(runtime.profile(x))
+
+
+def test_a_residual_network_of_transformers_adds_in_place() -> None:
+    """Its sums change the result of an identity in place."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.same(m.norm(m.b(F.relu(m.a(x)))))
+        y += m.a(x)
+        return m.c(F.relu(y))
+
+    model = ready(
+        Written(
+            forward,
+            a=conv(3, 8),
+            b=conv(8, 8),
+            norm=nn.BatchNorm2d(8),
+            same=nn.Identity(),
+            c=conv(8, 4),
+        )
+    )
+    runtime = acdc.Runtime(model, batch((3, 6, 6)), strict=True)
+    compare(model, runtime, batch((3, 6, 6), 3))

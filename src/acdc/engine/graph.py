@@ -206,8 +206,9 @@ def _check_in_place(node: fx.Node, found: dict[fx.Node, Recognised | str]) -> No
         if len(source.users) > 1:
             raise Untraceable("a tensor with other readers is changed in place")
         known = found.get(source)
-        made_here = isinstance(known, Recognised) and not isinstance(known.spec, IdentitySpec)
-        if not made_here:
+        is_same = isinstance(known, Recognised) and isinstance(known.spec, IdentitySpec)
+        made_here = isinstance(known, Recognised) and not is_same
+        if not made_here and not is_same:
             found[node] = "a tensor that PyTorch made is changed in place"
         source = source.args[0] if source.args else None  # `source` may be a view of it
 

@@ -97,7 +97,8 @@ class Calls:
 
     def pool(self, op: Pool, x: Buffer, out: Buffer) -> NativeCall:
         """Return the call of a pooling."""
-        rows = torch.empty(self.threads * x.grid.width, dtype=self.dtype)
+        room = x.grid.width + 2 * op.padding[1]
+        rows = torch.empty(self.threads * room, dtype=self.dtype)
         return self._call(
             "points_pool",
             x, out, rows,

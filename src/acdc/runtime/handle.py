@@ -73,6 +73,11 @@ class Handle:
         """The first plan of each program: that of the example."""
         return list(self._first.values())
 
+    @property
+    def latest(self) -> list[Plan]:
+        """The last plan of each program that computed."""
+        return [next(reversed(plans.values())) for plans in self._plans.values()]
+
     def plan(self, program: Program, samples: int) -> Plan:
         """Return the plan of a program for so many samples."""
         plans = self._plans.setdefault(program, OrderedDict())

@@ -78,12 +78,15 @@ class Plan:
         self._threads = settings.threads
         self._run = sequence(self._every)
 
-    def __call__(self, inputs: Sequence[Tensor], threads: int) -> list[Tensor]:
+    def __call__(
+        self, inputs: Sequence[Tensor], threads: int, seconds: Tensor | None = None
+    ) -> list[Tensor]:
         """Compute the program.
 
         Args:
             inputs: ``[samples, C, H, W]`` or ``[tokens, C]`` tensors of the program's dtype.
             threads: How many threads compute, at most as many as the settings say.
+            seconds: Float64 ``[2, calls]``. The time of each call is added to the first row.
 
         Returns:
             New tensors of such shapes.
@@ -101,8 +104,17 @@ class Plan:
         ]
         for call, plain in zip(self._stores, results, strict=True):
             direct(call, plain)
-        self._run()
+        self._run(seconds)
         return results
+
+    def seconds(self, threads: int) -> list[float]:
+        """Return the seconds of each step of one run. All inputs are ones."""
+        values = [self.program.values[number] for number in self.program.inputs]
+        inputs = [torch.ones(self._shape(value), dtype=self.program.dtype) for value in values]
+        seconds = torch.zeros(2, len(self._every), dtype=torch.float64)
+        self(inputs, threads, seconds)
+        first = len(self._loads)
+        return [float(s) for s in seconds[0, first : first + len(self.steps)]]
 
     def _shape(self, value: Value) -> tuple[int, ...]:
         if value.tokens:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,10 @@ from acdc.errors import InputError
 from acdc.runtime.explanation import Explanation, Row
 from acdc.runtime.handle import Handle, computing
 from acdc.runtime.network import Network
-from acdc.runtime.plan import Plan, Settings
+from acdc.runtime.plan import Layer, Plan, Settings
+from acdc.runtime.program import Conv
+
+PROFILED = 5  # runs of a profile
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -163,7 +168,11 @@ class Runtime:
 
     def explain(self) -> Explanation:
         """Return what computes each layer, and why, for the example."""
-        rows = [row for plan in self._handle.plans for row in _rows(plan)]
+        plans = self._handle.plans
+        if not plans:  # a new handle
+            self(*self._network.args, **self._network.kwargs)
+            plans = self._handle.plans
+        rows = [row for plan in plans for row in _rows(plan)]
         for part in self._network.in_torch:
             weights, kept = part.weights or (None, None)
             rows.append(Row(part.name, "torch", kept, weights, part.why))
@@ -172,15 +181,70 @@ class Runtime:
         remark = f"{sparse} layers run sparse; {torch_layers} layers run in PyTorch."
         return Explanation(tuple(rows), (remark,))
 
+    def profile(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Return the time of each operation in the runtime, the median of several runs.
+
+        Args:
+            args, kwargs: What the model is called with.
+
+        """
+        self(*args, **kwargs)
+        rows = []
+        with self._handle.lock:
+            for plan in self._handle.latest:
+                rows += _timed_rows(plan, self._handle.threads)
+        in_torch = [Row(part.name, "torch", why=part.why) for part in self._network.in_torch]
+        remark = "What PyTorch computes is not timed." if in_torch else ""
+        return Explanation((*rows, *in_torch), (remark,) if remark else ())
+
+    # --- threads ----------------------------------------------------------------------------------
+
+    def fork(self, *, threads: int | None = None) -> Runtime:
+        """Return a second handle of the same network, for another Python thread.
+
+        The handles share weights. Each has index lists and memory of its own, so that they compute
+        at the same time. Two threads that use one handle take turns.
+
+        Args:
+            threads: How many threads the new handle computes on. None: as many as this one.
+
+        """
+        other = copy.copy(self)
+        settings = self._handle.settings
+        if threads is not None:
+            settings = replace(settings, threads=_threads(threads))
+        other._handle = Handle(settings)
+        return other
+
 
 def _rows(plan: Plan) -> list[Row]:
+    return [_row(plan, layer) for layer in plan.layers]
+
+
+def _row(plan: Plan, layer: Layer) -> Row:
+    kept, weights = layer.op.weight.values.numel(), layer.op.weight_numel
+    kernel = f"points {plan.settings.isa} {layer.cut.vectors}x{layer.cut.channels}"
+    how: Literal["sparse", "dense"] = "sparse" if kept < weights else "dense"
+    return Row(layer.op.name, how, kept, weights, "", kernel, layer.bytes)
+
+
+def _timed_rows(plan: Plan, threads: int) -> list[Row]:
+    """Return a row for each step of a plan, with its median time."""
+    runs = [plan.seconds(threads) for _ in range(PROFILED)]
+    layers = {layer.op: layer for layer in plan.layers}
     rows = []
-    for layer in plan.layers:
-        op = layer.op
-        kept, weights = op.weight.values.numel(), op.weight_numel
-        kernel = f"points {plan.settings.isa} {layer.cut.vectors}x{layer.cut.channels}"
-        how = "sparse" if kept < weights else "dense"
-        rows.append(Row(op.name, how, kept, weights, "", kernel, layer.bytes))  # type: ignore[arg-type]
+    for number, (op, _) in enumerate(plan.steps):
+        seconds = median(run[number] for run in runs)
+        milliseconds = seconds * 1e3
+        if not isinstance(op, Conv):
+            kernel = f"points {type(op).__name__.lower()}"
+            rows.append(Row(op.name, "dense", kernel=kernel, milliseconds=milliseconds))
+            continue
+        value = plan.program.values[op.out]
+        pixels = plan.samples * value.height * value.width
+        gflops = 2 * op.weight.values.numel() * pixels / max(seconds, 1e-9) / 1e9
+        row = _row(plan, layers[op])
+        rows.append(replace(row, milliseconds=milliseconds, gflops=gflops))
     return rows
 
 
