@@ -12,6 +12,7 @@ from acdc.runtime.program import Conv, Map, Op, Program, readers_of
 def fuse(program: Program) -> None:
     """Move operations into the convolutions before them, in place."""
     _Fusion(program).run()
+    program.drop_unused()
 
 
 class _Fusion:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from acdc.engine.host import own_forward
 from acdc.engine.modes import why_plain
 from acdc.engine.partition import fuse, samples_of, segments_of
 from acdc.engine.tracing import Untraceable, follow_buffers, propagate, trace
+from acdc.errors import InputError
+from acdc.runtime.frozen import Frozen, freeze
 from acdc.runtime.lowering import extend, lower, share_kept
 from acdc.runtime.program import Program
 from acdc.runtime.segment import Segment
@@ -70,6 +72,25 @@ class Network:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the network."""
         return self.model(*args, **kwargs)
+
+    def frozen(self, names: Sequence[str]) -> Frozen:
+        """Return the network as one program.
+
+        Args:
+            names: Of its arguments.
+
+        Raises:
+            InputError: PyTorch computes a part of it.
+
+        """
+        part = vars(self.model).get("forward")
+        if self.in_torch or not isinstance(part, _Part):
+            parts = "; ".join(f"{p.name} ({p.why})" for p in self.in_torch) or "everything"
+            raise InputError(
+                "A frozen file holds no code, and PyTorch computes a part of this network: "
+                f"{parts}. Save a network of which everything runs in the runtime."
+            )
+        return freeze(part.graph, names)
 
     def _add(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -110,6 +110,7 @@ class _Classes:
     def of(self, number: int) -> int:
         """Return the number that stands for the set of this one."""
         while self._parent[number] != number:
+            self._parent[number] = self._parent[self._parent[number]]  # shorter next time
             number = self._parent[number]
         return number
 
@@ -200,9 +201,7 @@ def _allocated(
     }
     buffers = []
     for number, value in enumerate(steps.values):
-        piece = piece_of.get(number)
-        if piece is None:  # nothing makes it
-            piece = 0
+        piece = piece_of[number]
         memory = arena[starts[piece] : starts[piece] + sizes[piece]]
         buffers.append(Buffer(grids[number], value.channels, memory, masks[grids[number]]))
     held = sum(mask.numel() * mask.element_size() for mask in masks.values() if mask is not None)

@@ -242,14 +242,22 @@ class Program:
         self.values.append(value)
         return len(self.values) - 1
 
+    def drop_unused(self) -> None:
+        """Number the values anew, without those that nothing makes or reads."""
+        used = set(self.inputs).union(self.outputs, *((op.out, *op.reads) for op in self.ops))
+        number_of = {old: new for new, old in enumerate(sorted(used))}
+        self.values = [self.values[old] for old in sorted(used)]
+        self.inputs = [number_of[old] for old in self.inputs]
+        self.outputs = [number_of[old] for old in self.outputs]
+        for op in self.ops:
+            for name in ("x", "out", "y", "residual", "gate"):
+                if (old := getattr(op, name, None)) is not None:
+                    setattr(op, name, number_of[old])
+
     @property
     def convs(self) -> list[Conv]:
         """The layers."""
         return [op for op in self.ops if isinstance(op, Conv)]
-
-    def readers(self) -> list[int]:
-        """Return how many operations read each value; an output has one reader more."""
-        return readers_of(self.ops, self.outputs, len(self.values))
 
 
 def readers_of(ops: Sequence[Op], outputs: Sequence[int], values: int) -> list[int]:

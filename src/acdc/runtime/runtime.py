@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from acdc.engine import native
 from acdc.engine.arguments import Arguments, NoFixedArguments
 from acdc.errors import InputError
 from acdc.runtime.explanation import Explanation, Row
+from acdc.runtime.file import load, save
+from acdc.runtime.frozen import Frozen
 from acdc.runtime.handle import Handle, computing
 from acdc.runtime.network import Network
 from acdc.runtime.plan import Layer, Plan, Settings
@@ -91,13 +94,56 @@ class Runtime:
         args, kwargs = _arguments(model, example)
         settings = Settings(_instruction_set(isa), _threads(threads))
         with torch.no_grad():
-            self._network = Network(model, args, kwargs)
+            self._network: Network | Frozen = Network(model, args, kwargs)
         self._handle = Handle(settings)
         self._bound = _bound(model, args, kwargs)
         self._inputs = _inputs(self._bound)
         self._outputs = _outputs(self(*args, **kwargs))
         if strict:
             self._refuse_torch()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> Runtime:
+        """Return the network of a frozen file. The class of the model and its code are not needed.
+
+        Args:
+            path: A file that ``save`` wrote.
+            threads, isa: As for a new ``Runtime``.
+
+        Raises:
+            InputError: There is no such file, it is damaged, or a newer version of acdc wrote it.
+            AcdcError: acdc was installed without compiled kernels.
+
+        """
+        native.library()
+        runtime = cls.__new__(cls)
+        frozen = load(path)
+        runtime._network = frozen
+        runtime._handle = Handle(Settings(_instruction_set(isa), _threads(threads)))
+        runtime._bound = NoFixedArguments("it was loaded from a file")
+        kind = _TYPES[frozen.program.dtype]
+        runtime._inputs = tuple(Argument(i.name, ("batch", *i.sizes), kind) for i in frozen.inputs)
+        runtime._outputs = _outputs(frozen.outputs)
+        return runtime
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the network to a frozen file, and return its path.
+
+        Raises:
+            InputError: PyTorch computes a part of the network, which a file without code cannot
+                hold; or the file cannot be written.
+
+        """
+        network = self._network
+        if isinstance(network, Network):
+            network = network.frozen([argument.name for argument in self._inputs])
+        return save(network, path)
 
     def _refuse_torch(self) -> None:
         names = [
@@ -146,6 +192,8 @@ class Runtime:
         return [leaves[name].numpy() for name in names or known]
 
     def _called_with(self, tensors: Mapping[str, Tensor]) -> Any:
+        if isinstance(self._network, Frozen):
+            return self(**tensors)
         if not isinstance(self._bound, Arguments):
             raise InputError(f"The inputs of this model have no fixed names: {self._bound}.")
         given, keywords = self._bound.rebuilt(lambda name, _: tensors[name])

@@ -30,7 +30,7 @@ class Segment(nn.Module):
         self, plain: fx.GraphModule, program: Program, sources: Sequence[tuple[int, Kind]]
     ) -> None:
         super().__init__()
-        self.program, self._sources = program, tuple(sources)
+        self.program, self.sources = program, tuple(sources)
         self._plain = (plain,)  # in a tuple: its layers are not those of the network twice
         self._returns_one = isinstance(plain.graph.output_node().args[0], fx.Node)
         self._said: set[str] = set()
@@ -38,7 +38,7 @@ class Segment(nn.Module):
     def forward(self, *args: Tensor) -> Any:
         """Compute the nodes."""
         values = [self.program.values[number] for number in self.program.inputs]
-        given = [args[number] for number, _ in self._sources]
+        given = [args[number] for number, _ in self.sources]
         why = why_not(given, values, self.program)
         if why is not None:
             if why not in self._said:
