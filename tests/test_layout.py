@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.pages.comparison": {"matplotlib"},
     "acdc.console": {"rich"},
     "acdc.cli": {"rich"},
+    "acdc.cli.infer": {"numpy"},
 }
 
 
