@@ -494,3 +494,60 @@ def test_a_residual_network_of_transformers_adds_in_place() -> None:
     )
     runtime = acdc.Runtime(model, batch((3, 6, 6)), strict=True)
     compare(model, runtime, batch((3, 6, 6), 3))
+
+
+# --- removed channels -----------------------------------------------------------------------------
+
+
+def with_dead_channels(padding: int, activation: nn.Module) -> nn.Module:
+    model = ready(
+        nn.Sequential(
+            conv(3, 12), nn.BatchNorm2d(12), activation, conv(12, 10, padding=padding),
+            nn.BatchNorm2d(10), nn.ReLU(), conv(10, 6), nn.Conv2d(6, 4, 1),
+        ),
+        0.5,
+    )  # fmt: skip
+    layers: Any = model
+    layers[0].weight.data[[0, 3, 4]] = 0  # constants
+    layers[3].weight.data[:, [1, 3]] = 0  # not read
+    layers[6].weight.data[:, 5:] = 0  # not read: its layer, and perhaps the one before, shrink
+    return model
+
+
+@pytest.mark.parametrize("activation", ["ReLU", "Sigmoid", "SiLU", "GELU", "Hardswish", "ReLU6"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_channels_without_weights_are_removed(padding: int, activation: str) -> None:
+    model = with_dead_channels(padding, getattr(nn, activation)())
+    runtime = acdc.Runtime(model, batch((3, 9, 9)))
+    compare(model, runtime, batch((3, 9, 9), 3))
+    (program,) = runtime._network.programs
+    channels = [op.geometry.out_channels for op in program.convs]
+    assert channels[1:] == [5, 6, 4]
+    # Of the constants 0, 3 and 4, padding keeps those that are not zero.
+    assert 8 <= channels[0] <= 10 if padding else channels[0] == 8
+    assert f"{12 + 10 - sum(channels[:2])} channels that no kept weight" in str(runtime.explain())
+
+
+def test_a_channel_that_others_read_stays() -> None:
+    """Outputs, residuals and groups need all channels."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        x = m.a(x)
+        y = m.b(F.relu(x))
+        return m.d(m.c(y) + x), y
+
+    model = ready(
+        Written(forward, a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), d=conv(8, 4, groups=4)), 0.5
+    )
+    model.a.weight.data[:3] = 0  # type: ignore[union-attr, operator]
+    model.b.weight.data[2:4] = 0  # type: ignore[union-attr, operator]
+    model.d.weight.data[1] = 0  # type: ignore[union-attr, operator]
+    runtime = acdc.Runtime(model, batch((3, 6, 6)))
+    compare(model, runtime, batch((3, 6, 6), 3))
+    assert sum(program.removed for program in runtime._network.programs) == 0
+
+
+def test_a_network_without_any_weights_still_computes() -> None:
+    model = ready(nn.Sequential(conv(3, 8, bias=True), nn.ReLU(), conv(8, 4), nn.ReLU()), 1.1)
+    runtime = acdc.Runtime(model, batch((3, 6, 6)))
+    compare(model, runtime, batch((3, 6, 6), 3))

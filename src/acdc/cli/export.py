@@ -9,7 +9,6 @@ from acdc.cli.arguments import Commands, add_command, add_run
 from acdc.cli.output import quiet_libraries
 from acdc.errors import InputError
 
-
 _ENDINGS = {"safetensors": "safetensors", "onnx": "onnx", "runtime": "acdcrt"}
 
 
@@ -28,7 +27,8 @@ def add(commands: Commands) -> None:
         "--out",
         metavar="FILE",
         type=Path,
-        help="the file to write (default: TWIN.FORMAT, or TWIN.acdcrt for runtime, in the folder of the run)",
+        help="the file to write (default: in the folder of the run, TWIN.FORMAT, or TWIN.acdcrt "
+        "for runtime)",
     )
     sub.add_argument(
         "--sparse",

@@ -25,7 +25,7 @@ from acdc.outfile import write
 from acdc.runtime.checking import MOST_OPS, MOST_SIZE, check_program
 from acdc.runtime.frozen import Frozen, Input, check_structure
 from acdc.runtime.program import ACTIVATIONS, Conv, Gate, Kept, Map, Norm, Op, Pool, Program, Value
-from acdc.schema import Maybe, Number, check, parse
+from acdc.schema import COUNT, Maybe, Number, check, parse
 
 ENTRY = "acdc_runtime"
 VERSION = 1
@@ -45,6 +45,7 @@ _NOTE = {
     "outputs": [_INDEX],
     "arguments": [{"name": str, "sizes": [_SIZE]}],
     "sources": [_INDEX],
+    "removed": COUNT,
 }
 _OPS: dict[str, Any] = {
     "conv": {"geometry": [_SIZE], "residual": Maybe(_INDEX), "activation": ACTIVATIONS},
@@ -73,6 +74,7 @@ def save(frozen: Frozen, path: str | os.PathLike[str]) -> Path:
         "outputs": program.outputs,
         "arguments": [{"name": i.name, "sizes": list(i.sizes)} for i in frozen.inputs],
         "sources": list(frozen.sources),
+        "removed": program.removed,
         "result": frozen.result,
     }
     note["sha256"] = _digest(note, tensors)
@@ -178,6 +180,7 @@ def _decoded(data: bytes) -> Frozen:
     program = Program(dtype, [_value(sizes) for sizes in note["values"]])
     program.ops = [reader.op(number, part) for number, part in enumerate(note["ops"])]
     program.inputs, program.outputs = note["inputs"], note["outputs"]
+    program.removed = note["removed"]
     if tensors:
         raise InputError(f"it has a tensor of no operation: {min(tensors)[:40]!r}")
     check_program(program)

@@ -20,6 +20,7 @@ from acdc.engine.modes import why_plain
 from acdc.engine.partition import fuse, samples_of, segments_of
 from acdc.engine.tracing import Untraceable, follow_buffers, propagate, trace
 from acdc.errors import InputError
+from acdc.runtime.channels import remove_channels
 from acdc.runtime.frozen import Frozen, freeze
 from acdc.runtime.lowering import extend, lower, share_kept
 from acdc.runtime.program import Program
@@ -217,6 +218,7 @@ class _Part:
                     weights = (op.weight_numel, op.weight.values.numel())
                     self.in_torch.append(InTorch(op.name, why, weights, few_zeros=True))
                 continue
+            remove_channels(program)
             self.programs.append(program)
             setattr(graph, name, Segment(plain, program, sources))
         graph.recompile()

@@ -228,6 +228,7 @@ class Program:
         values: All values, by number.
         ops: The operations.
         inputs, outputs: The values at both ends.
+        removed: How many channels were removed.
 
     """
 
@@ -236,6 +237,7 @@ class Program:
     ops: list[Op] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    removed: int = 0
 
     def new(self, value: Value) -> int:
         """Add a value and return its number."""

@@ -227,6 +227,9 @@ class Runtime:
         sparse = sum(row.how == "sparse" for row in rows)
         torch_layers = sum(row.how == "torch" and row.kept is not None for row in rows)
         remark = f"{sparse} layers run sparse; {torch_layers} layers run in PyTorch."
+        removed = sum(program.removed for program in self._network.programs)
+        if removed:
+            remark += f" {removed} channels that no kept weight writes or reads were removed."
         return Explanation(tuple(rows), (remark,))
 
     def profile(self, *args: Any, **kwargs: Any) -> Explanation:
