@@ -6,6 +6,7 @@ import copy
 import logging
 import multiprocessing
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -551,3 +552,36 @@ def test_a_network_without_any_weights_still_computes() -> None:
     model = ready(nn.Sequential(conv(3, 8, bias=True), nn.ReLU(), conv(8, 4), nn.ReLU()), 1.1)
     runtime = acdc.Runtime(model, batch((3, 6, 6)))
     compare(model, runtime, batch((3, 6, 6), 3))
+
+
+# --- without what is needed -----------------------------------------------------------------------
+
+
+def test_without_compiled_kernels_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_kernels", None)
+    model = ready(bottleneck_resnet())
+    runtime = acdc.Runtime(model, batch((3, 20, 20)))
+    compare(model, runtime, batch((3, 20, 20), 3))
+    rows = runtime.explain().rows
+    assert {row.how for row in rows} == {"torch"}
+    assert "compiled kernels are missing" in rows[0].why
+    with pytest.raises(acdc.AcdcError, match="compiled kernels are missing"):
+        acdc.Runtime.load("net.acdcrt")
+
+
+def test_what_is_too_large_for_a_plan_runs_in_pytorch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ready(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)))
+    runtime = acdc.Runtime(model, batch((3, 6, 6)))
+    monkeypatch.setattr("acdc.runtime.plan.index_list", lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        compare(model, runtime, batch((3, 6, 6), 3))
+    assert "too large for 3 samples at once" in caplog.text
+
+
+def test_a_runtime_is_not_pickled_or_copied() -> None:
+    runtime = acdc.Runtime(ready(bottleneck_resnet()), batch((3, 20, 20)))
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(acdc.InputError, match=r"use runtime\.fork\(\)"):
+            attempt(runtime)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from acdc.engine import native
 from acdc.engine.arguments import Arguments, NoFixedArguments
 from acdc.engine.effects import Attributes
 from acdc.engine.graph import Recognised, recognise
@@ -212,8 +213,10 @@ class _Part:
             inputs = [node for node in plain.graph.nodes if node.op == "placeholder"]
             number, kind = sources[0]
             share = share_kept(program, samples_of(inputs[number], kind == "tokens"))
-            if share > DENSE:
-                why = f"{share:.0%} of its weights are not zero, and PyTorch is faster"
+            why = f"{share:.0%} of its weights are not zero, and PyTorch is faster"
+            if not native.available():
+                why = "the compiled kernels are missing: reinstall acdc with a C++ compiler"
+            if share > DENSE or not native.available():
                 for op in program.convs:
                     weights = (op.weight_numel, op.weight.values.numel())
                     self.in_torch.append(InTorch(op.name, why, weights, few_zeros=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -248,6 +247,13 @@ class Runtime:
         remark = "What PyTorch computes is not timed." if in_torch else ""
         return Explanation((*rows, *in_torch), (remark,) if remark else ())
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled or copied: a runtime owns memory and compiled calls."""
+        raise InputError(
+            "A Runtime cannot be pickled or copied. For another thread use runtime.fork(); for "
+            "another process save it to a file, and load that there."
+        )
+
     # --- threads ----------------------------------------------------------------------------------
 
     def fork(self, *, threads: int | None = None) -> Runtime:
@@ -260,7 +266,8 @@ class Runtime:
             threads: How many threads the new handle computes on. None: as many as this one.
 
         """
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
         settings = self._handle.settings
         if threads is not None:
             settings = replace(settings, threads=_threads(threads))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from acdc.engine.graph import Kind
+from acdc.errors import InputError
 from acdc.runtime.handle import current
 from acdc.runtime.program import Program, Value
 
@@ -40,12 +41,15 @@ class Segment(nn.Module):
         values = [self.program.values[number] for number in self.program.inputs]
         given = [args[number] for number, _ in self.sources]
         why = why_not(given, values, self.program)
-        if why is not None:
-            if why not in self._said:
-                self._said.add(why)
-                log.warning("A part of the network runs in PyTorch: %s.", why)
-            return self._plain[0](*args)
-        return self._compute(given, values)
+        if why is None:
+            try:
+                return self._compute(given, values)
+            except InputError as error:  # no plan for so large images or so many samples
+                why = str(error).removesuffix(".")
+        if why not in self._said:
+            self._said.add(why)
+            log.warning("A part of the network runs in PyTorch: %s.", why)
+        return self._plain[0](*args)
 
     def _compute(self, given: Sequence[Tensor], values: Sequence[Value]) -> Any:
         flat = [flat_of(x, value) for x, value in zip(given, values, strict=True)]
