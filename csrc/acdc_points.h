@@ -47,6 +47,7 @@ typedef struct acdc_points_conv_args {
     const int32_t* begin;       /* [rows + 1] its first entry */
     const void* entries;        /* [nnz] acdc_entry_f32 or _f64 */
     const void* bias;           /* [channels of y] or null */
+    int32_t uniform;            /* all rows of a part have the same offsets: every weight is kept */
     int32_t vectors;            /* registers of points in a tile; the kernel cuts it to what exists */
     int32_t activation, threads;
 } acdc_points_conv_args;

@@ -316,7 +316,7 @@ NB_MODULE(_kernels, m) {
         nb::class_<Struct> cls(m, "points_conv_args");
         cls.def(nb::init<>());
         FIELD(x); FIELD(y); FIELD(residual); FIELD(groups); FIELD(tiles); FIELD(parts); FIELD(channel); FIELD(begin);
-        FIELD(entries); FIELD(bias); FIELD(vectors); FIELD(activation); FIELD(threads);
+        FIELD(entries); FIELD(bias); FIELD(uniform); FIELD(vectors); FIELD(activation); FIELD(threads);
     }
     {
         using Struct = acdc_points_planes_args;

@@ -84,10 +84,48 @@ template <class real, int V> void points_tile(const PointsTile<real>& t) {
     }
 }
 
+// R rows whose entries have the same offsets: each register of x is read once for all of them.
+template <class real, int V, int R> inline void points_rows(const PointsTile<real>& t, int row) {
+    vec<real> sum[R][V];
+    const Entry<real>* k[R];
+    ACDC_UNROLL
+    for (int r = 0; r < R; ++r) {
+        const int channel = t.channel[row + r];
+        start_row<real, V>(t, channel, t.y + channel * t.y_channel, sum[r]);
+        k[r] = t.entries + t.begin[row + r];
+    }
+    const int count = t.begin[row + 1] - t.begin[row];
+    for (int i = 0; i < count; ++i) {
+        const real* x = t.x + k[0][i].offset;
+        vec<real> points[V];
+        ACDC_UNROLL
+        for (int v = 0; v < V; ++v) points[v] = load_loose(x + v * lanes);
+        ACDC_UNROLL
+        for (int j = 0; j < R * V; ++j) sum[j / V][j % V] += splat(k[j / V][i].value) * points[j % V];
+    }
+    ACDC_UNROLL
+    for (int r = 0; r < R; ++r) end_row<real, V>(t, t.y + t.channel[row + r] * t.y_channel, sum[r]);
+}
+
+// All rows of the part have the same offsets, as in a layer that keeps all weights. A sum has one order, whether
+// its row is computed alone or with others.
+template <class real, int V> void points_block(const PointsTile<real>& t) {
+    constexpr int some = V == 1 ? 8 : 4;  // with one register of points, the sums of more rows hide the latency
+    int row = 0;
+    for (; row + some <= t.rows; row += some) points_rows<real, V, some>(t, row);
+    for (; row < t.rows; ++row) points_rows<real, V, 1>(t, row);
+}
+
 template <class real> using PointsTileKernel = void (*)(const PointsTile<real>&);
 
 // The double kernels serve checks, so they have fewer tiles and compile fast.
 template <class real> constexpr int points_limit = sizeof(real) == 8 ? 4 : lanes == 16 ? 16 : 14;
+template <class real> constexpr int block_limit = sizeof(real) == 8 ? 1 : lanes == 16 ? 4 : 3;
+
+template <class real, std::size_t... i> PointsTileKernel<real> points_block_of(int vectors, std::index_sequence<i...>) {
+    static constexpr PointsTileKernel<real> table[] = {points_block<real, int(i) + 1>...};
+    return table[vectors - 1];
+}
 
 template <class real, std::size_t... i> PointsTileKernel<real> points_tile_of(int vectors, std::index_sequence<i...>) {
     static constexpr PointsTileKernel<real> table[] = {points_tile<real, int(i) + 1>...};
@@ -96,12 +134,14 @@ template <class real, std::size_t... i> PointsTileKernel<real> points_tile_of(in
 
 template <class real> void points_conv(const acdc_points_conv_args* args, const acdc_share*) {
     const acdc_points_conv_args& a = *args;
-    const int64_t total = vectors_of(a.y), wide = most(1, least(a.vectors, points_limit<real>));
+    const int64_t total = vectors_of(a.y), limit = a.uniform ? block_limit<real> : points_limit<real>;
+    const int64_t wide = most<int64_t>(1, least<int64_t>(a.vectors, limit));
     const int64_t across = (total + wide - 1) / wide;
     each_item(a.groups * across, a.threads, [&](int, int64_t item) {
         const int64_t group = item / across, vector = item % across * wide, at = vector * lanes;
         const int count = int(least(wide, total - vector));
-        const auto kernel = points_tile_of<real>(count, std::make_index_sequence<points_limit<real>>());
+        const auto kernel = a.uniform ? points_block_of<real>(count, std::make_index_sequence<block_limit<real>>())
+                                      : points_tile_of<real>(count, std::make_index_sequence<points_limit<real>>());
         PointsTile<real> t;
         t.x = channel_of<real>(a.x, 0) + at;
         t.y = channel_of<real>(a.y, 0) + at;

@@ -585,3 +585,28 @@ def test_a_runtime_is_not_pickled_or_copied() -> None:
     for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(acdc.InputError, match=r"use runtime\.fork\(\)"):
             attempt(runtime)
+
+
+# --- layers that keep all weights -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("channels", [1, 4, 7, 16])
+def test_dense_layers_among_sparse_ones(channels: int, isa: str) -> None:
+    """The first layer and the head of a network often keep all weights."""
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, channels, 5, stride=2, padding=2)
+    head = nn.Linear(24, channels)
+    rest = (nn.ReLU(), conv(channels, 24), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model = ready(nn.Sequential(nn.Sequential(*rest[:2]), conv(24, 24)), 0.9, dtype)
+        body: Any = nn.Sequential(first, *model[0], model[1], *rest[2:], head).to(dtype).eval()  # type: ignore[index]
+        x = batch((3, 17, 19), 2, dtype)
+        results = []
+        for threads in (1, 2, 5):
+            runtime = acdc.Runtime(body, x, isa=isa, threads=threads, strict=True)
+            compare(body, runtime, batch((3, 17, 19), 3, dtype), tolerance)
+            results.append(runtime(x))
+        assert all(torch.equal(results[0], other) for other in results)
+        dense = [row.layer for row in runtime.explain().rows if row.how == "dense"]
+        assert len(dense) == 2

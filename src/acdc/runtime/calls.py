@@ -51,7 +51,7 @@ class Calls:
             entries, x, out, residual, bias,
             x=_points(x), y=_points(out), groups=entries.groups, tiles=entries.tiles,
             parts=entries.parts, channel=entries.channel, begin=entries.begin,
-            entries=entries.entries, bias=bias, vectors=cut.vectors,
+            entries=entries.entries, bias=bias, uniform=cut.uniform, vectors=cut.vectors,
             activation=ACTIVATIONS.index(op.activation), **fields,
         )  # fmt: skip
 
