@@ -126,6 +126,7 @@ class _Piece:
     grid: Grid
     channels: int
     last: int
+    planes: bool = False  # planes have pixels where other values have zeros
 
 
 def place(
@@ -158,15 +159,19 @@ def place(
                 piece_of[op.out] = piece_of[over]
                 pieces[piece_of[over]].last = last[op.out]
             else:
-                piece_of[op.out] = _take(pieces, grid, value, time, max(time, last[op.out]))
+                end, planes = max(time, last[op.out]), isinstance(op, Planes)
+                piece_of[op.out] = _take(pieces, grid, value, time, end, planes)
     return _allocated(pieces, piece_of, steps, grids, dtype)
 
 
-def _take(pieces: list[_Piece], grid: Grid, value: Value, time: int, last: int) -> int:
+def _take(
+    pieces: list[_Piece], grid: Grid, value: Value, time: int, last: int, planes: bool = False
+) -> int:
     """Return the number of a piece that is free at this time, or of a new one."""
-    free = [i for i, p in enumerate(pieces) if p.grid == grid and p.last < time]
+    alike = [i for i, p in enumerate(pieces) if p.grid == grid and p.planes == planes]
+    free = [i for i in alike if pieces[i].last < time]
     if not free:
-        pieces.append(_Piece(grid, value.channels, last))
+        pieces.append(_Piece(grid, value.channels, last, planes))
         return len(pieces) - 1
     # The smallest one that is large enough, else the largest one, which then grows.
     number = min(
