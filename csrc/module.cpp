@@ -13,7 +13,7 @@
 #include <unistd.h>
 #endif
 
-#include "acdc_kernels.h"
+#include "acdc_points.h"
 
 namespace nb = nanobind;
 using Address = std::uintptr_t;
@@ -21,6 +21,8 @@ using Address = std::uintptr_t;
 namespace {
 
 template <class T = void> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+
+const acdc_points_table& points_table(int index) { return *acdc_points_table_at(index); }
 
 const acdc_table& table(int index) {
     if (index < 0 || index >= acdc_table_count() || !acdc_table_at(index)->supported())
@@ -302,6 +304,59 @@ NB_MODULE(_kernels, m) {
         nb::gil_scoped_release release;
         acdc_adam(&kept, &args, threads);
     });
+    {
+        using Struct = acdc_points;
+        nb::class_<Struct> cls(m, "Points");
+        cls.def(nb::init<>());
+        FIELD(origin); FIELD(channel); FIELD(sample); FIELD(row); FIELD(channels); FIELD(samples); FIELD(height);
+        FIELD(width); FIELD(live);
+    }
+    {
+        using Struct = acdc_points_conv_args;
+        nb::class_<Struct> cls(m, "points_conv_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(y); FIELD(residual); FIELD(groups); FIELD(tiles); FIELD(parts); FIELD(channel); FIELD(begin);
+        FIELD(entries); FIELD(bias); FIELD(uniform); FIELD(vectors); FIELD(activation); FIELD(threads);
+    }
+    {
+        using Struct = acdc_points_planes_args;
+        nb::class_<Struct> cls(m, "points_planes_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(planes); FIELD(phase_row); FIELD(phase_column); FIELD(phases); FIELD(first_row);
+        FIELD(first_column); FIELD(rows); FIELD(columns); FIELD(row_step); FIELD(column_step); FIELD(threads);
+    }
+    {
+        using Struct = acdc_points_map_args;
+        nb::class_<Struct> cls(m, "points_map_args");
+        cls.def(nb::init<>());
+        FIELD(a); FIELD(b); FIELD(out); FIELD(scale); FIELD(offset); FIELD(multiply); FIELD(activation); FIELD(threads);
+    }
+    {
+        using Struct = acdc_points_gate_args;
+        nb::class_<Struct> cls(m, "points_gate_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(gate); FIELD(out); FIELD(threads);
+    }
+    {
+        using Struct = acdc_points_norm_args;
+        nb::class_<Struct> cls(m, "points_norm_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(out); FIELD(weight); FIELD(bias); FIELD(eps); FIELD(centered); FIELD(threads);
+    }
+    {
+        using Struct = acdc_points_pool_args;
+        nb::class_<Struct> cls(m, "points_pool_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(y); FIELD(maximum); FIELD(window_rows); FIELD(window_columns); FIELD(row_step);
+        FIELD(column_step); FIELD(row_padding); FIELD(column_padding); FIELD(count_padding); FIELD(workspace);
+        FIELD(threads);
+    }
+    {
+        using Struct = acdc_points_copy_args;
+        nb::class_<Struct> cls(m, "points_copy_args");
+        cls.def(nb::init<>());
+        FIELD(points); FIELD(data); FIELD(sample); FIELD(channel); FIELD(row); FIELD(column); FIELD(threads);
+    }
     m.def("isa", [](int index) { return std::string(acdc_table_at(index)->isa); });
     m.def("lanes", [](int index) { return acdc_table_at(index)->lanes; });
     m.def("supported", [](int index) { return acdc_table_at(index)->supported() != 0; });
@@ -310,7 +365,7 @@ NB_MODULE(_kernels, m) {
     sequence.def(nb::init<>()).def("run", &Sequence::run);
 
     nb::list names;
-#define ROW(name, args)                                                                              \
+#define ROW_OF(table, name, args)                                                                    \
     names.append(#name);                                                                             \
     m.def(#name, [](int index, bool is_double, const args& a) {                                      \
         call<args>(is_double ? table(index).name##_f64 : table(index).name##_f32, a);                \
@@ -318,8 +373,13 @@ NB_MODULE(_kernels, m) {
     sequence.def("add_" #name, [](Sequence& s, int index, bool is_double, const args& a, bool alone) { \
         s.add<args>(is_double ? table(index).name##_f64 : table(index).name##_f32, a, alone);        \
     });
+#define ROW(name, args) ROW_OF(table, name, args)
     ACDC_KERNELS(ROW)
     m.attr("KERNELS") = nb::tuple(names);
+#define POINTS_ROW(name, args) ROW_OF(points_table, name, args)
+    names = nb::list();
+    ACDC_POINT_KERNELS(POINTS_ROW)
+    m.attr("POINT_KERNELS") = nb::tuple(names);
 #if defined(__SANITIZE_ADDRESS__)
     m.attr("sanitized") = "address";
 #elif defined(__SANITIZE_THREAD__)

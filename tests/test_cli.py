@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -114,11 +115,17 @@ SURFACE = {
     "cost": [RECIPE, SET, JSON],
     "export": [
         RUN,
-        ("--to safetensors|onnx", "required"),
+        ("--to safetensors|onnx|runtime", "required"),
         ("--twin sparse|dense", "default sparse"),
         ("--out FILE", "default None"),
         ("--sparse", "flag"),
         ("--dynamic INPUT:DIM=NAME", "any number"),
+    ],
+    "infer": [
+        ("FILE", "required"),
+        ("--input X.npy", "any number"),
+        ("--output Y.npy", "any number"),
+        ("--threads N", "default None"),
     ],
     "doctor": [("--with MODULE", "any number"), ("--json", "flag")],
     "cite": [("METHOD", "optional")],
@@ -592,6 +599,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "dynamic": (["export", "r", "--to", "onnx", "--dynamic", "x=n"], "write INPUT:DIM=NAME"),
     "dynamic name": (["export", "r", "--to", "onnx", "--dynamic", "x:a=n"], "INPUT:DIM=NAME"),
+    "no network": (
+        ["infer", "nowhere", "--input", "x.npy", "--output", "y.npy"],
+        "nowhere cannot be read",
+    ),
     "no export": (["export", "nowhere", "--to", "onnx"], "not the folder of a"),
 }
 
@@ -782,6 +793,34 @@ def test_a_twin_is_exported_as_onnx(done: Path, tmp_path: Path, capsys: Capture)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (outputs,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(outputs), model(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_twin_is_exported_for_the_runtime_and_computed(
+    done: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert main(["export", str(done), "--to", "runtime"]) == 0
+    frozen = done / "sparse.acdcrt"
+    assert capsys.readouterr().out == f"{frozen} ({frozen.stat().st_size:,} bytes)\n"
+    recipe = tiny()
+    model = Pair.load(done / "pair").sparse_model(recipe.model.build()).eval()
+    x = torch.randn(3, *recipe.model.input_shape)
+    given, made = tmp_path / "x.npy", tmp_path / "y.npy"
+    np.save(given, x.numpy())
+    argv = ["infer", str(frozen), "--input", str(given), "--output", str(made)]
+    assert main(argv) == 0
+    assert capsys.readouterr().out == f"{made} (3x10)\n"
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(np.load(made)), model(x), atol=1e-5, rtol=0)
+    assert main([*argv, str(tmp_path / "z.npy")]) == 2
+    assert "takes a file for each of output, got 2 files" in printed(capsys)[1]
+    given.write_bytes(b"no array")
+    assert main(argv) == 2
+    assert "cannot be read as an array of numpy" in printed(capsys)[1]
+    np.save(given, x.double().numpy())
+    assert main(argv) == 2
+    assert "torch.float64, and the example's is torch.float32" in printed(capsys)[1]
+    assert main(["export", str(done), "--to", "runtime", "--twin", "dense"]) == 2
+    assert "its weights are not zero, and PyTorch is faster" in printed(capsys)[1]
 
 
 def test_an_onnx_file_may_be_sparse_and_take_images_of_any_size(

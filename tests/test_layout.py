@@ -32,7 +32,7 @@ ROWS: list[set[str]] = [
     {"acdc"},
     {"sparsifier"},
     {"hooks", "result", "summary"},
-    {"methods", "pair"},
+    {"methods", "pair", "runtime"},
     {"index", "states"},
     {"pattern", "engine", "cost", "bitmask"},
     {"topk", "processes", "positions"},
@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.pages.comparison": {"matplotlib"},
     "acdc.console": {"rich"},
     "acdc.cli": {"rich"},
+    "acdc.cli.infer": {"numpy"},
 }
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from acdc.pair import Pair
     from acdc.pattern import NM, Block, Pattern, Unstructured
     from acdc.result import DenseNetwork, SparseNetwork, read_sparse
+    from acdc.runtime.runtime import Runtime
     from acdc.schedule import Phase, Plan, Schedule, alternate, constant, phases
     from acdc.sparsifier import Sparsifier
     from acdc.support import Support, kept
@@ -73,6 +74,7 @@ _HOME = {
     "Phase": "acdc.schedule",
     "Plan": "acdc.schedule",
     "RigL": "acdc.methods",
+    "Runtime": "acdc.runtime.runtime",
     "Schedule": "acdc.schedule",
     "SparseNetwork": "acdc.result",
     "Sparsifier": "acdc.sparsifier",
@@ -117,6 +119,7 @@ __all__ = [
     "Phase",
     "Plan",
     "RigL",
+    "Runtime",
     "Schedule",
     "SparseNetwork",
     "Sparsifier",

@@ -9,12 +9,14 @@ from acdc.cli.arguments import Commands, add_command, add_run
 from acdc.cli.output import quiet_libraries
 from acdc.errors import InputError
 
+_ENDINGS = {"safetensors": "safetensors", "onnx": "onnx", "runtime": "acdcrt"}
+
 
 def add(commands: Commands) -> None:
     """Add the command."""
     sub = add_command(commands, "export", run, "write one network of a run for other programs")
     add_run(sub)
-    sub.add_argument("--to", required=True, choices=("safetensors", "onnx"), help="file format")
+    sub.add_argument("--to", required=True, choices=tuple(_ENDINGS), help="file format")
     sub.add_argument(
         "--twin",
         choices=("sparse", "dense"),
@@ -25,7 +27,8 @@ def add(commands: Commands) -> None:
         "--out",
         metavar="FILE",
         type=Path,
-        help="the file to write (default: TWIN.FORMAT in the folder of the run)",
+        help="the file to write (default: in the folder of the run, TWIN.FORMAT, or TWIN.acdcrt "
+        "for runtime)",
     )
     sub.add_argument(
         "--sparse",
@@ -46,7 +49,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the file, and print its path and its size."""
     from acdc import outfile
-    from acdc.export import to_onnx, to_safetensors
+    from acdc.export import to_onnx, to_runtime, to_safetensors
     from acdc.result import load
     from acdc.runs.recipe import decode_model
     from acdc.runs.record import Folder
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     dynamic = _dynamic(args.dynamic)
     folder = Folder(args.run)
     recipe = folder.read(folder.recipe)
-    path = args.out or args.run / f"{args.twin}.{args.to}"
+    path = args.out or args.run / f"{args.twin}.{_ENDINGS[args.to]}"
     outfile.check(path)
     if args.to == "safetensors":
         to_safetensors(load(folder.result), path, args.twin)
@@ -68,11 +71,20 @@ def run(args: argparse.Namespace) -> int:
             spec = decode_model(recipe["values"].get("model", {}))
         except InputError as error:
             raise InputError(f"{folder.recipe}: {error}") from error
+        if args.to == "runtime":
+            to_runtime(spec.build(), spec.example(1), path, load(folder.result), args.twin)
+            return _say_written(path)
         with quiet_libraries():
             to_onnx(
                 spec.build(), spec.example(1), path, load(folder.result), args.twin,
                 dynamic=dynamic or None, sparse=args.sparse,
             )  # fmt: skip
+    return _say_written(path)
+
+
+def _say_written(path: Path) -> int:
+    from acdc import outfile
+
     if not outfile.is_stream(path):  # standard output may be the file
         print(f"{path} ({path.stat().st_size:,} bytes)")
     return 0

@@ -198,17 +198,23 @@ Spec = (
 
 @dataclass(frozen=True)
 class Recognised:
-    """A node that the engine can run: its operation, and how the layout holds its result."""
+    """A node that the engine can run.
+
+    Args:
+        spec: Its operation.
+        kind: How the layout holds its result.
+        read_as: How the layout holds its inputs; None: as the result.
+
+    """
 
     spec: Spec
     kind: Kind
+    read_as: Kind | None = None
 
     @property
     def reads(self) -> Kind:
-        """How the layout holds what it reads."""
-        if isinstance(self.spec, PermuteSpec):
-            return "images" if self.spec.last else "pixels"
-        return self.kind
+        """How the layout holds its inputs."""
+        return self.read_as or self.kind
 
 
 def inputs_of(node: fx.Node, spec: Spec) -> tuple[fx.Node, ...]:
@@ -261,8 +267,9 @@ def _check_in_place(node: fx.Node, found: dict[fx.Node, Recognised | str]) -> No
         if len(source.users) > 1:
             raise Untraceable("a tensor with other readers is changed in place")
         known = found.get(source)
-        made_here = isinstance(known, Recognised) and not isinstance(known.spec, IdentitySpec)
-        if not made_here:
+        is_same = isinstance(known, Recognised) and isinstance(known.spec, IdentitySpec)
+        made_here = isinstance(known, Recognised) and not is_same
+        if not made_here and not is_same:
             found[node] = "a tensor that PyTorch made is changed in place"
         made_here |= bool(source.meta.get(NEW))
         source = source.args[0] if source.args else None  # `source` may be a view of it
@@ -352,12 +359,18 @@ def _recognise(
         return "a dropout of images with the channels last"
     if kind == "images" and any(len(shape_of(source) or ()) != 4 for source in inputs):
         return "images have four dimensions"
-    return Recognised(spec, kind)
+    before = _before(spec) if isinstance(spec, PermuteSpec) else None
+    return Recognised(spec, kind, before)
 
 
 def _channels_of(kind: Kind, dimensions: int) -> int:
     """Return the dimension of the channels."""
     return 1 if kind == "images" else dimensions - 1
+
+
+def _before(spec: PermuteSpec) -> Kind:
+    """Return how the layout holds what is permuted."""
+    return "images" if spec.last else "pixels"
 
 
 def _known_kind(node: fx.Node, found: Mapping[fx.Node, Recognised | str]) -> Kind | None:
@@ -369,8 +382,7 @@ def _kind(spec: Spec, inputs: list[Kind | None], dimensions: int) -> Kind | None
     """Return how the layout holds the result: fixed by the operation, or as its inputs."""
     given = {kind for kind in inputs if kind is not None}
     if isinstance(spec, PermuteSpec):
-        before: Kind = "images" if spec.last else "pixels"
-        return ("pixels" if spec.last else "images") if given == {before} else None
+        return ("pixels" if spec.last else "images") if given == {_before(spec)} else None
     over_channels = isinstance(spec, LayerNormSpec) or (
         isinstance(spec, ConvSpec) and spec.is_linear
     )

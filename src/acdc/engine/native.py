@@ -132,13 +132,73 @@ def optimizer_step(kernel: str, kept: Mapping[str, Any], options: Mapping[str, A
         kept, options: The fields of ``acdc_kept``, and of the struct of the kernel. A tensor stands
             for its address.
     """
-    structs = []
-    for name, fields in (("kept", kept), (f"{kernel}_args", options)):
-        struct = getattr(_kernels, name)()
-        for field, value in fields.items():
-            setattr(struct, field, value.data_ptr() if isinstance(value, Tensor) else value)
-        structs.append(struct)
+    structs = [struct("kept", kept), struct(f"{kernel}_args", options)]
     getattr(_kernels, kernel)(*structs, torch.get_num_threads())
+
+
+def struct(name: str, fields: Mapping[str, Any]) -> Struct:
+    """Return a struct of ``csrc/`` with these fields.
+
+    A tensor stands for its address, and None for none.
+    """
+    made = getattr(_kernels, name)()
+    for field, value in fields.items():
+        if value is not None:
+            setattr(made, field, value.data_ptr() if isinstance(value, Tensor) else value)
+    return made
+
+
+# --- the kernels of the runtime: csrc/acdc_points.h -----------------------------------------------
+
+
+def lanes_of(isa: str) -> int:
+    """Return how many floats a register of an instruction set holds."""
+    return int(_kernels.lanes(_index_of(isa)))
+
+
+def point_kernel_names() -> tuple[str, ...]:
+    """Return the rows of the table of the runtime's kernels."""
+    return () if _kernels is None else tuple(_kernels.POINT_KERNELS)
+
+
+def point_call(
+    isa: str, kernel: str, is_double: bool, args: Struct, held: tuple[object, ...]
+) -> NativeCall:
+    """Return the call of a kernel of the runtime.
+
+    Args:
+        isa: The instruction set.
+        kernel: The row of the table.
+        is_double: The numbers are float64.
+        args: Its arguments.
+        held: What must live as long as the call.
+    """
+    return NativeCall(getattr(_kernels, kernel), _index_of(isa), is_double, args, held)
+
+
+def point_sequence(calls: Sequence[NativeCall]) -> Callable[[Tensor | None], None]:
+    """Return calls as one function.
+
+    The function adds the seconds of each call to a float64 tensor ``[2, calls]``, if given one, in
+    its first row.
+    """
+    made = _kernels.Sequence()
+    for call in calls:
+        getattr(made, f"add_{call.kernel}")(call.index, call.is_double, call.args, True)
+
+    def run(seconds: Tensor | None = None) -> None:
+        assert calls  # the function keeps the structs alive
+        made.run(0, 1, 0 if seconds is None else seconds.data_ptr())
+
+    return run
+
+
+def _index_of(isa: str) -> int:
+    """Return the number of an instruction set that this machine has."""
+    _check_available()
+    if isa not in instruction_sets():
+        raise InputError(f"This machine has the kernels {instruction_sets()}, not {isa!r}.")
+    return [_kernels.isa(i) for i in range(_kernels.table_count())].index(isa)
 
 
 class NativePlan(KernelPlan):
@@ -269,12 +329,8 @@ class Native(Kernels):
 
     def __init__(self, isa: str | None = None) -> None:
         _check_available()
-        available_here = instruction_sets()
-        if isa is not None and isa not in available_here:
-            raise InputError(f"This machine has the kernels {available_here}, not {isa!r}.")
-        self.isa = isa or available_here[-1]
-        every = [_kernels.isa(i) for i in range(_kernels.table_count())]
-        self._index = every.index(self.isa)
+        self.isa = isa or instruction_sets()[-1]
+        self._index = _index_of(self.isa)
         self.lanes = int(_kernels.lanes(self._index))
         self._workspace: dict[torch.dtype, Tensor] = {}
         # While `bind` runs a method, `_run` appends its call here instead of running it.

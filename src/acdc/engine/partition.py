@@ -98,7 +98,7 @@ def _images_at_ends(
             if source not in read:
                 images = _permuted(graph, source, False, node)
                 read[source] = _permuted(graph, images, True, node)
-                recognised[read[source]] = Recognised(PermuteSpec(True), "pixels")
+                recognised[read[source]] = Recognised(PermuteSpec(True), "pixels", "images")
                 segment.add_node(read[source])
             node.replace_input_with(source, read[source])
     for node in list(segment.nodes):
@@ -107,7 +107,7 @@ def _images_at_ends(
             continue
         images = _permuted(graph, node, False, node.next)
         pixels = _permuted(graph, images, True, images.next)
-        recognised[images] = Recognised(PermuteSpec(False), "images")
+        recognised[images] = Recognised(PermuteSpec(False), "images", "pixels")
         segment.add_node(images)
         for reader in readers:
             reader.replace_input_with(node, pixels)
@@ -149,8 +149,8 @@ def _connected(proposed: Partition, recognised: Mapping[fx.Node, Recognised]) ->
             continue
         what = recognised[node]
         # A tensor that one node reads as images and another as tokens is converted twice anyway.
-        tokens = what.kind == "tokens"
-        tensors = {(tensor, tokens) for tensor in (node, *inputs_of(node, what.spec))}
+        tensors = {(tensor, what.reads == "tokens") for tensor in inputs_of(node, what.spec)}
+        tensors.add((node, what.kind == "tokens"))
         nodes = [node]
         for part in [part for part in parts if part[0] & tensors]:
             parts.remove(part)

@@ -1,0 +1,129 @@
+/* The kernels of the runtime: inference on buffers whose registers hold neighbouring pixels.
+ *
+ * A buffer is [channel][point]. The rows of all samples of a batch lie one after another in a channel, as one
+ * tall image: between two rows lie `row - width` points, and between two samples `sample - height * row`. They
+ * hold zeros, and so do the points before the first row and after the last one. A convolution with stride 1 is
+ * then "y[point] += value * x[point + offset]" over one range of points, whatever the batch and the filter are:
+ * padding needs no code. What a kernel computes between rows is no pixel, and is cleared by a mask.
+ *
+ * A token of a linear layer is an image of one pixel.
+ *
+ * Pitches count elements. docs/runtime.md explains the design.
+ */
+#ifndef ACDC_POINTS_H
+#define ACDC_POINTS_H
+
+#include "acdc_kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct acdc_points {
+    void* origin;         /* point 0 of channel 0, aligned to 64 bytes */
+    int64_t channel;      /* pitches; that of channels is a whole number of cache lines */
+    int64_t sample, row;
+    int32_t channels, samples, height, width;
+    const void* live;     /* all bits set at each point that is a pixel, for whole registers; null: no gaps */
+} acdc_points;
+
+/* What is applied to each number of a result. */
+enum {
+    ACDC_NOTHING, ACDC_RELU, ACDC_RELU6, ACDC_SIGMOID, ACDC_HARDSIGMOID, ACDC_HARDSWISH, ACDC_SILU, ACDC_GELU,
+    ACDC_GELU_TANH
+};
+
+/* y[out] = f(bias + residual[out] + sum over the entries of the row of `out` of value * x[point + offset]).
+ *
+ * The output channels are cut into groups, and the input channels into tiles whose points fit into the first-level
+ * cache. A part is one tile of one group; the parts of a group follow each other. A row is one output channel
+ * inside a part. The first tile of a group has a row for each channel, since it starts the sums, and the last one,
+ * since it ends them. */
+typedef struct acdc_points_conv_args {
+    acdc_points x, y, residual; /* residual: origin null: absent; it may be y */
+    int32_t groups, tiles;
+    const int32_t* parts;       /* [groups * tiles + 1] number of the first row of each part */
+    const int32_t* channel;     /* [rows] the output channel of a row */
+    const int32_t* begin;       /* [rows + 1] its first entry */
+    const void* entries;        /* [nnz] acdc_entry_f32 or _f64 */
+    const void* bias;           /* [channels of y] or null */
+    int32_t uniform;            /* all rows of a part have the same offsets: every weight is kept */
+    int32_t vectors;            /* registers of points in a tile; the kernel cuts it to what exists */
+    int32_t activation, threads;
+} acdc_points_conv_args;
+
+/* Cuts images into the planes of a stride: plane (p, c) holds the pixels (row_step * i + phase_row[p],
+ * column_step * j + phase_column[p]) of channel c at point (i, j), for `rows` values of i from `first_row` and
+ * `columns` values of j from `first_column`; 0 outside of the image. */
+typedef struct acdc_points_planes_args {
+    acdc_points x, planes;
+    const int32_t *phase_row, *phase_column; /* [phases] */
+    int32_t phases, first_row, first_column, rows, columns, row_step, column_step, threads;
+} acdc_points_planes_args;
+
+/* out = f(scale * a + offset, b), where f adds or multiplies b (origin null: absent) and applies an activation. */
+typedef struct acdc_points_map_args {
+    acdc_points a, b, out;
+    const void *scale, *offset; /* [channels] or null: 1 and 0 */
+    int32_t multiply;           /* by b; otherwise b is added */
+    int32_t activation, threads;
+} acdc_points_map_args;
+
+/* out = f(x * gate), where the gate has one pixel. */
+typedef struct acdc_points_gate_args {
+    acdc_points x, gate, out;
+    int32_t threads;
+} acdc_points_gate_args;
+
+/* LayerNorm, or RMSNorm (`centered` is 0), over the channels of each point. */
+typedef struct acdc_points_norm_args {
+    acdc_points x, out;
+    const void *weight, *bias; /* [channels] or null: 1 and 0 */
+    double eps;
+    int32_t centered, threads;
+} acdc_points_norm_args;
+
+/* Max or average pooling. Pixels outside of the image are ignored (max) or count as zero (average). */
+typedef struct acdc_points_pool_args {
+    acdc_points x, y;
+    int32_t maximum;
+    int32_t window_rows, window_columns, row_step, column_step, row_padding, column_padding;
+    int32_t count_padding; /* average: divide by the whole window even at the border */
+    void* workspace;       /* threads * (width of x + 2 * column_padding) numbers */
+    int32_t threads;
+} acdc_points_pool_args;
+
+/* Between a plain tensor and a buffer. Strides of the tensor, in any order. */
+typedef struct acdc_points_copy_args {
+    acdc_points points;
+    void* data;
+    int64_t sample, channel, row, column;
+    int32_t threads;
+} acdc_points_copy_args;
+
+/* The list of these kernels, as ACDC_KERNELS. They never run block by block, and ignore their share. */
+#define ACDC_POINT_KERNELS(row)                    \
+    row(points_load, acdc_points_copy_args)        \
+    row(points_store, acdc_points_copy_args)       \
+    row(points_planes, acdc_points_planes_args)    \
+    row(points_conv, acdc_points_conv_args)        \
+    row(points_map, acdc_points_map_args)          \
+    row(points_gate, acdc_points_gate_args)        \
+    row(points_norm, acdc_points_norm_args)        \
+    row(points_pool, acdc_points_pool_args)
+
+/* One table for each compiled instruction set, in the order of acdc_table_at. */
+typedef struct acdc_points_table {
+#define ACDC_FIELD(name, args)                          \
+    void (*name##_f32)(const args*, const acdc_share*); \
+    void (*name##_f64)(const args*, const acdc_share*);
+    ACDC_POINT_KERNELS(ACDC_FIELD)
+#undef ACDC_FIELD
+} acdc_points_table;
+
+const acdc_points_table* acdc_points_table_at(int32_t index);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,155 @@
+// What moves points: conversions from and to plain tensors, the planes of a stride, pooling.
+#pragma once
+#include "points.h"
+
+namespace ACDC_ISA {
+namespace {
+
+// ---- conversions ----
+// Copies `count` numbers between two strides.
+template <class real> inline void copy_row(real* to, int64_t to_step, const real* from, int64_t from_step, int64_t count) {
+    if (to_step == 1 && from_step == 1)
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    else
+        for (int64_t i = 0; i < count; ++i) to[i * to_step] = from[i * from_step];
+}
+
+// Transposes rows x columns numbers. The rows of both are contiguous.
+template <class real> void copy_transposed(real* to, int64_t to_row, const real* from, int64_t from_row, int rows, int columns) {
+    int row = 0;
+    for (; row + lanes <= rows; row += lanes) {
+        int column = 0;
+        for (; column + lanes <= columns; column += lanes) {
+            vec<real> block[lanes];
+            for (int i = 0; i < lanes; ++i) block[i] = load_loose(from + (row + i) * from_row + column);
+            transpose<real>(block);
+            for (int i = 0; i < lanes; ++i) store_loose(to + (column + i) * to_row + row, block[i]);
+        }
+        for (; column < columns; ++column) copy_row(to + column * to_row + row, 1, from + row * from_row + column, from_row, lanes);
+    }
+    for (; row < rows; ++row) copy_row(to + row, to_row, from + row * from_row, 1, columns);
+}
+
+// Tokens are images of one pixel, and lie as [token][channel] in a plain tensor. A thread takes a share of the channels.
+template <class real, bool into> void copy_tokens(const acdc_points_copy_args& a) {
+    constexpr int some = 64;
+    const int channels = a.points.channels;
+    each_item((channels + some - 1) / some, a.threads, [&](int, int64_t item) {
+        const int first = int(item) * some, count = least(some, channels - first);
+        real* points = channel_of<real>(a.points, first);
+        real* plain = static_cast<real*>(a.data) + first;
+        if (into) copy_transposed<real>(points, a.points.channel, plain, a.sample, a.points.samples, count);
+        else copy_transposed<real>(plain, a.sample, points, a.points.channel, count, a.points.samples);
+    });
+}
+
+template <class real, bool into> void copy_points(const acdc_points_copy_args& a) {
+    const acdc_points& p = a.points;
+    if (p.height == 1 && p.width == 1 && p.sample == 1 && a.channel == 1) return copy_tokens<real, into>(a);
+    each_item(int64_t(p.samples) * p.channels, a.threads, [&](int, int64_t item) {
+        const int64_t n = item / p.channels, c = item % p.channels;
+        for (int row = 0; row < p.height; ++row) {
+            real* points = channel_of<real>(p, c) + n * p.sample + row * p.row;
+            real* plain = static_cast<real*>(a.data) + n * a.sample + c * a.channel + row * a.row;
+            if (into) copy_row<real>(points, 1, plain, a.column, p.width);
+            else copy_row<real>(plain, a.column, points, 1, p.width);
+        }
+    });
+}
+
+template <class real> void points_load(const acdc_points_copy_args* a, const acdc_share*) { copy_points<real, true>(*a); }
+template <class real> void points_store(const acdc_points_copy_args* a, const acdc_share*) { copy_points<real, false>(*a); }
+
+// ---- planes of a stride ----
+// Columns [first, first + count) of one row of a plane. Column j is pixel step * j + phase of the row `x`, which is
+// null outside of the image.
+template <class real> inline void plane_row(real* to, const real* x, int width, int first, int count, int step, int phase) {
+    const auto outside = [&](int j) { return !x || step * j + phase < 0 || step * j + phase >= width; };
+    int j = first;
+    const int end = first + count;
+    for (; j < end && outside(j); ++j) to[j] = 0;
+    const int inside = x ? least(end, (width - phase + step - 1) / step) : j;
+    if (step == 2)
+        for (; j < inside; ++j) to[j] = x[2 * j + phase];
+    else
+        for (; j < inside; ++j) to[j] = x[step * j + phase];
+    for (; j < end; ++j) to[j] = 0;
+}
+
+template <class real> void points_planes(const acdc_points_planes_args* args, const acdc_share*) {
+    const acdc_points_planes_args& a = *args;
+    each_item(int64_t(a.planes.channels) * a.x.samples, a.threads, [&](int, int64_t item) {
+        const int64_t n = item % a.x.samples, plane = item / a.x.samples;
+        const int phase = int(plane / a.x.channels);
+        for (int i = a.first_row; i < a.first_row + a.rows; ++i) {
+            const int row = i * a.row_step + a.phase_row[phase];
+            const bool inside = row >= 0 && row < a.x.height;
+            const real* x = channel_of<real>(a.x, plane % a.x.channels) + n * a.x.sample + row * a.x.row;
+            real* to = channel_of<real>(a.planes, plane) + n * a.planes.sample + i * a.planes.row;
+            plane_row(to, inside ? x : nullptr, a.x.width, a.first_column, a.columns, a.column_step, a.phase_column[phase]);
+        }
+    });
+}
+
+// ---- pooling ----
+// NaN is larger than everything, as in PyTorch.
+template <class real> inline real larger(real a, real b) { return b > a || b != b ? b : a; }
+
+// The first and the last + 1 pixel of a window along one axis.
+struct Span { int first, last; };
+inline Span span_at(int index, int step, int padding, int window, int size) {
+    const int first = index * step - padding;
+    return {most(first, 0), least(first + window, size)};
+}
+
+// to[i] = the larger one or the sum of to[i] and from[i * step].
+template <class real, bool maximum> inline void join(real* to, const real* from, int count, int step) {
+    const auto loop = [&](int stride) {
+        for (int i = 0; i < count; ++i) to[i] = maximum ? larger(to[i], from[i * stride]) : to[i] + from[i * stride];
+    };
+    if (step == 1) loop(1);
+    else if (step == 2) loop(2);
+    else loop(step);
+}
+
+// How many pixels an average counts along one axis.
+inline int counted(const acdc_points_pool_args& a, int index, int step, int padding, int window, int size) {
+    const Span inside = span_at(index, step, padding, window, size);
+    if (!a.count_padding) return inside.last - inside.first;
+    const int first = index * step - padding;
+    return least(first + window, size + padding) - first;
+}
+
+// `row` has room for a row of x with its padding, which changes no maximum and no sum.
+template <class real, bool maximum> void pool_plane(const acdc_points_pool_args& a, const real* x, real* y, real* row) {
+    const real outside = maximum ? -real(__builtin_inff()) : real(0);
+    const int room = a.x.width + 2 * a.column_padding;
+    for (int i = 0; i < room; ++i) row[i] = outside;
+    real* const inside = row + a.column_padding;
+    for (int r = 0; r < a.y.height; ++r, y += a.y.row) {
+        const Span rows = span_at(r, a.row_step, a.row_padding, a.window_rows, a.x.height);
+        for (int i = 0; i < a.x.width; ++i) inside[i] = x[rows.first * a.x.row + i];
+        for (int i = rows.first + 1; i < rows.last; ++i) join<real, maximum>(inside, x + i * a.x.row, a.x.width, 1);
+        for (int i = 0; i < a.y.width; ++i) y[i] = row[i * a.column_step];
+        for (int i = 1; i < a.window_columns; ++i) join<real, maximum>(y, row + i, a.y.width, a.column_step);
+        if (maximum) continue;
+        const int down = counted(a, r, a.row_step, a.row_padding, a.window_rows, a.x.height);
+        for (int i = 0; i < a.y.width; ++i)
+            y[i] /= real(down * counted(a, i, a.column_step, a.column_padding, a.window_columns, a.x.width));
+    }
+}
+
+template <class real> void points_pool(const acdc_points_pool_args* args, const acdc_share*) {
+    const acdc_points_pool_args& a = *args;
+    each_item(int64_t(a.x.channels) * a.x.samples, a.threads, [&](int thread, int64_t item) {
+        const int64_t n = item % a.x.samples, c = item / a.x.samples;
+        const real* x = channel_of<real>(a.x, c) + n * a.x.sample;
+        real* y = channel_of<real>(a.y, c) + n * a.y.sample;
+        real* row = static_cast<real*>(a.workspace) + int64_t(thread) * (a.x.width + 2 * a.column_padding);
+        if (a.maximum) pool_plane<real, true>(a, x, y, row);
+        else pool_plane<real, false>(a, x, y, row);
+    });
+}
+
+}  // namespace
+}  // namespace ACDC_ISA

@@ -1,0 +1,1 @@
+"""Inference on the kept weights of a finished network: ``docs/runtime.md``."""

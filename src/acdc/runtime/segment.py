@@ -1,0 +1,89 @@
+"""A segment of a traced network, as a module that the graph calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from acdc.engine.graph import Kind
+from acdc.errors import InputError
+from acdc.runtime.handle import current
+from acdc.runtime.program import Program, Value
+
+log = logging.getLogger(__name__)
+
+
+class Segment(nn.Module):
+    """Nodes of a graph that the kernels compute.
+
+    Args:
+        plain: The same nodes in PyTorch.
+        program: The nodes as operations.
+        sources: For each input of the program: the number of an argument, and how it is read.
+
+    """
+
+    def __init__(
+        self, plain: fx.GraphModule, program: Program, sources: Sequence[tuple[int, Kind]]
+    ) -> None:
+        super().__init__()
+        self.program, self.sources = program, tuple(sources)
+        self._plain = (plain,)  # in a tuple: its layers are not those of the network twice
+        self._returns_one = isinstance(plain.graph.output_node().args[0], fx.Node)
+        self._said: set[str] = set()
+
+    def forward(self, *args: Tensor) -> Any:
+        """Compute the nodes."""
+        values = [self.program.values[number] for number in self.program.inputs]
+        given = [args[number] for number, _ in self.sources]
+        why = why_not(given, values, self.program)
+        if why is None:
+            try:
+                return self._compute(given, values)
+            except InputError as error:  # no plan for so large images or so many samples
+                why = str(error).removesuffix(".")
+        if why not in self._said:
+            self._said.add(why)
+            log.warning("A part of the network runs in PyTorch: %s.", why)
+        return self._plain[0](*args)
+
+    def _compute(self, given: Sequence[Tensor], values: Sequence[Value]) -> Any:
+        flat = [flat_of(x, value) for x, value in zip(given, values, strict=True)]
+        lead = lead_of(given[0], values[0])
+        results = current().compute(self.program, flat)
+        for i, number in enumerate(self.program.outputs):
+            value = self.program.values[number]
+            if value.tokens:
+                results[i] = results[i].reshape(*lead, value.channels)
+        return results[0] if self._returns_one else tuple(results)
+
+
+def why_not(given: Sequence[Tensor], values: Sequence[Value], program: Program) -> str | None:
+    """Return why the kernels cannot take these tensors, or None."""
+    for x, value in zip(given, values, strict=True):
+        if x.dtype != program.dtype:
+            return f"a tensor is {x.dtype}, and the example's is {program.dtype}"
+        if x.device.type != "cpu" or x.layout != torch.strided:
+            return "a tensor is not an ordinary one on the CPU"
+        sizes = x.shape[-1:] if value.tokens else x.shape[1:]
+        wanted = (value.channels,) if value.tokens else (value.channels, value.height, value.width)
+        if tuple(sizes) != wanted:
+            return f"a tensor has the sizes {tuple(sizes)}, and the example's has {wanted}"
+    if len({lead_of(x, value) for x, value in zip(given, values, strict=True)}) > 1:
+        return "tensors have different numbers of samples"
+    return None
+
+
+def lead_of(x: Tensor, value: Value) -> torch.Size:
+    """Return the sizes that count samples or tokens."""
+    return x.shape[:-1] if value.tokens else x.shape[:1]
+
+
+def flat_of(x: Tensor, value: Value) -> Tensor:
+    """Return ``[tokens, C]`` or ``[N, C, H, W]``."""
+    x = x.detach().resolve_neg()  # the kernels read memory, and a lazy sign is not in memory
+    return x.reshape(-1, value.channels) if value.tokens else x
