@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -15,17 +14,6 @@ from support.engine_nets import BACKENDS, NETWORKS, Gpt, Pair, close, in_place_l
 
 networks = pytest.mark.parametrize("name", NETWORKS)
 backends = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.fixture
-def runs(monkeypatch, caplog):
-    """The segments that the kernels computed. A fallback to PyTorch fails the test."""
-    caplog.set_level(logging.WARNING, "acdc.engine")
-    count = []
-    compute = segment.compute
-    monkeypatch.setattr(segment, "compute", lambda *args: count.append(1) or compute(*args))
-    yield count
-    assert [r.getMessage() for r in caplog.get_records("call")] == []
 
 
 def fresh(name: str, seed: int = 0) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import acdc
-from acdc.engine import segment
 from support.engine_nets import Outer, backward, close, cut, tensors
 
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
@@ -69,17 +67,6 @@ class Beside:
 
 def _given(outs: Any) -> Any:
     return [t for t in outs if t is not None] if isinstance(outs, tuple) else outs
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> list[int]:
-    """The segments that the kernels computed. A fallback to PyTorch fails the test."""
-    caplog.set_level(logging.WARNING, "acdc.engine")
-    count: list[int] = []
-    compute = segment.compute
-    monkeypatch.setattr(segment, "compute", lambda *args: count.append(1) or compute(*args))
-    yield count
-    assert [r.getMessage() for r in caplog.get_records("call")] == []
 
 
 def x_of(*shape: int, seed: int = 0) -> Tensor:

@@ -695,3 +695,54 @@ def test_a_large_linear_layer_that_is_not_pruned_stays_dense_without_a_timing(
     assert not engine.choices["1"].sparse
     assert engine.choices["1"].dense_ms is None
     engine.table()
+
+
+def test_a_module_that_is_no_graph_in_training_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The engine is made in evaluation mode, in which the forward is a graph."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            return x if not self.training or x.sum() > 0 else -x
+
+    caplog.set_level(logging.WARNING, "acdc.engine")
+    net = Net().eval()
+    engine = acdc.Engine(net, torch.randn(4, 8), choose=False)
+    net.train()
+    masks = {"layer.weight": torch.rand(8, 8) < 0.4}
+    cut(net, masks)
+    engine.compress(masks)
+    assert not engine.active
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("Net runs on plain PyTorch: Net.forward is no fixed graph")
+
+
+def test_a_part_with_a_forward_of_its_own_is_called_by_it(caplog: pytest.LogCaptureFixture) -> None:
+    """The user replaced it after the parts were found. A call in parts must not take it away."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, given: Any = None) -> Tensor:
+            return self.b(self.a(x))
+
+    net, x = Net(), torch.randn(4, 8)
+    masks = {f"{name}.weight": torch.rand(8, 8) < 0.4 for name in ("a", "b")}
+    cut(net, masks)
+    engine = acdc.Engine(net, x, choose=False)
+    engine.compress(masks)
+    with torch.no_grad():
+        before = net(x, object())  # in parts
+        net.a.forward = lambda x: 2 * x  # type: ignore[method-assign]
+        torch.testing.assert_close(net(x, object()), net.b(2 * x))
+        del net.a.forward
+        torch.testing.assert_close(net(x, object()), before)
+    assert [r.getMessage() for r in caplog.records] == [
+        "Net runs in parts: its argument 'given' is a object."
+    ]

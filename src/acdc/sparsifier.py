@@ -96,7 +96,7 @@ class Sparsifier:
         if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
-        self._masking = Masking(params, optimizers, engine, self._reset.copies, self._hooks, peers)
+        self._masking = Masking(params, optimizers, engine, self._reset.copies, peers)
         try:
             self.advance() if state is None else self.load_state_dict(state)
         except BaseException:

@@ -173,7 +173,8 @@ def sparse_percent(training: OnEngine) -> float | None:
     macs = _pruned_macs(training)
     sparse = _sparse(training.engine)
     whole = sum(macs.values())
-    return 100 * sum(n for name, n in macs.items() if name in sparse) / whole if whole else None
+    part = sum(n for name, n in macs.items() if _layer_of(name) in sparse)
+    return 100 * part / whole if whole else None
 
 
 def _is_off(engine: Engine) -> bool:
@@ -184,17 +185,21 @@ def _is_off(engine: Engine) -> bool:
 def _sparse(engine: Engine) -> set[str]:
     if _is_off(engine):
         return set()
-    sparse = [name for name, choice in engine.choices.items() if choice.sparse]
+    return {name for name, choice in engine.choices.items() if choice.sparse}
+
+
+def _layer_of(weight: str) -> str:
+    """Return the engine's name for the layer of a weight."""
     # The second is a parameter without a module of its own: `in_proj_weight` of an attention.
-    return {f"{name}{end}" for name in sparse for end in (".weight", "_weight")}
+    return weight.removesuffix(".weight").removesuffix("_weight")
 
 
 def not_sparse(training: OnEngine) -> dict[str, str]:
     """Return for each pruned weight that runs dense the reason."""
     engine, found = training.engine, {}
     for name in training.sparsifier.params:
-        layer = name.removesuffix(".weight").removesuffix("_weight")
-        if name in _sparse(engine):
+        layer = _layer_of(name)
+        if layer in _sparse(engine):
             continue
         if engine.off is not None:
             found[name] = engine.off

@@ -7,7 +7,6 @@ dense phase nothing is replaced.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,13 +14,12 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from acdc.engine.backends import kernels
 from acdc.engine.choice import Choice, Policy, table
 from acdc.engine.contract import Kernels
-from acdc.engine.effects import Attributes
+from acdc.engine.example import Call, Example, arguments_of, calls_of
 from acdc.engine.gradients import KernelGradients
 from acdc.engine.graph import is_layer
 from acdc.engine.host import UNREACHED, Host
@@ -38,8 +36,6 @@ from acdc.layers import unwrapped
 from acdc.processes import Peers
 
 log = logging.getLogger(__name__)
-
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 class Engine:
@@ -92,7 +88,7 @@ class Engine:
         if self.off is not None:
             log.info("The engine stays off: %s.", self.off)
             return
-        args, kwargs = self._example = _arguments(self.model, example)
+        args, kwargs = self._example = arguments_of(self.model, example)
         self._host("", self.model, args, kwargs, self._hosts, self.refused)
         for name, reason in self.refused.items():
             log.info("%s stays with PyTorch: %s.", name, reason)
@@ -318,32 +314,14 @@ class Engine:
                 self._host_parts(full, child, hosts, refused)
 
     @cached_property
-    def _calls(self) -> dict[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]]:
-        """The arguments of each module's first call, recorded in evaluation mode.
+    def _calls(self) -> dict[nn.Module, Call]:
+        """What the modules are called with.
 
-        What the call changes in buffers and attributes is undone. A change of a parameter stays.
         Models of ``transformers`` fill no cache of keys and values: training has no use for one,
         and a call with a cache, if there is one, is computed in parts.
         """
-        calls: dict[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            calls.setdefault(module, (args, kwargs))
-
-        attributes = Attributes(self.model, values=True)
-        hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in self.model.modules()]
-        modes = {m: m.training for m in self.model.modules()}
-        args, kwargs = self._example
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), _no_cache(self.model):
-                self.model.eval()(*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, mode in modes.items():
-                module.training = mode
-            attributes.restore()
-        return calls
+        with _no_cache(self.model):
+            return calls_of(self.model, *self._example)
 
 
 @contextmanager
@@ -365,20 +343,3 @@ def _why_off(model: nn.Module) -> str | None:
     if devices:
         return f"the model is on {', '.join(sorted(devices))}, and the kernels are for CPUs"
     return None
-
-
-def _arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example, Mapping):
-        kwargs = dict(example)
-    else:
-        args = example if isinstance(example, tuple) else (example,)
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"The example does not fit {type(model).__name__}.forward: {error}. Give a tensor, a "
-            f"tuple of arguments, or a mapping of keywords, as the model is called with."
-        ) from error
-    return args, kwargs

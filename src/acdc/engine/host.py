@@ -99,13 +99,13 @@ class Host:
             raise Untraceable("its forward was replaced by other code")
         self._root = module
         if is_layer(module):
-            self._root = _Single(module)
+            self._root = Single(module)
         self._signature = inspect.signature(self._root.forward)
         self._example = self._arguments(args, kwargs)
         if not name and _takes_any(self._example.signature):
             raise Untraceable("its forward takes any number of arguments")
-        self._graphs: dict[tuple[Hashable, Hashable], fx.GraphModule | None] = {}
-        self._why: dict[tuple[Hashable, Hashable], str] = {}  # there is no graph
+        # By modes and arguments: a graph, or why there is none.
+        self._graphs: dict[tuple[Hashable, Hashable], fx.GraphModule | str] = {}
         self._sparse: set[str] = set()  # the layers that the graphs run sparse
         self._chosen: set[str] = set()  # the layers that had a choice when the graphs were built
         self._note_modules()
@@ -137,7 +137,9 @@ class Host:
         for segment in self._own_segments():
             segment.start(self._plans_of(segment.program), written)
         self._started = True
-        self._graph(self._example)
+        reason = self._graph(self._example)
+        if isinstance(reason, str) and reason:
+            self._warn(reason)
         self._sparse, self._chosen = self.policy.sparse, set(self.policy.choices)
         self._replace_forward()
 
@@ -163,8 +165,7 @@ class Host:
 
     def _restore_forward(self) -> None:
         self._started = False
-        if self.active:
-            del self.module.forward
+        self._hide()
 
     def segments(self) -> list[Segment]:
         """Return the segments of all graphs so far, also of the parts."""
@@ -172,9 +173,8 @@ class Host:
         return self._own_segments() + of_parts
 
     def _own_segments(self) -> list[Segment]:
-        return [
-            m for g in self._graphs.values() if g for m in g.children() if isinstance(m, Segment)
-        ]
+        graphs = [g for g in self._graphs.values() if isinstance(g, fx.GraphModule)]
+        return [m for graph in graphs for m in graph.children() if isinstance(m, Segment)]
 
     def _note_modules(self) -> None:
         """Note the modules and parameters that graphs are built for."""
@@ -223,8 +223,8 @@ class Host:
         except Untraceable as error:
             return self._in_parts(str(error), args, kwargs)
         graph = self._graph(arguments)
-        if graph is None:
-            return self._in_parts(self._why_no_graph(arguments), args, kwargs)
+        if isinstance(graph, str):
+            return self._in_parts(graph, args, kwargs)
         if not follow_buffers(graph, self._root):
             self._warn("a buffer has another shape or dtype than when it was traced")
             return self.original(*args, **kwargs)
@@ -234,12 +234,13 @@ class Host:
         """Compute a call that no graph holds: the module's own forward, and its parts sparse.
 
         Args:
-            reason: Why no graph holds it. Empty: its parameters are others for the time of a call.
+            reason: Why no graph holds it. Empty: the sparse phase is over, or the parameters are
+                others for the time of a call.
             args, kwargs: The arguments.
 
         """
         parts: list[Host] = []
-        if reason and self._started and not isinstance(self._root, _Single):
+        if reason and self._started and not isinstance(self._root, Single):
             with self.workspace.lock:
                 if self._parts is None:
                     self._parts = self._parts_of(self)
@@ -249,7 +250,7 @@ class Host:
                     if not part._started:
                         part.start(self.written)
                         part._hide()
-                parts = [part for part in self._parts if part._own_segments()]
+                parts = [p for p in self._parts if not has_other_forward(p.module)]
         if reason:
             self._warn(reason, parts)
         for part in parts:
@@ -262,7 +263,8 @@ class Host:
 
     def _hide(self) -> None:
         """Give the module its own forward back, and stay ready."""
-        vars(self.module).pop("forward", None)
+        if self.active:
+            del self.module.forward
 
     def _arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
         try:
@@ -283,10 +285,10 @@ class Host:
 
     # --- graphs -----------------------------------------------------------------------------------
 
-    def _graph(self, arguments: Arguments) -> fx.GraphModule | None:
+    def _graph(self, arguments: Arguments) -> fx.GraphModule | str:
         """Return the graph for these arguments in the present modes and with the present hooks.
 
-        It is None if PyTorch must compute the call.
+        Or return why there is none. The reason is empty if there may be one at another time.
         """
         key = (self._modes(), arguments.key)
         if (graph := self._graphs.get(key)) is not None:
@@ -295,29 +297,20 @@ class Host:
             if key not in self._graphs:
                 # `functional_call` puts other parameters into the modules for the time of a call.
                 if not (self._started and self._has_own_params()):
-                    return None
+                    return ""
                 if self._is_one_too_many(arguments):
-                    return None
+                    self._difference = self._difference or arguments.difference(self._example)
+                    return self._difference
                 try:
                     self._graphs[key] = self._build(key, arguments)
                 except Untraceable as error:
-                    self._why[key] = str(error)
-                    self._graphs[key] = None
+                    self._graphs[key] = str(error)
             return self._graphs[key]
 
     def _is_one_too_many(self, arguments: Arguments) -> bool:
         """Return whether the module is called with ever new values: each would be traced again."""
         known = {key for _, key in self._graphs}
         return arguments.key not in known and len(known) >= ARGUMENTS
-
-    def _why_no_graph(self, arguments: Arguments) -> str:
-        """Return why there is no graph; empty if there may be one at another time."""
-        if not (self._started and self._has_own_params()):
-            return ""
-        if self._is_one_too_many(arguments):
-            self._difference = self._difference or arguments.difference(self._example)
-            return self._difference
-        return self._why.get((self._modes(), arguments.key), "")
 
     def _modes(self) -> Hashable:
         """Return everything that a graph depends on: training modes and hooks."""
@@ -450,7 +443,7 @@ class _Forward:
         return own_forward, (self._original.__self__,)  # type: ignore[attr-defined]
 
 
-class _Single(nn.Module):
+class Single(nn.Module):
     """A single layer as a graph of one node."""
 
     def __init__(self, layer: nn.Module) -> None:

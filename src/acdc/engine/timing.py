@@ -112,7 +112,8 @@ def _times(
 ) -> tuple[float, float, float]:
     """Return milliseconds dense, sparse, and for conversions."""
     weight = layer.spec.by_output(layer.spec.weight)
-    equal = (layer.spec.geometry, layer.samples, layer.x.height, layer.x.width, *weight.stride())
+    place = (layer.x.tokens, layer.x.height, layer.x.width)
+    equal = (layer.spec.geometry, layer.samples, *place, *weight.stride())
     about = round(math.log(density, NEAR)) if density else None
     makers = {
         ("dense", *equal): partial(_dense, layer),

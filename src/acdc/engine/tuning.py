@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -276,21 +276,26 @@ class Tilings:
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels if isinstance(kernels, Native) and measures() else None
-        self._known: dict[str, Tiling] | None = None
         self._left = BUDGET
+
+    @cached_property
+    def _store(self) -> Store:
+        assert self._kernels is not None
+        return Store(files.cache_folder(), machine(self._kernels))
+
+    @cached_property
+    def _known(self) -> dict[str, Tiling]:
+        return self._store.read()
 
     def of(self, name: str | None) -> Tiling | None:
         """Return the tiling for the layers of a class. None: that of the rule."""
         if self._kernels is None or name is None:
             return None
-        store = Store(files.cache_folder(), machine(self._kernels))
-        if self._known is None:
-            self._known = store.read()
         if name not in self._known and self._left > 0:
             tiling = self._measured(name, self._kernels)
             if tiling is not None:
                 self._known[name] = tiling
-                store.add(name, tiling)
+                self._store.add(name, tiling)
         return self._known.get(name)
 
     def _measured(self, name: str, kernels: Native) -> Tiling | None:

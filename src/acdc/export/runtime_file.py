@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
+from acdc.engine.example import Example
 from acdc.index import Twin
 from acdc.result import Result
-from acdc.runtime.runtime import Example, Runtime
+from acdc.runtime.runtime import Runtime
 from acdc.states import load_into
 
 

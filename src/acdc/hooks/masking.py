@@ -35,7 +35,6 @@ class Masking:
         optimizers: The optimizers that step them.
         engine: What runs sparse phases sparsely, if anything does.
         copies: Name of a weight → state of its optimizer that must be zero where the weight is.
-        owner: Kept alive as long as this masking.
         peers: The processes whose engines run the same layers sparse.
 
     Attributes:
@@ -51,10 +50,9 @@ class Masking:
         optimizers: Iterable[torch.optim.Optimizer],
         engine: Engine | None,
         copies: Callable[[str], Iterable[Tensor]] = lambda name: (),
-        owner: object = None,
         peers: Peers = ALONE,
     ) -> None:
-        self._params, self.engine, self._owner = params, engine, owner
+        self._params, self.engine = params, engine
         if engine is not None:
             engine.peers = peers
         self._copies = copies

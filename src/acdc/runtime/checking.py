@@ -12,9 +12,8 @@ from acdc.runtime.program import Conv, Gate, Map, Norm, Op, Pool, Program, Value
 
 MOST_OPS = 4096
 MOST_SIZE = 2**24  # of a channel count, or of a side of an image
-MOST_STEP = (
-    4096  # of the positions of a filter, a side of a window, a stride, a padding or a dilation
-)
+# Of the positions of a filter, a side of a window, a stride, a padding or a dilation.
+MOST_STEP = 4096
 MOST_BYTES = 2**34  # of all values for one sample, if none shared memory
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from acdc.errors import InputError
-from acdc.runtime.handle import current
 from acdc.runtime.program import Program
-from acdc.runtime.segment import Segment, flat_of, lead_of, why_not
+from acdc.runtime.segment import Segment, compute, why_not
 
 Structure = Any
 """How results lie in tuples, lists and dictionaries, as JSON: ``["tensor", 0]``,
@@ -85,21 +84,13 @@ class Frozen:
 
         """
         given = self._bound(args, kwargs)
-        values = [self.program.values[number] for number in self.program.inputs]
         read = [given[number] for number in self.sources]
-        if (why := why_not(read, values, self.program)) is not None:
+        if (why := why_not(read, self.program)) is not None:
             raise InputError(
                 f"{why[0].upper()}{why[1:]}. A frozen network takes the sizes and the dtype that "
                 "it was frozen with, for any batch. Freeze it with another example."
             )
-        flat = [flat_of(x, value) for x, value in zip(read, values, strict=True)]
-        results = current().compute(self.program, flat)
-        lead = lead_of(read[0], values[0])
-        for i, number in enumerate(self.program.outputs):
-            value = self.program.values[number]
-            if value.tokens:
-                results[i] = results[i].reshape(*lead, value.channels)
-        return _built(self.result, results)
+        return _built(self.result, compute(self.program, read))
 
     def _bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         names = [i.name for i in self.inputs]

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from acdc.engine import native
 from acdc.engine.arguments import Arguments, NoFixedArguments
-from acdc.engine.effects import Attributes
+from acdc.engine.example import Call, calls_of
 from acdc.engine.graph import Recognised, recognise
-from acdc.engine.host import own_forward
+from acdc.engine.host import Single, own_forward
 from acdc.engine.modes import why_plain
 from acdc.engine.partition import fuse, samples_of, segments_of
 from acdc.engine.tracing import Untraceable, follow_buffers, propagate, trace
@@ -68,7 +68,7 @@ class Network:
         self.args, self.kwargs = args, kwargs
         self.programs: list[Program] = []
         self.in_torch: list[InTorch] = []
-        self._calls: dict[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]] | None = None
+        self._calls: dict[nn.Module, Call] | None = None
         self._add("", self.model, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,33 +115,12 @@ class Network:
 
     def _add_child(self, name: str, child: nn.Module) -> None:
         if self._calls is None:
-            self._calls = _calls_of(self.model, self.args, self.kwargs)
+            self._calls = calls_of(self.model, self.args, self.kwargs)
         if child in self._calls:
             self._add(name, child, *self._calls[child])
             return
         for child_name, grandchild in child.named_children():
             self._add_child(f"{name}.{child_name}", grandchild)
-
-
-def _calls_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]]:
-    """Return the arguments of each module's first call."""
-    calls: dict[nn.Module, tuple[tuple[Any, ...], Mapping[str, Any]]] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        calls.setdefault(module, (args, kwargs))
-
-    attributes = Attributes(model, values=True)
-    hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        attributes.restore()
-    return calls
 
 
 class _Part:
@@ -157,7 +136,7 @@ class _Part:
     ) -> None:
         self.name, self.prefix = name or type(module).__name__, f"{name}." if name else ""
         self.plain: Callable[..., Any] = own_forward(module)
-        self.root = module if list(module.children()) else _Single(module)
+        self.root = module if list(module.children()) else Single(module)
         self.signature = inspect.signature(self.root.forward)
         self.example = self._arguments(args, kwargs)
         self.programs: list[Program] = []
@@ -229,22 +208,9 @@ class _Part:
 
     def _full(self, name: str) -> str:
         """Return the name in the network of something of this part."""
-        if isinstance(self.root, _Single) and name == "layer":
+        if isinstance(self.root, Single) and name == "layer":
             return self.name
         return f"{self.prefix}{name}"
-
-
-class _Single(nn.Module):
-    """A module without parts, as a graph of one node."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = copy.copy(layer)  # its forward is replaced later, that of the copy is not
-        self.__signature__ = inspect.signature(layer.forward)
-
-    def forward(self, input: Tensor) -> Any:
-        """Call the layer."""
-        return self.layer(input)
 
 
 def _computes(node: fx.Node) -> bool:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from acdc.engine import native
 from acdc.engine.arguments import Arguments, NoFixedArguments
+from acdc.engine.example import Example, arguments_of
 from acdc.errors import InputError
 from acdc.runtime.explanation import Explanation, Row
 from acdc.runtime.file import load, save
@@ -26,8 +27,6 @@ from acdc.runtime.plan import Layer, Plan, Settings
 from acdc.runtime.program import Conv
 
 PROFILED = 5  # runs of a profile
-
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Runtime:
         isa: str | None = None,
     ) -> None:
         _check(model)
-        args, kwargs = _arguments(model, example)
+        args, kwargs = arguments_of(model, example)
         settings = Settings(_instruction_set(isa), _threads(threads))
         with torch.no_grad():
             self._network: Network | Frozen = Network(model, args, kwargs)
@@ -345,23 +344,6 @@ def _threads(threads: int | None) -> int:
     if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= 1024:
         raise InputError(f"threads is a whole number from 1 to 1024, or None, got {threads!r}.")
     return threads
-
-
-def _arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example, Mapping):
-        kwargs = dict(example)
-    else:
-        args = example if isinstance(example, tuple) else (example,)
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise InputError(
-            f"The example does not fit {type(model).__name__}.forward: {error}. Give a tensor, a "
-            "tuple of arguments, or a mapping of keywords, as the model is called with."
-        ) from error
-    return args, kwargs
 
 
 def _bound(

@@ -38,12 +38,12 @@ class Segment(nn.Module):
 
     def forward(self, *args: Tensor) -> Any:
         """Compute the nodes."""
-        values = [self.program.values[number] for number in self.program.inputs]
         given = [args[number] for number, _ in self.sources]
-        why = why_not(given, values, self.program)
+        why = why_not(given, self.program)
         if why is None:
             try:
-                return self._compute(given, values)
+                results = compute(self.program, given)
+                return results[0] if self._returns_one else tuple(results)
             except InputError as error:  # no plan for so large images or so many samples
                 why = str(error).removesuffix(".")
         if why not in self._said:
@@ -51,19 +51,28 @@ class Segment(nn.Module):
             log.warning("A part of the network runs in PyTorch: %s.", why)
         return self._plain[0](*args)
 
-    def _compute(self, given: Sequence[Tensor], values: Sequence[Value]) -> Any:
-        flat = [flat_of(x, value) for x, value in zip(given, values, strict=True)]
-        lead = lead_of(given[0], values[0])
-        results = current().compute(self.program, flat)
-        for i, number in enumerate(self.program.outputs):
-            value = self.program.values[number]
-            if value.tokens:
-                results[i] = results[i].reshape(*lead, value.channels)
-        return results[0] if self._returns_one else tuple(results)
+
+def compute(program: Program, given: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of a program in the memory of the present handle.
+
+    Args:
+        program: The program.
+        given: Its inputs, which :func:`why_not` has nothing against.
+
+    """
+    values = _inputs_of(program)
+    results = current().compute(program, [_flat(x, v) for x, v in zip(given, values, strict=True)])
+    lead = _lead_of(given[0], values[0])
+    for i, number in enumerate(program.outputs):
+        value = program.values[number]
+        if value.tokens:
+            results[i] = results[i].reshape(*lead, value.channels)
+    return results
 
 
-def why_not(given: Sequence[Tensor], values: Sequence[Value], program: Program) -> str | None:
+def why_not(given: Sequence[Tensor], program: Program) -> str | None:
     """Return why the kernels cannot take these tensors, or None."""
+    values = _inputs_of(program)
     for x, value in zip(given, values, strict=True):
         if x.dtype != program.dtype:
             return f"a tensor is {x.dtype}, and the example's is {program.dtype}"
@@ -73,17 +82,21 @@ def why_not(given: Sequence[Tensor], values: Sequence[Value], program: Program) 
         wanted = (value.channels,) if value.tokens else (value.channels, value.height, value.width)
         if tuple(sizes) != wanted:
             return f"a tensor has the sizes {tuple(sizes)}, and the example's has {wanted}"
-    if len({lead_of(x, value) for x, value in zip(given, values, strict=True)}) > 1:
+    if len({_lead_of(x, value) for x, value in zip(given, values, strict=True)}) > 1:
         return "tensors have different numbers of samples"
     return None
 
 
-def lead_of(x: Tensor, value: Value) -> torch.Size:
+def _inputs_of(program: Program) -> list[Value]:
+    return [program.values[number] for number in program.inputs]
+
+
+def _lead_of(x: Tensor, value: Value) -> torch.Size:
     """Return the sizes that count samples or tokens."""
     return x.shape[:-1] if value.tokens else x.shape[:1]
 
 
-def flat_of(x: Tensor, value: Value) -> Tensor:
+def _flat(x: Tensor, value: Value) -> Tensor:
     """Return ``[tokens, C]`` or ``[N, C, H, W]``."""
     x = x.detach().resolve_neg()  # the kernels read memory, and a lazy sign is not in memory
     return x.reshape(-1, value.channels) if value.tokens else x
