@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import acdc
-from support.engine_nets import Outer, backward, close, cut, tensors
+from support.beside import Beside
+from support.engine_nets import Outer
 
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
 BANNED = torch.eye(5, dtype=torch.bool)
@@ -18,55 +17,11 @@ PADDED = torch.tensor([[False] * 4 + [True], [False] * 5, [False] * 2 + [True] *
 BY_HEAD = torch.randn(12, 5, 5, generator=torch.Generator().manual_seed(3)).double()
 
 
-def masks_of(model: nn.Module) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        name: torch.rand(p.shape, generator=generator) < 0.4
-        for name, p in model.named_parameters()
-        if p.dim() == 2
-    }
-
-
-class Beside:
-    """A network on the engine, and a plain copy."""
-
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        self.model = model.double()
-        for p in model.parameters():  # PyTorch starts these biases at zero
-            nn.init.normal_(p, std=0.3)
-        masks = masks_of(model)
-        cut(model, masks)
-        self.masks, self.plain = masks, copy.deepcopy(model)
-        assert not (args and kwargs)
-        self.engine = acdc.Engine(model, kwargs or args, choose=False)
-        self.engine.compress(masks)
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Compare a forward and a backward pass."""
-        outs = []
-        for net in (self.plain, self.model):
-            torch.manual_seed(0)
-            net.zero_grad()
-            outs.append([t for t in tensors(_given(net(*args, **kwargs))) if t.requires_grad])
-            backward(outs[-1])
-        for want, got in zip(*outs, strict=True):
-            close(got, want)
-        for (name, want), got in zip(
-            self.plain.named_parameters(), self.model.parameters(), strict=True
-        ):
-            mask = self.masks.get(name, torch.tensor(True))
-            assert (want.grad is None) == (got.grad is None), name
-            if want.grad is not None:
-                # The bias of keys shifts all scores of a query: its gradient is a rounding error.
-                close(got.grad * mask, want.grad * mask, what=name, least=1e-2)
-
-    def sparse(self) -> set[str]:
-        """Return the layers that run sparse."""
-        return {name for name, choice in self.engine.choices.items() if choice.sparse}
-
-
-def _given(outs: Any) -> Any:
-    return [t for t in outs if t is not None] if isinstance(outs, tuple) else outs
+def on_engine(model: nn.Module, *args: Any, **kwargs: Any) -> Beside:
+    """Return a network on the engine, with random biases: PyTorch starts some of them at zero."""
+    for p in model.double().parameters():
+        nn.init.normal_(p, std=0.3)
+    return Beside(model, *args, **kwargs)
 
 
 def x_of(*shape: int, seed: int = 0) -> Tensor:
@@ -101,26 +56,26 @@ def test_self_attention(
     settings: dict[str, Any], weights: bool, call: dict[str, Any], runs: list[int]
 ) -> None:
     x = x_of(3, 5, 8) if settings.get("batch_first") else x_of(5, 3, 8)
-    beside = Beside(Outer(Self(**settings)), x=x, need_weights=weights, **call)
-    beside.step(x, need_weights=weights, **call)
-    assert beside.sparse() == {"part.into", "part.attention.in_proj", "part.attention.out_proj"}
+    beside = on_engine(Outer(Self(**settings)), x=x, need_weights=weights, **call)
+    beside.check(x, need_weights=weights, **call)
+    assert beside.sparse == {"part.into", "part.attention.in_proj", "part.attention.out_proj"}
     assert len(runs) == 2
     beside.model.eval(), beside.plain.eval()
-    beside.step(x, need_weights=weights, **call)
+    beside.check(x, need_weights=weights, **call)
 
 
 def test_attention_without_samples(runs: list[int]) -> None:
     for weights in (True, False):
-        beside = Beside(Outer(Self()), x=x_of(5, 8), need_weights=weights)
-        beside.step(x_of(5, 8), need_weights=weights)
+        beside = on_engine(Outer(Self()), x=x_of(5, 8), need_weights=weights)
+        beside.check(x_of(5, 8), need_weights=weights)
     assert len(runs) == 4
 
 
 def test_an_attention_that_is_called_by_itself(runs: list[int]) -> None:
     x = x_of(5, 3, 8)
-    beside = Beside(Outer(nn.MultiheadAttention(8, 4)), x, x, x)
-    beside.step(x, x, x)
-    assert beside.sparse() == {"part.in_proj", "part.out_proj"}
+    beside = on_engine(Outer(nn.MultiheadAttention(8, 4)), x, x, x)
+    beside.check(x, x, x)
+    assert beside.sparse == {"part.in_proj", "part.out_proj"}
     assert len(runs) == 2
 
 
@@ -139,9 +94,9 @@ class Cross(nn.Module):
 
 
 def test_attention_between_tensors_stays_with_pytorch_and_has_a_reason(runs: list[int]) -> None:
-    beside = Beside(Cross(), x_of(5, 3, 8))
-    beside.step(x_of(5, 3, 8))
-    assert beside.sparse() == {"into", "other"}
+    beside = on_engine(Cross(), x_of(5, 3, 8))
+    beside.check(x_of(5, 3, 8))
+    assert beside.sparse == {"into", "other"}
     assert "called as a whole" in beside.engine.refused["cross.in_proj"]
     assert "called as a whole" in beside.engine.refused["cross.out_proj"]
     assert "called as a whole" in beside.engine.refused["sizes.out_proj"]
@@ -164,35 +119,35 @@ def test_an_encoder(
     model = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8), enable_nested_tensor=False)
     src = x_of(3, 5, 8) if first else x_of(5, 3, 8)
     call = {"src": src, "mask": CAUSAL, "src_key_padding_mask": padding}
-    beside = Beside(model, **call)
-    beside.step(**call)
+    beside = on_engine(model, **call)
+    beside.check(**call)
     names = ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
-    assert beside.sparse() == {f"layers.{i}.{name}" for i in (0, 1) for name in names}
+    assert beside.sparse == {f"layers.{i}.{name}" for i in (0, 1) for name in names}
     assert beside.engine.refused == {}
     assert len(runs) == 3  # before, between and after the two attentions
     beside.model.eval(), beside.plain.eval()
-    beside.step(**call)
+    beside.check(**call)
 
 
 def test_a_hook_inside_of_an_encoder_is_called(runs: list[int]) -> None:
     layer = nn.TransformerEncoderLayer(8, 4, 16, 0.0, batch_first=True)
     seen: list[int] = []
     layer.self_attn.register_forward_hook(lambda *_: seen.append(1))
-    beside = Beside(nn.Sequential(layer), x_of(3, 5, 8))
+    beside = on_engine(nn.Sequential(layer), x_of(3, 5, 8))
     seen.clear()
-    beside.step(x_of(3, 5, 8))
+    beside.check(x_of(3, 5, 8))
     assert len(seen) == 2
-    assert beside.sparse() == {"0.linear1", "0.linear2"}
+    assert beside.sparse == {"0.linear1", "0.linear2"}
     assert runs
 
 
 def test_a_weight_that_was_replaced_is_left_to_pytorch() -> None:
-    beside = Beside(Outer(Self()), x=x_of(5, 3, 8))
-    beside.step(x_of(5, 3, 8))
+    beside = on_engine(Outer(Self()), x=x_of(5, 3, 8))
+    beside.check(x_of(5, 3, 8))
     for net in (beside.model, beside.plain):
         attention = net.part.attention
         attention.in_proj_weight = nn.Parameter(attention.in_proj_weight.detach() * 2)
-    beside.step(x_of(5, 3, 8))
+    beside.check(x_of(5, 3, 8))
 
 
 def _vit() -> nn.Module:
@@ -237,9 +192,9 @@ def test_transformers(
     """A layer is one graph. Training may give a mask and labels that the example had not."""
     pytest.importorskip("transformers")
     torch.manual_seed(0)
-    beside = Beside(build(), **example)
+    beside = on_engine(build(), **example)
     for more in calls:
         runs.clear()
-        beside.step(**example, **more)
+        beside.check(**example, **more)
         assert len(runs) == segments
     assert beside.engine.refused == {}

@@ -221,12 +221,12 @@ def test_a_batch_norm_with_an_activation_stays_in_the_segment(
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     both = Beside(_conv_net(lambda: BatchNormAct(8, act)), x)
-    both.check(x)
+    both.check(x, least=0.1)
     assert len(runs) == 1
     assert both.sparse == {"0", "2"}
-    both.check(2 * x)
+    both.check(2 * x, least=0.1)
     both.model.eval(), both.plain.eval()
-    both.check(x)
+    both.check(x, least=0.1)
     assert len(runs) == 3
 
 
@@ -237,7 +237,7 @@ def test_a_batch_norm_function_that_is_used_twice_stays_with_pytorch(runs: list[
     layers = {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(8, 8, 1), "norm": BatchNormAct(8)}
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     both = Beside(Written(forward, **layers).double(), x)
-    both.check(x)
+    both.check(x, least=0.1)  # each BatchNorm takes the bias before it away
     assert len(runs) == 2  # each convolution by itself
 
 
@@ -271,11 +271,11 @@ def test_a_changed_statistic_is_followed(runs: list[int]) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     both = Beside(_conv_net(lambda: BatchNormAct(8)), x)
-    both.check(x)
+    both.check(x, least=0.1)
     for net in (both.model, both.plain):
         net.eval()
         net[1].running_mean = torch.full((8,), 0.5, dtype=torch.float64)
-    both.check(x)
+    both.check(x, least=0.1)
 
 
 # --- changes in place -----------------------------------------------------------------------------

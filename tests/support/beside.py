@@ -9,48 +9,66 @@ import torch
 from torch import Tensor, nn
 
 import acdc
-from support.engine_nets import backward, close, cut
+from support.engine_nets import backward, close, cut, tensors
 
 
 class Beside:
     """A network on the engine, and the same network masked and dense.
 
     Args:
-        model: The network. Weights of two dimensions and more get masks.
-        x: Its input.
+        model: The network. Weights of two and of four dimensions get masks.
+        args, kwargs: What it is called with: one of both.
 
     """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        model = model.to(x.dtype)
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        assert not (args and kwargs)
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if first.is_floating_point():  # and not the numbers of words
+            model = model.to(first.dtype)
         generator = torch.Generator().manual_seed(1)
         masks = {
             name: torch.rand(p.shape, generator=generator) < 0.4
             for name, p in model.named_parameters()
-            if p.dim() > 1
+            if p.dim() in (2, 4)
         }
         cut(model, masks)
         self.model, self.plain, self.masks = model, copy.deepcopy(model), masks
-        self.engine = acdc.Engine(model, x, choose=False)
+        self.names = dict(model.named_parameters()).keys()
+        self.engine = acdc.Engine(model, kwargs or args, choose=False)
         self.engine.compress(masks)
 
-    def check(self, x: Tensor, limit: float = 1e-11, least: float = 0.1) -> None:
-        """Compare outputs, gradients and buffers."""
-        want, got = (self._pass(net, x) for net in (self.plain, self.model))
+    def check(self, *args: Any, limit: float = 1e-11, least: float = 1e-2, **kwargs: Any) -> None:
+        """Compare outputs, gradients of parameters and of the first argument, and buffers.
+
+        Args:
+            args, kwargs: What both networks are called with.
+            limit: As in ``close``.
+            least: The same for gradients of parameters. Some of them are rounding errors: that of a
+                bias before a BatchNorm, or of the keys of an attention.
+
+        """
+        want, got = (self._pass(net, args, kwargs) for net in (self.plain, self.model))
         assert want.keys() == got.keys()
         for name in want:
-            close(got[name], want[name], limit, name, least)
+            close(got[name], want[name], limit, name, least if name in self.names else 0.0)
 
-    def _pass(self, net: nn.Module, x: Tensor) -> dict[str, Any]:
+    def _pass(
+        self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
         torch.manual_seed(0)
         net.zero_grad()
-        given = x.clone().requires_grad_()
-        out = net(given)
-        outs = out if isinstance(out, tuple) else (out,)
-        backward([*outs])
-        grads = {n: p.grad * self.masks.get(n, 1) for n, p in net.named_parameters()}
-        found = {f"out {i}": o.detach() for i, o in enumerate(outs)}
-        return found | {"x": given.grad} | grads | dict(net.named_buffers())
+        given = [args[0].clone().requires_grad_()] if len(args) == 1 else list(args)
+        outs = net(*given, **kwargs)
+        outs = tensors([o for o in outs if o is not None] if isinstance(outs, tuple) else outs)
+        outs = [out for out in outs if out.requires_grad]
+        backward(outs)
+        grads = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+        found = {name: grad * self.masks.get(name, 1) for name, grad in grads.items()}
+        found |= {f"output {i}": out.detach() for i, out in enumerate(outs)}
+        if len(args) == 1:
+            found["input"] = given[0].grad
+        return found | dict(net.named_buffers())
 
     @property
     def sparse(self) -> set[str]:
