@@ -332,8 +332,7 @@ def _instruction_set(isa: str | None) -> str:
     if isa is None:
         found = native.instruction_sets()
         return found[-1] if found else ""
-    if isa not in native.instruction_sets():
-        raise InputError(f"This machine has the kernels {native.instruction_sets()}, not {isa!r}.")
+    native.lanes_of(isa)  # raises if this machine does not have it
     return isa
 
 
