@@ -13,6 +13,7 @@ from acdc.errors import InputError
 
 if TYPE_CHECKING:
     from acdc.bench.breakdown import Table as PartsTable
+    from acdc.bench.infer.table import Table as InferTable
     from acdc.bench.table import Table
 
 
@@ -103,6 +104,19 @@ RUN = Bench(
     "on random images of CIFAR-10's shape, beside a dense run of the same epochs. The runs take "
     "turns, an epoch at a time.",
 )
+INFER = Bench(
+    "infer",
+    "inference of a finished network, beside other runtimes",
+    "",
+    5,
+    "turns of each contender",
+    (0.9, 0.95),
+    "Times the sparse runtime beside PyTorch, ONNX Runtime, OpenVINO and DeepSparse, each in a "
+    "process of its own and bound to the same CPUs; they take turns. WHAT is the folder of a run "
+    "or of a pair, a frozen file, or a network by its name, with random weights: resnet50, "
+    "resnet18, mobilenet_v1, bert_d384, vit_d384, or one of 'acdc bench zoo --list'. All get the "
+    "same sparse network; those that read ONNX get a file of it. Without WHAT: resnet50.",
+)
 
 
 def add(commands: Commands) -> None:
@@ -122,6 +136,8 @@ def add(commands: Commands) -> None:
     breakdown = _add_bench(benches, BREAKDOWN, _breakdown)
     zoo = _add_bench(benches, ZOO, _zoo, cases=False)
     _add_zoo_options(zoo)
+    infer = _add_bench(benches, INFER, _infer, cases=False)
+    _add_infer_options(infer)
     run = _add_bench(benches, RUN, _run)
     run.add_argument("--epochs", metavar="N", type=int, default=4, help="of a run (default: 4)")
     run.add_argument(
@@ -131,7 +147,7 @@ def add(commands: Commands) -> None:
         default=12_800,
         help="training images; a fifth as many for testing (default: 12800)",
     )
-    for sub in (step, breakdown, zoo, run):
+    for sub in (step, breakdown, zoo, infer, run):
         sub.add_argument(
             "--scope",
             choices=("uniform", "erk", "global"),
@@ -167,6 +183,74 @@ def _add_zoo_options(zoo: argparse.ArgumentParser) -> None:
         help="further columns: bf16 (autocast) and compile (torch.compile), of dense PyTorch; "
         "with a comma between them",
     )
+
+
+def _add_infer_options(infer: argparse.ArgumentParser) -> None:
+    infer.add_argument(
+        "what", metavar="WHAT", nargs="*", help="what to compute (default: resnet50)"
+    )
+    infer.add_argument(
+        "--batch",
+        metavar="N[,N]",
+        type=_numbers,
+        default=[1, 16],
+        help="samples of a request (default: 1,16)",
+    )
+    infer.add_argument(
+        "--against",
+        metavar="NAMES",
+        default="torch,onnxruntime,openvino,deepsparse",
+        help="the other contenders, with a comma between them: torch, torch-compile, onnxruntime, "
+        "openvino, deepsparse, and of another precision onnxruntime-int8 and openvino-bf16 "
+        "(default: torch,onnxruntime,openvino,deepsparse)",
+    )
+    infer.add_argument(
+        "--python",
+        metavar="KIND=PATH",
+        action="append",
+        default=[],
+        help="an interpreter of its own for a contender, such as deepsparse=env/bin/python; "
+        "DeepSparse 1.8 needs Python 3.11; may be repeated",
+    )
+    infer.add_argument(
+        "--scenario",
+        choices=("sync", "async"),
+        default="sync",
+        help="one request at a time, or one in each stream (default: sync)",
+    )
+    infer.add_argument(
+        "--streams",
+        metavar="N",
+        type=int,
+        help="requests at the same time; with --scenario async (default: as many as threads)",
+    )
+    infer.add_argument(
+        "--seconds", metavar="S", type=float, default=1.0, help="of each turn (default: 1)"
+    )
+    infer.add_argument(
+        "--onnx",
+        metavar="FILE",
+        type=Path,
+        help="the ONNX file of the same network, in place of an exported one; a frozen file alone "
+        "holds no model to export",
+    )
+    infer.add_argument(
+        "--model",
+        metavar="MODULE:CALLABLE",
+        help="for the folder of a pair: what makes the network. Its module is imported, and also "
+        "looked for in the working directory",
+    )
+    infer.add_argument(
+        "--shape",
+        metavar="N[,N]",
+        type=_numbers,
+        help="for the folder of a pair: the shape of one sample, such as 3,224,224",
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    """Return the whole numbers of a text such as ``1,16``."""
+    return [int(word) for word in text.split(",")]
 
 
 def _add_bench(
@@ -278,6 +362,39 @@ def _run(args: argparse.Namespace) -> int:
     return _measure(args, table, run.measure(chosen, sparsities, args.repeats, *size, args.scope))
 
 
+def _infer(args: argparse.Namespace) -> int:
+    from acdc.bench.infer import cases, measure, table
+    from acdc.bench.infer.files import check_onnx
+
+    threads = args.threads or measure.cpus()
+    pythons = {}
+    for word in args.python:
+        kind, equals, path = word.partition("=")
+        if not (equals and path):
+            raise InputError(
+                f"--python {word}: write KIND=PATH, such as deepsparse=env/bin/python."
+            )
+        pythons[kind] = path
+    if args.streams is not None and args.scenario == "sync":
+        raise InputError("--streams is for --scenario async.")
+    streams = 1 if args.scenario == "sync" else args.streams or threads
+    check_onnx(args.onnx)
+    against = [name for name in args.against.split(",") if name]
+    settings = measure.Settings(
+        args.batch, against, args.scenario, streams, args.seconds, args.repeats, threads, pythons,
+        args.onnx,
+    )  # fmt: skip
+    shape = tuple(args.shape) if args.shape else None
+    asked = [
+        cases.Asked(what, sparsity, args.scope, args.model, shape)
+        for what in args.what or ["resnet50"]
+        for sparsity in (_sparsities(args, INFER) if cases.is_name(what) else [None])
+    ]
+    names = [case.name for case in asked]
+    lines = table.Table(names, settings.entrants)
+    return _measure(args, lines, measure.measure(asked, settings), table.notes)
+
+
 def _sparsities(args: argparse.Namespace, bench: Bench) -> list[float]:
     from acdc.support import check_sparsity
 
@@ -289,7 +406,7 @@ def _sparsities(args: argparse.Namespace, bench: Bench) -> list[float]:
 
 def _measure(
     args: argparse.Namespace,
-    table: Table | PartsTable,
+    table: Table | PartsTable | InferTable,
     measured: Iterator[dict[str, Any]],
     below: Callable[[list[dict[str, Any]]], list[str]] | None = None,
 ) -> int:

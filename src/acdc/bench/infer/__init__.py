@@ -1,0 +1,1 @@
+"""``acdc bench infer``: the sparse runtime beside other runtimes, each in a process of its own."""
