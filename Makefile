@@ -19,11 +19,13 @@ help:  ## show this list
 
 install: $(STAMP)  ## make .venv and install acdc with all extras but ImageNet's
 
+# The distribution was called acdc up to version 0.1: an older .venv loses that one, or both would own acdc/.
 # torch first and by this exact name: on Linux without a GPU, set PIP_INDEX_URL or PIP_FIND_LINKS to
 # where your CPU build lies if the default CUDA build is too large for you.
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip uninstall --quiet --quiet --yes acdc
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
@@ -59,6 +61,7 @@ $(ZOO)/.installed: pyproject.toml CMakeLists.txt $(wildcard csrc/*) Makefile
 	$(ZOO)/bin/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
 	$(ZOO)/bin/python -m pip install --quiet timm transformers accelerate peft lightning schedulefree \
 		bitsandbytes torchao pytest pytest-xdist
+	$(ZOO)/bin/python -m pip uninstall --quiet --quiet --yes acdc
 	$(ZOO)/bin/python -m pip install --quiet -C build-dir=build/zoo --editable .
 	@touch $@
 

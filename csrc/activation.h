@@ -1,8 +1,9 @@
 // GELU, SiLU and hard-swish: x times a share between 0 and 1. Sigmoid and hard-sigmoid: the share itself. The
 // backward pass needs x alone.
 //
-// In float, the exponential and the normal distribution are polynomials, which compile to vector code. In
-// double, which serves gradient checks, the C library computes them lane by lane.
+// The exponential is a polynomial, which compiles to vector code. So is the normal distribution in float. In
+// double, which serves gradient checks, the C library computes the normal distribution lane by lane. It does not
+// compute the exponential: every C library since glibc 2.29 has an exp of a new version, which older ones lack.
 #pragma once
 #include "norm.h"
 
@@ -10,8 +11,9 @@ namespace ACDC_ISA {
 namespace {
 
 // The polynomial with these coefficients, the highest power first.
-template <int count> inline vec<float> polynomial(vec<float> x, const float (&coefficients)[count]) {
-    vec<float> sum = splat(coefficients[0]);
+template <class real, int count>
+inline vec<real> polynomial(vec<real> x, const real (&coefficients)[count]) {
+    vec<real> sum = splat(coefficients[0]);
     ACDC_UNROLL
     for (int i = 1; i < count; ++i) sum = sum * x + coefficients[i];
     return sum;
@@ -27,12 +29,18 @@ inline vec<float> exp_of(vec<float> x) {
     const vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;  // log 2, in two parts
     const float taylor[] = {1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f};
     const vec<float> power = (vec<float>)(((vec<uint32_t>)shifted << 23) + 0x3f800000u);  // 2^n
-    return keep<float>(~(x < splat(-87.3f)), polynomial(r, taylor) * power);
+    return keep<float>(~(x < splat(-87.3f)), polynomial<float>(r, taylor) * power);
 }
 
-inline vec<double> exp_of(vec<double> x) {
-    for (int lane = 0; lane < lanes; ++lane) x[lane] = __builtin_exp(x[lane]);
-    return x;
+inline vec<double> exp_of(vec<double> x) {  // as above, with 1.5 * 2^52 and the powers of r up to 13
+    const vec<double> round = splat(6755399441055744.0), shifted = x * 1.44269504088896340736 + round;
+    const vec<double> n = shifted - round;
+    const vec<double> r = x - n * 0.69314718036912381649 - n * 1.90821492927058770002e-10;
+    const double taylor[] = {1 / 6227020800.0, 1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0,
+                             1 / 40320.0,      1 / 5040.0,      1 / 720.0,      1 / 120.0,     1 / 24.0,
+                             1 / 6.0,          0.5,             1.0,            1.0};
+    const vec<double> power = (vec<double>)(((vec<uint64_t>)shifted << 52) + 0x3ff0000000000000u);
+    return keep<double>(~(x < splat(-708.0)), polynomial<double>(r, taylor) * power);
 }
 
 // The share of one number in x, and its slope there.
@@ -44,7 +52,7 @@ inline vec<float> normal_tail(vec<float> z, vec<float> bell) {
     const vec<float> t = 1.0f / (1.0f + 0.35f * z);
     const float fitted[] = {-0.0291653162f, 0.144067707f, -0.255916449f, 0.159409978f, -0.0232758953f,
                             0.105580054f,   0.119814127f, 0.139864532f,  0.139621247f};
-    return bell * t * polynomial(t, fitted);
+    return bell * t * polynomial<float>(t, fitted);
 }
 
 inline vec<double> normal_tail(vec<double> z, vec<double>) {

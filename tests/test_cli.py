@@ -656,7 +656,7 @@ def test_a_missing_extra_is_its_install_line(
         monkeypatch.delitem(sys.modules, f"acdc.runs.{name}")
     monkeypatch.setitem(sys.modules, "lightning.fabric", None)
     assert main(typed(tmp_path)) == 2
-    assert 'pip install "acdc[lab]"' in printed(capsys)[1]
+    assert 'pip install "acdc-train[lab]"' in printed(capsys)[1]
 
 
 def test_a_loss_that_diverges_keeps_the_checkpoint(tmp_path: Path, capsys: Capture) -> None:

@@ -338,7 +338,7 @@ def test_impossible_numbers_of_examples_are_refused(examples: int) -> None:
 
 def test_digits_name_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingDependency, match=r'pip install "acdc\[lab\]"'):
+    with pytest.raises(MissingDependency, match=r'pip install "acdc-train\[lab\]"'):
         Digits().load()
 
 
@@ -1101,7 +1101,7 @@ def test_imagenet_without_torchvision_names_the_install_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(MissingDependency, match=r'pip install "acdc\[imagenet\]"$'):
+    with pytest.raises(MissingDependency, match=r'pip install "acdc-train\[imagenet\]"$'):
         ImageNet().load()
 
 
@@ -1113,7 +1113,7 @@ def test_impossible_imagenet_settings_are_refused(wrong: dict[str, int]) -> None
 
 @pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is None,
-    reason='torchvision is not installed: pip install "acdc[imagenet]"',
+    reason='torchvision is not installed: pip install "acdc-train[imagenet]"',
 )
 @pytest.mark.usefixtures("global_rng_untouched")
 def test_imagenet_through_torchvision(jpegs: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import acdc
 from acdc import doctor
 from acdc.cli import main
 from acdc.engine import native
@@ -27,7 +28,8 @@ def test_the_facts_are_those_of_this_process() -> None:
     found = doctor.facts()
     assert list(found) == SECTIONS
     assert found["versions"]["torch"] == torch.__version__
-    assert found["versions"]["acdc"] == metadata.version("acdc")
+    assert found["versions"]["acdc"] == acdc.__version__
+    assert found["versions"]["distributions"] == [f"acdc-train {metadata.version('acdc-train')}"]
     assert found["packages"]["onnx"] == metadata.version("onnx")
     assert found["kernels"]["built"] is native.available()
     assert found["kernels"]["usable here"] == native.instruction_sets()
@@ -56,6 +58,41 @@ def test_json_is_one_line_of_the_same_facts(capsys: pytest.CaptureFixture[str]) 
     assert json.loads(line)["versions"] == doctor.facts()["versions"]
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.startswith("versions\n  acdc ")
+
+
+def install(folder: Path, name: str, version: str, *files: str) -> None:
+    """Write what an installer writes about a distribution."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+
+
+def test_another_distribution_with_the_name_or_the_folder_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "another", "1.0", "another/__init__.py", "another/acdc/__init__.py")
+    assert problems_with("distributions") == []
+    install(tmp_path, "acdc", "0.1.1")  # the name alone, as an editable install has it
+    (problem,) = problems_with("distributions")
+    assert "acdc 0.1.1" in problem
+    assert "pip uninstall acdc acdc-train" in problem
+    install(tmp_path, "forked", "3.0", "acdc/__init__.py")  # the folder alone
+    (problem,) = problems_with("distributions")
+    assert f"acdc 0.1.1, acdc-train {acdc.__version__}, forked 3.0" in problem
+    assert "pip uninstall acdc acdc-train forked" in problem
+    found = doctor.facts()["versions"]["distributions"]
+    assert found == ["acdc 0.1.1", f"acdc-train {acdc.__version__}", "forked 3.0"]
+
+
+def test_a_second_copy_of_the_distribution_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "acdc-train", "9.9", "acdc/__init__.py")
+    (problem,) = problems_with("distributions")
+    assert "acdc-train 9.9" in problem
 
 
 def test_missing_kernels_are_a_problem_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,7 +282,9 @@ def test_a_pair_of_another_model_and_an_unwritable_path_are_sentences(net, pair,
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_missing_package_names_the_install_line(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingDependency, match=rf"'{package}'.* pip install \"acdc\[onnx\]\""):
+    with pytest.raises(
+        MissingDependency, match=rf"'{package}'.* pip install \"acdc-train\[onnx\]\""
+    ):
         to_onnx(nn.Linear(3, 4), torch.zeros(2, 3), tmp_path / "m.onnx")
 
 

@@ -527,4 +527,4 @@ def test_a_missing_library_is_named_in_a_sentence() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for name, line in zip(NAMES, done.stdout.splitlines(), strict=True):
         assert f"{name!r}" in line
-        assert f'pip install "acdc[{name}]"' in line
+        assert f'pip install "acdc-train[{name}]"' in line

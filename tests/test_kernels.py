@@ -669,6 +669,17 @@ def test_activations_equal_pytorch_number_by_number(name, dtype, function):
 
 
 @backends
+def test_the_exponential_in_double_is_exact_to_the_last_digits(name):
+    """Where the logistic function is small, it is the exponential itself."""
+    k = backend(name)
+    x = torch.cat([torch.linspace(-705, 0, 100_001), torch.tensor([-800.0])]).double()[:, None]
+    shape = Shape.of_tokens(len(x), 1, k.lanes, torch.float64)
+    b_x, out = k.to_layout(x, Buffer.zeros(shape)), Buffer.zeros(shape)
+    k.pointwise("sigmoid", b_x, out=out)
+    torch.testing.assert_close(k.from_layout(out), torch.sigmoid(x), rtol=4e-15, atol=1e-307)
+
+
+@backends
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", ACTIVATIONS)
 def test_activations_of_nan_and_infinity_are_those_of_pytorch(name, dtype, function):

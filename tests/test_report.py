@@ -638,7 +638,7 @@ def test_missing_package_says_the_install_line(
         if name == package or name.startswith(f"{package}."):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingDependency, match=rf"'{package}'.*pip install \"acdc\[lab\]\""):
+    with pytest.raises(MissingDependency, match=rf"'{package}'.*pip install \"acdc-train\[lab\]\""):
         report.render(tmp_path)
 
 

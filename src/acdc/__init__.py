@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from acdc.sparsifier import Sparsifier
     from acdc.support import Support, kept
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> the module that defines it.
 _HOME = {

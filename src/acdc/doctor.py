@@ -22,6 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from acdc import __version__
+from acdc.errors import DISTRIBUTION
 from acdc.processor import processor_name
 
 NEEDED = ("torch", "numpy", "safetensors")
@@ -122,7 +124,8 @@ def _version(package: str) -> str | None:
 
 def _versions(problems: list[str]) -> Facts:
     found: Facts = {
-        "acdc": _or_reason(lambda: _version("acdc")),
+        "acdc": __version__,
+        "distributions": _or_reason(lambda: _distributions(problems)),
         "acdc is in": _without_home(Path(__file__).parent),
         "python": sys.version.split()[0],
         "platform": _or_reason(platform.platform),
@@ -138,6 +141,28 @@ def _versions(problems: list[str]) -> Facts:
     return found
 
 
+def _distributions(problems: list[str]) -> list[str]:
+    """Return what is installed under the name or in the folder of acdc."""
+    found: dict[Path, str] = {}  # the same folder may be in sys.path twice
+    for one in metadata.distributions():
+        name = str(one.metadata["Name"])
+        if re.sub("[-_.]+", "-", name).lower() in ("acdc", DISTRIBUTION) or any(
+            file.parts == ("acdc", "__init__.py") for file in one.files or ()
+        ):
+            text = f"{name} {one.version}"
+            found[Path(str(one.locate_file(text))).resolve()] = text
+    texts = sorted(found.values(), key=str.lower)
+    names = [text.split()[0] for text in texts]
+    if names not in ([], [DISTRIBUTION]):
+        problems.append(
+            f"Of all distributions, {DISTRIBUTION} alone should have the name or the folder of "
+            f"acdc, and installed are: {', '.join(texts)}. One overwrites files of another. Run "
+            f"pip uninstall {' '.join(dict.fromkeys([*names, DISTRIBUTION]))} until none of them "
+            f"is left, and install {DISTRIBUTION} again."
+        )
+    return texts
+
+
 def _packages(problems: list[str]) -> Facts:
     return {name: _or_reason(partial(_version, name)) or "not installed" for name in OPTIONAL}
 
@@ -149,7 +174,7 @@ def _kernels(problems: list[str]) -> Facts:
         reason = native.why_missing()
         problems.append(
             f"The compiled kernels are missing ({reason}). Sparse phases run on plain PyTorch, and "
-            f"are not faster than dense ones. Reinstall acdc where there is a C++17 compiler."
+            f"are not faster than dense ones. Reinstall acdc-train where there is a C++17 compiler."
         )
         return {"built": False, "reason": reason}
     path = Path(native.library())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What an installer calls acdc: on the package index, ``acdc`` is another program.
+DISTRIBUTION = "acdc-train"
+
 
 class AcdcError(Exception):
     """Every error that acdc raises on purpose. The message is for the user, as it stands."""
@@ -19,5 +22,5 @@ def need(package: str, extra: str) -> MissingDependency:
     """Return the error for an optional ``package`` that the extra ``extra`` installs."""
     return MissingDependency(
         f"This needs the package {package!r}, which is not installed. "
-        f'Install it with: pip install "acdc[{extra}]"'
+        f'Install it with: pip install "{DISTRIBUTION}[{extra}]"'
     )

@@ -25,5 +25,5 @@ def kernels() -> Kernels:
 def _warn() -> None:
     log.warning(
         "The compiled kernels are missing: sparse layers run on plain PyTorch, without a gain. "
-        "Reinstall acdc where there is a C++ compiler."
+        "Reinstall acdc-train where there is a C++ compiler."
     )

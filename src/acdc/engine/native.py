@@ -62,7 +62,7 @@ def library() -> str:
 def _check_available() -> None:
     if _kernels is None:
         raise AcdcError(
-            "The compiled kernels are missing: reinstall acdc where there is a C++ compiler."
+            "The compiled kernels are missing: reinstall acdc-train where there is a C++ compiler."
         )
 
 

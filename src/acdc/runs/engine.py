@@ -39,7 +39,7 @@ class RunEngine(Engine):
         self.reason: str | None = None
         if reference is None and not available():
             self.reason = (
-                "the compiled kernels are missing: reinstall acdc where there is a C++ compiler"
+                "the compiled kernels are missing: reinstall acdc-train with a C++ compiler"
             )
         self._written: dict[str, Choice] = {}
         self._written_verdicts: tuple[Verdict, ...] = ()

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from acdc import __version__
 from acdc.errors import InputError
 from acdc.index import Twin
 from acdc.outfile import write
@@ -293,5 +294,6 @@ def versions() -> dict[str, str]:
     """Return what the figures were computed with."""
     from importlib.metadata import version
 
-    names = ("acdc", "torch", "lightning", "numpy", "safetensors")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+    names = ("torch", "lightning", "numpy", "safetensors")
+    own = {"python": sys.version.split()[0], "acdc": __version__}
+    return own | {name: version(name) for name in names}

@@ -194,7 +194,7 @@ class _Part:
             share = share_kept(program, samples_of(inputs[number], kind))
             why = f"{share:.0%} of its weights are not zero, and PyTorch is faster"
             if not native.available():
-                why = "the compiled kernels are missing: reinstall acdc with a C++ compiler"
+                why = "the compiled kernels are missing: reinstall acdc-train with a C++ compiler"
             if share > DENSE or not native.available():
                 for op in program.convs:
                     weights = (op.weight_numel, op.weight.values.numel())

@@ -250,7 +250,7 @@ class ImageNet(Source):
         except RuntimeError as error:  # its compiled part was built for another torch
             raise MissingDependency(
                 f"torchvision does not fit this torch {torch.__version__} ({error}). Install a "
-                f'matching pair: pip install "acdc[imagenet]"'
+                f'matching pair: pip install "acdc-train[imagenet]"'
             ) from error
         last = [t.ToTensor(), t.Normalize(self.mean, self.std)]
         train = t.Compose([t.RandomResizedCrop(self.size), t.RandomHorizontalFlip(), *last])
