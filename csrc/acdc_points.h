@@ -52,6 +52,27 @@ typedef struct acdc_points_conv_args {
     int32_t activation, threads;
 } acdc_points_conv_args;
 
+/* Makes the list of acdc_points_conv_args from the kept weights of a layer. */
+typedef struct acdc_points_list_args {
+    const int32_t* index;       /* [kept] positions in the weight [out][in of a group][tap], ascending */
+    const void* values;         /* [kept] floats or doubles */
+    int64_t kept;
+    int32_t out_channels, in_channels, groups, taps; /* in_channels: of all groups */
+    const int64_t* tap;         /* [taps] from a point to the point that a position of the filter reads */
+    int64_t x_channel;          /* the pitch of the channels that are read */
+    int32_t tile, cuts;         /* input channels in a tile; groups into which the output channels are cut */
+    int32_t is_double;
+    int32_t *parts, *channel, *begin; /* the results; channel and begin: for tiles * out_channels rows */
+    void* entries;
+} acdc_points_list_args;
+
+/* Returns the number of rows; -1: an offset does not fit into 32 bits; -2: out of memory. */
+int64_t acdc_points_list(const acdc_points_list_args* args);
+
+/* The positions of the bits that are set, the lowest bit of a byte first. Returns how many there are, and writes the
+ * first `room` of them. */
+int64_t acdc_positions(const uint8_t* bits, int64_t bytes, int32_t* index, int64_t room);
+
 /* Cuts images into the planes of a stride: plane (p, c) holds the pixels (row_step * i + phase_row[p],
  * column_step * j + phase_column[p]) of channel c at point (i, j), for `rows` values of i from `first_row` and
  * `columns` values of j from `first_column`; 0 outside of the image. */

@@ -55,6 +55,7 @@ template <class T> void set_field(nb::class_<T>& cls, const char* name, float* T
 template <class T> void set_field(nb::class_<T>& cls, const char* name, const float* T::*field) {
     set_pointer(cls, name, field);
 }
+template <class T> void set_field(nb::class_<T>& cls, const char* name, int32_t* T::*field) { set_pointer(cls, name, field); }
 template <class T> void set_field(nb::class_<T>& cls, const char* name, const int32_t* T::*field) {
     set_pointer(cls, name, field);
 }
@@ -318,6 +319,22 @@ NB_MODULE(_kernels, m) {
         FIELD(x); FIELD(y); FIELD(residual); FIELD(groups); FIELD(tiles); FIELD(parts); FIELD(channel); FIELD(begin);
         FIELD(entries); FIELD(bias); FIELD(uniform); FIELD(vectors); FIELD(activation); FIELD(threads);
     }
+    {
+        using Struct = acdc_points_list_args;
+        nb::class_<Struct> cls(m, "points_list_args");
+        cls.def(nb::init<>());
+        FIELD(index); FIELD(values); FIELD(kept); FIELD(out_channels); FIELD(in_channels); FIELD(groups); FIELD(taps);
+        FIELD(tap); FIELD(x_channel); FIELD(tile); FIELD(cuts); FIELD(is_double); FIELD(parts); FIELD(channel);
+        FIELD(begin); FIELD(entries);
+    }
+    m.def("points_list", [](const acdc_points_list_args& args) {
+        nb::gil_scoped_release release;
+        return acdc_points_list(&args);
+    });
+    m.def("positions", [](Address bits, int64_t bytes, Address index, int64_t room) {
+        nb::gil_scoped_release release;
+        return acdc_positions(pointer<uint8_t>(bits), bytes, pointer<int32_t>(index), room);
+    });
     {
         using Struct = acdc_points_planes_args;
         nb::class_<Struct> cls(m, "points_planes_args");

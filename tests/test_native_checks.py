@@ -19,6 +19,8 @@ BUILDS = ROOT / "build" / "kernels"
 TOOLCHAIN = ROOT / "cmake" / "aarch64-linux-gnu.cmake"
 COMPILER = "aarch64-linux-gnu-g++"
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+# What the program checks once, for no table of kernels.
+WITHOUT_TABLE = ["kept elements: 60 examples", "the runtime's layers: 60 examples"]
 EMULATED = [str(QEMU), "-L", "/usr/aarch64-linux-gnu"]
 
 pytestmark = [
@@ -79,7 +81,7 @@ def test_every_kernel_of_every_instruction_set_agrees_with_plain_loops(here: lis
     found = lines(here, "--examples", "60")
     for isa in native.instruction_sets():
         assert expected(isa, 60) in found
-    assert "kept elements: 60 examples" in found
+    assert all(line in found for line in WITHOUT_TABLE)
 
 
 @pytest.mark.parametrize("isa", native.instruction_sets())
@@ -108,7 +110,7 @@ def test_words_that_are_no_option_are_refused(here: list[str]) -> None:
 @arm
 def test_the_kernels_for_arm_agree_with_plain_loops(on_arm: list[str]) -> None:
     found = lines(on_arm, "--examples", "60")
-    assert found == [expected("baseline", 60), "kept elements: 60 examples"]
+    assert found == [expected("baseline", 60), *WITHOUT_TABLE]
 
 
 @arm

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 import acdc
 from acdc.engine import native
+from acdc.engine.caches import Caches
+from acdc.runtime import placing
 from acdc.runtime.handle import MOST_IMAGES, PLANS
 from acdc.runtime.program import Conv, Map, Pool
 from support.engine_nets import NETWORKS, Gpt, Written, block, bottleneck_resnet, conv
@@ -249,6 +251,20 @@ def test_large_batches_are_computed_in_pieces() -> None:
         compare(model, runtime, batch((3, 6, 6), samples))
     (plans,) = runtime._handle._plans.values()
     assert len(plans) == PLANS
+
+
+def test_pieces_are_so_small_that_their_values_fit_into_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ready(block(3, 8))
+    whole = acdc.Runtime(model, batch((3, 6, 6)))
+    whole(batch((3, 6, 6), 8))
+    (plan,) = whole._handle.latest
+    for share, most in ((1, 8), (0.5, 4), (0, 1)):
+        monkeypatch.setattr(placing, "caches", lambda s=share: Caches(last=int(s * plan.bytes)))
+        runtime = acdc.Runtime(model, batch((3, 6, 6)))
+        compare(model, runtime, batch((3, 6, 6), 8))
+        assert runtime._handle.latest[0].samples == most
 
 
 def test_inputs_of_all_strides() -> None:

@@ -13,6 +13,7 @@
 #include "kept.h"
 #include "layers.h"
 #include "norms.h"
+#include "point_lists.h"
 #include "sequences.h"
 
 namespace check {
@@ -77,16 +78,24 @@ std::string fault_of(const acdc_table& table, std::set<std::string>* called, con
     return "";
 }
 
-std::string fault_of_kept(const Options& options) {
+// As fault_of, for a check that takes no table.
+std::string fault_of(void (*check)(Random&), const char* what, const Options& options) {
     for (int example = options.first; example < options.first + options.examples; ++example) {
         Random random(static_cast<uint64_t>(example));
         try {
-            check_kept(random);
+            check(random);
         } catch (const Failure& failure) {
-            return std::string(failure.what()) + " (kept elements, example " + std::to_string(example) + ")";
+            return std::string(failure.what()) + " (" + what + ", example " + std::to_string(example) + ")";
         }
     }
     return "";
+}
+
+bool check_without_table(void (*check)(Random&), const char* what, const Options& options) {
+    const std::string fault = fault_of(check, what, options);
+    if (fault.empty()) std::printf("%s: %d examples\n", what, options.examples);
+    else std::printf("FAILED: %s\n", fault.c_str());
+    return fault.empty();
 }
 
 #define ACDC_ROW(name, args) #name " (f32)", #name " (f64)",
@@ -144,10 +153,9 @@ int run(const Options& options) {
     }
     if (!found) refuse("no kernels were compiled for " + options.isa);
     if (options.self_test) return !good;
-    const std::string fault = fault_of_kept(options);
-    if (fault.empty()) std::printf("kept elements: %d examples\n", options.examples);
-    else std::printf("FAILED: %s\n", fault.c_str());
-    return !(good && fault.empty());
+    good = check_without_table(check_kept, "kept elements", options) && good;
+    good = check_without_table(check_point_lists, "the runtime's layers", options) && good;
+    return !good;
 }
 
 }  // namespace

@@ -161,6 +161,38 @@ def point_kernel_names() -> tuple[str, ...]:
     return () if _kernels is None else tuple(_kernels.POINT_KERNELS)
 
 
+def positions(bits: Tensor, count: int) -> Tensor | None:
+    """Return the positions of the bits that are set, ascending, as int32.
+
+    Args:
+        bits: uint8, contiguous. The lowest bit of a byte comes first.
+        count: How many bits are set. Other bits than so many: None is returned.
+
+    """
+    index = torch.empty(count, dtype=torch.int32)
+    found = _kernels.positions(bits.data_ptr(), bits.numel(), index.data_ptr(), count)
+    return index if found == count else None
+
+
+def points_list(**fields: Any) -> int | None:
+    """Make the list of a convolution of the runtime: ``acdc_points_list``.
+
+    Args:
+        fields: Those of ``acdc_points_list_args``.
+
+    Returns:
+        The number of its rows, or None if an offset does not fit into 32 bits.
+
+    Raises:
+        MemoryError: There is not enough memory.
+
+    """
+    rows = int(_kernels.points_list(struct("points_list_args", fields)))
+    if rows == -2:
+        raise MemoryError("There is not enough memory for the index list of a layer.")
+    return None if rows < 0 else rows
+
+
 def point_call(
     isa: str, kernel: str, is_double: bool, args: Struct, held: tuple[object, ...]
 ) -> NativeCall:

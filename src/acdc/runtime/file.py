@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from acdc.bitmask import as_integers, deserialize, read_metadata, serialize
+from acdc.engine import native
 from acdc.engine.contract import numel
 from acdc.engine.geometry import ConvGeometry
 from acdc.errors import InputError
@@ -149,15 +150,6 @@ def _bits(index: Tensor, count: int) -> Tensor:
     return (kept.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
-def _index(bits: Tensor, count: int) -> Tensor:
-    """Return the positions of the bits that are set. The size of ``bits`` was checked."""
-    kept = bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
-    index = kept.view(-1).nonzero()[:, 0]
-    if index.numel() and int(index[-1]) >= count:
-        raise InputError("a mask has bits beyond its weight")
-    return index.to(torch.int32)
-
-
 def _decoded(data: bytes) -> Frozen:
     metadata = read_metadata(data)
     if ENTRY not in metadata:
@@ -235,9 +227,11 @@ class _Reader:
         count = numel(geometry)
         if count >= 2**31 or bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
             raise InputError(f"the mask of operation {number} does not fit {count} weights")
-        index = _index(bits, count)
-        if values.dtype != self.dtype or values.shape != index.shape:
+        index = native.positions(bits.contiguous(), values.numel())
+        if values.dtype != self.dtype or values.dim() != 1 or index is None:
             raise InputError(f"operation {number} has not as many values as its mask has ones")
+        if index.numel() and int(index[-1]) >= count:
+            raise InputError("a mask has bits beyond its weight")
         return Kept(index, values)
 
     def _vector(self, number: int, name: str) -> Tensor | None:

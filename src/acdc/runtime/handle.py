@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from acdc.engine.locks import Lock
+from acdc.runtime.placing import fitting
 from acdc.runtime.plan import Plan, Settings
 from acdc.runtime.program import Program
 
 log = logging.getLogger(__name__)
 
 PLANS = 8  # of each program; the plan that was not used for the longest time is dropped
-MOST_IMAGES = 16  # samples in a plan
+MOST_IMAGES = 16  # samples in a plan, if its values fit into the cache
 MOST_TOKENS = 512
 
 _forked = False
@@ -51,6 +52,7 @@ class Handle:
         self.lock = Lock()
         self._plans: dict[Program, OrderedDict[int, Plan]] = {}
         self._first: dict[Program, Plan] = {}
+        self._most_of: dict[Program, int] = {}
         self._said = False
 
     @property
@@ -89,11 +91,16 @@ class Handle:
         plans.move_to_end(samples)
         return plans[samples]
 
+    def _most(self, program: Program) -> int:
+        """Return how many samples a plan of this program may have."""
+        if program not in self._most_of:
+            self._most_of[program] = fitting(program, _most_samples(program))
+        return self._most_of[program]
+
     def compute(self, program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Compute a program for any number of samples, in pieces of bounded size."""
         samples = inputs[0].shape[0]
-        tokens = all(program.values[number].tokens for number in program.inputs)
-        pieces = max(1, -(-samples // (MOST_TOKENS if tokens else MOST_IMAGES)))
+        pieces = max(1, -(-samples // self._most(program)))
         size = -(-samples // pieces)
         starts = range(0, samples, size) if samples else ()
         results = []
@@ -106,6 +113,12 @@ class Handle:
         if not results:
             return [_empty(program, number) for number in program.outputs]
         return [torch.cat(parts) for parts in zip(*results, strict=True)]
+
+
+def _most_samples(program: Program) -> int:
+    """Return how many samples a plan may have, whatever their size."""
+    tokens = all(program.values[number].tokens for number in program.inputs)
+    return MOST_TOKENS if tokens else MOST_IMAGES
 
 
 def _empty(program: Program, number: int) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from acdc.engine import native
 from acdc.engine.caches import caches
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.tile import SHORT_ROW
@@ -119,60 +120,38 @@ def index_list(op: Conv, x: Grid, taps: Taps, cut: Cut) -> IndexList | None:
 
     """
     g = op.geometry
-    out, channel, offset = _positions(op, x, taps)
-    if offset.numel() and int(offset.abs().max()) >= 2**31:
-        return None
     tiles = -(-g.in_channels // cut.channels)
-    row_of = channel // cut.channels * g.out_channels + out  # [tile][output channel]
-    counts = torch.bincount(row_of, minlength=tiles * g.out_channels)
-    groups = _groups(counts.view(tiles, -1).sum(0), cut.groups)
-
-    tile = torch.arange(tiles).repeat_interleave(g.out_channels)
-    part = groups.repeat(tiles) * tiles + tile
-    # Rows are sorted by length, so that the branch predictor learns the trip count of the loop.
-    longest = int(counts.max()) + 1
-    order = (part * longest + longest - 1 - counts).argsort(stable=True)
-    used = (counts > 0) | (tile == 0) | (tile == tiles - 1)
-    rows = order[used[order]]
-    rank = torch.empty_like(order)
-    rank[rows] = torch.arange(rows.numel())
-    entry_order = rank[row_of].argsort(stable=True)
-
-    parts = torch.zeros(cut.groups * tiles + 1, dtype=torch.int32)
-    parts[1:] = torch.bincount(part[rows], minlength=cut.groups * tiles).cumsum(0)
-    begin = torch.zeros(rows.numel() + 1, dtype=torch.int32)
-    begin[1:] = counts[rows].cumsum(0)
-    return IndexList(
-        parts,
-        (rows % g.out_channels).to(torch.int32),
-        begin,
-        _entries(offset[entry_order], op.weight.values[entry_order]),
-        tiles,
-        cut.groups,
-    )
-
-
-def _positions(op: Conv, x: Grid, taps: Taps) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output channel, the input channel and the offset of each kept weight."""
-    g, count = op.geometry, len(taps.of)
-    index = op.weight.index.long()
-    filters, tap = index // count, index % count
-    per_group = g.in_channels // g.groups
-    out = filters // per_group
-    channel = filters % per_group + out // (g.out_channels // g.groups) * per_group
-    moved = [
+    most_rows = tiles * g.out_channels
+    parts = torch.empty(cut.groups * tiles + 1, dtype=torch.int32)
+    channel = torch.empty(most_rows, dtype=torch.int32)
+    begin = torch.empty(most_rows + 1, dtype=torch.int32)
+    # acdc_entry_f32 or acdc_entry_f64, as integers of their size
+    integers = torch.int32 if op.weight.values.dtype == torch.float32 else torch.int64
+    entries = torch.empty(op.weight.values.numel(), 2, dtype=integers)
+    tap = [
         phase * g.in_channels * x.channel + down * x.row + right for phase, down, right in taps.of
     ]
-    return out, channel, channel * x.channel + torch.tensor(moved)[tap]
-
-
-def _groups(work: Tensor, groups: int) -> Tensor:
-    """Return the group of each output channel: consecutive channels with equal work."""
-    before = (work + 1).cumsum(0) - (work + 1)
-    return before * groups // max(1, int((work + 1).sum()))
-
-
-def _entries(offset: Tensor, values: Tensor) -> Tensor:
-    """Return ``acdc_entry_f32`` or ``acdc_entry_f64`` as integers of their size."""
-    integers = torch.int32 if values.dtype == torch.float32 else torch.int64
-    return torch.stack((offset.to(integers), values.contiguous().view(integers)), 1).contiguous()
+    rows = native.points_list(
+        index=op.weight.index,
+        values=op.weight.values.contiguous(),
+        kept=op.weight.values.numel(),
+        out_channels=g.out_channels,
+        in_channels=g.in_channels,
+        groups=g.groups,
+        taps=len(tap),
+        tap=torch.tensor(tap),
+        x_channel=x.channel,
+        tile=cut.channels,
+        cuts=cut.groups,
+        is_double=integers == torch.int64,
+        parts=parts,
+        channel=channel,
+        begin=begin,
+        entries=entries,
+    )
+    if rows is None:
+        return None
+    # Copies of the rows that there are: most places of a small tile are empty.
+    return IndexList(
+        parts, channel[:rows].clone(), begin[: rows + 1].clone(), entries, tiles, cut.groups
+    )

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from acdc.engine.caches import caches
 from acdc.engine.layout import LINE
 from acdc.engine.native import advise_huge_pages
 from acdc.runtime.lists import Taps
 from acdc.runtime.points import Buffer, Grid, Reach
 from acdc.runtime.program import Conv, Gate, Map, Norm, Op, Planes, Program, Value
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 @dataclass
@@ -128,6 +132,11 @@ class _Piece:
     last: int
     planes: bool = False  # planes have pixels where other values have zeros
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds. Kernels may read one channel beyond the last one."""
+        return self.grid.channel * (self.channels + 1)
+
 
 def place(
     steps: Steps,
@@ -141,6 +150,26 @@ def place(
     A value lives from the operation that makes it to the last one that reads it. Values whose
     points lie alike share memory: the points between pixels stay zero.
     """
+    pieces, piece_of = _shared(steps, grids, inputs, outputs)
+    return _allocated(pieces, piece_of, steps, grids, dtype)
+
+
+def fitting(program: Program, most: int) -> int:
+    """Return for how many samples, at most ``most``, the values fit into the last-level cache.
+
+    Values that do not fit are read from memory again and again: with 16 images at once, an image of
+    a large network took up to 1.6 times as long as alone.
+    """
+    steps = steps_of(program)
+    pieces, _ = _shared(steps, grids_of(steps, most), program.inputs, program.outputs)
+    needed = sum(piece.numbers for piece in pieces) * program.dtype.itemsize
+    return max(1, min(most, most * caches().last // max(1, needed)))
+
+
+def _shared(
+    steps: Steps, grids: Sequence[Grid], inputs: Sequence[int], outputs: Sequence[int]
+) -> tuple[list[_Piece], dict[int, int]]:
+    """Return pieces of memory, and the number of the piece of each value."""
     last = [-1] * len(steps.values)
     for time, op in enumerate(steps.ops):
         for number in steps.reads(op):
@@ -161,7 +190,7 @@ def place(
             else:
                 end, planes = max(time, last[op.out]), isinstance(op, Planes)
                 piece_of[op.out] = _take(pieces, grid, value, time, end, planes)
-    return _allocated(pieces, piece_of, steps, grids, dtype)
+    return pieces, piece_of
 
 
 def _take(
@@ -195,10 +224,10 @@ def _allocated(
     dtype: torch.dtype,
 ) -> tuple[list[Buffer], int]:
     spare = LINE // dtype.itemsize
-    sizes = [piece.grid.channel * piece.channels + piece.grid.channel for piece in pieces]
-    arena = torch.empty(sum(sizes) + spare, dtype=dtype)
+    sizes = [piece.numbers for piece in pieces]
+    # NumPy takes large memory from the system, which clears a page when it is first used.
+    arena = torch.from_numpy(np.zeros(sum(sizes) + spare, _NUMPY[dtype]))
     advise_huge_pages(arena)
-    arena.zero_()
     start = -arena.data_ptr() % LINE // dtype.itemsize
     starts = [start + sum(sizes[:number]) for number in range(len(pieces))]
     masks: dict[Grid, Tensor | None] = {
