@@ -148,6 +148,20 @@ SURFACE = {
         ("--optimizer sgd|adam|adamw", "default sgd"),
         ("--columns NAMES", "default "),
     ],
+    "bench infer": [
+        *bench("default 5")[1:],
+        SCOPE,
+        ("WHAT", "any number, or none"),
+        ("--batch N[,N]", "default [1, 16]"),
+        ("--against NAMES", "default torch,onnxruntime,openvino,deepsparse"),
+        ("--python KIND=PATH", "default []"),
+        ("--scenario sync|async", "default sync"),
+        ("--streams N", "default None"),
+        ("--seconds S", "default 1.0"),
+        ("--onnx FILE", "default None"),
+        ("--model MODULE:CALLABLE", "default None"),
+        ("--shape N[,N]", "default None"),
+    ],
     "bench run": [
         *bench("default 1"),
         SCOPE,
@@ -169,6 +183,8 @@ def surface(commands: argparse.ArgumentParser) -> dict[str, list[tuple[str, str]
             return name, "flag"
         if action.nargs == "+":
             return name, "any number"
+        if action.nargs == "*":
+            return str(action.metavar), "any number, or none"
         if action.nargs == "?":
             return str(action.metavar), "optional"
         required = action.required or not action.option_strings

@@ -99,7 +99,10 @@ def test_the_readme_names_the_pages_of_the_documentation() -> None:
     assert [str(page) for page in pages if f"({page})" not in text] == []
 
 
-@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.name)
+ALONE = [page for page in HOW_TO if page.stem != "serve"]  # a server: tests/test_serve.py runs it
+
+
+@pytest.mark.parametrize("page", ALONE, ids=lambda page: page.name)
 def test_the_script_of_a_how_to_runs_in_an_empty_folder(page: Path, tmp_path: Path) -> None:
     """The first Python block of a how-to is complete."""
     packages, printed = SCRIPTS.get(page.stem, ([], ""))
