@@ -161,6 +161,11 @@ def point_kernel_names() -> tuple[str, ...]:
     return () if _kernels is None else tuple(_kernels.POINT_KERNELS)
 
 
+def most_queries() -> int:
+    """Return how many queries of an attention a thread computes at a time, at most."""
+    return int(_kernels.QUERIES)
+
+
 def point_call(
     isa: str, kernel: str, is_double: bool, args: Struct, held: tuple[object, ...]
 ) -> NativeCall:

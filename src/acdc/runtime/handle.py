@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from acdc.engine.locks import Lock
-from acdc.runtime.plan import Plan, Settings
+from acdc.runtime.plan import Plan, Settings, plain_shape
 from acdc.runtime.program import Program
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ class Handle:
     def compute(self, program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Compute a program for any number of samples, in pieces of bounded size."""
         samples = inputs[0].shape[0]
-        tokens = all(program.values[number].tokens for number in program.inputs)
-        pieces = max(1, -(-samples // (MOST_TOKENS if tokens else MOST_IMAGES)))
+        pieces = max(1, -(-samples // _most_samples(program)))
         size = -(-samples // pieces)
         starts = range(0, samples, size) if samples else ()
         results = []
@@ -108,10 +107,16 @@ class Handle:
         return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
 
+def _most_samples(program: Program) -> int:
+    """Return how many samples a plan may have."""
+    inputs = [program.values[number] for number in program.inputs]
+    if all(value.tokens for value in inputs):
+        return max(1, MOST_TOKENS // max(value.width for value in inputs))
+    return MOST_IMAGES
+
+
 def _empty(program: Program, number: int) -> Tensor:
-    value = program.values[number]
-    shape = (0, value.channels) if value.tokens else (0, value.channels, value.height, value.width)
-    return torch.empty(shape, dtype=program.dtype)
+    return torch.empty(plain_shape(0, program.values[number]), dtype=program.dtype)
 
 
 _current: ContextVar[Handle] = ContextVar("acdc_runtime_handle")
