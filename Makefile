@@ -86,7 +86,7 @@ sanitize: $(ASAN)/.built  ## the kernels' tests under AddressSanitizer and UBSan
 	ASAN_OPTIONS=halt_on_error=1:detect_leaks=0:allocator_may_return_null=1 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	PYTHONPATH="$(CURDIR)/$(ASAN)/site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	ACDC_EXAMPLES=200 $(BIN)/python -S -m pytest --capture=sys tests/support/sanitized.py tests/test_kernels.py tests/test_engine.py tests/test_runtime.py
+	ACDC_EXAMPLES=200 $(BIN)/python -S -m pytest --capture=sys tests/support/sanitized.py tests/test_kernels.py tests/test_engine.py tests/test_runtime.py tests/test_runtime_whole.py
 
 $(ASAN)/.built: $(STAMP) $(shell find src/acdc -name '*.py')
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(ASAN)/site \

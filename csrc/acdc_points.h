@@ -30,7 +30,7 @@ typedef struct acdc_points {
 /* What is applied to each number of a result. */
 enum {
     ACDC_NOTHING, ACDC_RELU, ACDC_RELU6, ACDC_SIGMOID, ACDC_HARDSIGMOID, ACDC_HARDSWISH, ACDC_SILU, ACDC_GELU,
-    ACDC_GELU_TANH
+    ACDC_GELU_TANH, ACDC_TANH
 };
 
 /* y[out] = f(bias + residual[out] + sum over the entries of the row of `out` of value * x[point + offset]).
@@ -114,6 +114,46 @@ typedef struct acdc_points_pool_args {
     int32_t threads;
 } acdc_points_pool_args;
 
+/* Some points of some channels of a value. The points of a sample are numbered row by row. All fields have 64 bits,
+ * so that an array of parts is a matrix of integers. */
+typedef struct acdc_points_part {
+    const void* origin;           /* point 0 of the first channel that is read */
+    int64_t channel, sample, row; /* pitches of what is read */
+    int64_t width;                /* of what is read */
+    int64_t point;                /* the first point that is read */
+    int64_t channels, points;     /* how many are copied */
+    int64_t to_channel, to_point; /* the first ones that are written */
+} acdc_points_part;
+
+/* Copies parts of values into `out`, and adds `table`. With `fill`, what no part covers is that of the table, or 0. */
+typedef struct acdc_points_join_args {
+    acdc_points out;
+    const void* parts;  /* [count] acdc_points_part, copied in this order */
+    const void* table;  /* [channels of out][points of a sample] or null */
+    int32_t count, fill, threads;
+} acdc_points_join_args;
+
+/* out[channel] at a point = table[the number at this point of `ids`][channel]. Numbers outside of the table are
+ * those of its nearest row. */
+typedef struct acdc_points_embed_args {
+    acdc_points ids, out; /* one row of points in each sample; ids: one channel */
+    const void* table;    /* [rows][channels of out] */
+    int32_t rows, threads;
+} acdc_points_embed_args;
+
+/* Attention: out = softmax(scale * queries . keys) . values for each sample and head. The channels of a head follow
+ * one another. The points of a sample are its tokens, in one row. */
+typedef struct acdc_points_attention_args {
+    acdc_points queries, keys, values, out;
+    acdc_points mask; /* one channel: 0 at each key that is not attended to; origin null: none */
+    int32_t heads;
+    int32_t causal;   /* a query attends to the keys up to its own number */
+    double scale;
+    void* workspace;  /* threads * ACDC_QUERIES * (points of a sample of keys) numbers */
+    int32_t threads;
+} acdc_points_attention_args;
+enum { ACDC_QUERIES = 64 }; /* at most so many queries are computed at a time */
+
 /* Between a plain tensor and a buffer. Strides of the tensor, in any order. */
 typedef struct acdc_points_copy_args {
     acdc_points points;
@@ -131,7 +171,10 @@ typedef struct acdc_points_copy_args {
     row(points_map, acdc_points_map_args)          \
     row(points_gate, acdc_points_gate_args)        \
     row(points_norm, acdc_points_norm_args)        \
-    row(points_pool, acdc_points_pool_args)
+    row(points_pool, acdc_points_pool_args)        \
+    row(points_join, acdc_points_join_args)        \
+    row(points_embed, acdc_points_embed_args)      \
+    row(points_attention, acdc_points_attention_args)
 
 /* One table for each compiled instruction set, in the order of acdc_table_at. */
 typedef struct acdc_points_table {

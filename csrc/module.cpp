@@ -369,6 +369,26 @@ NB_MODULE(_kernels, m) {
         FIELD(threads);
     }
     {
+        using Struct = acdc_points_join_args;
+        nb::class_<Struct> cls(m, "points_join_args");
+        cls.def(nb::init<>());
+        FIELD(out); FIELD(parts); FIELD(table); FIELD(count); FIELD(fill); FIELD(threads);
+    }
+    {
+        using Struct = acdc_points_embed_args;
+        nb::class_<Struct> cls(m, "points_embed_args");
+        cls.def(nb::init<>());
+        FIELD(ids); FIELD(out); FIELD(table); FIELD(rows); FIELD(threads);
+    }
+    {
+        using Struct = acdc_points_attention_args;
+        nb::class_<Struct> cls(m, "points_attention_args");
+        cls.def(nb::init<>());
+        FIELD(queries); FIELD(keys); FIELD(values); FIELD(out); FIELD(mask); FIELD(heads); FIELD(causal);
+        FIELD(scale); FIELD(workspace); FIELD(threads);
+    }
+    m.attr("QUERIES") = int(ACDC_QUERIES);
+    {
         using Struct = acdc_points_copy_args;
         nb::class_<Struct> cls(m, "points_copy_args");
         cls.def(nb::init<>());

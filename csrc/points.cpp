@@ -1,4 +1,5 @@
 // One instruction set's kernels of the runtime, compiled as body.cpp is.
+#include "points_attention.h"
 #include "points_conv.h"
 #include "points_move.h"
 

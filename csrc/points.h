@@ -16,11 +16,20 @@ inline int64_t points_of(const acdc_points& p) {
 }
 inline int64_t vectors_of(const acdc_points& p) { return (points_of(p) + lanes - 1) / lanes; }
 
+// The compiler makes one copy of the body for one thread and one for several, and may round differently in the two.
+// So that the results do not depend on the number of threads, both call this function.
+#if defined(__clang__)
+#define ACDC_ONE_COPY __attribute__((noinline))
+#else
+#define ACDC_ONE_COPY __attribute__((noinline, noclone))
+#endif
+template <class Body> ACDC_ONE_COPY void items(Body& body, int thread, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(thread, i);
+}
+
 // Runs body(thread, item) for all items of [0, total).
 template <class Body> inline void each_item(int64_t total, int threads, Body body) {
-    split(total, threads, [&](int thread, int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) body(thread, i);
-    });
+    split(total, threads, [&](int thread, int64_t first, int64_t last) { items(body, thread, first, last); });
 }
 
 // ---- activations ----
@@ -30,6 +39,21 @@ struct Relu6 { template <class real> static vec<real> of(vec<real> v) { return b
 template <class F> struct ShareOf { template <class real> static vec<real> of(vec<real> v) { return F::template share<real>(v).value; } };
 template <class F> struct TimesShare {
     template <class real> static vec<real> of(vec<real> v) { return v * F::template share<real>(v).value; }
+};
+
+// Within two units in the last place. Near 0 it is a series, since 1 - exp(-2x) would lose digits there.
+struct Tanh {
+    template <class real> static vec<real> of(vec<real> v) {
+        if constexpr (sizeof(real) == 8) {
+            for (int lane = 0; lane < lanes; ++lane) v[lane] = __builtin_tanh(v[lane]);
+            return v;
+        } else {
+            const vec<real> size = magnitude<real>(v), e = exp_of(size * real(-2)), far = (real(1) - e) / (real(1) + e);
+            const real series[] = {2.18694885e-2f, -5.39682540e-2f, 1.33333333e-1f, -3.33333333e-1f, 1.0f};
+            const vec<real> near = v * polynomial(v * v, series);
+            return select<real>(size < splat(real(0.25)), near, select<real>(v < vec<real>{}, -far, far));
+        }
+    }
 };
 
 // Calls body(an object of the activation's class).
@@ -43,6 +67,7 @@ template <class Body> inline void with_activation(int activation, Body body) {
         case ACDC_SILU: return body(TimesShare<Logistic>());
         case ACDC_GELU: return body(TimesShare<Normal>());
         case ACDC_GELU_TANH: return body(TimesShare<NearNormal>());
+        case ACDC_TANH: return body(Tanh());
         default: return body(Nothing());
     }
 }

@@ -30,22 +30,25 @@ template <class real> void copy_transposed(real* to, int64_t to_row, const real*
     for (; row < rows; ++row) copy_row(to + row, to_row, from + row * from_row, 1, columns);
 }
 
-// Tokens are images of one pixel, and lie as [token][channel] in a plain tensor. A thread takes a share of the channels.
-template <class real, bool into> void copy_tokens(const acdc_points_copy_args& a) {
+// Tokens lie as [token][channel] in a plain tensor, `step` apart. A thread takes a share of the channels.
+template <class real, bool into> void copy_tokens(const acdc_points_copy_args& a, int tokens, int64_t step) {
     constexpr int some = 64;
     const int channels = a.points.channels;
     each_item((channels + some - 1) / some, a.threads, [&](int, int64_t item) {
         const int first = int(item) * some, count = least(some, channels - first);
         real* points = channel_of<real>(a.points, first);
         real* plain = static_cast<real*>(a.data) + first;
-        if (into) copy_transposed<real>(points, a.points.channel, plain, a.sample, a.points.samples, count);
-        else copy_transposed<real>(plain, a.sample, points, a.points.channel, count, a.points.samples);
+        if (into) copy_transposed<real>(points, a.points.channel, plain, step, tokens, count);
+        else copy_transposed<real>(plain, step, points, a.points.channel, count, tokens);
     });
 }
 
 template <class real, bool into> void copy_points(const acdc_points_copy_args& a) {
     const acdc_points& p = a.points;
-    if (p.height == 1 && p.width == 1 && p.sample == 1 && a.channel == 1) return copy_tokens<real, into>(a);
+    if (p.height == 1 && p.sample == p.width && a.channel == 1) {  // tokens without gaps
+        if (p.width == 1) return copy_tokens<real, into>(a, p.samples, a.sample);
+        if (p.samples == 1 || a.sample == p.width * a.column) return copy_tokens<real, into>(a, p.samples * p.width, a.column);
+    }
     each_item(int64_t(p.samples) * p.channels, a.threads, [&](int, int64_t item) {
         const int64_t n = item / p.channels, c = item % p.channels;
         for (int row = 0; row < p.height; ++row) {
@@ -59,6 +62,70 @@ template <class real, bool into> void copy_points(const acdc_points_copy_args& a
 
 template <class real> void points_load(const acdc_points_copy_args* a, const acdc_share*) { copy_points<real, true>(*a); }
 template <class real> void points_store(const acdc_points_copy_args* a, const acdc_share*) { copy_points<real, false>(*a); }
+
+// ---- parts of values ----
+// Copies `count` points to point `to` of a row-by-row image, from point `from` of another one, and adds `table`.
+template <class real> inline void copy_part(real* y, int64_t to, const acdc_points& out, const real* x,
+                                            const acdc_points_part& part, const real* table) {
+    for (int64_t done = 0; done < part.points;) {
+        const int64_t p = part.point + done, q = to + done;
+        const int64_t run = least(least(part.width - p % part.width, out.width - q % out.width), part.points - done);
+        const real* source = x + p / part.width * part.row + p % part.width;
+        real* target = y + q / out.width * out.row + q % out.width;
+        if (table)
+            for (int64_t i = 0; i < run; ++i) target[i] = source[i] + table[q + i];
+        else
+            for (int64_t i = 0; i < run; ++i) target[i] = source[i];
+        done += run;
+    }
+}
+
+template <class real> void points_join(const acdc_points_join_args* args, const acdc_share*) {
+    const acdc_points_join_args& a = *args;
+    const acdc_points_part* parts = static_cast<const acdc_points_part*>(a.parts);
+    const int64_t points = int64_t(a.out.height) * a.out.width;
+    each_item(int64_t(a.out.channels) * a.out.samples, a.threads, [&](int, int64_t item) {
+        const int64_t n = item % a.out.samples, c = item / a.out.samples;
+        const real* table = a.table ? static_cast<const real*>(a.table) + c * points : nullptr;
+        real* y = channel_of<real>(a.out, c) + n * a.out.sample;
+        for (int row = 0; a.fill && row < a.out.height; ++row)
+            for (int i = 0; i < a.out.width; ++i) y[row * a.out.row + i] = table ? table[row * a.out.width + i] : real(0);
+        for (int i = 0; i < a.count; ++i) {
+            const acdc_points_part& part = parts[i];
+            const int64_t channel = c - part.to_channel;
+            if (channel < 0 || channel >= part.channels) continue;
+            const real* x = static_cast<const real*>(part.origin) + channel * part.channel + n * part.sample;
+            copy_part<real>(y, part.to_point, a.out, x, part, table);
+        }
+    });
+}
+
+// ---- rows of a table ----
+template <class real> void points_embed(const acdc_points_embed_args* args, const acdc_share*) {
+    const acdc_points_embed_args& a = *args;
+    const int64_t blocks = (a.out.width + lanes - 1) / lanes;
+    each_item(a.out.samples * blocks, a.threads, [&](int, int64_t item) {
+        const int64_t n = item / blocks, first = item % blocks * lanes;
+        const int count = int(least<int64_t>(lanes, a.out.width - first)), channels = a.out.channels;
+        const real* ids = channel_of<real>(a.ids, 0) + n * a.ids.sample + first;
+        real* out = channel_of<real>(a.out, 0) + n * a.out.sample + first;
+        const real* rows[lanes];
+        for (int i = 0; i < count; ++i) {
+            const real id = ids[i];
+            const int64_t row = id > 0 ? int64_t(id < a.rows - 1 ? id : a.rows - 1) : 0;
+            rows[i] = static_cast<const real*>(a.table) + row * channels;
+        }
+        int c = 0;
+        for (; count == lanes && c + lanes <= channels; c += lanes) {
+            vec<real> block[lanes];
+            for (int i = 0; i < lanes; ++i) block[i] = load_loose(rows[i] + c);
+            transpose<real>(block);
+            for (int i = 0; i < lanes; ++i) store_loose(out + (c + i) * a.out.channel, block[i]);
+        }
+        for (; c < channels; ++c)
+            for (int i = 0; i < count; ++i) out[c * a.out.channel + i] = rows[i][c];
+    });
+}
 
 // ---- planes of a stride ----
 // Columns [first, first + count) of one row of a plane. Column j is pixel step * j + phase of the row `x`, which is

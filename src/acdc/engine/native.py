@@ -193,6 +193,11 @@ def points_list(**fields: Any) -> int | None:
     return None if rows < 0 else rows
 
 
+def most_queries() -> int:
+    """Return how many queries of an attention a thread computes at a time, at most."""
+    return int(_kernels.QUERIES)
+
+
 def point_call(
     isa: str, kernel: str, is_double: bool, args: Struct, held: tuple[object, ...]
 ) -> NativeCall:

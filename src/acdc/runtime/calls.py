@@ -12,7 +12,19 @@ from acdc.engine import native
 from acdc.engine.native import NativeCall
 from acdc.runtime.lists import Cut, IndexList
 from acdc.runtime.points import Buffer
-from acdc.runtime.program import ACTIVATIONS, Conv, Gate, Map, Norm, Planes, Pool
+from acdc.runtime.program import (
+    ACTIVATIONS,
+    Attention,
+    Conv,
+    Embed,
+    Gate,
+    Join,
+    Map,
+    Norm,
+    Planes,
+    Pool,
+    Value,
+)
 
 
 class Calls:
@@ -108,29 +120,86 @@ class Calls:
             count_padding=op.count_padding, workspace=rows,
         )  # fmt: skip
 
+    def join(self, op: Join, buffers: Sequence[Buffer], out: Buffer) -> NativeCall:
+        """Return the call that copies parts of values into one."""
+        rows = []
+        for part in op.parts:
+            x = buffers[part.x]
+            origin = x.address + part.channel * x.grid.channel * x.memory.element_size()
+            rows.append((
+                origin, x.grid.channel, x.grid.sample, x.grid.row, x.grid.width, part.point,
+                part.channels, part.points, part.to_channel, part.to_point,
+            ))  # fmt: skip
+        parts = torch.tensor(rows, dtype=torch.int64)
+        table = _vector(op.table, self.dtype)
+        sources = [buffers[number] for number in op.reads]
+        fill = not op.covers(Value(out.channels, out.grid.height, out.grid.width))
+        return self._call(
+            "points_join",
+            sources, out, parts, table,
+            out=_points(out), parts=parts, table=table, count=len(rows), fill=fill,
+        )  # fmt: skip
+
+    def embed(self, op: Embed, x: Buffer, out: Buffer) -> NativeCall:
+        """Return the call that reads rows of a table."""
+        table = _vector(op.table, self.dtype)
+        return self._call(
+            "points_embed",
+            x, out, table,
+            ids=_points(x), out=_points(out), table=table, rows=op.table.shape[0],
+        )  # fmt: skip
+
+    def attention(self, op: Attention, buffers: Sequence[Buffer], out: Buffer) -> NativeCall:
+        """Return the call of an attention."""
+        queries, keys, values = (buffers[number] for number in (op.x, op.keys, op.values))
+        mask = None if op.mask is None else buffers[op.mask]
+        scores = torch.empty(
+            self.threads * native.most_queries() * keys.grid.width, dtype=self.dtype
+        )
+        fields: dict[str, Any] = {} if mask is None else {"mask": _points(mask)}
+        size, value_size = op.heads * op.size, op.heads * op.value_size
+        return self._call(
+            "points_attention",
+            queries, keys, values, out, mask, scores,
+            queries=_points(queries, op.first[0], size), keys=_points(keys, op.first[1], size),
+            values=_points(values, op.first[2], value_size), out=_points(out), heads=op.heads,
+            causal=op.causal, scale=op.scale, workspace=scores, **fields,
+        )  # fmt: skip
+
     def copy(self, kernel: str, buffer: Buffer) -> NativeCall:
         """Return the call of ``points_load`` or ``points_store``, without the plain tensor."""
         return self._call(kernel, buffer, points=_points(buffer))
 
 
 def direct(call: NativeCall, plain: Tensor) -> None:
-    """Let a copy read or write this tensor, ``[N, C, H, W]`` or ``[tokens, C]``, of any strides."""
+    """Let a copy read or write this tensor of any strides.
+
+    Args:
+        call: The copy.
+        plain: ``[N, C, H, W]``, ``[tokens, C]`` or ``[N, tokens, C]``.
+
+    """
     args, strides = call.args, plain.stride()
     args.data = plain.data_ptr()
+    if len(strides) == 3:
+        args.sample, args.column, args.channel = strides
+        args.row = 0
+        return
     args.sample, args.channel = strides[0], strides[1]
     args.row, args.column = strides[2:] if len(strides) == 4 else (0, 0)
 
 
-def _points(buffer: Buffer) -> Any:
+def _points(buffer: Buffer, first: int = 0, channels: int | None = None) -> Any:
+    """Return a buffer, or some of its channels, for a kernel."""
     grid = buffer.grid
     return native.struct(
         "Points",
         {
-            "origin": buffer.address,
+            "origin": buffer.address + first * grid.channel * buffer.memory.element_size(),
             "channel": grid.channel,
             "sample": grid.sample,
             "row": grid.row,
-            "channels": buffer.channels,
+            "channels": buffer.channels if channels is None else channels,
             "samples": grid.samples,
             "height": grid.height,
             "width": grid.width,

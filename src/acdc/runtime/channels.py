@@ -27,6 +27,7 @@ _FUNCTIONS: dict[Activation, Callable[..., Any]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
 }
 
 

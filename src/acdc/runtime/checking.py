@@ -8,11 +8,24 @@ from acdc.engine.contract import numel
 from acdc.engine.geometry import ConvGeometry
 from acdc.errors import InputError
 from acdc.runtime.placing import grids_of, steps_of
-from acdc.runtime.program import Conv, Gate, Map, Norm, Op, Pool, Program, Value
+from acdc.runtime.program import (
+    Attention,
+    Conv,
+    Embed,
+    Gate,
+    Join,
+    Map,
+    Norm,
+    Op,
+    Pool,
+    Program,
+    Value,
+)
 
 MOST_OPS = 4096
 MOST_SIZE = 2**24  # of a channel count, or of a side of an image
-# Of the positions of a filter, a side of a window, a stride, a padding or a dilation.
+# Of the positions of a filter, a side of a window, a stride, a padding, a dilation, or the keys of
+# an attention.
 MOST_STEP = 4096
 MOST_BYTES = 2**34  # of all values for one sample, if none shared memory
 
@@ -31,9 +44,12 @@ def check_program(program: Program) -> None:
         sizes = (value.channels, value.height, value.width)
         if not all(1 <= size <= MOST_SIZE for size in sizes):
             raise InputError(f"a value has the sizes {sizes}")
-        if value.tokens and sizes[1:] != (1, 1):
-            raise InputError("a token has more than one pixel")
+        if value.tokens and value.height != 1:
+            raise InputError("tokens have more than one row")
+        if value.integers and not (value.tokens and value.channels == 1):
+            raise InputError("integers have more than one channel")
     _check_order(program)
+    _check_integers(program)
     for number, op in enumerate(program.ops):
         try:
             _check_sizes(op, program.values)
@@ -60,6 +76,19 @@ def _check_order(program: Program) -> None:
         raise InputError("an output is a value that is not made")
 
 
+def _check_integers(program: Program) -> None:
+    """Check that integers are inputs, and are read as rows of a table or as a mask alone."""
+    integers = {number for number, value in enumerate(program.values) if value.integers}
+    if not integers.issubset(program.inputs) or integers.intersection(program.outputs):
+        raise InputError("integers are no input, or an output")
+    for op in program.ops:
+        wanted = {op.x} if isinstance(op, Embed) else set()
+        if isinstance(op, Attention) and op.mask is not None:
+            wanted = {op.mask}
+        if integers.intersection(op.reads) != wanted:
+            raise InputError("an operation reads integers as numbers, or numbers as integers")
+
+
 def _check_sizes(op: Op, values: list[Value]) -> None:
     x, out = values[op.x], values[op.out]
     if isinstance(op, Conv):
@@ -83,9 +112,15 @@ def _check_sizes(op: Op, values: list[Value]) -> None:
         _same(x, out)
         _vector(op.weight, out)
         _vector(op.bias, out)
-    else:
-        assert isinstance(op, Pool)
+    elif isinstance(op, Pool):
         _check_pool(op, x, out)
+    elif isinstance(op, Join):
+        _check_join(op, values)
+    elif isinstance(op, Embed):
+        _check_embed(op, x, out)
+    else:
+        assert isinstance(op, Attention)
+        _check_attention(op, values)
 
 
 def _check_conv(op: Conv, x: Value, out: Value) -> None:
@@ -106,6 +141,56 @@ def _check_pool(op: Pool, x: Value, out: Value) -> None:
         raise InputError("its padding is more than half of its window")
     if (out.channels, out.height, out.width) != (x.channels, *g.out_size(x.height, x.width)):
         raise InputError(f"pooling makes {g.out_size(x.height, x.width)}, not {out}")
+
+
+def _check_join(op: Join, values: list[Value]) -> None:
+    out = values[op.out]
+    if not op.parts or len(op.parts) > MOST_OPS or op.x != op.parts[0].x:
+        raise InputError(f"it joins {len(op.parts)} parts, and can join 1 to {MOST_OPS}")
+    for part in op.parts:
+        x = values[part.x]
+        _within(part.channel, part.channels, x.channels)
+        _within(part.point, part.points, x.points)
+        _within(part.to_channel, part.channels, out.channels)
+        _within(part.to_point, part.points, out.points)
+    if op.table is not None and tuple(op.table.shape) != (out.channels, out.points):
+        raise InputError(f"a table of {tuple(op.table.shape)} for {out}")
+
+
+def _within(first: int, count: int, size: int) -> None:
+    if first < 0 or count < 1 or first + count > size:
+        raise InputError(f"a part from {first} to {first + count} of {size}")
+
+
+def _check_embed(op: Embed, x: Value, out: Value) -> None:
+    rows = op.table.shape[0]
+    if op.table.dim() != 2 or op.table.shape[1] != out.channels:
+        raise InputError(f"a table of {tuple(op.table.shape)} for {out.channels} channels")
+    if not 1 <= rows <= MOST_SIZE:  # float32 holds the integers up to this one
+        raise InputError(f"a table of {rows} rows")
+    if (x.height, x.width) != (out.height, out.width):
+        raise InputError(f"{x} and {out} have different sizes")
+
+
+def _check_attention(op: Attention, values: list[Value]) -> None:
+    x, keys, held, out = (values[number] for number in (op.x, op.keys, op.values, op.out))
+    if min(op.heads, op.size, op.value_size) < 1 or any(
+        v.height != 1 for v in (x, keys, held, out)
+    ):
+        raise InputError("an attention of no size, or of images with several rows")
+    sizes = (op.size, op.size, op.value_size)
+    for value, first, size in zip((x, keys, held), op.first, sizes, strict=True):
+        _within(first, op.heads * size, value.channels)
+    if held.width != keys.width or out.width != x.width:
+        raise InputError("an attention with different numbers of tokens")
+    if out.channels != op.heads * op.value_size:
+        raise InputError(f"{op.heads} heads of {op.value_size} channels make {out}")
+    if op.mask is not None and values[op.mask].width != keys.width:
+        raise InputError("a mask with another number of tokens")
+    if keys.width > MOST_STEP:
+        raise InputError(
+            f"an attention to {keys.width} tokens, and at most {MOST_STEP} are allowed"
+        )
 
 
 def _same(value: Value, out: Value) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,29 @@ from acdc.errors import InputError
 from acdc.outfile import write
 from acdc.runtime.checking import MOST_OPS, MOST_SIZE, check_program
 from acdc.runtime.frozen import Frozen, Input, check_structure
-from acdc.runtime.program import ACTIVATIONS, Conv, Gate, Kept, Map, Norm, Op, Pool, Program, Value
+from acdc.runtime.program import (
+    ACTIVATIONS,
+    Attention,
+    Conv,
+    Embed,
+    Gate,
+    Join,
+    Kept,
+    Map,
+    Norm,
+    Op,
+    Part,
+    Pool,
+    Program,
+    Value,
+)
 from acdc.schema import COUNT, Maybe, Number, check, parse
 
 ENTRY = "acdc_runtime"
 VERSION = 1
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+_INPUTS = _DTYPES | {"int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
 
 _INDEX = Number(int, 0, 2 * MOST_OPS)
 _SIZE = Number(int, 0, MOST_SIZE)
@@ -40,11 +58,16 @@ _NOTE = {
     "dtype": tuple(_DTYPES),
     "values": [[_SIZE]],
     "ops": [
-        {"op": ("conv", "map", "gate", "norm", "pool"), "name": str, "x": _INDEX, "out": _INDEX}
+        {
+            "op": ("conv", "map", "gate", "norm", "pool", "join", "embed", "attention"),
+            "name": str,
+            "x": _INDEX,
+            "out": _INDEX,
+        }
     ],
     "inputs": [_INDEX],
     "outputs": [_INDEX],
-    "arguments": [{"name": str, "sizes": [_SIZE]}],
+    "arguments": [{"name": str, "sizes": [_SIZE], "dtype": tuple(_INPUTS)}],
     "sources": [_INDEX],
     "removed": COUNT,
 }
@@ -56,6 +79,13 @@ _OPS: dict[str, Any] = {
     "pool": {
         "maximum": bool, "window": [_SIZE], "stride": [_SIZE], "padding": [_SIZE],
         "count_padding": bool,
+    },
+    "join": {"parts": [[_SIZE]]},
+    "embed": {},
+    "attention": {
+        "keys": _INDEX, "values": _INDEX, "first": [_SIZE], "heads": _SIZE, "size": _SIZE,
+        "value_size": _SIZE, "scale": Number(float, -1e6, 1e6), "causal": bool,
+        "mask": Maybe(_INDEX),
     },
 }  # fmt: skip
 
@@ -69,11 +99,14 @@ def save(frozen: Frozen, path: str | os.PathLike[str]) -> Path:
         "version": VERSION,
         "sha256": "",
         "dtype": str(program.dtype).removeprefix("torch."),
-        "values": [[v.channels, v.height, v.width, int(v.tokens)] for v in program.values],
+        "values": [_sizes_of(value) for value in program.values],
         "ops": ops,
         "inputs": program.inputs,
         "outputs": program.outputs,
-        "arguments": [{"name": i.name, "sizes": list(i.sizes)} for i in frozen.inputs],
+        "arguments": [
+            {"name": i.name, "sizes": list(i.sizes), "dtype": str(i.dtype).removeprefix("torch.")}
+            for i in frozen.inputs
+        ],
         "sources": list(frozen.sources),
         "removed": program.removed,
         "result": frozen.result,
@@ -111,6 +144,10 @@ def _bytes(path: Path) -> bytes:
 # --- operations -----------------------------------------------------------------------------------
 
 
+def _sizes_of(v: Value) -> list[int]:
+    return [v.channels, v.height, v.width, int(v.tokens) + 2 * int(v.integers)]
+
+
 def _encoded(number: int, op: Op, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Return an operation as JSON, and add its tensors."""
     note: dict[str, Any] = {"op": "", "name": op.name, "x": op.x, "out": op.out}
@@ -133,10 +170,20 @@ def _encoded(number: int, op: Op, tensors: dict[str, Tensor]) -> dict[str, Any]:
     elif isinstance(op, Norm):
         note |= {"op": "norm", "eps": op.eps, "centered": op.centered}
         vectors = {"weight": op.weight, "bias": op.bias}
-    else:
-        assert isinstance(op, Pool)
+    elif isinstance(op, Pool):
         note |= {"op": "pool", "maximum": op.maximum, "count_padding": op.count_padding}
         note |= {"window": op.window, "stride": op.stride, "padding": op.padding}
+    elif isinstance(op, Join):
+        note |= {"op": "join", "parts": [list(astuple(part)) for part in op.parts]}
+        vectors = {"table": op.table}
+    elif isinstance(op, Embed):
+        note |= {"op": "embed"}
+        vectors = {"table": op.table}
+    else:
+        assert isinstance(op, Attention)
+        note |= {"op": "attention", "first": op.first, "causal": op.causal, "scale": op.scale}
+        for field in ("keys", "values", "heads", "size", "value_size", "mask"):
+            note[field] = getattr(op, field)
     for name, vector in vectors.items():
         if vector is not None:
             tensors[f"{number}.{name}"] = vector.detach()
@@ -176,10 +223,17 @@ def _decoded(data: bytes) -> Frozen:
     if tensors:
         raise InputError(f"it has a tensor of no operation: {min(tensors)[:40]!r}")
     check_program(program)
-    arguments = [Input(part["name"], tuple(part["sizes"])) for part in note["arguments"]]
+    arguments = [
+        Input(part["name"], tuple(part["sizes"]), _INPUTS[part["dtype"]])
+        for part in note["arguments"]
+    ]
     sources = note["sources"]
     if len(sources) != len(program.inputs) or not all(s < len(arguments) for s in sources):
         raise InputError("its arguments are not those of its program")
+    for source, number in zip(sources, program.inputs, strict=True):
+        integers = program.values[number].integers
+        if integers != (arguments[source].dtype not in (torch.float32, torch.float64)):
+            raise InputError("an argument has another dtype than its program reads")
     if len({argument.name for argument in arguments}) < len(arguments):
         raise InputError("two arguments have one name")
     check_structure(note.get("result"), len(program.outputs))
@@ -187,9 +241,9 @@ def _decoded(data: bytes) -> Frozen:
 
 
 def _value(sizes: list[int]) -> Value:
-    if len(sizes) != 4 or sizes[3] > 1:
+    if len(sizes) != 4 or sizes[3] > 3:
         raise InputError("a value has no four sizes")
-    return Value(sizes[0], sizes[1], sizes[2], bool(sizes[3]))
+    return Value(sizes[0], sizes[1], sizes[2], bool(sizes[3] & 1), bool(sizes[3] & 2))
 
 
 class _Reader:
@@ -216,6 +270,23 @@ class _Reader:
         if kind == "norm":
             weight_, bias = self._vector(number, "weight"), self._vector(number, "bias")
             return Norm(*common, float(note["eps"]), note["centered"], weight_, bias)
+        if kind == "join":
+            parts = tuple(_part(sizes) for sizes in note["parts"])
+            return Join(*common, parts, self._table(number))
+        if kind == "embed":
+            table = self._table(number)
+            if table is None:
+                raise InputError(f"operation {number} has no table")
+            return Embed(*common, table)
+        if kind == "attention":
+            if len(note["first"]) != 3:
+                raise InputError("an attention has no three first channels")
+            first = note["first"]
+            return Attention(
+                *common, note["keys"], note["values"], (first[0], first[1], first[2]),
+                note["heads"], note["size"], note["value_size"], float(note["scale"]),
+                note["causal"], note["mask"],
+            )  # fmt: skip
         window, stride, padding = (_pair(note[name]) for name in ("window", "stride", "padding"))
         return Pool(*common, note["maximum"], window, stride, padding, note["count_padding"])
 
@@ -234,11 +305,23 @@ class _Reader:
             raise InputError("a mask has bits beyond its weight")
         return Kept(index, values)
 
+    def _table(self, number: int) -> Tensor | None:
+        table = self.tensors.pop(f"{number}.table", None)
+        if table is not None and (table.dtype != self.dtype or table.dim() != 2):
+            raise InputError(f"the table of operation {number} is no matrix of {self.dtype}")
+        return table
+
     def _vector(self, number: int, name: str) -> Tensor | None:
         vector = self.tensors.pop(f"{number}.{name}", None)
         if vector is not None and (vector.dtype != self.dtype or vector.dim() != 1):
             raise InputError(f"the {name} of operation {number} is no vector of {self.dtype}")
         return vector
+
+
+def _part(sizes: list[int]) -> Part:
+    if len(sizes) != 7:
+        raise InputError("a part has no seven sizes")
+    return Part(*sizes)
 
 
 def _geometry(sizes: list[int]) -> ConvGeometry:

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_unflatten
 
 from acdc.errors import InputError
+from acdc.runtime.plan import plain_shape
 from acdc.runtime.program import Program
-from acdc.runtime.segment import Segment, compute, why_not
+from acdc.runtime.segment import Segment, compute, lead_of, why_not
+from acdc.runtime.whole import Whole
 
 Structure = Any
 """How results lie in tuples, lists and dictionaries, as JSON: ``["tensor", 0]``,
@@ -20,10 +23,11 @@ Structure = Any
 
 @dataclass(frozen=True)
 class Input:
-    """An argument of the network: its name, and its sizes without the first one."""
+    """An argument of the network: its name, its sizes without the first one, and its dtype."""
 
     name: str
     sizes: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class Frozen:
@@ -57,7 +61,7 @@ class Frozen:
     @property
     def args(self) -> tuple[Tensor, ...]:
         """Arguments of one sample."""
-        return tuple(torch.zeros(1, *i.sizes, dtype=self.program.dtype) for i in self.inputs)
+        return tuple(torch.zeros(1, *i.sizes, dtype=i.dtype) for i in self.inputs)
 
     @property
     def kwargs(self) -> Mapping[str, Any]:
@@ -68,11 +72,12 @@ class Frozen:
     def outputs(self) -> Any:
         """The result for one sample, of tensors without values."""
         source, first = self.inputs[self.sources[0]], self.program.values[self.program.inputs[0]]
-        lead = (1, *source.sizes[:-1]) if first.tokens else (1,)
+        lead = lead_of((1, *source.sizes), first)
         results = []
         for number in self.program.outputs:
             v = self.program.values[number]
-            sizes = (*lead, v.channels) if v.tokens else (1, v.channels, v.height, v.width)
+            one_token = v.tokens and not v.is_sequence
+            sizes = (*lead, v.channels) if one_token else plain_shape(1, v)
             results.append(torch.empty(sizes, dtype=self.program.dtype, device="meta"))
         return _built(self.result, results)
 
@@ -131,11 +136,50 @@ def freeze(graph: fx.GraphModule, names: Sequence[str]) -> Frozen:
     segment, call = segments[0], calls[0]
     sources = [placeholders.index(call.args[number]) for number, _ in segment.sources]
     inputs = [
-        Input(name, tuple(node.meta["tensor_meta"].shape[1:]))
+        Input(name, tuple(node.meta["tensor_meta"].shape[1:]), node.meta["tensor_meta"].dtype)
         for name, node in zip(names, placeholders, strict=True)
     ]
     return Frozen(
         segment.program, inputs, sources, _structure(graph.graph.output_node().args[0], call)
+    )
+
+
+def freeze_whole(whole: Whole, names: Sequence[str]) -> Frozen:
+    """Return an exported network as one program.
+
+    Args:
+        whole: The network.
+        names: Of its arguments, one for each tensor.
+
+    Raises:
+        InputError: Its results lie in something else than tuples, lists and dictionaries.
+
+    """
+    inputs = [
+        Input(name, tuple(x.shape[1:]), x.dtype)
+        for name, x in zip(names, whole.example.tensors, strict=True)
+    ]
+    leaves = [["tensor", number] for number in whole.returned]
+    result = tree_unflatten([_Leaf(leaf) for leaf in leaves], whole.form)
+    return Frozen(whole.program, inputs, whole.sources, _structure_of(result))
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    structure: Structure
+
+
+def _structure_of(result: Any) -> Structure:
+    if isinstance(result, _Leaf):
+        return result.structure
+    if isinstance(result, tuple | list) and type(result) in (tuple, list):
+        return [type(result).__name__, [_structure_of(part) for part in result]]
+    if isinstance(result, Mapping) and all(isinstance(key, str) for key in result):
+        parts = [[key, _structure_of(part)] for key, part in result.items() if part is not None]
+        return ["dict", parts]
+    raise InputError(
+        "A frozen file holds results that are tensors, in tuples, lists and dictionaries; this "
+        f"network returns a {type(result).__name__}."
     )
 
 

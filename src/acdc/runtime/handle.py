@@ -18,7 +18,7 @@ from torch import Tensor
 
 from acdc.engine.locks import Lock
 from acdc.runtime.placing import fitting
-from acdc.runtime.plan import Plan, Settings
+from acdc.runtime.plan import Plan, Settings, plain_shape
 from acdc.runtime.program import Program
 
 log = logging.getLogger(__name__)
@@ -117,14 +117,14 @@ class Handle:
 
 def _most_samples(program: Program) -> int:
     """Return how many samples a plan may have, whatever their size."""
-    tokens = all(program.values[number].tokens for number in program.inputs)
-    return MOST_TOKENS if tokens else MOST_IMAGES
+    inputs = [program.values[number] for number in program.inputs]
+    if all(value.tokens for value in inputs):
+        return max(1, MOST_TOKENS // max(value.width for value in inputs))
+    return MOST_IMAGES
 
 
 def _empty(program: Program, number: int) -> Tensor:
-    value = program.values[number]
-    shape = (0, value.channels) if value.tokens else (0, value.channels, value.height, value.width)
-    return torch.empty(shape, dtype=program.dtype)
+    return torch.empty(plain_shape(0, program.values[number]), dtype=program.dtype)
 
 
 _current: ContextVar[Handle] = ContextVar("acdc_runtime_handle")

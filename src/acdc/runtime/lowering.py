@@ -31,7 +31,18 @@ from acdc.engine.graph import (
 )
 from acdc.errors import InputError
 from acdc.runtime.fusion import fuse
-from acdc.runtime.program import Conv, Gate, Kept, Map, Norm, Pool, Program, Value
+from acdc.runtime.program import (
+    Conv,
+    Gate,
+    Join,
+    Kept,
+    Map,
+    Norm,
+    Part,
+    Pool,
+    Program,
+    Value,
+)
 
 
 class FlattenSpec:
@@ -98,8 +109,6 @@ def _why_not(known: Recognised) -> str | None:
             return "a BatchNorm that uses the statistics of its batch"
     if isinstance(spec, DropoutSpec):
         return "a dropout that drops"
-    if isinstance(spec, ConcatSpec):
-        return "the runtime does not join tensors"
     return None
 
 
@@ -172,6 +181,8 @@ class _Lowering:
         elif isinstance(spec, LayerNormSpec):
             vectors = _frozen(spec.weight), _frozen(spec.bias)
             emit(Norm(node.name, x, out, spec.eps, spec.centered, *vectors))
+        elif isinstance(spec, ConcatSpec):
+            emit(joined(self.program, node.name, [self._read(s, kind) for s in sources], out))
         elif isinstance(spec, PoolSpec):
             self._lower_pool(node.name, spec, x, out)
         elif isinstance(spec, MeanSpec):
@@ -204,6 +215,16 @@ class _Lowering:
                 spec.count_padding,
             )
         )
+
+
+def joined(program: Program, name: str, sources: Sequence[int], out: int) -> Join:
+    """Return the operation that puts the channels of values one after the other."""
+    parts, channel = [], 0
+    for number in sources:
+        value = program.values[number]
+        parts.append(Part(number, 0, 0, value.channels, value.points, channel, 0))
+        channel += value.channels
+    return Join(name, sources[0], out, tuple(parts))
 
 
 def value_of(node: fx.Node, kind: Kind) -> Value:

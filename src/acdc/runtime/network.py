@@ -15,17 +15,19 @@ from torch import Tensor, fx, nn
 from acdc.engine import native
 from acdc.engine.arguments import Arguments, NoFixedArguments
 from acdc.engine.example import Call, calls_of
-from acdc.engine.graph import Recognised, recognise
+from acdc.engine.graph import Recognised, is_layer, recognise
 from acdc.engine.host import Single, own_forward
 from acdc.engine.modes import why_plain
 from acdc.engine.partition import fuse, samples_of, segments_of
 from acdc.engine.tracing import Untraceable, follow_buffers, propagate, trace
 from acdc.errors import InputError
 from acdc.runtime.channels import remove_channels
-from acdc.runtime.frozen import Frozen, freeze
+from acdc.runtime.frozen import Frozen, freeze, freeze_whole
 from acdc.runtime.lowering import extend, lower, share_kept
 from acdc.runtime.program import Program
 from acdc.runtime.segment import Segment
+from acdc.runtime.views import Unknown
+from acdc.runtime.whole import Whole
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,8 @@ class Network:
 
         """
         part = vars(self.model).get("forward")
+        if isinstance(part, Whole):
+            return freeze_whole(part, names)
         if self.in_torch or not isinstance(part, _Part):
             parts = "; ".join(f"{p.name} ({p.why})" for p in self.in_torch) or "everything"
             raise InputError(
@@ -98,9 +102,17 @@ class Network:
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         """Let the largest parts of a module that can be traced run in the runtime."""
+        part: _Part | Untraceable
         try:
             part = _Part(name, module, args, kwargs)
-        except Untraceable as error:
+        except Untraceable as failed:
+            part = failed
+        if not _is_program(part) and (whole := _whole(name, module, args, kwargs)) is not None:
+            self.programs.append(whole.program)
+            module.forward = whole
+            return
+        if isinstance(part, Untraceable):
+            error = part
             log.info("%s is traced in parts: %s.", name or type(module).__name__, error)
             children = dict(module.named_children())
             if not children:
@@ -121,6 +133,35 @@ class Network:
             return
         for child_name, grandchild in child.named_children():
             self._add_child(f"{name}.{child_name}", grandchild)
+
+
+def _is_program(part: _Part | Untraceable) -> bool:
+    """Return whether a part is one program, or would be one if it had more zeros."""
+    if isinstance(part, Untraceable):
+        return False
+    dense = any(found.few_zeros for found in part.in_torch)
+    rest = any(not found.few_zeros for found in part.in_torch)
+    return not rest and (dense or len(part.programs) == 1)
+
+
+def _whole(
+    name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Whole | None:
+    """Return a module as one program, or None if it is none, or has too few zeros for one."""
+    if not any(is_layer(layer) for layer in module.modules()):
+        return None
+    try:
+        whole = Whole(name, module, args, kwargs)
+        share = share_kept(whole.program, 1)
+    except Unknown as error:
+        log.info("%s is no single program: %s.", name or type(module).__name__, error)
+        return None
+    except InputError:  # it has no layers
+        return None
+    if share > DENSE:
+        return None
+    remove_channels(whole.program)
+    return whole
 
 
 class _Part:

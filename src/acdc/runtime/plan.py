@@ -14,7 +14,29 @@ from acdc.runtime.calls import Calls, direct, sequence
 from acdc.runtime.lists import Cut, index_list
 from acdc.runtime.placing import Steps, grids_of, place, steps_of
 from acdc.runtime.points import Buffer
-from acdc.runtime.program import Conv, Gate, Map, Norm, Op, Planes, Pool, Program, Value
+from acdc.runtime.program import (
+    Attention,
+    Conv,
+    Embed,
+    Gate,
+    Join,
+    Map,
+    Norm,
+    Op,
+    Planes,
+    Pool,
+    Program,
+    Value,
+)
+
+
+def plain_shape(samples: int, value: Value) -> tuple[int, ...]:
+    """Return the shape of the plain tensor of so many samples, or tokens, of a value."""
+    if value.is_sequence:
+        return samples, value.width, value.channels
+    if value.tokens:
+        return samples, value.channels
+    return samples, value.channels, value.height, value.width
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,8 @@ class Plan:
         """Compute the program.
 
         Args:
-            inputs: ``[samples, C, H, W]`` or ``[tokens, C]`` tensors of the program's dtype.
+            inputs: ``[samples, C, H, W]``, ``[tokens, C]`` or ``[samples, tokens, C]`` tensors of
+                the program's dtype.
             threads: How many threads compute, at most as many as the settings say.
             seconds: Float64 ``[2, calls]``. The time of each call is added to the first row.
 
@@ -117,9 +140,7 @@ class Plan:
         return [float(s) for s in seconds[0, first : first + len(self.steps)]]
 
     def _shape(self, value: Value) -> tuple[int, ...]:
-        if value.tokens:
-            return self.samples, value.channels
-        return self.samples, value.channels, value.height, value.width
+        return plain_shape(self.samples, value)
 
     def _copy(self, kernel: str, number: int) -> NativeCall:
         return self._calls.copy(kernel, self._buffers[number])
@@ -137,8 +158,14 @@ class Plan:
             return self._calls.gate(op, x, buffers[op.gate], out)
         if isinstance(op, Norm):
             return self._calls.norm(op, x, out)
-        assert isinstance(op, Pool)
-        return self._calls.pool(op, x, out)
+        if isinstance(op, Pool):
+            return self._calls.pool(op, x, out)
+        if isinstance(op, Join):
+            return self._calls.join(op, buffers, out)
+        if isinstance(op, Embed):
+            return self._calls.embed(op, x, out)
+        assert isinstance(op, Attention)
+        return self._calls.attention(op, buffers, out)
 
     def _conv(self, op: Conv, x: Buffer, out: Buffer, steps: Steps) -> NativeCall:
         taps, calls = steps.taps[op], self._calls

@@ -5,8 +5,8 @@ A program holds plain data: sizes, numbers and tensors. It knows no modules and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor
 from acdc.engine.geometry import ConvGeometry, Size2
 
 Activation = Literal[
-    "nothing", "relu", "relu6", "sigmoid", "hardsigmoid", "hardswish", "silu", "gelu", "gelu_tanh"
-]
+    "nothing", "relu", "relu6", "sigmoid", "hardsigmoid", "hardswish", "silu", "gelu", "gelu_tanh",
+    "tanh",
+]  # fmt: skip
 ACTIVATIONS: tuple[Activation, ...] = (
     "nothing", "relu", "relu6", "sigmoid", "hardsigmoid", "hardswish", "silu", "gelu", "gelu_tanh",
+    "tanh",
 )  # fmt: skip
 """What may be applied to each number of a result, in the order of ``csrc/acdc_points.h``."""
 
@@ -28,8 +30,12 @@ class Value:
     """A tensor between two operations, without its batch size.
 
     Args:
-        channels, height, width: Its sizes. A token has one pixel.
-        tokens: It is ``[..., channels]`` outside of the runtime, else ``[N, channels, H, W]``.
+        channels, height, width: Its sizes. A token has one pixel. A sequence is an image of one
+            row: each of its tokens is a pixel.
+        tokens: It is ``[..., channels]`` outside of the runtime, or ``[N, width, channels]`` if it
+            is a sequence; else ``[N, channels, H, W]``.
+        integers: It is an integer or bool tensor ``[N, width]`` outside of the runtime: numbers of
+            rows of a table, or a mask.
 
     """
 
@@ -37,6 +43,17 @@ class Value:
     height: int = 1
     width: int = 1
     tokens: bool = False
+    integers: bool = False
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether a sample has several tokens."""
+        return self.tokens and self.width > 1
+
+    @property
+    def points(self) -> int:
+        """The pixels, or tokens, of a sample."""
+        return self.height * self.width
 
 
 @dataclass(eq=False)
@@ -85,6 +102,12 @@ class Op:
     def in_place(self) -> tuple[int, ...]:
         """The values whose memory the result may take over, if nothing reads them later."""
         return ()
+
+    def renumber(self, number_of: Mapping[int, int]) -> None:
+        """Give new numbers to all values."""
+        for name in ("x", "out", "y", "residual", "gate", "keys", "values", "mask"):
+            if (old := getattr(self, name, None)) is not None:
+                setattr(self, name, number_of[old])
 
 
 @dataclass(eq=False)
@@ -201,6 +224,100 @@ class Pool(Op):
     count_padding: bool
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some points of some channels of a value. Points are numbered row by row.
+
+    Args:
+        x: The value.
+        channel, point: The first ones that are read.
+        channels, points: How many are copied.
+        to_channel, to_point: The first ones that are written.
+
+    """
+
+    x: int
+    channel: int
+    point: int
+    channels: int
+    points: int
+    to_channel: int
+    to_point: int
+
+
+@dataclass(eq=False)
+class Join(Op):
+    """Copies parts of values into one: concatenation, slices, another form, tokens from a table.
+
+    Args:
+        parts: What is copied, in this order. ``x`` is the value of the first one.
+        table: ``[channels, points]``, which is added to what is copied, or None. What no part
+            covers is the number of the table, or 0.
+
+    """
+
+    parts: tuple[Part, ...]
+    table: Tensor | None = None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The values that it reads."""
+        return tuple(dict.fromkeys(part.x for part in self.parts))
+
+    def renumber(self, number_of: Mapping[int, int]) -> None:
+        """Give new numbers to all values."""
+        super().renumber(number_of)
+        self.parts = tuple(replace(part, x=number_of[part.x]) for part in self.parts)
+
+    def covers(self, out: Value) -> bool:
+        """Return whether the parts write every point of the result."""
+        written = torch.zeros(out.channels, out.points, dtype=torch.bool)
+        for p in self.parts:
+            rows = slice(p.to_channel, p.to_channel + p.channels)
+            written[rows, p.to_point : p.to_point + p.points] = True
+        return bool(written.all())
+
+
+@dataclass(eq=False)
+class Embed(Op):
+    """The rows of a table, ``[rows, channels]``, whose numbers are the integers of a value."""
+
+    table: Tensor
+
+
+@dataclass(eq=False)
+class Attention(Op):
+    """``out = softmax(scale * queries . keys) . values`` for each sample and each head.
+
+    Args:
+        x, keys, values: The values that hold queries, keys and values: sequences, or images of one
+            row. The channels of a head follow one another.
+        first: The first channel of queries, of keys and of values.
+        heads: How many heads there are.
+        size, value_size: Channels of a head: of queries and keys, and of values.
+        scale: What the products are multiplied by.
+        causal: Each query attends to the keys up to its own number.
+        mask: Integers, one for each key: 0 where no query attends to it; or None.
+
+    """
+
+    keys: int
+    values: int
+    first: tuple[int, int, int]
+    heads: int
+    size: int
+    value_size: int
+    scale: float
+    causal: bool = False
+    mask: int | None = None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The values that it reads."""
+        found = (self.x, self.keys, self.values, *(() if self.mask is None else (self.mask,)))
+        return tuple(dict.fromkeys(found))
+
+
 @dataclass(eq=False)
 class Planes(Op):
     """The planes of a stride, which a plan puts before a convolution: see ``acdc_points.h``.
@@ -252,9 +369,7 @@ class Program:
         self.inputs = [number_of[old] for old in self.inputs]
         self.outputs = [number_of[old] for old in self.outputs]
         for op in self.ops:
-            for name in ("x", "out", "y", "residual", "gate"):
-                if (old := getattr(op, name, None)) is not None:
-                    setattr(op, name, number_of[old])
+            op.renumber(number_of)
 
     @property
     def convs(self) -> list[Conv]:

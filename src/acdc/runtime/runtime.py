@@ -125,8 +125,9 @@ class Runtime:
         runtime._network = frozen
         runtime._handle = Handle(Settings(_instruction_set(isa), _threads(threads)))
         runtime._bound = NoFixedArguments("it was loaded from a file")
-        kind = _TYPES[frozen.program.dtype]
-        runtime._inputs = tuple(Argument(i.name, ("batch", *i.sizes), kind) for i in frozen.inputs)
+        runtime._inputs = tuple(
+            Argument(i.name, ("batch", *i.sizes), _TYPES[i.dtype]) for i in frozen.inputs
+        )
         runtime._outputs = _outputs(frozen.outputs)
         return runtime
 

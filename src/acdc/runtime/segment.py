@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from acdc.engine.graph import Kind
 from acdc.errors import InputError
 from acdc.runtime.handle import current
-from acdc.runtime.program import Program, Value
+from acdc.runtime.program import Embed, Program, Value
 
 log = logging.getLogger(__name__)
 
@@ -61,29 +61,57 @@ def compute(program: Program, given: Sequence[Tensor]) -> list[Tensor]:
 
     """
     values = _inputs_of(program)
-    results = current().compute(program, [_flat(x, v) for x, v in zip(given, values, strict=True)])
-    lead = _lead_of(given[0], values[0])
+    flat = [_flat(x, v, program.dtype) for x, v in zip(given, values, strict=True)]
+    results = current().compute(program, flat)
+    lead = lead_of(given[0].shape, values[0])
     for i, number in enumerate(program.outputs):
         value = program.values[number]
-        if value.tokens:
+        if value.tokens and not value.is_sequence:
             results[i] = results[i].reshape(*lead, value.channels)
     return results
+
+
+INTEGERS = (torch.int64, torch.int32, torch.bool)
 
 
 def why_not(given: Sequence[Tensor], program: Program) -> str | None:
     """Return why the kernels cannot take these tensors, or None."""
     values = _inputs_of(program)
     for x, value in zip(given, values, strict=True):
-        if x.dtype != program.dtype:
+        if value.integers:
+            if x.dtype not in INTEGERS:
+                return f"a tensor is {x.dtype}, and the example's holds integers"
+        elif x.dtype != program.dtype:
             return f"a tensor is {x.dtype}, and the example's is {program.dtype}"
         if x.device.type != "cpu" or x.layout != torch.strided:
             return "a tensor is not an ordinary one on the CPU"
-        sizes = x.shape[-1:] if value.tokens else x.shape[1:]
-        wanted = (value.channels,) if value.tokens else (value.channels, value.height, value.width)
-        if tuple(sizes) != wanted:
-            return f"a tensor has the sizes {tuple(sizes)}, and the example's has {wanted}"
-    if len({_lead_of(x, value) for x, value in zip(given, values, strict=True)}) > 1:
+        sizes, wanted = _sizes(x, value)
+        if sizes != wanted:
+            return f"a tensor has the sizes {sizes}, and the example's has {wanted}"
+    if len({lead_of(x.shape, value) for x, value in zip(given, values, strict=True)}) > 1:
         return "tensors have different numbers of samples"
+    return _why_no_rows(given, program)
+
+
+def _sizes(x: Tensor, value: Value) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the sizes of a tensor that are fixed, and what they must be."""
+    if value.integers:
+        return tuple(x.shape[1:]), (value.width,)
+    if value.is_sequence:
+        return tuple(x.shape[1:]), (value.width, value.channels)
+    if value.tokens:
+        return tuple(x.shape[-1:]), (value.channels,)
+    return tuple(x.shape[1:]), (value.channels, value.height, value.width)
+
+
+def _why_no_rows(given: Sequence[Tensor], program: Program) -> str | None:
+    """Return why integers are no numbers of rows of their table, or None."""
+    of_input = dict(zip(program.inputs, given, strict=True))
+    for op in program.ops:
+        if isinstance(op, Embed) and (x := of_input[op.x]).numel():
+            low, high = int(x.min()), int(x.max())
+            if low < 0 or high >= op.table.shape[0]:
+                return f"a tensor holds {low} to {high}, and a table has {op.table.shape[0]} rows"
     return None
 
 
@@ -91,12 +119,16 @@ def _inputs_of(program: Program) -> list[Value]:
     return [program.values[number] for number in program.inputs]
 
 
-def _lead_of(x: Tensor, value: Value) -> torch.Size:
-    """Return the sizes that count samples or tokens."""
-    return x.shape[:-1] if value.tokens else x.shape[:1]
+def lead_of(shape: Sequence[int], value: Value) -> tuple[int, ...]:
+    """Return the sizes of a tensor that count samples or tokens."""
+    one_token = value.tokens and not value.is_sequence and not value.integers
+    return tuple(shape[:-1] if one_token else shape[:1])
 
 
-def _flat(x: Tensor, value: Value) -> Tensor:
-    """Return ``[tokens, C]`` or ``[N, C, H, W]``."""
+def _flat(x: Tensor, value: Value, dtype: torch.dtype) -> Tensor:
+    """Return ``[tokens, C]``, ``[N, tokens, C]`` or ``[N, C, H, W]``."""
     x = x.detach().resolve_neg()  # the kernels read memory, and a lazy sign is not in memory
-    return x.reshape(-1, value.channels) if value.tokens else x
+    if value.integers:
+        x = x.to(dtype).unsqueeze(-1)
+    one_token = value.tokens and not value.is_sequence
+    return x.reshape(-1, value.channels) if one_token else x
