@@ -8,6 +8,9 @@
 #include <string>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
@@ -80,6 +83,14 @@ struct Plan {
 };
 
 // Whole pages inside of [address, address + bytes).
+// Memory that was freed, and that the C library holds for later. Only glibc has the call, and it takes some
+// milliseconds for each hundred megabytes.
+void give_memory_back() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
 void advise_huge_pages(Address address, Address bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const Address page = Address(sysconf(_SC_PAGESIZE));
@@ -264,6 +275,7 @@ NB_MODULE(_kernels, m) {
 
     m.def("table_count", &acdc_table_count);
     m.def("advise_huge_pages", &advise_huge_pages);
+    m.def("give_memory_back", &give_memory_back, nb::call_guard<nb::gil_scoped_release>());
     m.def("gather", [](Address dense, Address index, int64_t count, Address vector, int bytes, int threads) {
         nb::gil_scoped_release release;
         acdc_gather(pointer(dense), pointer<int32_t>(index), count, pointer(vector), bytes, threads);

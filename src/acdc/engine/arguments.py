@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
@@ -82,6 +83,34 @@ class Arguments:
                     f"its argument {name!r} is {_shown(value)}, and the example has {_shown(was)}"
                 )
         return "its arguments have changed"
+
+
+def without_values(value: Any) -> Any:
+    """Return an argument whose tensors have shapes, strides and dtypes, and no memory.
+
+    Tuples, lists and dictionaries are copied. Other objects, parameters and other subclasses of
+    ``Tensor`` stay. A tensor that occurs twice becomes one tensor.
+    """
+    made: dict[int, Tensor] = {}
+
+    def empty(_: str, tensor: Tensor) -> Tensor:
+        if type(tensor) is not Tensor or tensor.layout != torch.strided:
+            return tensor
+        if id(tensor) not in made:
+            size, stride = tensor.size(), tensor.stride()
+            made[id(tensor)] = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta")
+        return made[id(tensor)]
+
+    return _rebuilt("", value, empty)
+
+
+def fake(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """Return a tensor of a mode, on the CPU where the tensor has lost its values."""
+    if tensor.device.type != "meta":
+        made: Tensor = mode.from_tensor(tensor)
+        return made
+    with mode:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def _key(name: str, value: Any, tensors: list[Tensor]) -> Hashable:

@@ -25,7 +25,7 @@ from acdc.engine.graph import is_layer
 from acdc.engine.host import UNREACHED, Host
 from acdc.engine.judge import Judge
 from acdc.engine.memory import Workspace
-from acdc.engine.native import Native
+from acdc.engine.native import Native, give_memory_back
 from acdc.engine.plans import Plans
 from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
@@ -173,7 +173,7 @@ class Engine:
         """
         if self.off is not None:
             return
-        before = dict(self.choices)
+        before, was_dense = dict(self.choices), not self._sparse_now
         self._sparse_now = True
         self._judge.drop()
         with self.workspace.lock:  # another thread may evaluate the network meanwhile
@@ -189,6 +189,8 @@ class Engine:
                 self._start()
             finally:
                 self._policy.compressing = False
+        if was_dense:
+            give_memory_back()  # of dense steps, and of the layers that were timed
         if self.choices != before:
             log.info("Layers, dense and sparse:\n%s", self.table())
 
@@ -224,8 +226,10 @@ class Engine:
             return
         must = bool(self.peers) and self.active
         trial = self._judge.end_step(self._policy.doubt, self._of_first, must)
-        if trial is not None and trial.off:
-            self._free()
+        if trial is not None:
+            if trial.off:
+                self._free()
+            give_memory_back()  # of the steps before, which were computed in another way
         if trial is not None and trial.settled:
             log.info("Whole steps: %s.", "; ".join(map(str, self.verdicts)))
 
@@ -246,6 +250,7 @@ class Engine:
                 host.stop()
             self._plans.start({})
             self.workspace.clear()
+        give_memory_back()
 
     # --- stop and resume --------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acdc.engine.arguments import without_values
 from acdc.engine.effects import Attributes
 from acdc.errors import InputError
 
@@ -47,12 +48,15 @@ def calls_of(
 ) -> dict[nn.Module, Call]:
     """Return the arguments of each module's first call, recorded in evaluation mode.
 
+    The tensors have no values: they are as many as the activations of a forward pass.
+
     What the call changes in buffers and attributes is undone. A change of a parameter stays.
     """
     calls: dict[nn.Module, Call] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        calls.setdefault(module, (args, kwargs))
+        if module not in calls:
+            calls[module] = without_values((args, dict(kwargs)))
 
     attributes = Attributes(model, values=True)
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules()]

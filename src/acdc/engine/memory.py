@@ -25,7 +25,7 @@ from acdc.engine.graph import ConvSpec
 from acdc.engine.layout import LINE, Buffer, Shape, allocate
 from acdc.engine.locks import Lock
 from acdc.engine.native import advise_huge_pages
-from acdc.engine.tape import Instruction, Op, Slot, Tape
+from acdc.engine.tape import Around, Instruction, Op, Slot, Tape
 
 T = TypeVar("T")
 
@@ -133,8 +133,8 @@ class Frame:
         self.backend, self._dtype = backend, tape.inputs[0].value.dtype
         self.memory_format = torch.contiguous_format
         self.results: dict[int, Tensor] = {}
-        self.before: list[Call] = []
-        self.after: list[Call] = []
+        self.before: list[Around] = []
+        self.after: list[Around] = []
         self.targets: list[tuple[WeightGradCall, ConvSpec]] = []
         self._plans, self._buffers = plans, buffers
         self._made: dict[object, object] = {}

@@ -88,6 +88,16 @@ def advise_huge_pages(memory: Tensor) -> None:
         _kernels.advise_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size())
 
 
+def give_memory_back() -> None:
+    """Give memory that was freed back to the system, where the C library holds it for later.
+
+    Dense steps and sparse ones allocate other sizes, so neither fit well into the memory that the
+    others have left.
+    """
+    if _kernels is not None:
+        _kernels.give_memory_back()
+
+
 def gather(dense: Tensor, index: Tensor, vector: Tensor) -> None:
     """Copy elements into a vector: ``vector[i] = dense[index[i]]``. See ``engine/kept.py``."""
     _kernels.gather(

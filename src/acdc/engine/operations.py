@@ -103,9 +103,9 @@ class Conv(Op):
 
         def conv(f: Binder) -> Call:
             plan = f.plan(self)
-            f.before.append(lambda: plan.refresh(spec.by_output(spec.weight)))
+            f.before.append(lambda _: plan.refresh(spec.by_output(spec.weight)))
             if tape.has_backward:  # now: the weights may change before the backward pass
-                f.before.append(lambda: plan.refresh(spec.by_output(spec.weight), True))
+                f.before.append(lambda _: plan.refresh(spec.by_output(spec.weight), True))
             more: dict[str, Any] = {"bias": spec.bias}
             if self.norm is not None and self.norm.of_batch:
                 shift = self.norm.module.running_mean
@@ -146,7 +146,7 @@ class Conv(Op):
         bias = self.spec.bias
         assert bias is not None
         sums = torch.zeros(dy.shape.channels, dtype=torch.float64, device="cpu")
-        f.after.append(lambda: f.results[id(bias)].add_(sums))
+        f.after.append(lambda frame: frame.results[id(bias)].add_(sums))
         return f.backend.bind(f.backend.channel_sums, dy, sums=sums)
 
 
@@ -226,7 +226,7 @@ class Norm:
         module, fold = self.module, self.fold(f)
         for param, grad in ((module.weight, fold.weight_grad), (module.bias, fold.bias_grad)):
             if param is not None:
-                f.after.append(partial(_add_result, f, param, grad))
+                f.after.append(partial(_add_result, param=param, grad=grad))
         return f.backend.bind(
             f.backend.norm_unfold,
             fold,
@@ -490,7 +490,7 @@ class LayerNorm(Op):
                     (self.spec.bias, self.spec.weight), more["sums"], strict=True
                 ):
                     if param is not None:
-                        f.after.append(partial(_add_result, f, param, total))
+                        f.after.append(partial(_add_result, param=param, grad=total))
             return f.backend.bind(
                 f.backend.layer_norm_grad,
                 f.buffer(grad),
@@ -718,7 +718,7 @@ class Dropout(Op):
         x, mask, out = tape.value(self.x), tape.filled_before(self.mask), tape.value(self.out)
 
         def bind(f: Binder) -> Call:
-            f.before.append(partial(self._draw, f, f.buffer(mask)))
+            f.before.append(partial(self._draw, mask=f.buffer(mask)))
             return f.backend.bind(
                 f.backend.pointwise, "mul", f.buffer(x), f.buffer(mask), out=f.buffer(out)
             )

@@ -324,7 +324,9 @@ def compute(lease: Lease, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     frame.memory_format = _format(first)
     for x, slot in zip(inputs, tape.inputs, strict=True):
         frame.backend.to_layout(_flat(x.detach(), slot.value), frame.buffer(slot))
-    for call in frame.before + frame.forward:
+    for prepare in frame.before:
+        prepare(frame)
+    for call in frame.forward:
         call()
     return tuple(
         _plain(
@@ -364,8 +366,10 @@ def compute_backward(
         totals[slot] = totals[slot] + grad if slot in totals else grad
     for slot, grad in totals.items():
         frame.backend.to_layout(_flat(grad, slot.value), frame.buffer(slot))
-    for call in frame.backward + frame.after:
+    for call in frame.backward:
         call()
+    for finish in frame.after:
+        finish(frame)
     inputs = [
         None if slot is None else _plain(frame, slot, *shape_and_format)
         for slot, shape_and_format in zip(tape.input_grads, like, strict=True)

@@ -122,8 +122,8 @@ class Binder(Protocol):
         backend: The kernels.
         memory_format: How the first input of this call lies in memory.
         results: The gradients of parameters, by the id of the parameter.
-        before: The calls that run before the forward pass.
-        after: The calls that run after the backward pass.
+        before: What runs before the forward pass.
+        after: What runs after the backward pass.
         targets: The calls of weight gradients, each with its layer.
 
     """
@@ -131,8 +131,8 @@ class Binder(Protocol):
     backend: Kernels
     memory_format: torch.memory_format
     results: dict[int, Tensor]
-    before: list[Call]
-    after: list[Call]
+    before: list[Around]
+    after: list[Around]
     targets: list[tuple[WeightGradCall, ConvSpec]]
 
     def buffer(self, slot: Slot) -> Buffer:
@@ -146,6 +146,13 @@ class Binder(Protocol):
 
 
 Bind = Callable[[Binder], Call]
+
+Around = Callable[[Binder], object]
+"""What runs before or after a pass, with the frame as its argument.
+
+A function that held its frame would be a cycle, and the buffers would live until Python collects
+garbage.
+"""
 
 
 @dataclass(frozen=True)

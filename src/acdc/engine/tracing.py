@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from acdc.engine.arguments import Arguments
+from acdc.engine.arguments import Arguments, fake
 from acdc.engine.attention import AsAWhole, InProjection, parts_of
 from acdc.engine.calls import as_modules
 from acdc.engine.effects import Attributes, Change, SideEffect, Watch
@@ -266,7 +266,7 @@ class _Tracer(fx.Tracer):
             # The forward may have assigned a traced value to this buffer since.
             tensor = self._tensors.get(node)
             constant = operator.attrgetter(str(node.target))  # a tensor that the forward made
-            return self._fake.from_tensor(constant(self.root) if tensor is None else tensor)
+            return fake(self._fake, constant(self.root) if tensor is None else tensor)
         args: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
         target: Any = node.target
@@ -548,7 +548,7 @@ def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
 
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args]
+    inputs = [fake(mode, a) if isinstance(a, Tensor) else a for a in args]
     try:
         # ShapeProp prints its errors. The lock: stderr is redirected for all threads.
         with _tracing, mode, redirect_stderr(StringIO()):
@@ -557,7 +557,7 @@ def propagate(graph: fx.GraphModule, args: tuple[Any, ...]) -> None:
                 module.training = False  # a BatchNorm in training may read values
                 for hooks in hooks_of(module):
                     hooks.clear()  # type: ignore[attr-defined]
-            shapes.propagate(*fake)
+            shapes.propagate(*inputs)
     except Exception as error:
         cause = error.__cause__ or error
         raise Untraceable(f"its shapes are not fixed ({first_line(cause)})") from error

@@ -1,0 +1,150 @@
+"""The memory that an engine holds, and when it is free again."""
+
+from __future__ import annotations
+
+import gc
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import acdc
+from acdc.engine import choice, native
+from acdc.engine import engine as engine_module
+from acdc.engine.timing import LayerTimes
+from acdc.runs.models import SmallResNet
+from support.engine_nets import cut
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Reference counts alone free memory."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def tokens() -> tuple[nn.Module, Tensor]:
+    layers = (nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 8))
+    return nn.Sequential(*layers), torch.randn(4, 8)
+
+
+def images() -> tuple[nn.Module, Tensor]:
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 8, 3))
+    return nn.Sequential(*layers), torch.randn(4, 3, 8, 8)
+
+
+def residual() -> tuple[nn.Module, Tensor]:
+    return SmallResNet(width=8, blocks=1, size=8).build(), torch.randn(4, 1, 8, 8)
+
+
+def sparse(net: nn.Module, x: Tensor) -> acdc.Engine:
+    masks = {n: torch.rand(p.shape) < 0.4 for n, p in net.named_parameters() if p.dim() > 1}
+    cut(net, masks)
+    engine = acdc.Engine(net, x, choose=False)
+    engine.compress(masks)
+    return engine
+
+
+@pytest.mark.parametrize("made", [tokens, images, residual])
+@pytest.mark.usefixtures("no_collector")
+def test_freed_buffers_are_free_at_once(made: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    """Otherwise dense steps and sparse ones hold their memory together."""
+    net, x = made()
+    engine = sparse(net, x)
+    net(x).square().sum().backward()
+    segments = [segment for host in engine._hosts for segment in host.segments()]
+    arenas = [arena for s in segments for free in s._free.values() for arena in free]
+    storages = [memory.untyped_storage() for arena in arenas for memory in arena.kept]
+    weak = [StorageWeakRef(storage) for storage in storages]
+    assert weak
+    del arenas, storages
+    engine._free()
+    assert all(ref.expired() for ref in weak)
+
+
+def test_an_engine_that_is_traced_in_parts_holds_no_activations() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 173), nn.Linear(173, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.second(-x if x.sum() > 0 else x)
+
+    net, x = Net(), torch.randn(4, 8)
+    engine = sparse(net, x)
+    assert engine.active  # in parts
+    net(x).sum().backward()
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    with_values = [t for t in tensors if t.device.type == "cpu" and type(t) is not FakeTensor]
+    assert not [t for t in with_values if t.shape == (4, 173)]
+
+
+def test_memory_goes_back_where_steps_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When dense steps become sparse, and sparse ones dense; not at each change of the support."""
+    calls: list[str] = []
+    monkeypatch.setattr(engine_module, "give_memory_back", lambda: calls.append("back"))
+    net, x = tokens()
+    masks = {f"{i}.weight": torch.rand(net[i].weight.shape) < 0.4 for i in (0, 4)}
+    engine = acdc.Engine(net, x)
+    engine.compress(masks)
+    assert calls == ["back"]
+    engine.compress(masks)
+    assert calls == ["back"]
+    engine.decompress()
+    assert calls == ["back"] * 2
+
+
+def test_memory_goes_back_after_each_block_of_judged_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(choice, "time_layer", lambda *_: LayerTimes(1.0, 0.1, 0.01))
+    net, x = tokens()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    engine = acdc.Engine(net, x)
+    method = acdc.ACDC(acdc.Unstructured(0.6), acdc.constant("sparse", epochs=1).resolve(1000))
+    acdc.Sparsifier(method, net, optimizer, engine=engine)
+    monkeypatch.setattr(engine_module, "give_memory_back", lambda: calls.append("back"))
+    steps = 0
+    net(x).sum().backward()
+    optimizer.step()
+    while engine.judges:
+        net(x).sum().backward()
+        optimizer.step()
+        steps += 1
+    assert 2 <= len(calls) <= steps / 5
+    calls.clear()
+    net(x).sum().backward()
+    optimizer.step()
+    assert not calls
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.skipif(not native.available(), reason="no compiled kernels")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1])  # pages
+
+    pieces = [torch.ones(2**14) for _ in range(2**11)]  # 128 MiB; the heap, not maps of their own
+    kept = pieces[::64]
+    del pieces
+    native.give_memory_back()
+    before = resident()
+    pieces = [torch.ones(2**14) for _ in range(2**11)]
+    kept += pieces[::64]
+    del pieces
+    full = resident()
+    native.give_memory_back()
+    assert resident() < full - 2**14  # 64 MiB of pages of 4 KiB
+    assert resident() < before + 2**13
+    assert kept
