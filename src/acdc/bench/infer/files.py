@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -22,8 +24,9 @@ from acdc.runtime.runtime import Runtime
 
 CALIBRATED = 8  # samples for the ranges of int8
 
-# DeepSparse 1.8 knows the operators up to this version, and the layout of the older exporter.
-_OLD_OPSET = 13
+# DeepSparse 1.8 knows the files of PyTorch's older exporter. This is the first version of
+# operators in which that exporter has attention; a LayerNorm is written as plain operations.
+_OLD_OPSET = 14
 
 
 class Files:
@@ -116,8 +119,8 @@ class Files:
             return self._given
         inputs = self.case.inputs(1)
         path = self.folder / "net-old.onnx"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the exporter is old
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # that the exporter is old; a failure prints the graph
             torch.onnx.export(
                 copy.deepcopy(self._need_model()), tuple(inputs.values()), str(path),
                 dynamo=False, opset_version=_OLD_OPSET, input_names=list(inputs),
