@@ -150,6 +150,7 @@ def test_the_source_distribution_builds_and_holds_no_measurements(tmp_path: Path
     assert folders & {"experiments", "benchmarks", "build", "runs", ".venv", ".ci"} == set()
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
 def test_a_build_without_a_compiler_has_no_kernels_and_a_release_fails(tmp_path: Path) -> None:
     """Who has no compiler gets the library all the same; a wheel for others needs kernels."""
     settings = {"build-dir": str(tmp_path / "build")}
@@ -177,3 +178,43 @@ def test_a_compiler_without_openmp_builds_kernels_and_no_release(tmp_path: Path)
         )
         assert done.returncode == int(required), done.stderr
     assert re.search("Could NOT find OpenMP", done.stderr)
+
+
+# --- the check of an installed wheel --------------------------------------------------------------
+
+
+@compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_check_of_an_installed_wheel_passes_for_this_installation(tmp_path: Path) -> None:
+    """All of it but its first question, whether it is a wheel that is installed."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"import torch, wheel_smoke as smoke\n"
+        f"torch.set_num_threads(2)\n"
+        f"smoke.check_two_threads()\n"
+        f"smoke.check_engine(pure=False)\n"
+        f"smoke.check_training(pure=False)\n"
+        f"print(smoke.openmp())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.fullmatch(r"\['[^,]*/torch/lib/libgomp[^,]*'\]\n", done.stdout), done.stdout
+
+
+@compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_check_of_an_installed_wheel_sees_a_clone_and_a_kernel_on_one_thread() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"import torch, importlib, wheel_smoke as smoke\n"
+        f"kernels = importlib.import_module('acdc._kernels')\n"
+        f"gather = kernels.gather\n"
+        f"kernels.gather = lambda *args: gather(*args[:-1], 1)\n"
+        f"for check in (smoke.check_origin, smoke.check_two_threads):\n"
+        f"    try:\n        check()\n"
+        f"    except (AssertionError, ValueError) as error:\n        print('seen')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["seen", "seen"], done.stderr
