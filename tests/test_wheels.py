@@ -32,10 +32,10 @@ compiled = pytest.mark.skipif(not native.available(), reason="installed without 
 @read_elf
 @compiled
 def test_the_kernels_need_no_symbol_that_an_older_linux_lacks() -> None:
-    found = too_new(Path(native.library()))
-    if "libstdc++.so.6" in found:
+    module = Path(native.library())
+    if "libstdc++.so.6" in SYMBOLS["libraries"](module):
         pytest.skip("the kernels are linked with libstdc++.so: this system has no libstdc++.a")
-    assert found == []
+    assert too_new(module) == []
 
 
 @read_elf
@@ -43,10 +43,8 @@ def test_the_kernels_need_no_symbol_that_an_older_linux_lacks() -> None:
 def test_a_symbol_that_is_too_new_is_named(tmp_path: Path) -> None:
     (tmp_path / "new.cpp").write_text(
         "#include <math.h>\n"
-        "#include <vector>\n"
         'extern "C" double old_one(double x) { return fabs(atan(x)); }\n'
         'extern "C" double new_one(double x) { return exp(x); }\n'
-        'extern "C" void longer(std::vector<int> *v) { v->reserve(100); }\n'
     )
     library = tmp_path / "new.so"
     command = ["c++", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "new.cpp"), "-lm"]
@@ -56,9 +54,18 @@ def test_a_symbol_that_is_too_new_is_named(tmp_path: Path) -> None:
     if " exp@GLIBC_2.29" not in needs.stdout:
         pytest.skip("the C library of this system has no exp of a new version")
     found = too_new(library)
-    assert "exp@GLIBC_2.29" in found
-    assert "libstdc++.so.6" in found
-    assert not any("atan" in symbol or "GLIBC_2.2.5" in symbol for symbol in found)
+    assert [symbol.partition(" ")[0] for symbol in found] == ["exp@GLIBC_2.29"]
+
+
+@read_elf
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+def test_a_library_that_other_systems_lack_is_named(tmp_path: Path) -> None:
+    for name, other in (("mine", []), ("user", ["mine.so"])):
+        (tmp_path / f"{name}.cpp").write_text(f"int {name};")
+        command = ["c++", "-shared", "-fPIC", "-Wl,--no-as-needed", "-o", f"{name}.so"]
+        subprocess.run([*command, f"{name}.cpp", *other], cwd=tmp_path, check=True)
+    assert too_new(tmp_path / "mine.so") == []
+    assert too_new(tmp_path / "user.so") == ["mine.so"]
 
 
 @read_elf
@@ -143,6 +150,7 @@ def test_the_source_distribution_builds_and_holds_no_measurements(tmp_path: Path
     assert folders & {"experiments", "benchmarks", "build", "runs", ".venv", ".ci"} == set()
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
 def test_a_build_without_a_compiler_has_no_kernels_and_a_release_fails(tmp_path: Path) -> None:
     """Who has no compiler gets the library all the same; a wheel for others needs kernels."""
     settings = {"build-dir": str(tmp_path / "build")}
@@ -171,3 +179,43 @@ def test_a_compiler_without_openmp_builds_kernels_and_no_release(tmp_path: Path)
         )
         assert done.returncode == int(required), done.stderr
     assert re.search("Could NOT find OpenMP", done.stderr)
+
+
+# --- the check of an installed wheel --------------------------------------------------------------
+
+
+@compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_check_of_an_installed_wheel_passes_for_this_installation(tmp_path: Path) -> None:
+    """All of it but its first question, whether it is a wheel that is installed."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"import torch, wheel_smoke as smoke\n"
+        f"torch.set_num_threads(2)\n"
+        f"smoke.check_two_threads()\n"
+        f"smoke.check_engine(pure=False)\n"
+        f"smoke.check_training(pure=False)\n"
+        f"print(smoke.openmp())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.fullmatch(r"\['[^,]*/torch/lib/libgomp[^,]*'\]\n", done.stdout), done.stdout
+
+
+@compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_check_of_an_installed_wheel_sees_a_clone_and_a_kernel_on_one_thread() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        f"import torch, importlib, wheel_smoke as smoke\n"
+        f"kernels = importlib.import_module('acdc._kernels')\n"
+        f"gather = kernels.gather\n"
+        f"kernels.gather = lambda *args: gather(*args[:-1], 1)\n"
+        f"for check in (smoke.check_origin, smoke.check_two_threads):\n"
+        f"    try:\n        check()\n"
+        f"    except (AssertionError, ValueError) as error:\n        print('seen')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["seen", "seen"], done.stderr

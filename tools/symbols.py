@@ -22,14 +22,13 @@ LIMITS = {
     "OMP": (4, 5),
 }
 LIBRARIES = re.compile(
-    r"(libgomp\.so\.1|lib(c|m|gcc_s|pthread|dl|rt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d)"
+    r"lib(gomp|c|m|stdc\+\+|gcc_s|pthread|dl|rt)\.so\.\d+|ld-linux-[\w-]+\.so\.\d"
 )
 
 
 def too_new(module: Path) -> list[str]:
     """Return what an older system lacks, as ``symbol@version`` and ``library``."""
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", _read(module, "--dynamic"))
-    found = [library for library in needed if not LIBRARIES.fullmatch(library)]
+    found = [library for library in libraries(module) if not LIBRARIES.fullmatch(library)]
     for line in _read(module, "--dyn-syms").splitlines():
         undefined = re.search(r" UND (\S+@([A-Z]+)_([\d.]+))", line)
         if undefined:
@@ -37,6 +36,11 @@ def too_new(module: Path) -> list[str]:
             if tuple(map(int, version.split("."))) > LIMITS.get(space, ()):
                 found.append(symbol)
     return sorted(found)
+
+
+def libraries(module: Path) -> list[str]:
+    """Return the libraries that a module is linked with."""
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", _read(module, "--dynamic"))
 
 
 def machine(module: Path) -> str:
