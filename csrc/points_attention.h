@@ -24,8 +24,8 @@ template <class real> struct Attention {
 template <class real> constexpr int query_registers = sizeof(real) == 8 ? 1 : lanes == 16 ? 4 : 2;
 template <class real> constexpr int sharing(int registers) {
     if (sizeof(real) == 8) return 4;
-    if (lanes == 16) return registers == 1 ? 12 : 24 / registers;
-    return (lanes == 8 ? 12 : 8) / registers;
+    if (lanes == 16) return registers >= 3 ? 6 : 8;  // more channels of values would need more addresses than there are
+    return registers == 1 ? 8 : lanes == 8 ? 6 : 4;
 }
 
 template <class real> inline vec<real> lane_numbers() {
@@ -40,16 +40,24 @@ template <class real, int V, int R> inline void score_keys(const Attention<real>
     const real *q = t.queries, *k = t.keys + key;
     vec<real> sum[R][V];
     ACDC_UNROLL
-    for (int i = 0; i < R * V; ++i) sum[i / V][i % V] = vec<real>{};
+    for (int r = 0; r < R; ++r) {
+        ACDC_UNROLL
+        for (int v = 0; v < V; ++v) sum[r][v] = vec<real>{};
+    }
     for (int c = 0; c < t.size; ++c, q += t.query_channel, k += t.key_channel) {
         vec<real> x[V];
         ACDC_UNROLL
         for (int v = 0; v < V; ++v) x[v] = load_loose(q + v * lanes);
         ACDC_UNROLL
-        for (int i = 0; i < R * V; ++i) sum[i / V][i % V] += splat(k[i / V]) * x[i % V];
+        for (int r = 0; r < R; ++r) {
+            ACDC_UNROLL
+            for (int v = 0; v < V; ++v) sum[r][v] += splat(k[r]) * x[v];
+        }
     }
+    ACDC_UNROLL
     for (int r = 0; r < R; ++r) {
         const bool live = !t.mask || t.mask[key + r] != 0;
+        ACDC_UNROLL
         for (int v = 0; v < V; ++v) {
             vec<real> score = live ? sum[r][v] * splat(t.scale) : splat(never);
             const int ahead = key + r - t.first - v * lanes;  // lanes before this one must not look at the key
@@ -85,22 +93,30 @@ template <class real, int V, int R> inline void add_values(const Attention<real>
     const real *p = t.scores, *x = t.values + channel * t.value_channel;
     vec<real> sum[R][V];
     ACDC_UNROLL
-    for (int i = 0; i < R * V; ++i) sum[i / V][i % V] = vec<real>{};
+    for (int r = 0; r < R; ++r) {
+        ACDC_UNROLL
+        for (int v = 0; v < V; ++v) sum[r][v] = vec<real>{};
+    }
     for (int key = 0; key < t.count; ++key, p += V * lanes, ++x) {
         vec<real> share[V];
         ACDC_UNROLL
         for (int v = 0; v < V; ++v) share[v] = load_loose(p + v * lanes);
         ACDC_UNROLL
-        for (int i = 0; i < R * V; ++i) sum[i / V][i % V] += splat(x[i / V * t.value_channel]) * share[i % V];
+        for (int r = 0; r < R; ++r) {
+            ACDC_UNROLL
+            for (int v = 0; v < V; ++v) sum[r][v] += splat(x[r * t.value_channel]) * share[v];
+        }
     }
     ACDC_UNROLL
-    for (int i = 0; i < R * V; ++i) {
-        const int r = i / V, v = i % V;
-        const vec<real> result = sum[r][v] * inverse[v];
-        real* out = t.out + (channel + r) * t.out_channel + v * lanes;
-        if (t.left >= (v + 1) * lanes) store_loose(out, result);
-        else
-            for (int lane = 0; lane < t.left - v * lanes; ++lane) out[lane] = result[lane];
+    for (int r = 0; r < R; ++r) {
+        ACDC_UNROLL
+        for (int v = 0; v < V; ++v) {
+            const vec<real> result = sum[r][v] * inverse[v];
+            real* out = t.out + (channel + r) * t.out_channel + v * lanes;
+            if (t.left >= (v + 1) * lanes) store_loose(out, result);
+            else
+                for (int lane = 0; lane < t.left - v * lanes; ++lane) out[lane] = result[lane];
+        }
     }
 }
 
