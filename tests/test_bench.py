@@ -338,17 +338,17 @@ def test_bench_step_writes_a_row_for_every_sparsity(
 ) -> None:
     asked: list[tuple[object, ...]] = []
 
-    def peak(*how: object) -> float:
+    def peaks(*how: object) -> step.Peaks:
         asked.append(how)
-        return 100.0 + len(asked)
+        return step.Peaks(100.0 + len(asked), 200.0 + len(asked))
 
-    monkeypatch.setattr(step, "peak_mb", peak)
+    monkeypatch.setattr(step, "peaks_mb", peaks)
     file = tmp_path / "step.json"
     words = ["bench", "step", "--case", STEP, "--sparsity", "0.5", "--sparsity", "0.9"]
     assert main([*words, "--repeats", "2", "--scope", "erk", "--json", str(file)]) == 0
     half, tenth = json.loads(file.read_text())["rows"]
     more = {"flops_share", "compression_steps", "recompression_steps", "layers", "verdicts"}
-    more |= {"dense_peak_mb", "engine_peak_mb"}
+    more |= {"dense_peak_mb", "engine_peak_mb", "engine_start_peak_mb"}
     assert set(half) == set(tenth) == COLUMNS | more
     assert set(half["dense_settings_ms"]) == {"nchw", "channels_last"}
     assert half["ratio"] == half["dense_ms"] / half["engine_ms"]
@@ -366,6 +366,7 @@ def test_bench_step_writes_a_row_for_every_sparsity(
     ]
     assert [row["dense_peak_mb"] for row in (half, tenth)] == [101, 101]
     assert [row["engine_peak_mb"] for row in (half, tenth)] == [102, 103]
+    assert [row["engine_start_peak_mb"] for row in (half, tenth)] == [202, 203]
     out, _ = capsys.readouterr()
     assert "SparseLab: single layers only" in out
 
@@ -375,9 +376,18 @@ def test_the_peak_of_a_step_is_that_of_its_activations_and_weights() -> None:
     # The first stage of resnet8 has 3 convolutions; each keeps its output for the backward pass,
     # and so does BatchNorm: 6 tensors at least.
     least = 6 * 128 * 16 * 32 * 32 * 4 / 1e6
-    peak = step.peak_mb("resnet8_w16_n128", torch.channels_last)
-    assert peak is not None
-    assert least < peak < 6 * least
+    peaks = step.peaks_mb("resnet8_w16_n128", torch.channels_last)
+    assert peaks is not None
+    assert least < peaks.step < 6 * least
+    assert least < peaks.start < 6 * least
+
+
+@pytest.mark.skipif(not step.FORGET.exists(), reason="only Linux tells the peak of a process")
+def test_the_memory_of_a_step_is_measured_when_the_engine_has_decided() -> None:
+    """Dense steps, with which the sparse ones are compared, need more than those."""
+    peaks = step.peaks_mb("resnet20_w16_n32", 0.95, "uniform")
+    assert peaks is not None
+    assert 0 < peaks.step < peaks.start
 
 
 @pytest.mark.skipif(not step.FORGET.exists(), reason="only Linux tells the peak of a process")
@@ -391,7 +401,7 @@ def test_a_peak_is_seen_after_it_has_passed_and_forgotten_before_the_next() -> N
 
 def test_without_proc_there_is_no_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(step, "FORGET", tmp_path / "missing")
-    assert step.peak_mb(STEP, torch.channels_last) is None
+    assert step.peaks_mb(STEP, torch.channels_last) is None
 
 
 FAKE_MODULES = """
@@ -423,7 +433,7 @@ def swap_module(net, name, module):
 def test_sparseprop_trains_the_network_if_its_loss_is_right(
     right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "peak_mb", lambda *how: None)
+    monkeypatch.setattr(step, "peaks_mb", lambda *how: None)
     ones = "return torch.nn.init.ones_(layer.weight) is None or layer"
     fake = FAKE_MODULES if right else FAKE_MODULES.replace("return layer", ones)
     (tmp_path / "sparseprop/modules.py").write_text(fake)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from acdc.bench import zoo, zoo_step
-from acdc.bench.step import OPTIMIZERS
+from acdc.bench.step import OPTIMIZERS, Peaks
 from acdc.bench.zoo import OWN, ZOO, ZooNetwork
 from acdc.cli import main
 from acdc.engine.choice import Choice
@@ -24,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 KEYS = {
     "case", "sparsity", "optimizer", "ratio", "dense_ms", "engine_ms", "dense_setting",
     "dense_settings_ms", "quartiles", "rounds", "dense_peak_mb", "engine_peak_mb",
-    "sparse_percent", "layers", "not_sparse", "verdicts", "notes",
+    "engine_start_peak_mb", "sparse_percent", "layers", "not_sparse", "verdicts", "notes",
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "ZOO", table)
     monkeypatch.setattr(zoo, "OWN", ())
     monkeypatch.setattr(zoo, "find_spec", lambda name: None)
-    monkeypatch.setattr(zoo_step, "peak_mb", lambda *_, **__: 1.5)
+    monkeypatch.setattr(zoo_step, "peaks_mb", lambda *_, **__: Peaks(1.5, 2.5))
 
 
 def run(*args: str) -> int:

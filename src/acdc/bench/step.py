@@ -5,8 +5,10 @@ in a sparse phase from the first step on. By default every pruned layer has the 
 because a global cut on untrained weights would prune the wide layers alone. A ResNet keeps its
 first and its last layer dense, as the uniform scope does. A GPT keeps its head dense.
 
-The memory of a step is measured in a fresh process that trains this one network: the peak during
-the third step, minus the memory in use before the network was built.
+The memory of a step is measured in a fresh process that trains this one network: the peak during a
+step, minus the memory in use before the network was built. The engine has decided before that step
+what stays on; the peak of its first steps, in which it times layers and whole steps, is a figure of
+its own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +199,7 @@ def _rows(
 
     by_setting = {setting: seconds[setting, None] for setting in dense}
     cost = flops_of(network.build(), network.data()[0][:1])
-    dense_mb: float | None = None
+    dense_peaks: Peaks | None = None
     for sparsity, engine in engines.items():
         names = [name for name, zeros in seconds if zeros == sparsity]
         row: Row = {"case": network.name, "sparsity": sparsity}
@@ -205,9 +207,8 @@ def _rows(
         row["flops_share"] = cost.inference_ratio(engine.sparsifier.support.counts())
         row["compression_steps"] = 1000 * engine.first / row["engine_ms"] - 1
         row["recompression_steps"] = 1000 * engine.again() / row["engine_ms"] - 1
-        dense_mb = dense_mb or peak_mb(network.name, formats[row["dense_setting"]])
-        row["dense_peak_mb"] = dense_mb
-        row["engine_peak_mb"] = peak_mb(network.name, sparsity, scope)
+        dense_peaks = dense_peaks or peaks_mb(network.name, formats[row["dense_setting"]])
+        row |= memory(dense_peaks, peaks_mb(network.name, sparsity, scope))
         row["layers"] = choices(engine.engine)
         row["verdicts"] = [str(verdict) for verdict in engine.engine.verdicts]
         yield row | {"notes": notes[sparsity]}
@@ -241,8 +242,30 @@ STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 Find = Callable[[str], Network | None]
 
 
-def peak_mb(name: str, *how: Any, find: Find = networks.parse) -> float | None:
-    """Return the peak memory of a step in megabytes (10^6 bytes), measured in a fresh process.
+class Peaks(NamedTuple):
+    """Peaks of the memory that a training needs, in megabytes (10^6 bytes).
+
+    Args:
+        step: During a step, when all is decided.
+        start: Before that step: while the network is built and compressed, and during the first
+            steps.
+    """
+
+    step: float
+    start: float
+
+
+def memory(dense: Peaks | None, engine: Peaks | None) -> Row:
+    """Return the columns of a row about memory."""
+    return {
+        "dense_peak_mb": dense and dense.step,
+        "engine_peak_mb": engine and engine.step,
+        "engine_start_peak_mb": engine and engine.start,
+    }
+
+
+def peaks_mb(name: str, *how: Any, find: Find = networks.parse) -> Peaks | None:
+    """Return the peak memory of a training, measured in a fresh process.
 
     Only Linux reports the peak of a process. Other systems return ``None``.
 
@@ -257,21 +280,31 @@ def peak_mb(name: str, *how: Any, find: Find = networks.parse) -> float | None:
     fresh = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(1, mp_context=fresh) as pool:
-            return pool.submit(_peak_mb, find, name, *how).result()
+            return pool.submit(_peaks_mb, find, name, *how).result()
     except (BrokenProcessPool, OSError):  # killed for lack of memory, or no permission
         return None
 
 
-def _peak_mb(find: Find, name: str, *how: Any) -> float:
+def _peaks_mb(find: Find, name: str, *how: Any) -> Peaks:
     network = find(name)
     assert network is not None
     Training(networks.Network("", CifarResNet(depth=8, width=1).build, 1, images=True)).step()
-    before = _kilobytes("VmRSS")  # includes what PyTorch loads at a first step
-    dense = isinstance(how[0], torch.memory_format)
-    training = Training(network, *how) if dense else OnEngine(network, *how)
+    before = _kilobytes("VmRSS") / 1e3  # includes what PyTorch loads at a first step
+    made: list[Training] = []
+    start = peak_during(lambda: made.append(_started(network, *how))) - before
+    return Peaks(peak_during(made[0].step) - before, start)
+
+
+def _started(network: Network, *how: Any) -> Training:
+    """Return a training after its first steps."""
+    if isinstance(how[0], torch.memory_format):
+        training = Training(network, *how)
+    else:
+        training = on_engine = OnEngine(network, *how)
+        on_engine.settle()
     for _ in range(WARM_UP):
         training.step()
-    return peak_during(training.step) - before / 1e3
+    return training
 
 
 def peak_during(call: Callable[[], object]) -> float:

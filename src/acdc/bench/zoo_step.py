@@ -17,7 +17,7 @@ from torch import Tensor
 from acdc.bench.networks import Network
 from acdc.bench.peers import reason
 from acdc.bench.race import Row, Workload, race, summary
-from acdc.bench.step import WARM_UP, OnEngine, Training, choices, peak_mb
+from acdc.bench.step import WARM_UP, OnEngine, Peaks, Training, choices, memory, peaks_mb
 from acdc.bench.zoo import find
 from acdc.cost import measure as flops_of
 from acdc.engine.engine import Engine
@@ -123,16 +123,18 @@ def _rows(network: Network, settings: Settings) -> Iterator[Row]:
 
     dense = {setting: seconds[setting, None] for setting in formats}
     columns = {name: seconds[name, None] for name in settings.columns if (name, None) in seconds}
-    dense_mb: float | None = None
+    dense_peaks: Peaks | None = None
     for sparsity in settings.sparsities:
         row: Row = {"case": network.name, "sparsity": sparsity, "optimizer": kind}
         sparse = {"engine": seconds["engine", sparsity]} if sparsity in engines else {}
         row |= summary(dense, sparse | columns, settings.columns)
-        dense_mb = dense_mb or peak_mb(network.name, formats[row["dense_setting"]], kind, find=find)
-        row |= {"dense_peak_mb": dense_mb, "engine_peak_mb": None, "sparse_percent": None}
+        dense_setting = formats[row["dense_setting"]]
+        dense_peaks = dense_peaks or peaks_mb(network.name, dense_setting, kind, find=find)
+        row |= memory(dense_peaks, None) | {"sparse_percent": None}
         row |= {"layers": {}, "not_sparse": {}, "verdicts": []}
         if (training := engines.get(sparsity)) is not None:
-            row["engine_peak_mb"] = peak_mb(network.name, sparsity, settings.scope, kind, find=find)
+            peaks = peaks_mb(network.name, sparsity, settings.scope, kind, find=find)
+            row |= memory(dense_peaks, peaks)
             row["sparse_percent"] = sparse_percent(training)
             row["layers"] = choices(training.engine)
             row["not_sparse"] = not_sparse(training)
@@ -150,7 +152,7 @@ def _failed(network: Network, sparsity: float, why: str, settings: Settings) -> 
     """Return the row of a network that PyTorch alone does not train."""
     row: Row = {"case": network.name, "sparsity": sparsity, "optimizer": settings.optimizer}
     empty = ("ratio", "dense_ms", "engine_ms", *(f"{name}_ms" for name in settings.columns))
-    row |= dict.fromkeys((*empty, "dense_peak_mb", "engine_peak_mb", "sparse_percent"))
+    row |= dict.fromkeys((*empty, "sparse_percent")) | memory(None, None)
     row |= {"dense_setting": "failed", "dense_settings_ms": {}, "quartiles": {}, "rounds": 0}
     return row | {"layers": {}, "not_sparse": {}, "verdicts": [], "notes": {"dense": why}}
 
