@@ -93,6 +93,14 @@ def flattening() -> nn.Module:
     return nn.Sequential(conv(3, 8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(96, 7))
 
 
+def pools() -> nn.Module:
+    """Pooling in ceil_mode without windows beyond the image, and to several pixels."""
+    return nn.Sequential(
+        conv(3, 8), nn.MaxPool2d(2, ceil_mode=True), nn.AvgPool2d(2, ceil_mode=True),
+        conv(8, 8), nn.AdaptiveAvgPool2d((3, 2)), conv(8, 4), nn.AdaptiveAvgPool2d((3, 2)),
+    )  # fmt: skip
+
+
 def channels_last() -> nn.Module:
     """A block of ConvNeXt, with its scale for each channel."""
 
@@ -149,6 +157,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], Example]] = {
     "packed projections": (lambda: Gpt(width=16, heads=2), {"x": normal(2, 6, 16)}),
     "patches": (patches, {"x": normal(2, 3, 12, 12)}),
     "flattened images": (flattening, {"input": normal(2, 3, 6, 8)}),
+    "pools": (pools, {"input": normal(2, 3, 12, 16)}),
     "channels last": (channels_last, {"x": normal(2, 8, 5, 6)}),
     "gates": (gates, {"x": normal(2, 7, 12)}),
 }  # fmt: skip
@@ -299,9 +308,14 @@ def folding(m: Any, x: Tensor) -> Tensor:
     return m.a(x.reshape(x.shape[1], x.shape[0], 6).transpose(0, 1))
 
 
+def beyond(m: Any, x: Tensor) -> Tensor:
+    """A window of ceil_mode that is partly beyond the image."""
+    return F.max_pool2d(m.a(x)[:, None], 4, 4, ceil_mode=True)
+
+
 @pytest.mark.parametrize(
     "forward",
-    [of_batch_size, of_position, over_samples, over_tokens, random, counting, folding],
+    [beyond, of_batch_size, of_position, over_samples, over_tokens, random, counting, folding],
 )
 def test_what_is_no_program_for_any_batch_is_pytorchs(forward: Any) -> None:
     torch.manual_seed(0)

@@ -553,17 +553,29 @@ def _together(reader: Reader, node: fx.Node, x: View, y: View, multiply: bool) -
 @handles("aten.max_pool2d.default")
 def _max_pool(reader: Reader, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     window, stride, padding, dilation, ceil = _settings(args[1:], [None, [], 0, 1, False])
-    if _pair(dilation) != (1, 1) or ceil:
-        raise Unknown("max pooling with dilation or ceil_mode")
+    if _pair(dilation) != (1, 1):
+        raise Unknown("max pooling with dilation")
+    if ceil:
+        _check_ceil(node, window, stride, padding)
     return _pool(reader, node, _view(args[0]), True, window, stride, padding)
+
+
+def _check_ceil(node: fx.Node, window: Any, stride: Any, padding: Any) -> None:
+    """Check that windows beyond the image, which ceil_mode adds, do not exist here."""
+    geometry = ConvGeometry(1, 1, _pair(window), _pair(stride or window), _pair(padding))
+    source: Any = node.args[0]
+    if geometry.out_size(*shape_of(source)[2:]) != shape_of(node)[2:]:
+        raise Unknown("pooling with windows beyond the image (ceil_mode)")
 
 
 @handles("aten.avg_pool2d.default")
 def _avg_pool(reader: Reader, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     defaults: list[Any] = [None, [], 0, False, True, None]
     window, stride, padding, ceil, count, divisor = _settings(args[1:], defaults)
-    if ceil or divisor is not None:
-        raise Unknown("average pooling with ceil_mode or a divisor")
+    if divisor is not None:
+        raise Unknown("average pooling with a divisor")
+    if ceil:
+        _check_ceil(node, window, stride, padding)
     return _pool(reader, node, _view(args[0]), False, window, stride, padding, bool(count))
 
 
