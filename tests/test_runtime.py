@@ -292,6 +292,34 @@ def test_pieces_are_so_small_that_their_values_fit_into_the_cache(
         assert runtime._handle.latest[0].samples == most
 
 
+def test_handles_share_index_lists() -> None:
+    model = ready(bottleneck_resnet())
+    runtime = acdc.Runtime(model, batch((3, 20, 20)))
+    other = runtime.fork()
+    assert torch.equal(other(batch((3, 20, 20))), runtime(batch((3, 20, 20))))
+    plans = [r._handle.latest[0] for r in (runtime, other)]
+    lists = [[c.args.entries for op, c in plan.steps if isinstance(op, Conv)] for plan in plans]
+    values = [[c.args.y.origin for op, c in plan.steps if isinstance(op, Conv)] for plan in plans]
+    assert lists[0] == lists[1]
+    assert not set(values[0]) & set(values[1])
+
+
+@pytest.mark.skipif(
+    native.instruction_sets()[-1:] != ["avx512"], reason="this CPU has registers of one size"
+)
+def test_small_images_take_registers_of_half_the_size() -> None:
+    def used(samples: int, side: int) -> str:
+        model = ready(nn.Sequential(conv(3, 4), conv(4, 4)), dtype=torch.float32)
+        x = batch((3, side, side), samples, torch.float32)
+        runtime = acdc.Runtime(model, x, isa="avx512")
+        exact = copy.deepcopy(model).double()
+        compare(exact, lambda given: runtime(given.float()).double(), x.double(), 1e-5)
+        return str(runtime.explain().rows[0].kernel).split()[1]
+
+    assert used(1, 7) == "avx2"
+    assert used(4, 7) == used(1, 14) == "avx512"
+
+
 def test_inputs_of_all_strides() -> None:
     model = ready(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)))
     runtime = acdc.Runtime(model, batch((3, 6, 5)))
@@ -622,7 +650,7 @@ def test_what_is_too_large_for_a_plan_runs_in_pytorch(
 ) -> None:
     model = ready(nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)))
     runtime = acdc.Runtime(model, batch((3, 6, 6)))
-    monkeypatch.setattr("acdc.runtime.plan.index_list", lambda *_: None)
+    monkeypatch.setattr("acdc.runtime.lists.index_list", lambda *_: None)
     with caplog.at_level(logging.WARNING):
         compare(model, runtime, batch((3, 6, 6), 3))
     assert "too large for 3 samples at once" in caplog.text

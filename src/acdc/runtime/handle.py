@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from acdc.engine.locks import Lock
+from acdc.runtime.lists import SharedLists
 from acdc.runtime.placing import fitting
 from acdc.runtime.plan import Plan, Settings, plain_shape
 from acdc.runtime.program import Program
@@ -44,11 +45,13 @@ class Handle:
 
     Args:
         settings: How plans compute.
+        lists: The index lists of the network, which its handles share. None: new ones.
 
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, lists: SharedLists | None = None) -> None:
         self.settings = settings
+        self.lists = lists or SharedLists()
         self.lock = Lock()
         self._plans: dict[Program, OrderedDict[int, Plan]] = {}
         self._first: dict[Program, Plan] = {}
@@ -84,7 +87,7 @@ class Handle:
         """Return the plan of a program for so many samples."""
         plans = self._plans.setdefault(program, OrderedDict())
         if samples not in plans:
-            plans[samples] = Plan(program, samples, self.settings)
+            plans[samples] = Plan(program, samples, self.settings, self.lists)
             self._first.setdefault(program, plans[samples])
             if len(plans) > PLANS:
                 plans.popitem(last=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from acdc.engine import native
 from acdc.engine.caches import caches
 from acdc.engine.geometry import ConvGeometry, Size2
+from acdc.engine.locks import Lock
 from acdc.engine.tile import SHORT_ROW
 from acdc.runtime.points import Grid, Reach
 from acdc.runtime.program import Conv
@@ -91,7 +94,19 @@ class Cut:
         return Cut(vectors, channels, groups, uniform)
 
 
-@dataclass(frozen=True)
+def instruction_set_for(points: int, isa: str) -> str:
+    """Return the instruction set for a layer with so many points, if ``isa`` is that of the plan.
+
+    A register that is filled in part takes as long as a full one. AVX2 has registers of half the
+    size of AVX-512, which an image of 7x7 pixels fills better.
+    """
+    if isa != "avx512" or "avx2" not in native.instruction_sets():
+        return isa
+    wide, narrow = (-(-points // lanes) * lanes for lanes in (16, 8))
+    return "avx2" if wide > 1.1 * narrow else isa
+
+
+@dataclass(frozen=True, eq=False)
 class IndexList:
     """A list as ``acdc_points_conv_args`` takes it."""
 
@@ -107,6 +122,26 @@ class IndexList:
         """The memory that it takes."""
         tensors = (self.parts, self.channel, self.begin, self.entries)
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class SharedLists:
+    """The index lists that the plans of all handles of a network share.
+
+    A list exists as long as a plan needs it.
+    """
+
+    def __init__(self) -> None:
+        self._lists: WeakValueDictionary[tuple[Hashable, ...], IndexList] = WeakValueDictionary()
+        self._lock = Lock(rank=1)  # taken while a handle's lock is held
+
+    def get(self, op: Conv, x: Grid, taps: Taps, cut: Cut) -> IndexList | None:
+        """Return what :func:`index_list` returns."""
+        key = (op, x.channel, x.row, taps, cut)
+        with self._lock:
+            found = self._lists.get(key) or index_list(op, x, taps, cut)
+            if found is not None:
+                self._lists[key] = found
+            return found
 
 
 def index_list(op: Conv, x: Grid, taps: Taps, cut: Cut) -> IndexList | None:

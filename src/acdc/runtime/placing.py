@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +14,6 @@ from acdc.engine.native import advise_huge_pages
 from acdc.runtime.lists import Taps
 from acdc.runtime.points import Buffer, Grid, Reach
 from acdc.runtime.program import Conv, Gate, Map, Norm, Op, Planes, Program, Value
-
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 @dataclass
@@ -157,8 +154,8 @@ def place(
 def fitting(program: Program, most: int) -> int:
     """Return for how many samples, at most ``most``, the values fit into the last-level cache.
 
-    Values that do not fit are read from memory again and again: with 16 images at once, an image of
-    a large network took up to 1.6 times as long as alone.
+    Values that do not fit are read from memory again and again, which takes longer than computing
+    few samples at a time.
     """
     steps = steps_of(program)
     pieces, _ = _shared(steps, grids_of(steps, most), program.inputs, program.outputs)
@@ -225,9 +222,9 @@ def _allocated(
 ) -> tuple[list[Buffer], int]:
     spare = LINE // dtype.itemsize
     sizes = [piece.numbers for piece in pieces]
-    # NumPy takes large memory from the system, which clears a page when it is first used.
-    arena = torch.from_numpy(np.zeros(sum(sizes) + spare, _NUMPY[dtype]))
+    arena = torch.empty(sum(sizes) + spare, dtype=dtype)
     advise_huge_pages(arena)
+    arena.zero_()
     start = -arena.data_ptr() % LINE // dtype.itemsize
     starts = [start + sum(sizes[:number]) for number in range(len(pieces))]
     masks: dict[Grid, Tensor | None] = {

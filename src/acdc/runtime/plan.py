@@ -11,7 +11,7 @@ from torch import Tensor
 from acdc.engine.native import NativeCall
 from acdc.errors import InputError
 from acdc.runtime.calls import Calls, direct, sequence
-from acdc.runtime.lists import Cut, index_list
+from acdc.runtime.lists import Cut, SharedLists, instruction_set_for
 from acdc.runtime.placing import Steps, grids_of, place, steps_of
 from acdc.runtime.points import Buffer
 from acdc.runtime.program import (
@@ -44,7 +44,7 @@ class Settings:
     """How plans compute.
 
     Args:
-        isa: The instruction set, of all layers.
+        isa: The widest instruction set.
         threads: The number of threads.
 
     """
@@ -59,12 +59,14 @@ class Layer:
 
     Args:
         op: The layer.
+        isa: Its instruction set.
         cut: How it is cut into items of work.
         bytes: The memory of its index list.
 
     """
 
     op: Conv
+    isa: str
     cut: Cut
     bytes: int
 
@@ -76,6 +78,7 @@ class Plan:
         program: The program.
         samples: How many samples, or tokens.
         settings: How it computes.
+        lists: Where plans find the index lists of other plans.
 
     Attributes:
         bytes: The memory of its buffers.
@@ -84,8 +87,11 @@ class Plan:
 
     """
 
-    def __init__(self, program: Program, samples: int, settings: Settings) -> None:
+    def __init__(
+        self, program: Program, samples: int, settings: Settings, lists: SharedLists
+    ) -> None:
         self.program, self.samples, self.settings = program, samples, settings
+        self._lists = lists
         self._calls = Calls(settings.isa, program.dtype, settings.threads)
         steps = steps_of(program)
         grids = grids_of(steps, samples)
@@ -168,16 +174,17 @@ class Plan:
         return self._calls.attention(op, buffers, out)
 
     def _conv(self, op: Conv, x: Buffer, out: Buffer, steps: Steps) -> NativeCall:
-        taps, calls = steps.taps[op], self._calls
+        taps, isa = steps.taps[op], instruction_set_for(out.grid.count, self.settings.isa)
+        calls = Calls(isa, self.program.dtype, self.settings.threads)
         cut = Cut.rule(
             op, out.grid, taps, calls.lanes, self.settings.threads, self.program.dtype.itemsize
         )
-        entries = index_list(op, x.grid, taps, cut)
+        entries = self._lists.get(op, x.grid, taps, cut)
         if entries is None:
             raise InputError(
                 f"{op.name} is too large for {self.samples} samples at once: its buffers do not "
                 "fit into 32-bit offsets. Give fewer samples or smaller images."
             )
-        self.layers.append(Layer(op, cut, entries.bytes))
+        self.layers.append(Layer(op, isa, cut, entries.bytes))
         residual = None if op.residual is None else self._buffers[op.residual]
         return calls.conv(op, entries, cut, x, out, residual)

@@ -259,8 +259,9 @@ class Runtime:
     def fork(self, *, threads: int | None = None) -> Runtime:
         """Return a second handle of the same network, for another Python thread.
 
-        The handles share weights. Each has index lists and memory of its own, so that they compute
-        at the same time. Two threads that use one handle take turns.
+        The handles share weights, and index lists if they have as many threads. Each has memory of
+        its own for values, so that they compute at the same time. Two threads that use one handle
+        take turns.
 
         Args:
             threads: How many threads the new handle computes on. None: as many as this one.
@@ -271,17 +272,17 @@ class Runtime:
         settings = self._handle.settings
         if threads is not None:
             settings = replace(settings, threads=_threads(threads))
-        other._handle = Handle(settings)
+        other._handle = Handle(settings, self._handle.lists)
         return other
 
 
 def _rows(plan: Plan) -> list[Row]:
-    return [_row(plan, layer) for layer in plan.layers]
+    return [_row(layer) for layer in plan.layers]
 
 
-def _row(plan: Plan, layer: Layer) -> Row:
+def _row(layer: Layer) -> Row:
     kept, weights = layer.op.weight.values.numel(), layer.op.weight_numel
-    kernel = f"points {plan.settings.isa} {layer.cut.vectors}x{layer.cut.channels}"
+    kernel = f"points {layer.isa} {layer.cut.vectors}x{layer.cut.channels}"
     how: Literal["sparse", "dense"] = "sparse" if kept < weights else "dense"
     return Row(layer.op.name, how, kept, weights, "", kernel, layer.bytes)
 
@@ -301,7 +302,7 @@ def _timed_rows(plan: Plan, threads: int) -> list[Row]:
         value = plan.program.values[op.out]
         pixels = plan.samples * value.height * value.width
         gflops = 2 * op.weight.values.numel() * pixels / max(seconds, 1e-9) / 1e9
-        row = _row(plan, layers[op])
+        row = _row(layers[op])
         rows.append(replace(row, milliseconds=milliseconds, gflops=gflops))
     return rows
 
