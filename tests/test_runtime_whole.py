@@ -580,3 +580,40 @@ def test_hostile_files_are_refused_in_words(name: str, saved: bytes, tmp_path: P
     path.write_bytes(serialize(tensors, {file.ENTRY: json.dumps(note)}))
     with pytest.raises(acdc.InputError, match=words):
         acdc.Runtime.load(path)
+
+
+# --- calls that a program does not take -----------------------------------------------------------
+
+
+def test_a_text_of_another_length_runs_in_parts(caplog: pytest.LogCaptureFixture) -> None:
+    model = ready(of_transformers("Bert_Model", **BERT))
+    runtime = acdc.Runtime(model, {"input_ids": ids(2, 16)}, strict=True)
+    assert len(runtime._handle._plans) == 1
+    with caplog.at_level("WARNING"):
+        for tokens in (9, 16, 24, 9):
+            x = ids(3, tokens)
+            with torch.no_grad():
+                expected = model(input_ids=x).last_hidden_state
+            found = runtime(input_ids=x).last_hidden_state
+            assert (found - expected).abs().max() <= LIMIT * expected.abs().max()
+    said = [record.message for record in caplog.records if "runs in parts" in record.message]
+    assert len(said) == 2  # once for each length
+    assert not any("runs in PyTorch" in record.message for record in caplog.records)
+    assert len(runtime._handle._plans) > 2  # the kernels have computed the layers of the parts
+
+
+def test_parts_share_the_weights_of_the_program_and_its_copy_alone() -> None:
+    model = ready(of_transformers("Bert_Model", **BERT))
+    runtime = acdc.Runtime(model, {"input_ids": ids(2, 16)})
+    network = runtime._network
+    assert not isinstance(network, acdc.runtime.frozen.Frozen)
+    weight = network.model.get_parameter("pooler.dense.weight")
+    runtime(input_ids=ids(2, 8))
+    whole = vars(network.model)["forward"]
+    parts = whole.others._network
+    assert parts.model.get_parameter("pooler.dense.weight") is weight
+    assert weight is not model.get_parameter("pooler.dense.weight")
+    assert vars(network.model)["forward"] is whole  # of the copy; the parts have another one
+    other = runtime.fork()
+    x = ids(2, 11)
+    assert torch.equal(other(input_ids=x)[0], runtime(input_ids=x)[0])

@@ -17,6 +17,7 @@ from acdc.engine.arguments import Arguments, NoFixedArguments
 from acdc.engine.example import Call, calls_of
 from acdc.engine.graph import Recognised, is_layer, recognise
 from acdc.engine.host import Single, own_forward
+from acdc.engine.locks import Lock
 from acdc.engine.modes import why_plain
 from acdc.engine.partition import fuse, samples_of, segments_of
 from acdc.engine.tracing import Untraceable, follow_buffers, propagate, trace
@@ -56,8 +57,10 @@ class Network:
     """A copy of a model whose layers run in the runtime.
 
     Args:
-        model: The model in evaluation mode.
+        model: The model in evaluation mode. Without ``whole`` it is not copied.
         args, kwargs: What it is called with.
+        whole: Make one program of a module where that is possible. Such a program holds for one
+            length of a text; without it, attention stays with PyTorch, and all else takes any.
 
     Attributes:
         programs: What the kernels compute.
@@ -65,9 +68,16 @@ class Network:
 
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.args, self.kwargs = args, kwargs
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        whole: bool = True,
+    ) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False) if whole else model
+        self.args, self.kwargs, self._whole = args, kwargs, whole
         self.programs: list[Program] = []
         self.in_torch: list[InTorch] = []
         self._calls: dict[nn.Module, Call] | None = None
@@ -107,10 +117,14 @@ class Network:
             part = _Part(name, module, args, kwargs)
         except Untraceable as failed:
             part = failed
-        if not _is_program(part) and (whole := _whole(name, module, args, kwargs)) is not None:
-            self.programs.append(whole.program)
-            module.forward = whole
-            return
+        if not _is_program(part) and self._whole:
+            whole = _whole(name, module, args, kwargs)
+            if whole is not None:
+                self.programs.append(whole.program)
+                if "forward" not in vars(module):
+                    whole.others = _InParts(module, args, kwargs)
+                module.forward = whole
+                return
         if isinstance(part, Untraceable):
             error = part
             log.info("%s is traced in parts: %s.", name or type(module).__name__, error)
@@ -162,6 +176,38 @@ def _whole(
         return None
     remove_channels(whole.program)
     return whole
+
+
+class _InParts:
+    """A module traced in parts, for calls that its program does not take; made when it is needed.
+
+    Args:
+        module: A module that is one program. Its weights are shared, not copied.
+        args, kwargs: What it is called with in the example.
+
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._module, self._args, self._kwargs = module, args, kwargs
+        self._network: Network | None = None
+        self._lock = Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            if self._network is None:
+                twin = self._twin()
+                self._network = Network(twin, self._args, self._kwargs, whole=False)
+        return self._network(*args, **kwargs)
+
+    def _twin(self) -> nn.Module:
+        """Return a copy of the module with the same tensors and with its own forward."""
+        module = self._module
+        tensors = (*module.parameters(), *module.buffers())
+        memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+        memo[id(vars(module)["forward"])] = None
+        twin = copy.deepcopy(module, memo)
+        del twin.__dict__["forward"]
+        return twin
 
 
 class _Part:

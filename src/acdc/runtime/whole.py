@@ -33,12 +33,16 @@ LIMIT = 1e-3  # a program that differs by more of the largest number of a result
 
 
 class Whole:
-    """The forward of a module as one program. Other calls are PyTorch's.
+    """The forward of a module as one program.
 
     Args:
         name: Of the module.
         module: The module in evaluation mode.
         args, kwargs: What it is called with.
+
+    Attributes:
+        others: Computes calls that the program does not take, such as a text of another length.
+            None: PyTorch does.
 
     Raises:
         Unknown: It is no program, for the reason that the message gives.
@@ -51,6 +55,7 @@ class Whole:
         if not native.available():
             raise Unknown("the compiled kernels are missing")
         self.name = name or type(module).__name__
+        self.others: Callable[..., Any] | None = None
         self.plain: Callable[..., Any] = own_forward(module)
         self.signature = inspect.signature(module.forward)
         try:
@@ -77,22 +82,31 @@ class Whole:
         why = why_plain((*args, *kwargs.values()))
         if why is None and torch.is_autocast_enabled("cpu"):
             why = "autocast is on"
-        if why is None:
-            try:
-                arguments = Arguments.of(self.signature, args, kwargs)
-            except NoFixedArguments as error:
-                why = str(error)
-            else:
-                why = self._why_other(arguments)
-        if why is None:
+        if why is not None:
+            return self._plainly(why, args, kwargs)
+        try:
+            arguments = Arguments.of(self.signature, args, kwargs)
+        except NoFixedArguments as error:
+            return self._plainly(str(error), args, kwargs)
+        other = self._why_other(arguments)
+        if other is None:
             try:
                 return self._computed(arguments)
             except InputError as error:  # no plan for so many samples
-                why = str(error).removesuffix(".")
-        if why not in self._said:
-            self._said.add(why)
-            log.warning("%s runs in PyTorch: %s.", self.name, why)
+                return self._plainly(str(error).removesuffix("."), args, kwargs)
+        if self.others is None:
+            return self._plainly(other, args, kwargs)
+        self._say(f"{self.name} runs in parts: {other}.")
+        return self.others(*args, **kwargs)
+
+    def _plainly(self, why: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self._say(f"{self.name} runs in PyTorch: {why}.")
         return self.plain(*args, **kwargs)
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            log.warning(sentence)
 
     def _why_other(self, arguments: Arguments) -> str | None:
         """Return why the program does not hold for these arguments, or None."""
