@@ -343,8 +343,8 @@ void acdc_gather(const void* dense, const int32_t* index, int64_t count, void* v
 void acdc_expand(const void* vector, const int32_t* index, int64_t count, void* dense, int64_t size, int32_t bytes,
                  int32_t threads);
 
-/* dense[i] = 0 where dropped[i] is not 0 */
-void acdc_clear(const uint8_t* dropped, void* dense, int64_t size, int32_t bytes, int32_t threads);
+/* dense[i] = 0 where mask[i] is not 0; or, if `where` is 0, where mask[i] is 0 */
+void acdc_clear(const uint8_t* mask, int32_t where, void* dense, int64_t size, int32_t bytes, int32_t threads);
 
 /* One step of an optimizer on the kept elements. The other elements of the weight become zero. */
 typedef struct acdc_kept {

@@ -64,12 +64,19 @@ void expand(const T* vector, const int32_t* index, int64_t count, T* dense, int6
     });
 }
 
-template <class T> void clear(const uint8_t* dropped, T* dense, int64_t size, int threads) {
+template <bool WHERE, class T> void clear(const uint8_t* mask, T* dense, int64_t size, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < threads; ++t) {
         const Part part(size, t, threads);
-        for (int64_t i = part.begin; i < part.end; ++i) dense[i] = dropped[i] ? T(0) : dense[i];
+        for (int64_t i = part.begin; i < part.end; ++i) dense[i] = (mask[i] != 0) == WHERE ? T(0) : dense[i];
     }
+}
+
+template <class T> void clear(const uint8_t* mask, bool where, void* dense, int64_t size, int threads) {
+    if (where)
+        clear<true>(mask, static_cast<T*>(dense), size, threads);
+    else
+        clear<false>(mask, static_cast<T*>(dense), size, threads);
 }
 
 // One step of the kept elements: update(weights, gradients, first, kept) changes the weights of a chunk.
@@ -109,10 +116,10 @@ void acdc_expand(const void* vector, const int32_t* index, int64_t count, void* 
         expand(static_cast<const uint64_t*>(vector), index, count, static_cast<uint64_t*>(dense), size, threads);
 }
 
-void acdc_clear(const uint8_t* dropped, void* dense, int64_t size, int32_t bytes, int32_t threads) {
-    if (bytes == 2) clear(dropped, static_cast<uint16_t*>(dense), size, threads);
-    if (bytes == 4) clear(dropped, static_cast<uint32_t*>(dense), size, threads);
-    if (bytes == 8) clear(dropped, static_cast<uint64_t*>(dense), size, threads);
+void acdc_clear(const uint8_t* mask, int32_t where, void* dense, int64_t size, int32_t bytes, int32_t threads) {
+    if (bytes == 2) clear<uint16_t>(mask, where != 0, dense, size, threads);
+    if (bytes == 4) clear<uint32_t>(mask, where != 0, dense, size, threads);
+    if (bytes == 8) clear<uint64_t>(mask, where != 0, dense, size, threads);
 }
 
 void acdc_sgd(const acdc_kept* k, const acdc_sgd_args* a, int32_t threads) {

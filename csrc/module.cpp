@@ -285,9 +285,9 @@ NB_MODULE(_kernels, m) {
         nb::gil_scoped_release release;
         acdc_expand(pointer(vector), pointer<int32_t>(index), count, pointer(dense), size, bytes, threads);
     });
-    m.def("clear", [](Address dropped, Address dense, int64_t size, int bytes, int threads) {
+    m.def("clear", [](Address mask, bool where, Address dense, int64_t size, int bytes, int threads) {
         nb::gil_scoped_release release;
-        acdc_clear(pointer<uint8_t>(dropped), pointer(dense), size, bytes, threads);
+        acdc_clear(pointer<uint8_t>(mask), where, pointer(dense), size, bytes, threads);
     });
     {
         using Struct = acdc_kept;

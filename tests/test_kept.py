@@ -648,8 +648,9 @@ BY_KERNEL = {"plain", "double", "bfloat16", "channels last", "parameter"}
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("form", CLEARED)
+@pytest.mark.parametrize("where", [True, False])
 def test_what_is_cleared_is_plus_zero_and_the_rest_is_as_it_was(
-    form: str, threads: int, monkeypatch: pytest.MonkeyPatch
+    where: bool, form: str, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cleared, called = native.clear, []
     monkeypatch.setattr(native, "clear", lambda *args: called.append(cleared(*args)))
@@ -663,7 +664,7 @@ def test_what_is_cleared_is_plus_zero_and_the_rest_is_as_it_was(
         dropped = torch.empty_like(tensor, dtype=torch.bool)
         dropped.copy_(torch.rand(tensor.shape) < 0.9)
         expected, version = tensor.clone().masked_fill_(dropped, 0.0), tensor._version
-        clear(tensor, dropped)
+        clear(tensor, dropped if where else ~dropped, where)
         assert same(tensor.resolve_neg(), expected)
         assert tensor._version > version
         assert bool(called) is (native.available() and form in BY_KERNEL)

@@ -148,3 +148,26 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     assert resident() < full - 2**14  # 64 MiB of pages of 4 KiB
     assert resident() < before + 2**13
     assert kept
+
+
+def test_large_masks_are_held_once() -> None:
+    """The mask of a support serves as the mask of the weights outside it."""
+    net = nn.Sequential(nn.Conv2d(64, 128, 3), nn.Conv2d(128, 64, 3)).to(
+        memory_format=torch.channels_last
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    plan = acdc.constant("sparse", epochs=1).resolve(100)
+    sparsifier = acdc.Sparsifier(acdc.ACDC(acdc.Unstructured(0.9), plan), net, optimizer)
+    net(torch.randn(2, 64, 8, 8)).square().sum().backward()
+    optimizer.step()
+    gc.collect()
+    shapes = {p.shape for p in sparsifier.params.values()}
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    masks = [t for t in tensors if t.dtype == torch.bool and t.shape in shapes]
+    assert len({m.data_ptr() for m in masks}) == len(shapes) == 2
+    for name, param in sparsifier.params.items():
+        mask = sparsifier.support[name]
+        assert not param[~mask].any()
+        assert param.grad is not None
+        assert not param.grad[~mask].any()
+        assert param.grad[mask].any()

@@ -216,7 +216,7 @@ class Sparsifier:
 
     def _change(self, support: Support, state: Any) -> None:
         self._reset.check_before_change()
-        support = self._weights.peers.agreed(support, self.step)
+        support = self._masking.laid_out(self._weights.peers.agreed(support, self.step))
         last = self.schedule.last("dense")
         if last is not None and self.step == last.stop:  # before anything is cut
             average = self._masking.average

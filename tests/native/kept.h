@@ -38,8 +38,15 @@ template <class T> void check_copies(Random& random, int threads) {
     }
     acdc_gather(dense.data, index.data, kept.count(), vector.data, sizeof(T), threads);
     if (values_of(vector) != want_vector) throw Failure("gather");
-    acdc_clear(dropped.data, dense.data, kept.size, sizeof(T), threads);
+    const std::vector<double> all = values_of(dense);
+    acdc_clear(dropped.data, 1, dense.data, kept.size, sizeof(T), threads);
     if (values_of(dense) != want_dense) throw Failure("clear");
+    for (int64_t i = 0; i < kept.size; ++i) {
+        dense.data[i] = T(all[std::size_t(i)]);
+        dropped.data[i] = !dropped.data[i];
+    }
+    acdc_clear(dropped.data, 0, dense.data, kept.size, sizeof(T), threads);
+    if (values_of(dense) != want_dense) throw Failure("clear where a mask is false");
     dense.fill(T(7));
     acdc_expand(vector.data, index.data, kept.count(), dense.data, kept.size, sizeof(T), threads);
     if (values_of(dense) != want_dense) throw Failure("expand");

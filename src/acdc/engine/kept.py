@@ -43,19 +43,25 @@ def expand(vector: Tensor, index: Tensor, dense: Tensor) -> None:
         dense.zero_().index_copy_(0, index.long(), vector)
 
 
-def clear(tensor: Tensor, dropped: Tensor) -> None:
+def clear(tensor: Tensor, mask: Tensor, where: bool = True) -> None:
     """Set elements of a tensor to +0.0, in place.
 
     Args:
         tensor: Of any layout, on any device.
-        dropped: bool, of its shape, on its device: True where an element becomes zero.
+        mask: bool, of its shape, on its device.
+        where: An element becomes zero where the mask has this value.
     """
     # Not a product with a mask: that leaves -0.0 for -1, and NaN for infinity.
-    if _moves(tensor) and _is_plain(tensor) and tensor.stride() == dropped.stride():
-        native.clear(tensor, dropped)
+    if is_one_sweep(tensor, mask):
+        native.clear(tensor, mask, where)
         torch.autograd.graph.increment_version(tensor)
     else:
-        tensor.masked_fill_(dropped, 0.0)
+        tensor.masked_fill_(mask if where else ~mask, 0.0)
+
+
+def is_one_sweep(tensor: Tensor, mask: Tensor) -> bool:
+    """Return whether a compiled function clears a tensor, by a mask of either meaning."""
+    return _moves(tensor) and _is_plain(tensor) and tensor.stride() == mask.stride()
 
 
 def _moves(tensor: Tensor) -> bool:

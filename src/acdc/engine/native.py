@@ -123,10 +123,11 @@ def expand(vector: Tensor, index: Tensor, dense: Tensor) -> None:
     )
 
 
-def clear(tensor: Tensor, dropped: Tensor) -> None:
-    """Set elements to zero where ``dropped`` is true. See ``engine/kept.py``."""
+def clear(tensor: Tensor, mask: Tensor, where: bool) -> None:
+    """Set elements to zero where ``mask`` is ``where``. See ``engine/kept.py``."""
     _kernels.clear(
-        dropped.data_ptr(),
+        mask.data_ptr(),
+        where,
         tensor.data_ptr(),
         tensor.numel(),
         tensor.element_size(),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from acdc.engine.kept import clear
+from acdc.engine.kept import clear, is_one_sweep
 from acdc.errors import InputError
 from acdc.hooks.kept_steps import KeptSteps
 from acdc.hooks.twin import averaged
@@ -75,7 +75,7 @@ class Masking:
                 reset, moments of pruned weights may move them when they come back.)
         """
         self._remove_hooks()
-        self.support = support
+        self.support = support = self.laid_out(support)
         self._dropped = _Dropped({} if support.is_full else support, self._params)
         for name in self._dropped:
             param = self._params[name]
@@ -94,6 +94,24 @@ class Masking:
         for steps in self._kept_steps:
             steps.start((self._params[name], mask) for name, mask in kept.items())
 
+    def laid_out(self, support: Support) -> Support:
+        """Return a support whose masks lie in memory as the weights do (channels_last, say).
+
+        One sweep over a mask and its weight then clears the weight. If all masks lie so, it is the
+        same object.
+        """
+        masks = {}
+        for name, mask in support.items():
+            like = torch.empty_like(self._params[name], dtype=torch.bool, device="meta")
+            masks[name] = mask
+            if mask.stride() != like.stride():
+                masks[name] = torch.empty_strided(
+                    mask.size(), like.stride(), dtype=torch.bool, device=mask.device
+                ).copy_(mask)
+        return (
+            Support(masks) if any(masks[name] is not support[name] for name in masks) else support
+        )
+
     def project(self, only: Container[int] | None = None) -> None:
         """Set the weights outside the support to zero, and what their optimizer copies of them.
 
@@ -105,9 +123,9 @@ class Masking:
             if only is not None and id(param) not in only:
                 continue
             if not any(steps.left_zeros(param) for steps in self._kept_steps):
-                clear(param, self._dropped[name])
+                self._dropped.clear(name, param)
             for copy in self._copies(name):
-                clear(copy, self._dropped[name])
+                self._dropped.clear(name, copy)
 
     def project_copy(self, model: nn.Module) -> None:
         """Set the weights outside the support to zero in another copy of the model.
@@ -131,7 +149,7 @@ class Masking:
         for name in self._dropped:
             grad = self._params[name].grad
             if grad is not None:
-                clear(grad, self._dropped[name])
+                self._dropped.clear(name, grad)
 
     def tell_engine(self) -> None:
         """Let the engine run the support. A step with a dense gradient runs dense."""
@@ -174,14 +192,14 @@ class Masking:
             if now.engine is not None and now.engine.kernel_gradients.all_of(param, kept):
                 return  # zero there already
             if param.grad is not None:
-                clear(param.grad, now._dropped[name])
+                now._dropped.clear(name, param.grad)
 
         return clear_gradient
 
 
 class _Dropped(Iterable[str]):
     """The masks of the weights outside a support, made when they are first asked for: where an
-    engine leaves zeros by itself, they never are.
+    engine leaves zeros by itself, or the masks of the support serve as well, they never are.
 
     Args:
         support: Name of a weight → bool mask, True where it is kept.
@@ -201,6 +219,14 @@ class _Dropped(Iterable[str]):
             mask = torch.empty_like(self._params[name], dtype=torch.bool)
             self._masks[name] = torch.logical_not(self._support[name], out=mask)
         return self._masks[name]
+
+    def clear(self, name: str, tensor: Tensor) -> None:
+        """Set a tensor of a weight's shape to zero outside the support."""
+        kept = self._support[name]
+        if is_one_sweep(tensor, kept):
+            clear(tensor, kept, where=False)
+        else:
+            clear(tensor, self[name])
 
     def forget(self) -> None:
         """Free the masks until they are asked for again."""
