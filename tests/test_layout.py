@@ -55,7 +55,6 @@ EVERYWHERE = {"torch"}
 ALLOWED: dict[str, set[str]] = {
     "acdc.bitmask": {"safetensors", "numpy"},
     "acdc.export": {"onnx", "onnxscript", "numpy"},
-    "acdc.runtime.placing": {"numpy"},
     "acdc.runs": {"lightning", "sklearn", "numpy", "torchvision", "PIL"},
     "acdc.pages": {"numpy"},
     "acdc.integrations.accelerate": {"accelerate"},

@@ -106,15 +106,16 @@ def code(path: Path) -> dict[str, list[str]]:
             functions[head[1]] = []
         elif found := re.match(r" +[0-9a-f]+:\t(.*)", line):
             functions[next(reversed(functions))].append(found[1])
-    assert functions
+    assert functions or path.name == "portable.cpp.o", path  # that one holds a variable alone
     return functions
 
 
 def newer(instructions: list[str]) -> list[str]:
     """Return the instructions of AVX and later (VEX and EVEX encodings: all start with v), and of
-    BMI.
+    BMI. A compiler writes tzcnt for old CPUs, too: they execute it as bsf, which counts the same
+    zeros of a number that is not 0, and of 0 the result of __builtin_ctz is undefined.
     """
-    bmi = r"(andn|bextr|bls\w+|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx|lzcnt|tzcnt|popcnt)\b"
+    bmi = r"(andn|bextr|bls\w+|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx|lzcnt|popcnt)\b"
     return [line for line in instructions if re.match(rf"v|{bmi}", line)]
 
 

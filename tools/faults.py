@@ -616,7 +616,8 @@ FAULTS = [
           "return lambda: loss", "return closure",
           f"{CONTRACT} tests/test_methods.py tests/test_kept.py -k closure"),
     Fault("ranks keep supports of their own", "sparsifier.py",
-          "support = self._weights.peers.agreed(support, self.step)", "pass",
+          "self._masking.laid_out(self._weights.peers.agreed(support, self.step))",
+          "self._masking.laid_out(support)",
           "tests/test_distributed.py"),
     # --- methods --------------------------------------------------------------------------------
     Fault("an exchange takes one weight too many", "methods/families.py",

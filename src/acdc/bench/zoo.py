@@ -20,6 +20,7 @@ from acdc.bench import networks
 from acdc.bench.networks import Network
 from acdc.errors import InputError
 from acdc.layers import Layers
+from acdc.runs.models import MobileNetV1, ResNet50
 
 INSTALL = {
     "transformers": "pip install transformers",
@@ -139,6 +140,8 @@ _ROWS: tuple[tuple[str, str, Build, int, bool, int], ...] = (
     ("tv_vit_b_16", "torchvision", partial(_of_torchvision, "vit_b_16", image_size=96),
         4, True, 96),
     ("torch_encoder", "torch", _encoder, 16, False, 64),
+    ("resnet50_224", "acdc", ResNet50().build, 16, True, 224),
+    ("mobilenet_v1_224", "acdc", MobileNetV1().build, 16, True, 224),
 )  # fmt: skip
 _PRUNED = Layers(types=("conv", "linear", "attention"), skip_first=True, skip_last=True)
 ZOO: dict[str, ZooNetwork] = {
