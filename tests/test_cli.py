@@ -153,7 +153,7 @@ SURFACE = {
         SCOPE,
         ("WHAT", "any number, or none"),
         ("--batch N[,N]", "default [1, 16]"),
-        ("--against NAMES", "default torch,onnxruntime,openvino,deepsparse"),
+        ("--against NAMES", "default None"),
         ("--python KIND=PATH", "default []"),
         ("--scenario sync|async", "default sync"),
         ("--streams N", "default None"),

@@ -158,7 +158,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_there(
     def broken(*_: object) -> None:
         raise OSError("no such file\nand more")
 
-    for name in ("processor_name", "_memory", "_affinity", "_version"):
+    for name in ("processor_name", "_memory", "affinity", "_version"):
         monkeypatch.setattr(doctor, name, broken)
     monkeypatch.setattr(native, "kernel_names", broken)
     found = doctor.facts()

@@ -62,7 +62,6 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.integrations.transformers": {"transformers"},
     "acdc.bench.peers": {"sparseprop", "sparselab"},
     "acdc.bench.zoo": {"transformers", "timm", "torchvision"},
-    "acdc.bench.infer.cases": {"transformers"},
     "acdc.bench.infer.files": {"numpy", "onnxruntime"},
     "acdc.bench.infer.contender": {"numpy", "onnxruntime", "openvino", "deepsparse"},
     "acdc.pages.figure": {"matplotlib", "jinja2"},

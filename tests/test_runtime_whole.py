@@ -587,6 +587,35 @@ def test_hostile_files_are_refused_in_words(name: str, saved: bytes, tmp_path: P
         acdc.Runtime.load(path)
 
 
+# --- parts that are programs ----------------------------------------------------------------------
+
+
+class Steered(nn.Module):
+    """A value steers its forward, so that only its parts can be programs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder(), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        if float(x.sum()) > 1e9:
+            x = x / 2
+        return self.head(self.encoder(x))
+
+
+def test_an_encoder_within_a_model_that_is_no_graph_is_one_program() -> None:
+    model = ready(Steered()).float()
+    runtime = acdc.Runtime(model, normal(2, 7, 24))
+    assert "attend" not in str(runtime.explain())  # an attention that PyTorch computes
+    network = runtime._network
+    assert not isinstance(network, acdc.runtime.frozen.Frozen)
+    assert network._calls is None  # the activations of the example are not kept
+    for shape in ((3, 7, 24), (2, 11, 24), (1, 7, 24)):
+        with torch.no_grad():
+            expected = model(normal(*shape))
+        assert (runtime(normal(*shape)) - expected).abs().max() <= LIMIT * expected.abs().max()
+
+
 # --- calls that a program does not take -----------------------------------------------------------
 
 

@@ -823,8 +823,8 @@ FAULTS = [
           "if names not in ([], [DISTRIBUTION]):", "if DISTRIBUTION not in names:",
           "tests/test_doctor.py -k distribution"),
     Fault("more threads than CPUs are not seen", "doctor.py",
-          "if affinity is not None and threads > len(affinity):",
-          "if affinity is not None and threads > 2 * len(affinity) + 2:",
+          "if own is not None and threads > len(own):",
+          "if own is not None and threads > 2 * len(own) + 2:",
           "tests/test_doctor.py"),
     # --- the engine -----------------------------------------------------------------------------
     Fault("a traced part is called by names that its graph does not have", "engine/host.py",

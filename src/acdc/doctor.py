@@ -24,7 +24,7 @@ from typing import Any
 
 from acdc import __version__
 from acdc.errors import DISTRIBUTION
-from acdc.processor import processor_name
+from acdc.processor import affinity, processor_name
 
 NEEDED = ("torch", "numpy", "safetensors")
 OPTIONAL = (
@@ -196,13 +196,13 @@ def _threads(problems: list[str]) -> Facts:
     import torch
 
     threads = torch.get_num_threads()
-    affinity = _affinity()
+    own = affinity()
     quota = _quota()
-    if affinity is not None and threads > len(affinity):
+    if own is not None and threads > len(own):
         problems.append(
-            f"PyTorch has {threads} threads, and this process may run on {len(affinity)} CPUs: "
-            f"threads wait for one another. Call torch.set_num_threads({len(affinity)}), or set "
-            f"OMP_NUM_THREADS={len(affinity)}."
+            f"PyTorch has {threads} threads, and this process may run on {len(own)} CPUs: "
+            f"threads wait for one another. Call torch.set_num_threads({len(own)}), or set "
+            f"OMP_NUM_THREADS={len(own)}."
         )
     elif quota is not None and threads > max(1.0, quota):
         problems.append(
@@ -213,15 +213,10 @@ def _threads(problems: list[str]) -> Facts:
         "torch": threads,
         "torch, between ops": torch.get_num_interop_threads(),
         "CPUs": os.cpu_count(),
-        "CPUs of this process": None if affinity is None else _ranges(affinity),
+        "CPUs of this process": None if own is None else _ranges(own),
         "CPUs of the container": "no limit" if quota is None else f"{quota:g}",
         **{name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
     }
-
-
-def _affinity() -> list[int] | None:
-    read = getattr(os, "sched_getaffinity", None)  # Linux alone
-    return None if read is None else sorted(read(0))
 
 
 def _ranges(cpus: list[int]) -> str:

@@ -1,7 +1,8 @@
-"""The name of the processor, for records and reports."""
+"""The processor: its name, and the CPUs that this process may use."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -15,3 +16,15 @@ def processor_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def affinity() -> list[int] | None:
+    """Return the numbers of the CPUs that this process may use; None: the system does not tell."""
+    read = getattr(os, "sched_getaffinity", None)  # Linux alone
+    return None if read is None else sorted(read(0))
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use, as far as the system tells."""
+    known = affinity()
+    return (os.cpu_count() or 1) if known is None else len(known)

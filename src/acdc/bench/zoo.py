@@ -64,7 +64,14 @@ class ZooNetwork(Network):
         return F.cross_entropy(logits.mean(1) if logits.ndim == 3 else logits, y)
 
 
-def _of_transformers(name: str, config: str, **values: Any) -> nn.Module:
+def of_transformers(name: str, config: str, **values: Any) -> nn.Module:
+    """Return a network of ``transformers`` with random weights.
+
+    Args:
+        name: Of its class.
+        config: Of the class of its configuration.
+        values: Of the configuration.
+    """
     import transformers
 
     known: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
@@ -110,19 +117,19 @@ Build = Callable[[], nn.Module]
 _ROWS: tuple[tuple[str, str, Build, int, bool, int], ...] = (
     # name, library, how it is built, samples, images or text, size of a sample
     ("hf_resnet18", "transformers", partial(
-        _of_transformers, "ResNetForImageClassification", "ResNetConfig", **_RESNET18),
+        of_transformers, "ResNetForImageClassification", "ResNetConfig", **_RESNET18),
         16, True, 96),
     ("hf_vit", "transformers", partial(
-        _of_transformers, "ViTForImageClassification", "ViTConfig", **_VIT), 16, True, 96),
+        of_transformers, "ViTForImageClassification", "ViTConfig", **_VIT), 16, True, 96),
     ("hf_bert", "transformers", partial(
-        _of_transformers, "BertForSequenceClassification", "BertConfig", **_TEXT), 16, False, 64),
+        of_transformers, "BertForSequenceClassification", "BertConfig", **_TEXT), 16, False, 64),
     ("hf_distilbert", "transformers", partial(
-        _of_transformers, "DistilBertForSequenceClassification", "DistilBertConfig", **_DISTIL),
+        of_transformers, "DistilBertForSequenceClassification", "DistilBertConfig", **_DISTIL),
         16, False, 64),
     ("hf_gpt2", "transformers", partial(
-        _of_transformers, "GPT2LMHeadModel", "GPT2Config", **_GPT2), 8, False, 64),
+        of_transformers, "GPT2LMHeadModel", "GPT2Config", **_GPT2), 8, False, 64),
     ("hf_llama", "transformers", partial(
-        _of_transformers, "LlamaForCausalLM", "LlamaConfig", **_TEXT, **_NO_CACHE), 8, False, 64),
+        of_transformers, "LlamaForCausalLM", "LlamaConfig", **_TEXT, **_NO_CACHE), 8, False, 64),
     ("timm_vit_small", "timm", partial(
         _of_timm, "vit_small_patch16_224", img_size=96), 16, True, 96),
     ("timm_mobilenetv3_large", "timm", partial(_of_timm, "mobilenetv3_large_100"), 16, True, 96),

@@ -199,7 +199,6 @@ def _add_infer_options(infer: argparse.ArgumentParser) -> None:
     infer.add_argument(
         "--against",
         metavar="NAMES",
-        default="torch,onnxruntime,openvino,deepsparse",
         help="the other contenders, with a comma between them: torch, torch-compile, onnxruntime, "
         "openvino, deepsparse, and of another precision onnxruntime-int8 and openvino-bf16 "
         "(default: torch,onnxruntime,openvino,deepsparse)",
@@ -365,8 +364,9 @@ def _run(args: argparse.Namespace) -> int:
 def _infer(args: argparse.Namespace) -> int:
     from acdc.bench.infer import cases, measure, table
     from acdc.bench.infer.files import check_onnx
+    from acdc.processor import usable_cpus
 
-    threads = args.threads or measure.cpus()
+    threads = args.threads or usable_cpus()
     pythons = {}
     for word in args.python:
         kind, equals, path = word.partition("=")
@@ -379,7 +379,9 @@ def _infer(args: argparse.Namespace) -> int:
         raise InputError("--streams is for --scenario async.")
     streams = 1 if args.scenario == "sync" else args.streams or threads
     check_onnx(args.onnx)
-    against = [name for name in args.against.split(",") if name]
+    against = measure.AGAINST
+    if args.against is not None:
+        against = tuple(name for name in args.against.split(",") if name)
     settings = measure.Settings(
         args.batch, against, args.scenario, streams, args.seconds, args.repeats, threads, pythons,
         args.onnx,

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from acdc import outfile
     from acdc.export import to_onnx, to_runtime, to_safetensors
     from acdc.result import load
-    from acdc.runs.recipe import decode_model
+    from acdc.runs.recipe import model_of
     from acdc.runs.record import Folder
 
     if args.to != "onnx" and (args.sparse or args.dynamic):
@@ -61,16 +61,13 @@ def run(args: argparse.Namespace) -> int:
         )
     dynamic = _dynamic(args.dynamic)
     folder = Folder(args.run)
-    recipe = folder.read(folder.recipe)
+    folder.read(folder.recipe)  # a folder that is not of a run is refused before the file is
     path = args.out or args.run / f"{args.twin}.{_ENDINGS[args.to]}"
     outfile.check(path)
     if args.to == "safetensors":
         to_safetensors(load(folder.result), path, args.twin)
     else:
-        try:
-            spec = decode_model(recipe["values"].get("model", {}))
-        except InputError as error:
-            raise InputError(f"{folder.recipe}: {error}") from error
+        spec = model_of(folder)
         if args.to == "runtime":
             to_runtime(spec.build(), spec.example(1), path, load(folder.result), args.twin)
             return _say_written(path)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from acdc.processor import affinity
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ def read(cpus: Collection[int], system: Path) -> Caches:
 
 def _own_cpus() -> Collection[int]:
     """Return the CPUs on which this process may run."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone
-    return [0] if affinity is None else affinity(0)
+    known = affinity()
+    return [0] if known is None else known
 
 
 def _caches_of(folder: Path) -> Iterator[_Cache]:

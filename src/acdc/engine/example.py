@@ -44,19 +44,23 @@ def arguments_of(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], d
 
 
 def calls_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, values: bool = False
 ) -> dict[nn.Module, Call]:
     """Return the arguments of each module's first call, recorded in evaluation mode.
 
-    The tensors have no values: they are as many as the activations of a forward pass.
-
     What the call changes in buffers and attributes is undone. A change of a parameter stays.
+
+    Args:
+        model: The model.
+        args, kwargs: What it is called with.
+        values: Keep the values of tensors. They are the activations of a whole forward pass;
+            without them a tensor takes no memory.
     """
     calls: dict[nn.Module, Call] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if module not in calls:
-            calls[module] = without_values((args, dict(kwargs)))
+            calls[module] = (args, kwargs) if values else without_values((args, dict(kwargs)))
 
     attributes = Attributes(model, values=True)
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules()]

@@ -28,7 +28,7 @@ from acdc.engine.graph import ConvSpec, Recognised, is_layer, recognise
 from acdc.engine.judge import Judge, Pass
 from acdc.engine.lowering import lower
 from acdc.engine.memory import Workspace
-from acdc.engine.modes import why_plain
+from acdc.engine.modes import why_not_kernels, why_plain
 from acdc.engine.operations import Conv, Program
 from acdc.engine.partition import fuse
 from acdc.engine.plans import Plans
@@ -212,9 +212,7 @@ class Host:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module."""
-        reason = why_plain((*args, *kwargs.values()))
-        if reason is None and torch.is_autocast_enabled("cpu"):
-            reason = "autocast is on"
+        reason = why_not_kernels(args, kwargs)
         if reason is not None:
             self._warn(reason)
             return self.original(*args, **kwargs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,3 +30,11 @@ def why_plain(values: Iterable[object]) -> str | None:
         if torch._C._functorch.is_legacy_batchedtensor(value):  # autograd.grad(is_grads_batched=)
             return "several gradients are computed at once"
     return None
+
+
+def why_not_kernels(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Return why PyTorch must compute a call with these arguments, or None."""
+    reason = why_plain((*args, *kwargs.values()))
+    if reason is None and torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    return reason

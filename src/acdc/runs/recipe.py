@@ -26,6 +26,7 @@ from acdc.runs import models
 from acdc.runs.data import Source
 from acdc.runs.models import Model
 from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, StepDecay
+from acdc.runs.record import Folder
 from acdc.schedule import Constant
 from acdc.schema import Misfit, Number, check
 
@@ -357,6 +358,19 @@ def decode_model(values: Mapping[str, Any]) -> Model:
             f"The run's model {values.get('type')!r} is not known to this version of acdc "
             f"({error}). Build it in Python, and use acdc.export.to_onnx."
         ) from error
+
+
+def model_of(folder: Folder) -> Model:
+    """Return the model of a run.
+
+    Raises:
+        InputError: The folder is not that of a run, or this version has no such model.
+    """
+    values = folder.read(folder.recipe)["values"]
+    try:
+        return decode_model(values.get("model", {}))
+    except InputError as error:
+        raise InputError(f"{folder.recipe}: {error}") from error
 
 
 def label(name: str, settings: Mapping[str, str]) -> str:

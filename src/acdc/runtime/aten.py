@@ -516,7 +516,6 @@ def _mul(reader: Reader, node: fx.Node, args: list[Any], kwargs: dict[str, Any])
 
 def _times(reader: Reader, node: fx.Node, view: View, known: Any) -> View:
     view = _same_shape(reader.whole(view, node.name), node)
-    known = known if isinstance(known, Known) else Known((torch.as_tensor(known),) * 2)
     table = reader.table(known, view)
     if not bool((table == table[:, :1]).all()):
         raise Unknown("a product with a constant that differs between pixels")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from acdc.engine import native
@@ -18,7 +17,7 @@ from acdc.engine.example import Call, calls_of
 from acdc.engine.graph import Recognised, is_layer, recognise
 from acdc.engine.host import Single, own_forward
 from acdc.engine.locks import Lock
-from acdc.engine.modes import why_plain
+from acdc.engine.modes import why_not_kernels
 from acdc.engine.partition import fuse, samples_of, segments_of
 from acdc.engine.tracing import Untraceable, follow_buffers, propagate, trace
 from acdc.errors import InputError
@@ -54,13 +53,14 @@ class InTorch:
 
 
 class Network:
-    """A copy of a model whose layers run in the runtime.
+    """A model whose layers run in the runtime.
 
     Args:
-        model: The model in evaluation mode. Without ``whole`` it is not copied.
+        model: The model in evaluation mode. The forwards of its parts are replaced.
         args, kwargs: What it is called with.
-        whole: Make one program of a module where that is possible. Such a program holds for one
-            length of a text; without it, attention stays with PyTorch, and all else takes any.
+        whole: Make one program of a module where that is possible. Such a program has the number of
+            tokens of the example. Without it PyTorch computes attention, and the kernels take any
+            number of tokens.
 
     Attributes:
         programs: What the kernels compute.
@@ -76,12 +76,13 @@ class Network:
         *,
         whole: bool = True,
     ) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False) if whole else model
+        self.model = model
         self.args, self.kwargs, self._whole = args, kwargs, whole
         self.programs: list[Program] = []
         self.in_torch: list[InTorch] = []
         self._calls: dict[nn.Module, Call] | None = None
         self._add("", self.model, args, kwargs)
+        self._calls = None  # the activations of the example
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the network."""
@@ -115,8 +116,8 @@ class Network:
         part: _Part | Untraceable
         try:
             part = _Part(name, module, args, kwargs)
-        except Untraceable as failed:
-            part = failed
+        except Untraceable as error:
+            part = error
         if not _is_program(part) and self._whole:
             whole = _whole(name, module, args, kwargs)
             if whole is not None:
@@ -126,11 +127,10 @@ class Network:
                 module.forward = whole
                 return
         if isinstance(part, Untraceable):
-            error = part
-            log.info("%s is traced in parts: %s.", name or type(module).__name__, error)
+            log.info("%s is traced in parts: %s.", name or type(module).__name__, part)
             children = dict(module.named_children())
             if not children:
-                self.in_torch.append(InTorch(name or type(module).__name__, str(error)))
+                self.in_torch.append(InTorch(name or type(module).__name__, str(part)))
             for child_name, child in children.items():
                 self._add_child(f"{name}.{child_name}".removeprefix("."), child)
             return
@@ -141,7 +141,7 @@ class Network:
 
     def _add_child(self, name: str, child: nn.Module) -> None:
         if self._calls is None:
-            self._calls = calls_of(self.model, self.args, self.kwargs)
+            self._calls = calls_of(self.model, self.args, self.kwargs, values=True)
         if child in self._calls:
             self._add(name, child, *self._calls[child])
             return
@@ -234,9 +234,7 @@ class _Part:
         self.graph = self._with_segments(graph)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        reason = why_plain((*args, *kwargs.values()))
-        if reason is None and torch.is_autocast_enabled("cpu"):
-            reason = "autocast is on"
+        reason = why_not_kernels(args, kwargs)
         if reason is None:
             try:
                 arguments = self._arguments(args, kwargs)

@@ -128,7 +128,9 @@ class Plan:
         for call, plain in zip(self._loads, inputs, strict=True):
             direct(call, plain)
         results = [
-            torch.empty(self._shape(self.program.values[number]), dtype=self.program.dtype)
+            torch.empty(
+                plain_shape(self.samples, self.program.values[number]), dtype=self.program.dtype
+            )
             for number in self.program.outputs
         ]
         for call, plain in zip(self._stores, results, strict=True):
@@ -139,14 +141,14 @@ class Plan:
     def seconds(self, threads: int) -> list[float]:
         """Return the seconds of each step of one run. All inputs are ones."""
         values = [self.program.values[number] for number in self.program.inputs]
-        inputs = [torch.ones(self._shape(value), dtype=self.program.dtype) for value in values]
+        inputs = [
+            torch.ones(plain_shape(self.samples, value), dtype=self.program.dtype)
+            for value in values
+        ]
         seconds = torch.zeros(2, len(self._every), dtype=torch.float64)
         self(inputs, threads, seconds)
         first = len(self._loads)
         return [float(s) for s in seconds[0, first : first + len(self.steps)]]
-
-    def _shape(self, value: Value) -> tuple[int, ...]:
-        return plain_shape(self.samples, value)
 
     def _copy(self, kernel: str, number: int) -> NativeCall:
         return self._calls.copy(kernel, self._buffers[number])

@@ -1,8 +1,9 @@
 """From an exported graph to a program.
 
-Each node is one of three things: known before the network is called (weights, sizes, and all that
-follows from them), a view of a value of the program, or several of these. What is known is computed
-for two numbers of samples, so that what differs between samples, or with their number, is found.
+Each node is known before the network is called (weights, sizes, and all that follows from them),
+or it is a view of a value of the program, a mask, or a tuple of views. The reader computes the
+known nodes for two numbers of samples. So it finds nodes that differ between samples, or with their
+number.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ class Reader:
         self.sources: list[int] = []
         self._things: dict[fx.Node, Thing] = {}
 
-    def read(self) -> list[View]:
-        """Read all nodes, and return the results in their order.
+    def read(self) -> None:
+        """Read all nodes. The results become the outputs of the program, in their order.
 
         Raises:
             Unknown: The runtime cannot compute a node.
@@ -113,7 +114,8 @@ class Reader:
             elif node.op != "output":
                 raise Unknown(f"a node {node.op}")
         results: Any = self.exported.program.graph.output_node().args[0]
-        return [self._result(node) for node in results]
+        for node in results:
+            self._result(node)
 
     # --- inputs and results -----------------------------------------------------------------------
 
@@ -153,24 +155,24 @@ class Reader:
         self.program.inputs.append(self.program.new(value))
         return View(self.program.inputs[-1], (SAMPLES, *dims))
 
-    def _result(self, node: Any) -> View:
-        """Return a result as a whole value, which is marked as an output."""
+    def _result(self, node: Any) -> None:
+        """Make an output of a result: a whole value."""
         thing = self._things.get(node) if isinstance(node, fx.Node) else None
         if not isinstance(thing, View) or self.program.values[thing.value].integers:
             raise Unknown("a result that the network does not compute")
         view = self.whole(thing, "result")
-        kinds = [{piece.axis for piece in dim} for dim in view.dims]
+        dims = len(view.dims)
         value = self.program.values[view.value]
         if view.dims[:1] != (SAMPLES,):
             raise Unknown("a result that does not have the samples first")
-        if len(kinds) == 4:
+        if dims == 4:
             view = self.images(view, "result")
             tokens = False
-        elif len(kinds) in (2, 3) and view.dims[-1] == channels(value.channels):
-            if len(kinds) == 3 and value.points < 2:
+        elif dims in (2, 3) and view.dims[-1] == channels(value.channels):
+            if dims == 3 and value.points < 2:
                 raise Unknown("a result with one token for each sample")
             view, tokens = self.row(view, "result"), True
-            if size_of(view.dims[1]) != (value.points if len(kinds) == 3 else value.channels):
+            if size_of(view.dims[1]) != (value.points if dims == 3 else value.channels):
                 raise Unknown(f"a result of the sizes {view.shape[1:]}")
         else:
             raise Unknown(f"a result of the sizes {view.shape[1:]}")
@@ -183,7 +185,6 @@ class Reader:
         if view.value in self.program.inputs:
             view = replace(view, value=self.copied(view.value, value, "result"))
         self.program.outputs.append(view.value)
-        return view
 
     # --- nodes ------------------------------------------------------------------------------------
 
@@ -278,7 +279,7 @@ class Reader:
         return self.emit(Join(name, number, self.program.new(out), (part,)))
 
     def whole(self, view: View, name: str) -> View:
-        """Return a view of a whole value: what it shows is copied, if that is a part of one."""
+        """Return a view of a whole value. A part of a value is first copied to one of its own."""
         value = self.value(view)
         if value.integers:
             raise Unknown("numbers that are integers")
@@ -340,7 +341,7 @@ class Reader:
         """
         value = self.value(view)
         if not isinstance(known, Known):  # a number
-            known = Known((torch.tensor(known, dtype=self.program.dtype),) * len(TRIED))
+            known = Known((torch.as_tensor(known, dtype=self.program.dtype),) * len(TRIED))
         tensor: Tensor = known.values[0]
         if not isinstance(tensor, Tensor):
             return self.table(known.only, view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from acdc.engine import native
 from acdc.engine.arguments import Arguments, NoFixedArguments
 from acdc.engine.example import Example, arguments_of
 from acdc.errors import InputError
+from acdc.processor import usable_cpus
 from acdc.runtime.explanation import Explanation, Row
 from acdc.runtime.file import load, save
 from acdc.runtime.frozen import Frozen
@@ -91,8 +93,9 @@ class Runtime:
         _check(model)
         args, kwargs = arguments_of(model, example)
         settings = Settings(_instruction_set(isa), _threads(threads))
+        copied = copy.deepcopy(model).requires_grad_(False)
         with torch.no_grad():
-            self._network: Network | Frozen = Network(model, args, kwargs)
+            self._network: Network | Frozen = Network(copied, args, kwargs)
         self._handle = Handle(settings)
         self._bound = _bound(model, args, kwargs)
         self._inputs = _inputs(self._bound)
@@ -340,8 +343,7 @@ def _instruction_set(isa: str | None) -> str:
 
 def _threads(threads: int | None) -> int:
     if threads is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
+        return usable_cpus()
     if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= 1024:
         raise InputError(f"threads is a whole number from 1 to 1024, or None, got {threads!r}.")
     return threads

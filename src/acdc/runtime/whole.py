@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from acdc.engine import native
 from acdc.engine.arguments import Arguments, NoFixedArguments
 from acdc.engine.host import own_forward
-from acdc.engine.modes import why_plain
+from acdc.engine.modes import why_not_kernels
 from acdc.errors import InputError
 from acdc.runtime.aten import HANDLERS
 from acdc.runtime.checking import check_program
@@ -67,21 +67,18 @@ class Whole:
         self._sizes = [_sizes(x) for x in self.example.tensors]
         exported = export(module, args, kwargs, self.example.tensors)
         reader = Reader(exported, _dtype(module, self.example), HANDLERS)
-        outputs = reader.read()
+        reader.read()
         self.program, self.sources = reader.program, tuple(reader.sources)
         self.form = exported.program.call_spec.out_spec
         _finish(self.program, name)
-        # An output may be returned twice, and the program computes it once.
-        self.returned = [self.program.outputs.index(n) for n in list(self.program.outputs)]
-        assert len(outputs) == len(self.returned)
+        # What is returned twice is one tensor, as in PyTorch.
+        self.returned = [self.program.outputs.index(n) for n in self.program.outputs]
         self._compare(args, kwargs)
         self._said: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module."""
-        why = why_plain((*args, *kwargs.values()))
-        if why is None and torch.is_autocast_enabled("cpu"):
-            why = "autocast is on"
+        why = why_not_kernels(args, kwargs)
         if why is not None:
             return self._plainly(why, args, kwargs)
         try:
@@ -185,9 +182,7 @@ def _resized(x: Tensor, samples: int, wanted: int) -> Tensor:
 
 
 def _close(got: Tensor, wanted: Tensor) -> bool:
-    if not bool(wanted.isfinite().all()):
-        return True  # the example is no number, and says nothing
-    largest = wanted.abs().max().item() if wanted.numel() else 0.0
-    return (
-        bool((got - wanted).abs().max() <= LIMIT * max(largest, 1e-30)) if wanted.numel() else True
-    )
+    if not wanted.numel() or not bool(wanted.isfinite().all()):
+        return True  # the example has no numbers to compare
+    largest = max(float(wanted.abs().max()), 1e-30)
+    return float((got - wanted).abs().max()) <= LIMIT * largest

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from acdc.layers import Layers
 from acdc.pattern import Scope, Unstructured
 from acdc.result import DenseNetwork, load
 from acdc.runs.models import MobileNetV1, ResNet50
-from acdc.runs.recipe import decode_model
+from acdc.runs.recipe import model_of
 from acdc.runs.record import Folder
 from acdc.score import magnitude
 
@@ -110,13 +110,6 @@ class _Entry:
     library: str | None = None
 
 
-def _of_transformers(name: str, config: str, **values: Any) -> nn.Module:
-    import transformers
-
-    made = getattr(transformers, config)(**values)
-    return cast(nn.Module, getattr(transformers, name)(made))
-
-
 _RESNET18 = {
     "num_labels": 1000, "layer_type": "basic", "embedding_size": 64,
     "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2],
@@ -128,19 +121,19 @@ _D384 = {
 _NAMED: dict[str, _Entry] = {
     "resnet50": _Entry(ResNet50().build, (3, 224, 224)),
     "resnet18": _Entry(
-        partial(_of_transformers, "ResNetForImageClassification", "ResNetConfig", **_RESNET18),
+        partial(zoo.of_transformers, "ResNetForImageClassification", "ResNetConfig", **_RESNET18),
         (3, 224, 224), "pixel_values", "transformers",
     ),
     "mobilenet_v1": _Entry(MobileNetV1().build, (3, 224, 224)),
     "bert_d384": _Entry(
         partial(
-            _of_transformers, "BertForSequenceClassification", "BertConfig", vocab_size=_WORDS,
+            zoo.of_transformers, "BertForSequenceClassification", "BertConfig", vocab_size=_WORDS,
             **_D384,
         ),
         (128,), "input_ids", "transformers",
     ),
     "vit_d384": _Entry(
-        partial(_of_transformers, "ViTForImageClassification", "ViTConfig", **_D384),
+        partial(zoo.of_transformers, "ViTForImageClassification", "ViTConfig", **_D384),
         (3, 224, 224), "pixel_values", "transformers",
     ),
 }  # fmt: skip
@@ -229,11 +222,7 @@ def _calibrate(net: nn.Module, inputs: dict[str, Tensor]) -> None:
 
 def _run(path: Path) -> Case:
     folder = Folder(path)
-    recipe = folder.read(folder.recipe)
-    try:
-        spec = decode_model(recipe["values"].get("model", {}))
-    except InputError as error:
-        raise InputError(f"{folder.recipe}: {error}") from error
+    spec = model_of(folder)
     example = spec.example(1)
     shape = tuple(example.shape[1:])
 

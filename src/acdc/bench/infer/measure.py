@@ -20,8 +20,9 @@ from acdc.bench.infer import contender
 from acdc.bench.infer.cases import Asked
 from acdc.bench.infer.files import Files
 from acdc.bench.peers import Unable
-from acdc.bench.race import OMP, Row
+from acdc.bench.race import OMP, Row, median_ms, quartiles
 from acdc.errors import InputError
+from acdc.processor import affinity
 
 Scenario = Literal["sync", "async"]
 
@@ -241,24 +242,14 @@ def _request(
             raise
         path, frozen, note = files.path("pickle"), False, str(error)
     given, expected = arrays
+    known = affinity()  # None: this system cannot bind a process to CPUs
     return {
         "do": "load", "kind": entrant.kind, "file": str(path), "frozen": frozen, "note": note,
         "precision": entrant.precision, "samples": batch, "inputs": str(given),
-        "expected": str(expected) if expected else None, "cpus": _bound_to(settings.threads),
+        "expected": str(expected) if expected else None,
+        "cpus": known and known[: settings.threads],
         "threads": settings.threads, "streams": settings.streams,
     }  # fmt: skip
-
-
-def cpus() -> int:
-    """Return how many CPUs this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _bound_to(threads: int) -> list[int] | None:
-    """Return the CPUs for all contenders; None: this system cannot bind a process to CPUs."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return sorted(affinity(0))[:threads] if affinity else None
 
 
 _LOADED = (
@@ -338,7 +329,7 @@ _TIMED = (
 def _summary(turns: Turns, ours: Turns | None, batch: int, settings: Settings) -> Row:
     seconds = sorted(s for each in turns.each for s in each)
     row: Row = {
-        "p50_ms": 1e3 * statistics.median(seconds),
+        "p50_ms": median_ms(seconds),
         "p90_ms": 1e3 * _percentile(seconds, 0.90),
         "p99_ms": 1e3 * _percentile(seconds, 0.99),
         "mean_ms": 1e3 * statistics.fmean(seconds),
@@ -351,17 +342,9 @@ def _summary(turns: Turns, ours: Turns | None, batch: int, settings: Settings) -
     if settings.scenario == "async":
         pairs = zip(ours.rates(batch), turns.rates(batch), strict=True)
     ratios = [theirs / our for theirs, our in pairs]
-    low, middle, high = _quartiles(ratios)
-    return row | {"ratio": middle, "quartiles": [low, high]}
+    return row | {"ratio": statistics.median(ratios), "quartiles": quartiles(ratios)}
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:
     """Return the smallest value that is no less than a share of the values."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
