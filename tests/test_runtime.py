@@ -9,6 +9,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -622,6 +623,126 @@ def test_a_channel_that_others_read_stays() -> None:
     runtime = acdc.Runtime(model, batch((3, 6, 6)))
     compare(model, runtime, batch((3, 6, 6), 3))
     assert sum(program.removed for program in runtime._network.programs) == 0
+
+
+class Around(nn.Module):
+    """Channels that a layer reads or writes, with operations that compute channel by channel."""
+
+    def __init__(self, between: nn.Module, inputs: int = 8, outputs: int = 8) -> None:
+        super().__init__()
+        self.first, self.between = conv(3, inputs, bias=True), between
+        self.last = nn.Conv2d(outputs, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.between(self.first(x)))
+
+
+class Sum(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(8, 8, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(F.relu(x)) + x)
+
+
+class Excited(nn.Module):
+    """Squeeze-and-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.wide(F.relu(self.narrow(x.mean((2, 3), keepdim=True)))))
+
+
+class Beside(nn.Module):
+    """A concatenation with what it reads, as in a DenseNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(8, 6, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(x)], 1)
+
+
+def half(model: nn.Module) -> Any:
+    """Return a network every channel of which keeps half of its weights."""
+    model = ready(model, 0.0)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            index = torch.ones(weight.shape).nonzero().sum(1).reshape(weight.shape)
+            weight.data[index % 2 == 1] = 0
+    return model
+
+
+def depthwise(padding: int = 1) -> nn.Module:
+    return nn.Conv2d(8, 8, 3, padding=padding, groups=8, bias=True)
+
+
+# What is between, its outputs, which layers lose which channels (of the outputs or of the inputs of
+# their weights), and how many channels of layers go.
+TIED: dict[str, tuple[Callable[[], nn.Module], int, dict[str, tuple[str, list[int]]], int]] = {
+    "a sum that nothing reads": (Sum, 8, {"last": ("in", [1, 2]), "between.conv": ("in", [2])}, 2),
+    "a sum of constants": (
+        Sum, 8, {"first": ("out", [1, 2]), "between.conv": ("out", [2, 3])}, 2
+    ),
+    "a depthwise layer that nothing reads": (depthwise, 8, {"last": ("in", [0, 5])}, 4),
+    "a depthwise layer without weights": (depthwise, 8, {"between": ("out", [0, 5])}, 4),
+    "constants in a depthwise layer": (
+        lambda: depthwise(padding=0), 8, {"first": ("out", [0, 5])}, 4
+    ),
+    "constants that padding changes": (depthwise, 8, {"first": ("out", [0, 5])}, 0),
+    "maximum pooling": (lambda: nn.MaxPool2d(3, 2, 1), 8, {"first": ("out", [0, 5])}, 2),
+    "average pooling, which counts zeros": (
+        lambda: nn.AvgPool2d(3, 2, 1), 8, {"first": ("out", [0, 5])}, 0
+    ),
+    "average pooling": (
+        lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), 8, {"first": ("out", [0, 5])}, 2
+    ),
+    "pooling that nothing reads": (lambda: nn.MaxPool2d(3, 2, 1), 8, {"last": ("in", [0])}, 1),
+    "squeeze-and-excitation that nothing reads": (
+        Excited, 8, {"last": ("in", [0, 5]), "between.narrow": ("in", [0])}, 2
+    ),
+    "a concatenation, a part of which nothing reads": (
+        Beside, 14, {"last": ("in", [1, 2, 10]), "between.conv": ("in", [2])}, 2
+    ),
+    "a concatenation with constants": (Beside, 14, {"between.conv": ("out", [0, 5])}, 2),
+    "a part of a concatenation": (Beside, 14, {"last": ("in", [8, 9, 10, 11, 12, 13])}, 5),
+    "all channels of a layer": (Sum, 8, {"last": ("in", [*range(8)])}, 14),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_channels_are_removed_through_operations_that_tie_them(name: str) -> None:
+    between, outputs, dead, removed = TIED[name]
+    model = half(Around(between(), outputs=outputs))
+    for layer, (side, channels) in dead.items():
+        weight: Any = model.get_submodule(layer).weight
+        if side == "out":
+            weight.data[channels] = 0
+        else:
+            weight.data[:, channels] = 0
+    runtime = acdc.Runtime(model, batch((3, 9, 9)), strict=True)
+    compare(model, runtime, batch((3, 9, 9), 3))
+    (program,) = runtime._network.programs
+    assert program.removed == removed
+
+
+def test_removed_channels_of_a_concatenation_are_in_the_file(tmp_path: Path) -> None:
+    model = half(Around(Beside(), outputs=14))
+    model.last.weight.data[:, [1, 8, 9]] = 0
+    model.between.conv.weight.data[:, 1] = 0
+    runtime = acdc.Runtime(model, batch((3, 9, 9)))
+    loaded = acdc.Runtime.load(runtime.save(tmp_path / "net"))
+    x = batch((3, 9, 9), 3)
+    assert torch.equal(loaded(x), runtime(x))
+    compare(model, loaded, x)
+    assert "3 channels that no kept weight" in str(loaded.explain())
 
 
 def test_a_network_without_any_weights_still_computes() -> None:
