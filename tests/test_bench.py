@@ -454,25 +454,26 @@ def test_sparseprop_trains_the_network_if_its_loss_is_right(
 def test_a_run_is_half_sparse_and_its_epochs_lie_side_by_side(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    epochs: list[tuple[float | None, int]] = []
+    epochs: list[tuple[str | float, int]] = []
     phases: list[list[tuple[str, int]]] = []
 
     class Watched(run.Run):
         def __init__(self, *how: Any) -> None:
             super().__init__(*how)
-            self.sparsity = how[3]
-            if self.sparsity is not None:
+            self.key = how[3]
+            if self.key != "channels_last":
                 schedule = self.sparsifier.schedule
                 phases.append([(phase.kind, len(phase)) for phase in schedule.phases])
 
         def epoch(self, number: int) -> None:
-            epochs.append((self.sparsity, number))
+            epochs.append((self.key, number))
             super().epoch(number)
 
     monkeypatch.setattr(run, "Run", Watched)
     (network,) = networks.choose(["resnet8_w2_n8"], run.CASES)
     first, second = run.measure([network], [0.5, 0.9], 2, epochs=2, samples=32, scope="uniform")
-    warm, once = [(None, 0), (0.5, 0), (0.9, 0)], [(0.5, 1), (0.9, 1), (None, 1)]
+    dense = "channels_last"
+    warm, once = [(dense, 0), (0.5, 0), (0.9, 0)], [(0.5, 1), (0.9, 1), (dense, 1)]
     assert epochs == warm + 2 * (warm + once)
     assert phases[2:] == 4 * [[("dense", 2), ("sparse", 2), ("dense", 2), ("sparse", 2)]]
     assert (first["samples"], first["test_samples"], first["epochs"]) == (32, 6, 2)
@@ -490,7 +491,7 @@ def test_an_epoch_sees_every_image_and_evaluates(monkeypatch: pytest.MonkeyPatch
     seen: list[tuple[bool, int]] = []
     data = run.images(20)
     (network,) = networks.choose(["resnet8_w2_n8"], run.CASES)
-    trained = run.Run(network, data, 1, None, "uniform")
+    trained = run.Run(network, data, 1, "channels_last", "uniform")
     before = {name: p.clone() for name, p in trained.net.named_parameters()}
     trained.net.register_forward_hook(
         lambda net, args, _: seen.append((net.training, len(args[0])))

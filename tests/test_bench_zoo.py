@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from acdc.bench import run as bench_run
 from acdc.bench import zoo, zoo_step
 from acdc.bench.step import OPTIMIZERS, Peaks
 from acdc.bench.zoo import OWN, ZOO, ZooNetwork
@@ -232,3 +233,38 @@ def test_our_own_network_with_its_memory_from_the_command(tmp_path: Path) -> Non
     (row,) = json.loads(file.read_text())["rows"]
     assert row["dense_peak_mb"] is None or row["dense_peak_mb"] > 0
     assert row["notes"] == {}
+
+
+# --- whole runs and their parts -------------------------------------------------------------------
+
+
+def test_a_whole_run_of_a_network_of_the_list(tiny: None, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "run.json"
+    words = ["--case", "small", "--samples", "16", "--epochs", "1", "--sparsity", "0.9"]
+    assert main(["bench", "run", *words, "--threads", "1", "--json", str(file)]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert set(row["dense_settings_ms"]) == {"nchw", "channels_last"}
+    assert (row["case"], row["samples"], row["test_samples"]) == ("small", 16, 3)
+    assert row["share_of_dense"] == pytest.approx(row["engine_ms"] / row["dense_ms"])
+    assert "last" in row["layers"]
+
+
+def test_a_whole_run_of_a_text_network_takes_no_images() -> None:
+    encoder = ZooNetwork("texts", zoo._encoder, 4, False, zoo._PRUNED, "torch", 5)
+    data = bench_run.samples_of(encoder, 20)
+    ((x, y),) = data.eval_batches("test", 10)
+    assert (tuple(x.shape), x.dtype, tuple(y.shape)) == ((4, 5), torch.int64, (4,))
+    (row,) = bench_run.measure([encoder], [0.9], 1, epochs=1, samples=20, scope="uniform")
+    assert row["dense_setting"] == "plain"
+
+
+def test_the_parts_of_a_step_of_a_network_of_the_list(tiny: None, capsys: Capture) -> None:
+    words = ["--case", "small", "--sparsity", "0.9", "--repeats", "1", "--threads", "1"]
+    assert main(["bench", "where", *words]) == 0
+    assert "small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bench", ["run", "where"])
+def test_a_network_without_its_library_is_refused(bench: str, tiny: None, capsys: Capture) -> None:
+    assert main(["bench", bench, "--case", "absent"]) == 2
+    assert "absent needs timm" in " ".join(capsys.readouterr().err.split())

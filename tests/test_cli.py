@@ -166,7 +166,7 @@ SURFACE = {
         *bench("default 1"),
         SCOPE,
         ("--epochs N", "default 4"),
-        ("--samples N", "default 12800"),
+        ("--samples N", "default None"),
     ],
 }
 

@@ -70,10 +70,19 @@ def parse(name: str) -> Network | None:
     return None
 
 
-def choose(asked: Sequence[str], cases: Sequence[str]) -> list[Network]:
+def choose(
+    asked: Sequence[str],
+    cases: Sequence[str],
+    find: Callable[[str], Network | None] = parse,
+) -> list[Network]:
     """Return the networks to time: all, or those whose names contain one of the texts.
 
     A text may also spell out another network.
+
+    Args:
+        asked: The texts.
+        cases: The names of the networks.
+        find: Returns the network that a text spells out, or ``None``.
 
     Raises:
         InputError: A text selects nothing.
@@ -81,13 +90,13 @@ def choose(asked: Sequence[str], cases: Sequence[str]) -> list[Network]:
     names: list[str] = []
     for text in asked or ("",):
         found = [name for name in cases if text in name] or [text]
-        if parse(found[0]) is None:
+        if find(found[0]) is None:
             raise InputError(
                 f"--case {text} is in the name of no network, and spells none. The networks are "
                 f"{', '.join(cases)}; write another one as {SPELLING}."
             )
         names += [name for name in found if name not in names]
-    return [network for name in names if (network := parse(name))]
+    return [network for name in names if (network := find(name))]
 
 
 class _Block(nn.Module):

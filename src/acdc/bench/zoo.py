@@ -27,7 +27,7 @@ INSTALL = {
     "timm": "pip install timm",
     "torchvision": "pip install torchvision",
 }
-_CLASSES, _WORDS = 100, 1000
+CLASSES, _WORDS = 100, 1000
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ZooNetwork(Network):
     def data(self) -> tuple[Tensor, Tensor]:
         """Return one batch of random inputs, and a class for each sample."""
         generator = torch.Generator().manual_seed(0)
-        y = torch.randint(_CLASSES, (self.batch,), generator=generator)
+        y = torch.randint(CLASSES, (self.batch,), generator=generator)
         if self.images:
             return torch.randn(self.batch, 3, self.size, self.size, generator=generator), y
         return torch.randint(1, _WORDS, (self.batch, self.size), generator=generator), y
@@ -75,26 +75,26 @@ def of_transformers(name: str, config: str, **values: Any) -> nn.Module:
     import transformers
 
     known: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    sizes = known | {"num_labels": _CLASSES} | values
+    sizes = known | {"num_labels": CLASSES} | values
     return cast(nn.Module, getattr(transformers, name)(getattr(transformers, config)(**sizes)))
 
 
 def _of_timm(name: str, **options: Any) -> nn.Module:
     import timm
 
-    return cast(nn.Module, timm.create_model(name, num_classes=_CLASSES, **options))
+    return cast(nn.Module, timm.create_model(name, num_classes=CLASSES, **options))
 
 
 def _of_torchvision(name: str, **options: Any) -> nn.Module:
     import torchvision
 
-    return cast(nn.Module, getattr(torchvision.models, name)(num_classes=_CLASSES, **options))
+    return cast(nn.Module, getattr(torchvision.models, name)(num_classes=CLASSES, **options))
 
 
 def _encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(256, 8, 1024, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-    return nn.Sequential(nn.Embedding(_WORDS, 256), encoder, nn.Linear(256, _CLASSES))
+    return nn.Sequential(nn.Embedding(_WORDS, 256), encoder, nn.Linear(256, CLASSES))
 
 
 _VIT = {
@@ -165,6 +165,18 @@ def find(name: str) -> Network | None:
     if found is None or not at:
         return found
     return replace(found, batch=int(batch), name=name) if batch.isdigit() and int(batch) else None
+
+
+def find_installed(name: str) -> Network | None:
+    """Return the network with this name, or ``None``.
+
+    Raises:
+        InputError: Its library is missing.
+    """
+    network = find(name)
+    if isinstance(network, ZooNetwork) and network.missing:
+        raise InputError(f"The network {name} {network.missing}.")
+    return network
 
 
 def choose(asked: Sequence[str], batch: int | None) -> tuple[list[Network], list[str]]:

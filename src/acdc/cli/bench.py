@@ -69,7 +69,7 @@ STEP = Bench(
 BREAKDOWN = Bench(
     "where",
     "where the time of a training step goes",
-    "resnet20_w16_n128, gpt_d768_l4_t512",
+    "resnet20_w16_n128, gpt_d768_l4_t512, or a network of 'acdc bench zoo --list'",
     9,
     "steps of each competitor",
     (0.8, 0.9, 0.95),
@@ -96,13 +96,13 @@ ZOO = Bench(
 RUN = Bench(
     "run",
     "a whole run, half of it sparse",
-    "resnet20_w16_n128",
+    "resnet20_w16_n128, or a network of 'acdc bench zoo --list'",
     1,
     "whole runs of each competitor",
     (0.9, 0.95),
     "Times a whole AC/DC run with half of its epochs sparse, data loading and evaluation included, "
-    "on random images of CIFAR-10's shape, beside a dense run of the same epochs. The runs take "
-    "turns, an epoch at a time.",
+    "on random samples, beside dense runs of the same epochs. The runs take turns, an epoch at a "
+    "time. The network is one of our ResNets, or one of 'acdc bench zoo --list'.",
 )
 INFER = Bench(
     "infer",
@@ -144,8 +144,8 @@ def add(commands: Commands) -> None:
         "--samples",
         metavar="N",
         type=int,
-        default=12_800,
-        help="training images; a fifth as many for testing (default: 12800)",
+        help="training samples of an epoch; a fifth as many for testing (default: 12800, or 1600 "
+        "for a network of 'acdc bench zoo --list')",
     )
     for sub in (step, breakdown, zoo, infer, run):
         sub.add_argument(
@@ -323,9 +323,9 @@ def _step(args: argparse.Namespace) -> int:
 
 
 def _breakdown(args: argparse.Namespace) -> int:
-    from acdc.bench import breakdown, networks, step
+    from acdc.bench import breakdown, networks, step, zoo
 
-    chosen = networks.choose(args.case, step.CASES)
+    chosen = networks.choose(args.case, step.CASES, zoo.find_installed)
     table = breakdown.Table([network.name for network in chosen])
     sparsities = _sparsities(args, BREAKDOWN)
     return _measure(args, table, breakdown.measure(chosen, sparsities, args.repeats, args.scope))
@@ -352,10 +352,10 @@ def _zoo(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from acdc.bench import networks, run
+    from acdc.bench import networks, run, zoo
     from acdc.bench.table import Table
 
-    chosen = networks.choose(args.case, run.CASES)
+    chosen = networks.choose(args.case, run.CASES, zoo.find_installed)
     table = Table([network.name for network in chosen], {"share_of_dense": "share of dense"})
     sparsities, size = _sparsities(args, RUN), (args.epochs, args.samples)
     return _measure(args, table, run.measure(chosen, sparsities, args.repeats, *size, args.scope))

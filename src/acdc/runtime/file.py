@@ -1,4 +1,4 @@
-"""The frozen file: safetensors with mask bits, kept values and vectors; the program as JSON.
+"""The frozen file: safetensors with positions, values and vectors; the program as JSON.
 
 The metadata have one entry, ``acdc_runtime``. No code and no pickle is in the file. Sizes follow
 from the program and are compared with those of the tensors before anything is allocated.
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from acdc.bitmask import as_integers, deserialize, read_metadata, serialize
-from acdc.engine import native
 from acdc.engine.contract import numel
 from acdc.engine.geometry import ConvGeometry
 from acdc.errors import InputError
 from acdc.outfile import write
 from acdc.runtime.checking import MOST_OPS, MOST_SIZE, check_program
 from acdc.runtime.frozen import Frozen, Input, check_structure
+from acdc.runtime.packing import FORMS, pack, unpack
 from acdc.runtime.program import (
     ACTIVATIONS,
     Attention,
@@ -45,7 +45,7 @@ from acdc.runtime.program import (
 from acdc.schema import COUNT, Maybe, Number, check, parse
 
 ENTRY = "acdc_runtime"
-VERSION = 1
+VERSION = 2  # of 1, every layer had a mask
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 _INPUTS = _DTYPES | {"int64": torch.int64, "int32": torch.int32, "bool": torch.bool}
@@ -159,7 +159,7 @@ def _encoded(number: int, op: Op, tensors: dict[str, Tensor]) -> dict[str, Any]:
         note["activation"] = op.activation
         vectors = {
             "bias": op.bias,
-            "mask": _bits(op.weight.index, op.weight_numel),
+            **pack(op.weight.index, op.weight_numel),
             "values": op.weight.values,
         }
     elif isinstance(op, Map):
@@ -188,13 +188,6 @@ def _encoded(number: int, op: Op, tensors: dict[str, Tensor]) -> dict[str, Any]:
         if vector is not None:
             tensors[f"{number}.{name}"] = vector.detach()
     return note
-
-
-def _bits(index: Tensor, count: int) -> Tensor:
-    """Return ``[bytes]``, a bit for each weight, the lowest bit first."""
-    kept = torch.zeros(-(-count // 8) * 8, dtype=torch.uint8)
-    kept[index.long()] = 1
-    return (kept.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def _decoded(data: bytes) -> Frozen:
@@ -291,18 +284,15 @@ class _Reader:
         return Pool(*common, note["maximum"], window, stride, padding, note["count_padding"])
 
     def _kept(self, number: int, geometry: ConvGeometry) -> Kept:
-        names = f"{number}.mask", f"{number}.values"
-        if not all(name in self.tensors for name in names):
+        values = self._vector(number, "values")
+        if values is None:
             raise InputError(f"operation {number} has no weights")
-        bits, values = (self.tensors.pop(name) for name in names)
-        count = numel(geometry)
-        if count >= 2**31 or bits.dtype != torch.uint8 or bits.shape != (-(-count // 8),):
-            raise InputError(f"the mask of operation {number} does not fit {count} weights")
-        index = native.positions(bits.contiguous(), values.numel())
-        if values.dtype != self.dtype or values.dim() != 1 or index is None:
-            raise InputError(f"operation {number} has not as many values as its mask has ones")
-        if index.numel() and int(index[-1]) >= count:
-            raise InputError("a mask has bits beyond its weight")
+        names = {form: f"{number}.{form}" for form in FORMS}
+        forms = {form: self.tensors.pop(n) for form, n in names.items() if n in self.tensors}
+        try:
+            index = unpack(forms, numel(geometry), values.numel())
+        except InputError as error:
+            raise InputError(f"operation {number} {error}") from error
         return Kept(index, values)
 
     def _table(self, number: int) -> Tensor | None:
