@@ -417,6 +417,8 @@ def _spec(graph: fx.GraphModule, node: fx.Node) -> Spec:
         return _concat(node)
     if function in (F.dropout, torch.dropout):
         return _dropout(**_arguments(F.dropout, node))
+    if function is torch.mean:
+        return _mean(node)
     if function in _POOLS:
         return _pool(_POOLS[function](*node.args[1:], **node.kwargs))
     if function in _ACTIVATIONS:
@@ -452,6 +454,7 @@ _METHODS: dict[str, Any] = {
     "__mul__": operator.mul,
     "__imul__": operator.imul,
     "permute": torch.permute,
+    "mean": torch.mean,
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
     "relu_": torch.relu_,
@@ -574,6 +577,19 @@ def _pool(module: nn.Module) -> PoolSpec:
     return PoolSpec("max", window, stride, padding)
 
 
+def _mean(node: fx.Node) -> Spec:
+    """Return the pooling that ``x.mean((2, 3), keepdim=True)`` is."""
+    settings = _arguments(torch.mean, node)
+    dims, keepdim = settings.pop("dim", None), settings.pop("keepdim", False)
+    shape = shape_of(node) or ()
+    if len(shape) != 4 or keepdim is not True or settings:
+        raise InputError("a mean over other dimensions than those of images, or without them")
+    over = dims if isinstance(dims, tuple | list) else (dims,)
+    if {d % 4 if isinstance(d, int) else None for d in over} != {2, 3}:
+        raise InputError("a mean over other dimensions than height and width")
+    return PoolSpec("avg", None)
+
+
 def _sum(node: fx.Node) -> Spec:
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         raise InputError("a sum with a factor")
@@ -641,7 +657,8 @@ def _arguments(function: Callable[..., Any], node: fx.Node) -> dict[str, Any]:
     }
 
 
-_PARAMETERS = {
+_PARAMETERS: dict[Any, tuple[str, ...]] = {
+    torch.mean: ("input", "dim", "keepdim"),
     F.gelu: ("input", "approximate"),
     F.dropout: ("input", "p", "training", "inplace"),
 }

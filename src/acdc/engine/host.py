@@ -33,6 +33,7 @@ from acdc.engine.operations import Conv, Program
 from acdc.engine.partition import fuse
 from acdc.engine.plans import Plans
 from acdc.engine.segment import Segment
+from acdc.engine.shape_reads import read_from_stand_ins, resolve_dimensions
 from acdc.engine.tape import Op
 from acdc.engine.tracing import (
     Untraceable,
@@ -323,6 +324,7 @@ class Host:
         with _own_forward(self.module):
             graph = trace(self._root, arguments)
         propagate(graph, arguments.tensors)
+        resolve_dimensions(graph)
         return graph
 
     def _build(self, key: tuple[Hashable, Hashable], arguments: Arguments) -> fx.GraphModule:
@@ -332,6 +334,7 @@ class Host:
         recognised = {n: r for n, r in recognise(graph).items() if isinstance(r, Recognised)}
         layers = {self._name(r.spec) for r in recognised.values() if isinstance(r.spec, ConvSpec)}
         new = layers - self.policy.choices.keys()
+        read_from_stand_ins(graph, recognised)
         segments = self.policy.choose(graph, recognised, self._name)
         for name in new:  # a layer may be refused in another mode
             self.refused.pop(name, None)

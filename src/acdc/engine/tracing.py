@@ -69,6 +69,7 @@ def has_other_forward(module: nn.Module) -> bool:
 class _Proxy(fx.Proxy):
     """Tells ``x += y`` from ``x = x + y``: only the first changes ``x`` for its other readers."""
 
+    tracer: _Tracer
     _is_param = _is_buffer = False  # what ``isinstance(x, nn.Parameter)`` reads
 
     def __len__(self) -> int:
@@ -76,6 +77,21 @@ class _Proxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> fx.proxy.Attribute:
         return _Attribute(self, name)
+
+    @property
+    def ndim(self) -> Any:
+        """The number of dimensions: a graph holds for arguments with the same numbers."""
+        number = self.tracer.dimensions_of(self.node)
+        return _Attribute(self, "ndim") if number is None else number
+
+    def dim(self) -> Any:
+        """Return the number of dimensions."""
+        number = self.tracer.dimensions_of(self.node)
+        if number is None:
+            return self.tracer.create_proxy("call_method", "dim", (self,), {})
+        return number
+
+    ndimension = dim
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("node", "tracer", "tensor"):
@@ -240,6 +256,13 @@ class _Tracer(fx.Tracer):
         if isinstance(value, tuple | list):
             return iter([obj[i] for i in range(len(value))])
         return super().iter(obj)
+
+    def dimensions_of(self, node: fx.Node) -> int | None:
+        """Return the number of dimensions of a node's tensor, or None if it cannot be computed."""
+        try:
+            return int(self._value_of(node).dim())
+        except (TypeError, RuntimeError, AttributeError):  # a module with hooks, or no tensor
+            return None
 
     def _value_of(self, node: fx.Node) -> Any:
         """Return what a node computes for the example: a tensor without values, or a number."""

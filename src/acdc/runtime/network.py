@@ -19,6 +19,7 @@ from acdc.engine.host import Single, own_forward
 from acdc.engine.locks import Lock
 from acdc.engine.modes import why_not_kernels
 from acdc.engine.partition import fuse, samples_of, segments_of
+from acdc.engine.shape_reads import read_from_stand_ins, resolve_dimensions
 from acdc.engine.tracing import Untraceable, follow_buffers, propagate, trace
 from acdc.errors import InputError
 from acdc.runtime.channels import remove_channels
@@ -231,6 +232,7 @@ class _Part:
         self._said: set[str] = set()
         graph = trace(self.root, self.example)
         propagate(graph, self.example.tensors)
+        resolve_dimensions(graph)
         self.graph = self._with_segments(graph)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -263,6 +265,7 @@ class _Part:
         found: dict[fx.Node, Recognised | str] = recognise(graph)
         extend(found, graph)
         known = {n: r for n, r in found.items() if isinstance(r, Recognised)}
+        read_from_stand_ins(graph, known)
         segments = segments_of(graph, known, known.keys())
         inside = {node for segment in segments for node in segment.nodes}
         for node, what in found.items():
