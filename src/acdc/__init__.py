@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from acdc.engine.engine import Engine
     from acdc.errors import AcdcError, InputError, MissingDependency
     from acdc.hooks.changes import Change
+    from acdc.hooks.mirror import MirrorStep
     from acdc.hooks.twin import DenseTwin
     from acdc.layers import Layers
     from acdc.methods import (
@@ -67,6 +68,7 @@ _HOME = {
     "Gradual": "acdc.methods",
     "InputError": "acdc.errors",
     "Layers": "acdc.layers",
+    "MirrorStep": "acdc.hooks.mirror",
     "MissingDependency": "acdc.errors",
     "OneShot": "acdc.methods",
     "Pair": "acdc.pair",
@@ -112,6 +114,7 @@ __all__ = [
     "Gradual",
     "InputError",
     "Layers",
+    "MirrorStep",
     "MissingDependency",
     "OneShot",
     "Pair",

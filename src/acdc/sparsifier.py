@@ -27,6 +27,7 @@ from acdc.hooks.masking import Masking
 from acdc.hooks.optimizers import OneOrSeveral, Optimizers, params_of
 from acdc.hooks.pairing import paired, paired_averages
 from acdc.hooks.reset import StateReset
+from acdc.hooks.rows import RowScale
 from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpacked
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
@@ -56,6 +57,13 @@ class Sparsifier:
         engine: An ``acdc.Engine`` of this model, which then computes sparse phases sparsely.
         automatic: Whether the support changes within ``optimizer.step()``. ``False``: call
             :meth:`advance` after every step, for example to evaluate the network before it changes.
+        scale_rows: Whether the optimizer finds the gradients of each output of a sparse layer times
+            the root of its density over the mean density of the layer's outputs, as in SparseOpt
+            (Adnan et al., ICML 2026), for networks with normalisation layers. A method that grows
+            weights by gradient sees gradients that are not scaled; SNFS grows by the optimizer's
+            momentum, which is that of scaled ones. What a method adds to a gradient (the penalty of
+            Top-KAST, the decay of SR-STE) is scaled with it. It costs one pass over the gradient of
+            each sparse layer.
         state: What :meth:`state_dict` returned: resume there. Nothing is cut at first.
         process_group: The processes that share masks. The default is the group of the model's
             DistributedDataParallel; without it this process chooses its masks alone.
@@ -77,6 +85,7 @@ class Sparsifier:
         *,
         engine: Engine | None = None,
         automatic: bool = True,
+        scale_rows: bool = False,
         state: Mapping[str, Any] | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
@@ -96,6 +105,7 @@ class Sparsifier:
         if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
+        self._rows = RowScale(params, optimizers) if scale_rows else None
         self._masking = Masking(params, optimizers, engine, self._reset.copies, peers)
         try:
             self.advance() if state is None else self.load_state_dict(state)
@@ -237,6 +247,8 @@ class Sparsifier:
         # Without a reset, moments may move weights that come back; dense weights move as a whole.
         whole = self._reset.rule == "none" or bool(self._store.dense)
         self._masking.hold(support, whole_steps=whole)
+        if self._rows is not None:
+            self._rows.hold(self.support)
 
     def _show(self) -> None:
         """Make the parameters the weights that the forward pass sees."""
@@ -305,6 +317,8 @@ class Sparsifier:
         """
         self._hooks.remove()
         self._masking.remove()
+        if self._rows is not None:
+            self._rows.remove()
 
     # --- stop and resume ------------------------------------------------------------------------
 

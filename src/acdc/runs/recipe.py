@@ -25,7 +25,7 @@ from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.runs import models
 from acdc.runs.data import Source
 from acdc.runs.models import Model
-from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, StepDecay
+from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, Rewarm, StepDecay, Tail
 from acdc.runs.record import Folder
 from acdc.schedule import Constant
 from acdc.schema import Misfit, Number, check
@@ -146,7 +146,12 @@ COMPONENTS: dict[type, dict[str, _Component]] = {
     Method: {"dense": _dense},
     Pattern: {"unstructured": _pattern(Unstructured), "nm": _pattern(NM), "block": _pattern(Block)},
     Optimizer: {"sgd": lambda _: SGD(), "adamw": lambda _: AdamW()},
-    Curve: {"cosine": lambda _: Cosine(), "steps": lambda _: StepDecay()},
+    Curve: {
+        "cosine": lambda _: Cosine(),
+        "steps": lambda _: StepDecay(),
+        "rewarm": Rewarm,  # of the curve that is there
+        "tail": Tail,
+    },
     Layers: {"all": lambda _: Layers(), "default": lambda _: None},
 }
 
