@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from acdc.errors import InputError
+from acdc.hooks.saved import is_unused
 from acdc.layers import Layers
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
@@ -316,15 +317,14 @@ def _spell(hint: Any) -> str:
 def encode(value: Any) -> Any:
     """Return a value as JSON can hold it: a dataclass becomes its fields and its type.
 
-    A field that was added later, ``field(default=..., metadata={"added": True})``, is left out
-    while it has its default: a recipe then has the same values, and a run the same label, as
-    before.
+    A field that was added later is left out while it has its default (:func:`is_unused`): a recipe
+    then has the same values, and a run the same label, as before.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {"type": type(value).__name__} | {
             f.name: encode(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if not (f.metadata.get("added") and getattr(value, f.name) == f.default)
+            if not is_unused(value, f)
         }
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
