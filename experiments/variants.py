@@ -64,7 +64,7 @@ def _of_optimizer(name: str, label: str, values: Callable[[Any], Mapping[str, An
 def mirror(alpha: float) -> Option:
     """The mirror step (HAM); with AdamW in its normalised form."""
     return _of_optimizer(
-        f"mirror{alpha:g}", f"mirror step {alpha:g}", lambda _: {"mirror_alpha": float(alpha)}
+        f"mirror{alpha:g}", f"mirror {alpha:g}", lambda _: {"mirror_alpha": float(alpha)}
     )
 
 
@@ -75,15 +75,15 @@ def rate(factor: float) -> Option:
     )
 
 
-ROWS = _of_optimizer("rows", "row scaling", lambda _: {"scale_rows": True})
+ROWS = _of_optimizer("rows", "rows", lambda _: {"scale_rows": True})
 REWARM = Option(
     "rewarm",
-    "re-warmed dense phases",
+    "rewarm",
     lambda recipe: replace(recipe, lr=Rewarm(recipe.lr, low=0.35)),
 )
 RESTART = Option(
     "restart",
-    "warm-up after each decompression",
+    "restart",
     lambda recipe: replace(recipe, lr=Rewarm(recipe.lr, low=0.05, share=0.4)),
 )
 
@@ -99,7 +99,7 @@ def trial(base: GridMethod, *options: Option) -> GridMethod:
         return replace(candidate, changes={**candidate.changes, **changes})
 
     name = "_".join([base.name, *(option.name for option in options)])
-    label = ", ".join([base.label, *(option.label for option in options)])
+    label = " + ".join([base.label, *(option.label for option in options)])
     return replace(base, name=name, label=label, build=build)
 
 
@@ -163,22 +163,22 @@ def _rigl(drop: float) -> Make:
     return make
 
 
-DENSE, ACDC_PAPER, GMP_75, TOPKAST_2, RIGL_30 = grids.methods(
-    "dense", "acdc", "gmp", "topkast", "rigl_erk"
+DENSE, ACDC_PAPER, PARTIAL, GMP_75, TOPKAST_2, RIGL_30 = grids.methods(
+    "dense", "acdc", "acdc_partial", "gmp", "topkast", "rigl_erk"
 )
 TWIN = {"dense_finetune": True}
-RAMP = _line("acdc_ramp", "AC/DC, ramp", _ramped(0.6), **TWIN)
-RAMP_LONG = _line("acdc_long", "AC/DC, ramp, long last phase", _ramped(0.5, LONG), **TWIN)
+RAMP = _line("acdc_ramp", "AC/DC ramp", _ramped(0.6), **TWIN)
+RAMP_LONG = _line("acdc_long", "AC/DC ramp long", _ramped(0.5, LONG), **TWIN)
 RAMP_ENTERED = _line(
     "acdc_entered",
-    "AC/DC, ramp, long last phase, keeps state",
+    "AC/DC ramp long, entered",
     _ramped(0.5, LONG, "entered"),
     **TWIN,
 )
-GMP_50 = _line("gmp_50", "GMP, ramp over 50 %", _gmp("S100", "50%"))
-GMP_25_75 = _line("gmp_25to75", "GMP, ramp from 25 to 75 %", _gmp("D25 S75", "50%"))
-TOPKAST_5 = _line("topkast_x5", "Top-KAST, trains 5 x", _topkast(5))
-RIGL_50 = _line("rigl_drop50", "RigL, ERK, drop 50 %", _rigl(0.5))
+GMP_50 = _line("gmp_50", "GMP to 50 %", _gmp("S100", "50%"))
+GMP_25_75 = _line("gmp_25to75", "GMP 25 to 75 %", _gmp("D25 S75", "50%"))
+TOPKAST_5 = _line("topkast_x5", "Top-KAST 5 x", _topkast(5))
+RIGL_50 = _line("rigl_drop50", "RigL, ERK, drop .5", _rigl(0.5))
 
 M25, M50 = mirror(25), mirror(50)
 
@@ -188,25 +188,28 @@ FASHION_MNIST = (
     *(trial(DENSE, *options) for options in (
         (), (mirror(10),), (M25,), (M50,),
         (rate(0.5),), (rate(0.5), M25), (rate(0.5), M50),
-        (rate(2),), (rate(2), M25), (rate(2), M50),
+        (rate(2),), (rate(2), M25), (rate(2), M50), (rate(0.5), mirror(10)), (rate(2), mirror(10)),
     )),
     *(trial(ACDC_PAPER, *options) for options in ((), (M25,), (M50,), (ROWS,), (REWARM,))),
+    *(trial(PARTIAL, *options) for options in ((), (M50,))),
     trial(RAMP),
     *(trial(RAMP_LONG, *options) for options in ((), (M25,), (M50,), (M50, ROWS))),
     *(trial(GMP_75, *options) for options in ((), (M25,), (M50,), (ROWS,), (M50, ROWS))),
-    *(trial(GMP_50, *options) for options in ((), (M50,))),
-    *(trial(GMP_25_75, *options) for options in ((), (M25,), (M50,))),
+    *(trial(base, *options) for base in (GMP_50, GMP_25_75)
+      for options in ((), (M25,), (M50,))),
+    trial(GMP_25_75, ROWS),
     *(trial(base, *options) for base in (TOPKAST_2, TOPKAST_5, RIGL_30, RIGL_50)
-      for options in ((), (M25,), (M50,), (ROWS,), (M50, ROWS))),
+      for options in ((), (M25,), (M50,), (ROWS,), (M50, ROWS), (rate(2),))),
 )  # fmt: skip
 
 TINYSHAKESPEARE = (
     *(trial(DENSE, *options) for options in (
-        (), (M25,), (M50,), (mirror(100),),
+        (), (mirror(10),), (M25,), (M50,), (mirror(100),),
         (rate(0.5),), (rate(0.5), M25), (rate(0.5), M50),
-        (rate(2),), (rate(2), M25), (rate(2), M50),
+        (rate(2),), (rate(2), mirror(10)), (rate(2), M25), (rate(2), M50),
     )),
     *(trial(ACDC_PAPER, *options) for options in ((), (M25,), (rate(2),))),
+    *(trial(PARTIAL, *options) for options in ((), (M25,))),
     *(trial(RAMP_ENTERED, *options) for options in (
         (), (rate(2),), (M25,), (M50,), (rate(2), M25), (M25, ROWS),
     )),
@@ -214,13 +217,13 @@ TINYSHAKESPEARE = (
     *(trial(GMP_75, *options) for options in (
         (), (rate(2),), (M25,), (M50,), (rate(2), M25), (ROWS,), (M25, ROWS),
     )),
-    trial(GMP_50, M25),
-    *(trial(GMP_25_75, *options) for options in ((M25,), (rate(2), M25))),
+    *(trial(base, *options) for base in (GMP_50, GMP_25_75) for options in ((M25,), (rate(2), M25))),
+    trial(GMP_25_75),
     *(trial(base, *options) for base in (TOPKAST_2, RIGL_30) for options in (
         (), (rate(2),), (M25,), (M50,), (rate(2), M25), (M25, ROWS),
     )),
     *(trial(base, *options) for base in (TOPKAST_5, RIGL_50) for options in (
-        (), (M25,), (M50,), (rate(2), M25),
+        (), (rate(2),), (M25,), (M50,), (rate(2), M25), (M25, ROWS),
     )),
 )  # fmt: skip
 

@@ -27,6 +27,7 @@ from acdc.pages.figure import (
     Plate,
     entry,
     environment,
+    height_with_legend,
     legend,
     plate,
     publish,
@@ -79,6 +80,8 @@ class Mean:
         """The mean over the seeds."""
         return fmean(self.qualities)
 
+
+COLUMNS = 5  # of a legend, at most
 
 COSTS = {
     "train_flops_ratio": ("train", "training FLOPs, share of the dense run"),
@@ -311,7 +314,7 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
         for i, method in enumerate(methods):
             points = sorted((m for m in mine if m.method == method), key=lambda m: m.sparsity)
             # Side by side: the spreads of methods that are close would hide one another.
-            aside = 0.05 * (i - (len(methods) - 1) / 2)
+            aside = min(0.05, 0.9 / len(methods)) * (i - (len(methods) - 1) / 2)
             _line(axes, points, [positions[m.sparsity] + aside for m in points], look, filled=True)
         axes.set_xticks(list(positions.values()), [look.sparsity(s) for s in positions])
         axes.set_xlim(-0.5, len(positions) - 0.5)
@@ -319,7 +322,7 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
         axes.set_xlabel("sparsity")
         axes.set_ylabel(look.quality)
         lines = [entry(look.colours[m.method], look.labels[m.method]) for m in dense]
-        legend(axes, [*look.keys(methods), *lines], form, 5)
+        legend(axes, [*look.keys(methods), *lines], form, COLUMNS)
 
     caption = "Mean over the seeds; bars reach from the lowest seed to the highest." * several
     caption = caption or "One seed."
@@ -333,7 +336,10 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
             f" Each method trains until it has {'taken' if budget == 'seconds' else 'spent'} what "
             f"the dense run {what}, but no longer than {grid.longest:g} times its epochs."
         )
-    return plate(name, heading, caption, draw, {"wide": 3.6, "narrow": 3.9})
+    heights = height_with_legend(
+        [look.labels[m] for m in (*methods, *(m.method for m in dense))], COLUMNS
+    )
+    return plate(name, heading, caption, draw, heights)
 
 
 def _by_cost(found: Sequence[Mean], cost: str, best: Sequence[Mean], look: _Look) -> Plate:
@@ -375,7 +381,7 @@ def _by_cost(found: Sequence[Mean], cost: str, best: Sequence[Mean], look: _Look
         axes.set_xlabel(axis)
         axes.set_ylabel(look.quality)
         front_key = entry(INK, "Pareto front", linewidth=0.8, linestyle=(0, (2, 2)))
-        legend(axes, [*look.keys(methods), front_key], form, 5)
+        legend(axes, [*look.keys(methods), front_key], form, COLUMNS)
 
     caption = (
         f"A point is the mean over the seeds of one method at one sparsity; bars reach from the "
@@ -388,7 +394,8 @@ def _by_cost(found: Sequence[Mean], cost: str, best: Sequence[Mean], look: _Look
     caption += _hidden(hidden)
     if name != "inference":
         caption += " What a method needs beforehand is included."
-    return plate(name, heading, caption, draw, {"wide": 3.6, "narrow": 3.9})
+    heights = height_with_legend([look.labels[name] for name in methods], COLUMNS)
+    return plate(name, heading, caption, draw, heights)
 
 
 def _line(
