@@ -103,8 +103,8 @@ def _settings(method: Method[Any], every: bool = False) -> str:
 
     Args:
         method: The method.
-        every: Whether arguments that were added later are named while they have their default, as
-            they were by versions before 0.2.
+        every: Whether arguments that were added later are named even while they have their default.
+            Some checkpoints name them.
     """
     arguments: Iterable[Field[Any]] = fields(method) if is_dataclass(method) else ()
     values: dict[str, Any] = {
