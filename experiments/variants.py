@@ -217,7 +217,8 @@ TINYSHAKESPEARE = (
     *(trial(GMP_75, *options) for options in (
         (), (rate(2),), (M25,), (M50,), (rate(2), M25), (ROWS,), (M25, ROWS),
     )),
-    *(trial(base, *options) for base in (GMP_50, GMP_25_75) for options in ((M25,), (rate(2), M25))),
+    *(trial(base, *options) for base in (GMP_50, GMP_25_75)
+      for options in ((M25,), (rate(2), M25))),
     trial(GMP_25_75),
     *(trial(base, *options) for base in (TOPKAST_2, RIGL_30) for options in (
         (), (rate(2),), (M25,), (M50,), (rate(2), M25), (M25, ROWS),
