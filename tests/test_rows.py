@@ -130,7 +130,9 @@ def test_a_matrix_without_a_kept_weight_beside_others() -> None:
 
 
 @pytest.mark.parametrize("engine", [False, True])
-def test_the_optimizer_finds_scaled_gradients_and_the_user_his_own(engine: bool) -> None:
+def test_the_optimizer_finds_scaled_gradients_and_all_others_those_of_the_loss(
+    engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, optimizer, sparsifier = bound(ALTERNATING, engine=engine)
     train(model, optimizer, 0, CUTS[0])
     support = sparsifier.support
@@ -142,6 +144,10 @@ def test_the_optimizer_finds_scaled_gradients_and_the_user_his_own(engine: bool)
     def look(*_: Any) -> None:
         seen.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
+    def advance() -> None:  # here a method grows weights
+        assert all(same(p.grad, grads[n]) for n, p in model.named_parameters())
+
+    monkeypatch.setattr(sparsifier, "advance", advance)
     optimizer.register_step_pre_hook(look)
     optimizer.step()
     scaled = 0
