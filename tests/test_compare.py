@@ -27,7 +27,7 @@ from rich.console import Console
 
 from acdc.cli import main
 from acdc.compare import results, work
-from acdc.compare.cells import Cell, base_recipe, cells, epochs_at_equal_flops, prepare
+from acdc.compare.cells import Cell, base_recipe, cells, epochs_at_equal_cost, prepare
 from acdc.compare.grid import Grid, Task, locate
 from acdc.compare.results import Outcome
 from acdc.compare.work import Progress
@@ -35,6 +35,7 @@ from acdc.console import GridWatcher
 from acdc.errors import InputError
 from acdc.files import alone
 from acdc.pages import comparison as page
+from acdc.pages.paired import against_baseline, against_dense
 from acdc.recipes import grids
 from acdc.runs import record, train
 from support import compare_grids
@@ -143,9 +144,35 @@ def test_flops_are_those_of_the_formula_and_epochs_exact(whole: Path) -> None:
 
 def test_equal_flops_are_no_longer_than_allowed() -> None:
     grid = replace(compare_grids.whole(), longest=2.5)
-    assert [epochs_at_equal_flops(grid, r) for r in (1.0, 0.4173, 0.9, 0.01, 30.0)] == [
+    assert [epochs_at_equal_cost(grid, r) for r in (1.0, 0.4173, 0.9, 0.01, 30.0)] == [
         10, 24, 11, 25, 1
     ]  # fmt: skip
+
+
+def test_at_equal_seconds_a_cell_is_as_long_as_its_measured_time_says(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows stand for their runs, and lengths follow from the seconds of the first seed."""
+    found = rows(whole)
+    for row in found:
+        slow = {"dense": 8.0, "acdc": 5.0, "one_shot": 4.0}[row["method"]]
+        row["cpu_seconds"] = slow if row["seed"] == 0 else 1.0
+    shutil.copytree(whole, tmp_path / "whole", ignore=shutil.ignore_patterns("runs"))
+    lines = "".join(json.dumps(row) + "\n" for row in found)
+    (tmp_path / "whole" / "results.jsonl").write_text(lines)
+    grid = replace(compare_grids.whole(), budgets=("epochs", "seconds"))
+    board = work._Board(grid, tmp_path / "whole", lambda _: None, None)
+    board.update()
+    waiting = {str(job.run.cell): job.run.epochs for job in board.jobs.values()
+               if job.state == "ready"}  # fmt: skip
+    for cell, epochs in waiting.items():
+        assert "equal seconds" in cell or "beforehand" in cell or cell.startswith("dense")
+        if "acdc" in cell:
+            assert epochs == 16
+    assert sum("acdc" in cell for cell in waiting) == 4
+    (dense,) = {o.row["epochs"] for o in board.outcomes()
+                if o.row and o.cell.method == "dense" and o.cell.budget == "seconds"}  # fmt: skip
+    assert dense == EPOCHS
 
 
 def test_what_is_trained_beforehand_is_a_run_shared_and_counted(whole: Path) -> None:
@@ -701,6 +728,46 @@ def test_where_ours_does_not_win_the_page_says_so(whole: Path) -> None:
     assert "does not win" not in shown
 
 
+def test_methods_are_compared_seed_by_seed_with_an_interval(whole: Path) -> None:
+    grid = replace(compare_grids.whole(), sparsities=(0.5,), seeds=(0, 1, 2), baseline="acdc")
+    row = rows(whole)[0]
+
+    def outcome(method: str, seed: int, sparse: float | None, dense: float | None) -> Outcome:
+        cell = Cell(method, 0.5 if sparse else 0.0, seed)
+        more = {"method": method, "sparse_quality": sparse, "dense_quality": dense}
+        return Outcome(cell, row | more)
+
+    outcomes = [
+        *(outcome("dense", seed, None, 95.0) for seed in (0, 1, 2)),
+        *(outcome("acdc", seed, 90.0 + seed, 95.0 + seed) for seed in (0, 1, 2)),
+        *(outcome("one_shot", seed, 89.0 + seed + 0.1 * seed, None) for seed in (0, 1, 2)),
+    ]
+    (found,) = against_baseline(grid, outcomes)
+    assert found.differences == pytest.approx((-1.0, -0.9, -0.8))
+    # Two degrees of freedom: 4.3027 standard errors of 0.1 / sqrt(3).
+    assert found.interval == pytest.approx((-0.9 - 0.24841, -0.9 + 0.24841), abs=1e-4)
+    (twin,) = against_dense(grid, outcomes)
+    assert (twin.method, twin.baseline, twin.differences) == ("acdc", "dense", (0.0, 1.0, 2.0))
+    shown = page.page(grid, outcomes)
+    assert "Against AC/DC, seed by seed" in shown
+    for text in ("<td>−0.90</td>", "<td>−1.15 to −0.65</td>", "<td>worse</td>"):
+        assert text in shown
+    for text in ("<td>+1.00</td>", "<td>−1.48 to +3.48</td>", "<td>not told apart</td>"):
+        assert text in shown
+    # A seed that the baseline lacks is left out; one seed has no interval.
+    fewer = [o for o in outcomes if o.cell.seed or o.cell.method != "acdc"]
+    (found,) = against_baseline(grid, fewer)
+    assert len(found.differences) == 2
+    (found,) = against_baseline(grid, [o for o in outcomes if o.cell.seed == 1])
+    assert found.interval is None
+    assert "<td>1</td><td>−0.90</td><td>–</td><td>–</td>" in page.page(
+        grid, [o for o in outcomes if o.cell.seed == 1]
+    )
+    plain = replace(grid, baseline=None)
+    assert against_baseline(plain, outcomes) == against_dense(plain, outcomes) == []
+    assert "seed by seed" not in page.page(plain, outcomes)
+
+
 def test_remarks_beside_the_results_are_on_the_page(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "whole"
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("runs"))
@@ -754,6 +821,11 @@ def test_a_method_that_ends_dense_is_shown_as_a_dense_network(tmp_path: Path) ->
         ({"budgets": ("flops",)}, "Put 'epochs' first"),
         ({"budgets": ("epochs", "watts")}, "the budget 'watts'"),
         ({"longest": 0.5}, "longest is 0.5"),
+        ({"baseline": "gmp"}, "has the baseline 'gmp', which is none of its methods"),
+        (
+            {"budgets": ("epochs", "seconds"), "methods": (compare_grids.ACDC_,)},
+            "has the budget 'seconds', and no method named 'dense'",
+        ),
     ],
 )
 def test_a_grid_that_cannot_be_is_a_sentence(change: dict[str, Any], sentence: str) -> None:

@@ -40,6 +40,7 @@ from acdc.runs.data import (
     ImageFolder,
     ImageNet,
     Images,
+    Split,
     Tensors,
     Text,
     TinyShakespeare,
@@ -48,6 +49,7 @@ from acdc.runs.data import (
 )
 from acdc.runs.data.augment import crop, flip
 from acdc.runs.data.files import fetch, read_cifar, read_idx, unpack
+from acdc.runs.recipe import encode
 from support.runs import text_of_shakespeares_size
 
 DEBIAN = FashionMNIST.installed
@@ -328,6 +330,46 @@ def test_fewer_examples_are_a_fixed_choice() -> None:
     whole = next(Digits().load().eval_batches("train", 1437))[0]
     # Normalisation stays that of the whole set.
     assert {r.numpy().tobytes() for r in x} <= {r.numpy().tobytes() for r in whole}
+
+
+def rows_of(data: Data, split: Split) -> list[bytes]:
+    """Every sample of a split, with its label."""
+    batches = [zip(*batch, strict=True) for batch in data.eval_batches(split, 500)]
+    return [x.numpy().tobytes() + y.numpy().tobytes() for batch in batches for x, y in batch]
+
+
+def test_a_share_of_the_training_data_takes_the_place_of_the_test_data() -> None:
+    source = Digits(validation=0.1)
+    data, whole = source.load(), Digits().load()
+    assert (data.train_samples, data.test_samples) == (1293, 144)
+    assert (source.train_samples, source.test_samples) == (1293, 144)
+    assert data.name == "digits, validation split"
+    train, held = rows_of(data, "train"), rows_of(data, "test")
+    assert sorted(train + held) == sorted(rows_of(whole, "train"))
+    assert not set(held) & set(rows_of(whole, "test"))
+    assert rows_of(source.load(), "test") == held  # a fixed choice
+    assert train != rows_of(whole, "train")[: len(train)]  # a random one
+    short = Digits(validation=0.1, train_examples=100, test_examples=50).load()
+    assert set(rows_of(short, "train")) <= set(train)
+    assert set(rows_of(short, "test")) <= set(held)
+    assert encode(Digits()) == {
+        "type": "Digits", "train_examples": None, "test_examples": None,
+        "augment": encode(Augment()),
+    }  # fmt: skip
+    assert encode(source)["validation"] == 0.1
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan"), 1e-9, 1 - 1e-9])
+def test_impossible_validation_shares_are_refused(share: float) -> None:
+    with pytest.raises(InputError, match=r"validation is .*of 1,437 samples at least one"):
+        Digits(validation=share)
+
+
+def test_examples_are_counted_among_what_is_left() -> None:
+    with pytest.raises(InputError, match=r"train_examples is 1294.*1 to 1293"):
+        Digits(validation=0.1, train_examples=1294)
+    with pytest.raises(InputError, match=r"test_examples is 145.*1 to 144"):
+        Digits(validation=0.1, test_examples=145)
 
 
 @pytest.mark.parametrize("examples", [0, -1, 1438])
@@ -915,7 +957,7 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def folder_of(path: Path, workers: int = 0, **more: int) -> ImageFolder:
+def folder_of(path: Path, workers: int = 0, **more: Any) -> ImageFolder:
     return ImageFolder("ImageNet", path, 4, TRANSFORMS, workers, **more)
 
 
@@ -979,6 +1021,17 @@ def test_a_folder_can_be_shortened_and_sent_to_a_process(jpegs: Path) -> None:
     assert again.digest() == data.digest() != folder_of(jpegs).digest()
     with pytest.raises(InputError, match="only 11 train images"):
         folder_of(jpegs, train_examples=12)
+
+
+def test_a_share_of_a_folder_takes_the_place_of_val(jpegs: Path) -> None:
+    data, whole = folder_of(jpegs, validation=0.3), folder_of(jpegs)
+    assert (data.train_samples, data.test_samples) == (8, 3)
+    both = sorted(rows_of(data, "train") + rows_of(data, "test"))
+    assert both == sorted(rows_of(whole, "train"))
+    source = ImageNet(classes=2, workers=0, validation=0.3)
+    loaded = source.load(jpegs, transforms=TRANSFORMS)
+    assert loaded.digest() == data.digest() != whole.digest()
+    assert loaded.name == "ImageNet, validation split"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1200,10 +1253,24 @@ def test_shakespeare_is_found_checked_and_cut(
         source.load()
 
 
+def test_the_end_of_the_training_text_takes_the_place_of_the_test_text(tmp_path: Path) -> None:
+    text_of_shakespeares_size(tmp_path)
+    whole = TinyShakespeare(context=10).load(tmp_path)
+    source = TinyShakespeare(context=10, validation=0.1)
+    data = source.load(tmp_path)
+    assert (data.train_samples, data.test_samples) == (90_346, 10_038)
+    assert (source.train_samples, source.test_samples) == (90_346, 10_038)
+    train, test = whole._parts[0][:903_469], whole._parts[0][903_469:]
+    assert torch.equal(data._parts[0], train)
+    assert torch.equal(data._parts[1], test)
+    assert data.name == "tinyshakespeare, validation split (not the published file)"
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"context": 0}, "from 1 to 111539"),
+        ({"context": 100_385, "validation": 0.1}, "from 1 to 100384"),
         ({"context": 1000, "test_examples": 112}, "has 111 windows of 1000"),
     ],
 )

@@ -1,6 +1,6 @@
 """A finished run of every method: all networks of its result can be exported and used.
 
-About 30 seconds on an idle core: sixteen runs are trained once for all tests of this file.
+About 30 seconds on an idle core: nineteen runs are trained once for all tests of this file.
 """
 
 from __future__ import annotations
@@ -54,6 +54,25 @@ GIVEN: dict[str, tuple[dict[str, Any], type[Result]]] = {
     "woodfisher": (
         {"every": "2st", "length": "4st", "gradients": 2, "block": 30},
         SparseNetwork,
+    ),
+    "granet": ({"every": "1st", "length": "4st"}, SparseNetwork),
+    "imp": (
+        {
+            "schedule": phases(4, [("dense", "1ep"), ("sparse", "3ep")]),
+            "share": 0.5,
+            "rewind": "1st",
+        },
+        Pair,
+    ),
+    "acdc_partial": (
+        {
+            "schedule": phases(3, [("sparse", "1ep"), ("dense", "1ep"), ("sparse", "1ep")]),
+            "every": "1st",
+            "length": "9st",
+            "period": "2st",
+            "width": "1st",
+        },
+        Pair,
     ),
 }
 

@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.export": {"onnx", "onnxscript", "numpy"},
     "acdc.runs": {"lightning", "sklearn", "numpy", "torchvision", "PIL"},
     "acdc.pages": {"numpy"},
+    "acdc.pages.paired": {"scipy"},
     "acdc.integrations.accelerate": {"accelerate"},
     "acdc.integrations.lightning": {"lightning", "pytorch_lightning"},
     "acdc.integrations.transformers": {"transformers"},

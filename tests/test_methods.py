@@ -28,6 +28,7 @@ from acdc.methods.dsd import DSD
 from acdc.methods.families import exchange
 from acdc.methods.gmp import GMP
 from acdc.methods.gradual import Gradual
+from acdc.methods.granet import GraNet
 from acdc.methods.oneshot import OneShot
 from acdc.methods.rigl import RigL
 from acdc.methods.set_ import SET
@@ -57,6 +58,7 @@ from support.helpers import (
     steps,
     train,
 )
+from support.method_runs import assert_forecast, assert_resumes
 
 STEPS = 12
 SPARSE = constant("sparse", 3).resolve(4)
@@ -500,6 +502,70 @@ def test_a_phase_too_short_for_the_last_cut_is_refused() -> None:
         )
 
 
+# --- GraNet --------------------------------------------------------------------------------------
+
+
+def granet(**fields: Any) -> GraNet:
+    return GraNet(**{"pattern": ERK, "schedule": SPARSE, "every": "3st", "length": "6st"} | fields)
+
+
+def test_granet_cuts_on_the_cubic_and_then_exchanges_by_gradient() -> None:
+    model, optimizer, sparsifier = bind(granet(first=0.5, drop=0.5), sgd)
+    shapes = {n: tuple(p.shape) for n, p in sparsifier.params.items()}
+    assert sparsifier.support == ERK.at(0.5).select(score.random(sparsifier.params, 0, 0))
+    for step in range(STEPS):
+        old = sparsifier.support
+        twin = copy.deepcopy(model)  # hooks do not come along: its gradients are dense
+        backward(twin, step)
+        twin_optimizer = sgd(twin)
+        twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        twin_optimizer.step()
+        train(model, optimizer, step, step + 1)
+        now = step + 1
+        if now % 3 or now == STEPS:
+            assert sparsifier.support is old
+            continue
+        pattern = ERK.at(ramp(now, 0, 6, 0.5, 0.8))
+        share = 0.5 * (1 + math.cos(math.pi * now / STEPS)) / 2
+        for name, count in (pattern.counts(shapes) or {}).items():
+            weight, grad = twin.get_parameter(name).detach(), twin.get_parameter(name).grad
+            assert grad is not None
+            rest = top(weight.abs().masked_fill(~old[name], -1), count)
+            rest = top(weight.abs().masked_fill(~rest, -1), count - int(share * count))
+            grown = top(grad.abs().masked_fill(rest, -1), int(share * count))
+            assert torch.equal(sparsifier.support[name], rest | grown), name
+            new = grown & ~old[name]
+            assert is_plus_zero(sparsifier.params[name][new])
+            assert is_plus_zero(optimizer.state[sparsifier.params[name]]["momentum_buffer"][new])
+    assert [c.step for c in sparsifier.changes] == [0, 3, 6, 9]
+    assert all((c.regrown or 0) > 0 for c in sparsifier.changes[1:])
+
+
+def test_granet_starts_dense_or_from_what_is_trained() -> None:
+    assert bind(granet(), sgd)[2].support.is_full
+    draws = [bind(granet(first=0.5, seed=seed), sgd)[2].support for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    later = phases(4, [("dense", "1ep"), ("sparse", "3ep")]).resolve(4)
+    model, optimizer, sparsifier = bind(granet(first=0.5, schedule=later), sgd)
+    plain = build()
+    train(plain, sgd(plain), 0, 4)
+    train(model, optimizer, 0, 4)
+    largest = score.magnitude({n: plain.get_parameter(n) for n in sparsifier.params})
+    assert sparsifier.support == ERK.at(0.5).select(largest)
+
+
+@pytest.mark.parametrize("factory", [sgd, adam], ids=["sgd", "adam"])
+def test_granet_resumes_and_its_forecast_is_what_it_does(factory: Any) -> None:
+    assert_resumes(granet(first=0.5), factory)
+    assert_forecast(granet(first=0.5, length="5st"), factory)  # the last cut is between exchanges
+
+
+def test_granet_counts_the_gradients_of_all_weights_before_an_exchange() -> None:
+    f_s, f_d = 100, 1000
+    # Updates at 3, 6 and 9 of 12 steps, each with the dense gradient of the step before it.
+    assert step_flops(granet(), f_s, f_d) == 3 * f_s + Fraction(3, 12) * (f_d - f_s)
+
+
 # --- from a trained model; DSD -------------------------------------------------------------------
 
 
@@ -756,6 +822,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         "compensation=...\\) is -1.0. Give a number from 0 up",
     ),
     "not N:M": (lambda: SRSTE(ERK, SPARSE), r"which this method cannot keep. Give NM"),  # type: ignore[arg-type]
+    "exchange": (lambda: granet(drop=1.5), r"GraNet\(drop=...\) is 1.5.*above 0, up to 1"),
     "reset": (lambda: SET(ERK, SPARSE, reset="some"), "reset is 'some'. It is one of all"),  # type: ignore[arg-type]
 }
 

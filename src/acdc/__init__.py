@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from acdc.engine.engine import Engine
     from acdc.errors import AcdcError, InputError, MissingDependency
     from acdc.hooks.changes import Change
+    from acdc.hooks.mirror import MirrorStep
     from acdc.hooks.twin import DenseTwin
     from acdc.layers import Layers
     from acdc.methods import (
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
         DPF,
         DSD,
         GMP,
+        IMP,
         SET,
         SNFS,
         SNIP,
@@ -28,7 +30,9 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
         Dense,
         Given,
         Gradual,
+        GraNet,
         OneShot,
+        PartialACDC,
         RigL,
         Static,
         TopKAST,
@@ -50,6 +54,7 @@ _HOME = {
     "DPF": "acdc.methods",
     "DSD": "acdc.methods",
     "GMP": "acdc.methods",
+    "IMP": "acdc.methods",
     "NM": "acdc.pattern",
     "SET": "acdc.methods",
     "SNFS": "acdc.methods",
@@ -64,12 +69,15 @@ _HOME = {
     "DenseTwin": "acdc.hooks.twin",
     "Engine": "acdc.engine.engine",
     "Given": "acdc.methods",
+    "GraNet": "acdc.methods",
     "Gradual": "acdc.methods",
     "InputError": "acdc.errors",
     "Layers": "acdc.layers",
+    "MirrorStep": "acdc.hooks.mirror",
     "MissingDependency": "acdc.errors",
     "OneShot": "acdc.methods",
     "Pair": "acdc.pair",
+    "PartialACDC": "acdc.methods",
     "Pattern": "acdc.pattern",
     "Phase": "acdc.schedule",
     "Plan": "acdc.schedule",
@@ -95,6 +103,7 @@ __all__ = [
     "DPF",
     "DSD",
     "GMP",
+    "IMP",
     "NM",
     "SET",
     "SNFS",
@@ -109,12 +118,15 @@ __all__ = [
     "DenseTwin",
     "Engine",
     "Given",
+    "GraNet",
     "Gradual",
     "InputError",
     "Layers",
+    "MirrorStep",
     "MissingDependency",
     "OneShot",
     "Pair",
+    "PartialACDC",
     "Pattern",
     "Phase",
     "Plan",

@@ -50,9 +50,15 @@ def _parse(text: str, what: str) -> tuple[Fraction, str]:
     return Fraction(match[1]), match[2]
 
 
-def check_duration(text: str, what: str) -> None:
-    """Raise InputError unless ``text`` is a duration with some length, such as ``"100st"``."""
-    if not _parse(text, what)[0]:
+def check_duration(text: str, what: str, may_be_none: bool = False) -> None:
+    """Raise InputError unless ``text`` is a duration with some length, such as ``"100st"``.
+
+    Args:
+        text: The duration.
+        what: What lasts so long, for the message.
+        may_be_none: Whether a duration without length, such as ``"0st"``, is allowed.
+    """
+    if not _parse(text, what)[0] and not may_be_none:
         raise InputError(f"The duration of {what} is {text!r}, which is none. Make it longer.")
 
 

@@ -24,9 +24,12 @@ from acdc.hooks.attach import check_can_attach, checked, peers_of, refuse_copy, 
 from acdc.hooks.binding import Binding
 from acdc.hooks.changes import Change, Changes
 from acdc.hooks.masking import Masking
+from acdc.hooks.mean import NetworkMean
 from acdc.hooks.optimizers import OneOrSeveral, Optimizers, params_of
 from acdc.hooks.pairing import paired, paired_averages
+from acdc.hooks.rescale import Rescaling
 from acdc.hooks.reset import StateReset
+from acdc.hooks.rows import RowScale
 from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpacked
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
@@ -56,6 +59,13 @@ class Sparsifier:
         engine: An ``acdc.Engine`` of this model, which then computes sparse phases sparsely.
         automatic: Whether the support changes within ``optimizer.step()``. ``False``: call
             :meth:`advance` after every step, for example to evaluate the network before it changes.
+        scale_rows: Whether the optimizer finds the gradients of each output of a sparse layer times
+            the root of its density over the mean density of the layer's outputs, as in SparseOpt
+            (Adnan et al., ICML 2026), for networks with normalisation layers. A method that grows
+            weights by gradient sees gradients that are not scaled; SNFS grows by the optimizer's
+            momentum, which is that of scaled ones. What a method adds to a gradient (the penalty of
+            Top-KAST, the decay of SR-STE) is scaled with it. It costs one pass over the gradient of
+            each sparse layer.
         state: What :meth:`state_dict` returned: resume there. Nothing is cut at first.
         process_group: The processes that share masks. The default is the group of the model's
             DistributedDataParallel; without it this process chooses its masks alone.
@@ -77,6 +87,7 @@ class Sparsifier:
         *,
         engine: Engine | None = None,
         automatic: bool = True,
+        scale_rows: bool = False,
         state: Mapping[str, Any] | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
@@ -93,9 +104,12 @@ class Sparsifier:
         self._state = method.init(self._weights)
         self._changes = Changes()
         self._store = DenseStore(params, method.training)
+        self._mean = NetworkMean(self.model, method.training.mean)
+        self._rescaling = Rescaling(self.model, params, method.training.rescale is not None)
         if method.observes or not isinstance(method.training, Masked) or method.training.instead:
             # Before Masking, whose KeptSteps must be the last hook before a step.
             self._hooks.call_before(self._has_work_before_step, self._before_step)
+        self._rows = RowScale(params, optimizers) if scale_rows else None
         self._masking = Masking(params, optimizers, engine, self._reset.copies, peers)
         try:
             self.advance() if state is None else self.load_state_dict(state)
@@ -192,6 +206,7 @@ class Sparsifier:
         if not self._store.dense_now:
             self._masking.project()  # a weight that comes back must come back from zero
         self._masking.end_step()
+        self._rescaling.end_step()
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -202,6 +217,11 @@ class Sparsifier:
         had_dense_gradient = self._masking.dense_gradient
         wanted = self.method.training.wants_dense_gradient(self.step)
         self._masking.dense_gradient = wanted and self.phase.kind == "sparse"
+        self._mean.note(self.step)
+        if self._mean.is_due(self.step, "before"):
+            self._reset.check_before_change()
+            self._put_in_mean()
+            self._mean.drop()
         with self._weights.peers.informed(self.support, self.step):
             support, state = self.method.update(self.step, self._weights, self.support, self._state)
         if support is not self.support:
@@ -224,19 +244,31 @@ class Sparsifier:
                 self.step, self.model, self._reset.optimizers, average
             )
         self._reset.clear(entered=support.entered(self.support))
+        if self._mean.is_due(self.step, "after"):
+            self._put_in_mean()
         self._changes.note(self.step, self.phase.kind, support)
         move = self.method.training.move
         for name, delta in () if move is None else move(self._weights, support, self._state):
             self._weights.peers.from_first(self._weights[name].add_(delta))  # all move alike
+        rescale = self.method.training.rescale
+        if rescale is not None:
+            self._rescaling.apply(rescale(self._weights, support, self._state))
         self._store.fill(self._weights, support)
         self._state = state
         self._hold(support)
         self._store.show(state)
 
+    def _put_in_mean(self) -> None:
+        """Go on from the mean of the network: what the optimizer knows is of other weights."""
+        self._mean.put_in()
+        self._reset.clear(entered=Support.full(self._weights))
+
     def _hold(self, support: Support) -> None:
         # Without a reset, moments may move weights that come back; dense weights move as a whole.
         whole = self._reset.rule == "none" or bool(self._store.dense)
         self._masking.hold(support, whole_steps=whole)
+        if self._rows is not None:
+            self._rows.hold(self.support)
 
     def _show(self) -> None:
         """Make the parameters the weights that the forward pass sees."""
@@ -304,7 +336,10 @@ class Sparsifier:
         is pruned.
         """
         self._hooks.remove()
+        self._rescaling.remove()
         self._masking.remove()
+        if self._rows is not None:
+            self._rows.remove()
 
     # --- stop and resume ------------------------------------------------------------------------
 
@@ -322,6 +357,8 @@ class Sparsifier:
             "changes": self._changes.state(),
             "dense_twin": None if twin is None else vars(twin),
             "engine": None if self.engine is None else self.engine.state_dict(),
+            **self._mean.state(),
+            **self._rescaling.state(),
         }
 
     @torch.no_grad()
@@ -350,6 +387,8 @@ class Sparsifier:
         self._masking.dense_gradient = wanted and self.phase.kind == "sparse"
         self._store.load(state["dense_weights"], trained)
         self._state = on_devices(state["method_state"], self.params)
+        self._mean.load(state)
+        self._rescaling.load(state)
         self._hold(support)  # the model holds the view already, and is not shrunk again
         if is_due(state, self.method):
             self.advance()

@@ -137,7 +137,7 @@ def _show_grid(name: str) -> int:
     rows = [("  method", "sparsity", "seed", "budget", "epochs", "run", "")]
     for cell in cells(grid):
         what = (f"  {cell.method}", f"{100 * cell.sparsity:g} %", f"{cell.seed}", cell.budget)
-        if cell.budget == "flops":
+        if cell.budget != "epochs":
             rows.append((*what, "as measured", "", ""))
             continue
         try:

@@ -35,7 +35,12 @@ class Cell:
 
     def __str__(self) -> str:
         what = f"{self.method} {100 * self.sparsity:g} %" if self.sparsity else self.method
-        more = {"epochs": "", "flops": ", equal FLOPs", "beforehand": f", {self.epochs} epochs"}
+        more = {
+            "epochs": "",
+            "flops": ", equal FLOPs",
+            "seconds": ", equal seconds",
+            "beforehand": f", {self.epochs} epochs",
+        }
         return f"{what}, seed {self.seed}{more[self.budget]}"
 
 
@@ -78,20 +83,26 @@ def cells(grid: Grid) -> Iterator[Cell]:
 
 
 def measured_cell(grid: Grid, cell: Cell) -> Cell:
-    """Return the cell of equal epochs whose measured FLOPs decide the length of this one."""
+    """Return the cell of equal epochs whose measured cost decides the length of this one."""
     return replace(cell, budget="epochs", seed=grid.seeds[0])
 
 
-def epochs_at_equal_flops(grid: Grid, ratio: float) -> int:
-    """Return the epochs in which a method spends the training FLOPs of the task's dense run.
+def dense_cell(grid: Grid) -> Cell:
+    """Return the cell whose measured seconds are the budget of all."""
+    return Cell("dense", (grid.method("dense").sparsities or (0.0,))[0], grid.seeds[0])
+
+
+def epochs_at_equal_cost(grid: Grid, ratio: float) -> int:
+    """Return the epochs in which a method costs as much as the task's dense run.
 
     Args:
         grid: The grid.
-        ratio: The method's training FLOPs over those of the dense run, for the same epochs.
+        ratio: The method's cost over that of the dense run, for the same epochs: training FLOPs, or
+            seconds.
 
     >>> from types import SimpleNamespace as Like
     >>> grid = Like(task=Like(epochs=100), longest=5.0)
-    >>> [epochs_at_equal_flops(grid, ratio) for ratio in (1.0, 0.4173, 0.02)]  # RigL ERK 80 %
+    >>> [epochs_at_equal_cost(grid, ratio) for ratio in (1.0, 0.4173, 0.02)]  # RigL ERK 80 %
     [100, 240, 500]
     """
     most = int(grid.longest * grid.task.epochs)

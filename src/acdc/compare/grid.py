@@ -21,7 +21,7 @@ from acdc.methods.dense import Dense
 from acdc.runs.recipe import Recipe
 from acdc.support import check_sparsity
 
-Budget = Literal["epochs", "flops"]
+Budget = Literal["epochs", "flops", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,14 @@ class Grid:
         budgets: ``"epochs"``: all methods train as long as the task. ``"flops"``: all spend the
             training FLOPs of the task's dense run; a method that spends a share of them in an epoch
             trains longer by its inverse, rounded to whole epochs, as RigL's multipliers do. The
-            share is measured: it is that of the first seed's cell of equal epochs.
+            share is measured: it is that of the first seed's cell of equal epochs. ``"seconds"``:
+            the same with measured seconds, of the processors on a CPU; another machine gives other
+            lengths. It needs a method named ``"dense"``.
         longest: Limit of the epochs of a cell, as a multiple of the epochs of the task.
+        baseline: The method that the others are compared with, seed by seed; ``None``: none.
 
     Raises:
-        InputError: Nothing to compare, or the same thing twice.
+        InputError: Nothing to compare, the same thing twice, or a baseline that is no method.
     """
 
     name: str
@@ -122,6 +125,7 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     budgets: tuple[Budget, ...] = ("epochs",)
     longest: float = 5.0
+    baseline: str | None = None
 
     def __post_init__(self) -> None:
         names = [method.name for method in self.methods]
@@ -148,8 +152,18 @@ class Grid:
                 f"The grid {self.name!r} has budgets={list(self.budgets)}. Put 'epochs' first: how "
                 f"long a run of equal FLOPs is follows from the run of equal epochs."
             )
+        if "seconds" in self.budgets and "dense" not in names:
+            raise InputError(
+                f"The grid {self.name!r} has the budget 'seconds', and no method named 'dense', "
+                f"whose seconds all may take. Add it: acdc.recipes.grids.methods('dense')."
+            )
         if not self.longest >= 1:
             raise InputError(f"longest is {self.longest!r}. It is a number from 1 up.")
+        if self.baseline is not None and self.baseline not in names:
+            raise InputError(
+                f"The grid {self.name!r} has the baseline {self.baseline!r}, which is none of its "
+                f"methods. There are: {', '.join(names)}."
+            )
 
     def method(self, name: str) -> GridMethod:
         """Return the method of this name."""

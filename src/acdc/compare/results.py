@@ -151,6 +151,12 @@ def judged(task: Task, evaluation: Json) -> float:
     return float(evaluation["accuracy"])
 
 
+def seconds(row: Json, origin: Json | None) -> float:
+    """Return the processor time of a cell on a CPU, and the wall time on another device."""
+    on_cpu = origin is None or origin["device"] == "cpu"
+    return float(row["cpu_seconds" if on_cpu else "seconds"])
+
+
 def quality(task: Task) -> Quality:
     """Return how networks of this task are judged."""
     return task.recipe.data.quality

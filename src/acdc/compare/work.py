@@ -42,7 +42,8 @@ from acdc.compare.cells import (
     Prepared,
     base_recipe,
     cells,
-    epochs_at_equal_flops,
+    dense_cell,
+    epochs_at_equal_cost,
     explain,
     measured_cell,
     prepare,
@@ -271,14 +272,28 @@ class _Board:
 
     def _epochs(self, cell: Cell) -> int | None:
         """Return the length of a cell, or ``None`` while it is not known."""
-        if cell.budget != "flops":
+        if cell.budget not in ("flops", "seconds"):
             return self.grid.task.epochs
-        measured = self.settled.get(measured_cell(self.grid, cell))
-        if measured is None:
+        measured = self._measured(measured_cell(self.grid, cell))
+        if cell.budget == "flops" or measured is None:
+            ratio = None if measured is None else measured[0]["train_flops_ratio"]
+        else:
+            dense = self._measured(dense_cell(self.grid))
+            ratio = None if dense is None else results.seconds(*measured) / results.seconds(*dense)
+        return None if ratio is None else epochs_at_equal_cost(self.grid, ratio)
+
+    def _measured(self, cell: Cell) -> tuple[Json, Json | None] | None:
+        """Return row and origin of a cell, or ``None`` while it has none.
+
+        Raises:
+            _FailedError: It has no results.
+        """
+        outcome = self.settled.get(cell)
+        if outcome is None:
             return None
-        if measured.row is None:
-            raise _FailedError(f"Its length follows from {measured.cell}, which has no results.")
-        return epochs_at_equal_flops(self.grid, measured.row["train_flops_ratio"])
+        if outcome.row is None:
+            raise _FailedError(f"Its length follows from {outcome.cell}, which has no results.")
+        return outcome.row, outcome.origin
 
     def _settle(self, outcome: Outcome) -> None:
         self.settled[outcome.cell] = outcome

@@ -27,6 +27,12 @@ Place = tuple[Any, Any, object]
 _bound = WeakIdKeyDictionary()
 
 
+def is_bound(thing: object) -> bool:
+    """Return whether a model, a weight or an optimizer has a sparsifier."""
+    binding = _bound.get(thing)
+    return binding is not None and binding() is not None
+
+
 class Binding:
     """Weights as a model and an optimizer hold them.
 
@@ -56,11 +62,7 @@ class Binding:
                 f"model.to_empty(device=...) and load_state_dict, then build the optimizer and the "
                 f"Sparsifier."
             )
-        taken = [
-            what
-            for what, thing in self._parts()
-            if (other := _bound.get(thing)) is not None and other() is not None
-        ]
+        taken = [what for what, thing in self._parts() if is_bound(thing)]
         if taken:
             raise InputError(
                 f"{taken[0]} has a sparsifier already, and two would cut each other's weights. "

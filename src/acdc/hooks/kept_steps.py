@@ -8,6 +8,7 @@ the optimizer step vectors of the kept elements instead.
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from acdc.engine.gradients import LARGE
 from acdc.hooks.kept_rules import stepped
@@ -37,12 +39,20 @@ ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
     )
 )
 
+_last = WeakIdKeyDictionary()  # optimizer -> weak reference to its KeptSteps
+
 SPARSE = 0.25  # density; above, gathering costs as much as stepping
 
 
 def pays(param: Tensor, kept: int) -> bool:
     """Return whether steps of ``kept`` elements cost less than steps of all."""
     return param.numel() >= LARGE and kept <= SPARSE * param.numel()
+
+
+def kept_in_last_step(optimizer: Optimizer, param: Tensor) -> KeptWeight | None:
+    """Return a weight of which the step that has just ended moved the kept elements alone."""
+    steps = _last[optimizer]() if optimizer in _last else None
+    return None if steps is None else steps.stepped_alone(param)
 
 
 class KeptSteps:
@@ -86,6 +96,7 @@ class KeptSteps:
         self._before_hook = optimizer.register_step_pre_hook(self._before)
         self._after_hook = optimizer.register_step_post_hook(self._after)
         self._saved_hook = optimizer.register_state_dict_pre_hook(lambda _: self._make_plain())
+        _last[optimizer] = weakref.ref(self)
         # First of all, so that no other hook misses the gradients.
         _ordered(optimizer._optimizer_step_post_hooks).move_to_end(self._after_hook.id, last=False)
 
@@ -131,8 +142,12 @@ class KeptSteps:
         """Return whether a weight was not written since a step here set it to zero outside its
         support.
         """
+        return self.stepped_alone(param) is not None
+
+    def stepped_alone(self, param: Tensor) -> KeptWeight | None:
+        """Return the weight of a parameter that was not written since a step here."""
         weight = self._weights.get(id(param))
-        return weight is not None and weight.version == param._version
+        return weight if weight is not None and weight.version == param._version else None
 
     # --- a step ---------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ class KeptWeight:
     Attributes:
         vector: The kept elements ``[k]`` as a parameter of their own, with a gradient of the same
             length. They have elements between :meth:`read` and :meth:`write`.
-        version: That of the weight when :meth:`write` was last called.
+        version: That of the weight when this object last wrote it.
     """
 
     def __init__(self, param: nn.Parameter, mask: Tensor) -> None:
@@ -76,6 +76,11 @@ class KeptWeight:
         }
         optimizer_step(kernel, kept, options)
         torch.autograd.graph.increment_version(self.param)
+        self.version = self.param._version
+
+    def put(self, values: Tensor) -> None:
+        """Give the kept elements of the weight other values ``[k]``; the zeros beside them stay."""
+        self._flat(self.param).index_copy_(0, self.index.long(), values)
         self.version = self.param._version
 
     def kept(self, dense: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, fields, is_dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -51,7 +51,8 @@ def check_same_run(
             f"differ, {differ[0]!r} first ({shapes.get(differ[0], 'absent')} there, "
             f"{mine.get(differ[0], 'absent')} here)."
         )
-    if state["method"] != (current := _settings(method)):
+    current = _settings(method)
+    if state["method"] not in (current, _settings(method, every=True)):
         raise InputError(
             f"The state is of another run: its method is {state['method']}, and here it is "
             f"{current}. Resume with the method the run was started with."
@@ -97,12 +98,31 @@ def _difference(saved: Schedule, mine: Schedule, step: int) -> str:
     return ""
 
 
-def _settings(method: Method[Any]) -> str:
-    """Return a method and its arguments as text, without those that the state holds in full."""
-    names: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
-    values = {n: getattr(method, n) for n in names if n not in ("schedule", "layers")}
+def _settings(method: Method[Any], every: bool = False) -> str:
+    """Return a method and its arguments as text, without those that the state holds in full.
+
+    Args:
+        method: The method.
+        every: Whether arguments that were added later are named even while they have their default.
+            Some checkpoints name them.
+    """
+    arguments: Iterable[Field[Any]] = fields(method) if is_dataclass(method) else ()
+    values: dict[str, Any] = {
+        field.name: getattr(method, field.name)
+        for field in arguments
+        if field.name not in ("schedule", "layers") and (every or not is_unused(method, field))
+    }
     given = (f"{n}={v.digest() if isinstance(v, Support) else v!r}" for n, v in values.items())
     return f"{method.name}({', '.join(given)})"
+
+
+def is_unused(value: Any, field: Field[Any]) -> bool:
+    """Return whether a field of a dataclass was added later and has its default.
+
+    Such a field, ``field(default=..., metadata={"added": True})``, is not written: recipes and
+    checkpoints then have the values that they had before there was the field.
+    """
+    return bool(field.metadata.get("added")) and getattr(value, field.name) == field.default
 
 
 def unpacked(packed: Mapping[str, Tensor] | None, params: Mapping[str, Tensor]) -> Support | None:

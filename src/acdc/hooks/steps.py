@@ -90,7 +90,7 @@ class StepHooks:
             function(executed, found)
 
         def after(index: int, optimizer: Optimizer) -> None:
-            if _is_nested(optimizer):
+            if is_nested(optimizer):
                 return
             for param, grad in self._hidden:
                 param.grad = grad
@@ -136,7 +136,7 @@ class StepHooks:
         self, index: int, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, Any] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if _is_nested(optimizer) or (closure is None and only_makes_state(optimizer)):
+        if is_nested(optimizer) or (closure is None and only_makes_state(optimizer)):
             return None
         if self._round.is_over(index):
             self._finish()
@@ -238,7 +238,7 @@ def only_makes_state(optimizer: Optimizer) -> bool:
 _STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
-def _is_nested(optimizer: Optimizer) -> bool:
+def is_nested(optimizer: Optimizer) -> bool:
     """Return whether this step runs inside another step of the same optimizer.
 
     Torch wraps ``step`` in every class of which there is an object, so that a subclass that calls

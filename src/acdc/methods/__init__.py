@@ -10,7 +10,10 @@ from acdc.methods.dsd import DSD
 from acdc.methods.given import Given
 from acdc.methods.gmp import GMP
 from acdc.methods.gradual import Gradual
+from acdc.methods.granet import GraNet
+from acdc.methods.imp import IMP
 from acdc.methods.oneshot import OneShot
+from acdc.methods.partial import PartialACDC
 from acdc.methods.rigl import RigL
 from acdc.methods.set_ import SET
 from acdc.methods.snfs import SNFS
@@ -26,6 +29,7 @@ __all__ = [
     "DPF",
     "DSD",
     "GMP",
+    "IMP",
     "METHODS",
     "SET",
     "SNFS",
@@ -34,9 +38,11 @@ __all__ = [
     "STR",
     "Dense",
     "Given",
+    "GraNet",
     "Gradual",
     "Method",
     "OneShot",
+    "PartialACDC",
     "RigL",
     "Static",
     "TopKAST",
@@ -54,6 +60,7 @@ METHODS: dict[str, type[Method[Any]]] = {
         SNFS,
         RigL,
         GMP,
+        GraNet,
         STR,
         TopKAST,
         DPF,
@@ -62,6 +69,8 @@ METHODS: dict[str, type[Method[Any]]] = {
         OneShot,
         Gradual,
         WoodFisher,
+        IMP,
+        PartialACDC,
     )
 }
 """Every method by its name. ``Given`` is not among them: a recipe cannot hold a support."""

@@ -129,6 +129,15 @@ class Method(ABC, Generic[State]):
         """
         return Forecast(())
 
+    def on_curve(self, step: int) -> tuple[int, Schedule]:
+        """Return where on a learning-rate curve the step after ``step`` executed steps is.
+
+        Returns:
+            The step and the schedule for which the curve is read: those of the run. A method that
+            repeats its training returns those of one training (IMP).
+        """
+        return step, self.resolved
+
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights this method prunes, and why all others stay dense.
 

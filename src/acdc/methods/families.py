@@ -1,7 +1,8 @@
 """What methods share: the families, each an abstract class below :class:`Method`, and their tools.
 
-``Phased``: dense and sparse phases. ``Ramped``: the sparsity rises. ``Renewed``: the support is
-chosen again and again. ``Evolving``: kept weights are exchanged for others.
+``Phased``: dense and sparse phases. ``Rising``: the sparsity rises within a sparse phase, and in
+``Ramped`` over a given duration. ``Renewed``: the support is chosen again and again. ``Evolving``:
+kept weights are exchanged for others.
 """
 
 from __future__ import annotations
@@ -111,29 +112,26 @@ class Phased(Method[State]):
         return self.pattern.target
 
 
-class Ramped(Phased[State]):
+class Rising(Phased[State]):
     """Cuts little by little: the sparsity rises on a cubic from ``first`` at the start of a sparse
-    phase to that of the pattern, ``length`` later. Both are met exactly, and what is cut stays cut.
+    phase to that of the pattern, at a step that a subclass names. Both are met exactly, and what is
+    cut stays cut.
 
     Source: Zhu and Gupta, 2017.
     """
 
     patterns: ClassVar[tuple[type[Pattern], ...]] = (Unstructured, Block)
 
-    pattern: Unstructured | Block
     first: float
     every: str
-    length: str
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_rise(self) -> None:
         check_duration(self.every, "every")
-        check_duration(self.length, "length")
         check_sparsity(self.first, "first")
-        if self.first > self.pattern.sparsity:
+        if self.first > self.pattern.target:
             raise InputError(
                 f"{type(self).__name__}(first=...) is {self.first}, and the pattern ends at "
-                f"{self.pattern.sparsity}. The sparsity only rises: lower first."
+                f"{self.pattern.target}. The sparsity only rises: lower first."
             )
 
     def begin(self, step: int, weights: Weights, state: State) -> Support:
@@ -156,7 +154,7 @@ class Ramped(Phased[State]):
         return score.magnitude(weights)
 
     def cuts(self, step: int, phase: Phase) -> bool:
-        """Whether a cut is due at a step of a sparse phase."""
+        """Whether a cut is due at a step of a sparse phase, after its first."""
         stop = self._stop(phase)
         return step == stop or step in self.resolved.every(self.every, phase.start, stop)
 
@@ -167,6 +165,32 @@ class Ramped(Phased[State]):
             {phase.start, *self.resolved.every(self.every, phase.start, stop), stop}
         ):
             yield step, self._at(step)
+
+    def _start(self, phase: Phase) -> int:
+        """Return the step at which the rise begins that a sparse phase belongs to."""
+        return phase.start
+
+    @abstractmethod
+    def _stop(self, phase: Phase) -> int:
+        """Return the step at which that rise ends, with the last cut."""
+
+    def _at(self, step: int) -> Pattern:
+        """Return the pattern with its sparsity at a step."""
+        phase = self.resolved.phase_at(step)
+        reach = self._start(phase), self._stop(phase)
+        return self.pattern.at(ramp(step, *reach, self.first, self.pattern.target))
+
+
+class Ramped(Rising[State]):
+    """Makes the last cut of a sparse phase ``length`` after its first."""
+
+    pattern: Unstructured | Block
+    length: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_duration(self.length, "length")
+        self._check_rise()
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights that are pruned; refuse a phase too short for its last cut."""
@@ -181,12 +205,6 @@ class Ramped(Phased[State]):
 
     def _stop(self, phase: Phase) -> int:
         return self.resolved.after(self.length, phase.start)
-
-    def _at(self, step: int) -> Unstructured | Block:
-        """Return the pattern with its sparsity at a step."""
-        phase = self.resolved.phase_at(step)
-        start, stop = phase.start, self._stop(phase)
-        return self.pattern.at(ramp(step, start, stop, self.first, self.pattern.sparsity))
 
 
 class Renewed(Phased[None]):
@@ -226,11 +244,7 @@ class Evolving(Phased[None]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.drop, int | float) or not 0 < self.drop <= 1:
-            raise InputError(
-                f"{type(self).__name__}(drop=...) is {self.drop!r}. It is the share of kept "
-                f"weights that is exchanged: a number above 0, up to 1, such as 0.3."
-            )
+        check_drop(type(self).__name__, self.drop)
         check_duration(self.every, "every")
         check_duration(self.until, "until")
         check_seed(self.seed)
@@ -274,11 +288,25 @@ def exchange(support: Support, drop: Scores, grow: Scores, share: float) -> Supp
     leaving = {name: int(share * kept) for name, kept in support.counts().items()}
     if not any(leaving.values()):
         return support
+    rest = {
+        name: largest(score.among(drop.subset([name]), support), kept - leaving[name])[name]
+        for name, kept in support.counts().items()
+    }
+    return grown(rest, grow, leaving)
+
+
+def grown(support: Mapping[str, Tensor], scores: Scores, more: Mapping[str, int]) -> Support:
+    """Let weights come that are not kept: in every layer those with the largest scores.
+
+    Args:
+        support: The weights that are kept until now, by the names of the layers.
+        scores: Non-negative scores. Ties go to the lower index.
+        more: How many weights come in each layer.
+    """
     masks = {}
-    for name, kept in support.counts().items():
-        rest = largest(score.among(drop.subset([name]), support), kept - leaving[name])
-        others = score.among(grow.subset([name]), {name: ~rest[name]})
-        masks[name] = rest[name] | largest(others, leaving[name])[name]
+    for name, mask in support.items():
+        others = score.among(scores.subset([name]), {name: ~mask})
+        masks[name] = mask | largest(others, more[name])[name]
     return Support(masks)
 
 
@@ -300,6 +328,15 @@ def both(support: Support, masks: Mapping[str, Tensor]) -> Support:
             f"not zero are cut. Exclude the layer, or lower the sparsity."
         )
     return common
+
+
+def check_drop(method: str, drop: object) -> None:
+    """Raise InputError unless ``drop`` is a share of the kept weights."""
+    if not isinstance(drop, int | float) or not 0 < drop <= 1:
+        raise InputError(
+            f"{method}(drop=...) is {drop!r}. It is the share of kept weights that is exchanged: "
+            f"a number above 0, up to 1, such as 0.3."
+        )
 
 
 def check_seed(seed: object) -> None:

@@ -7,16 +7,38 @@ the optimizer moves the dense ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor
 
 from acdc.cost import Seen
 from acdc.methods.weights import Weights
 from acdc.support import Support
+
+When = Literal["before", "after"]
+
+
+@final
+@dataclass(frozen=True)
+class Mean:
+    """A mean of the whole network, parameters and buffers, that takes the network's place when the
+    support changes. A mean over one step is the network of that step.
+
+    The optimizer's state is then reset by the method's rule, as if every weight came back.
+
+    Args:
+        nth: Number of executed steps → the place of the network after them in the mean, from 1 up,
+            where 1 begins a new mean; 0: it is no part of the mean.
+        use: Number of executed steps → ``"before"``: the mean takes the network's place, and the
+            support is chosen on the mean, which is used up then; ``"after"``: the support is chosen
+            on the network, and training goes on from the mean; ``None``: it stays unused.
+    """
+
+    nth: Callable[[int], int]
+    use: Callable[[int], When | None]
 
 
 @final
@@ -33,11 +55,17 @@ class Masked:
         move: ``(weights, support, state)`` → pairs of a name and the tensor that is added to the
             weight when the support changes. ``support`` is the new one, ``state`` the method's
             state before the change. Weights outside the new support become zero in any case.
+        mean: A mean of the network that takes its place when the support changes.
+        rescale: ``(weights, support, state)``, as for ``move`` → name of a weight to positive
+            factors, ``[outputs]``, by which the layer's outputs are multiplied when the support
+            changes, where a BatchNorm reads them: the network computes the same.
     """
 
     dense_gradient: Callable[[int], bool] | None = None
     instead: bool = False
     move: Callable[[Weights, Support, Any], Iterable[tuple[str, Tensor]]] | None = None
+    mean: Mean | None = None
+    rescale: Callable[[Weights, Support, Any], Mapping[str, Tensor]] | None = None
 
     is_network: ClassVar[bool] = False  # there are no dense weights behind
 
@@ -97,6 +125,8 @@ class Behind:
 
     instead: ClassVar[bool] = False
     move: ClassVar[None] = None
+    mean: ClassVar[None] = None
+    rescale: ClassVar[None] = None
 
     def wants_dense_gradient(self, step: int) -> bool:
         """Return whether the next step has the dense gradient, if its phase is sparse."""

@@ -27,17 +27,23 @@ from acdc.pages.figure import (
     Plate,
     entry,
     environment,
+    height_with_legend,
     legend,
     plate,
     publish,
 )
+from acdc.pages.paired import Paired, against_baseline, against_dense
 from acdc.pages.tables import percent, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BUDGETS: dict[Budget, str] = {"epochs": "equal epochs", "flops": "equal training FLOPs"}
+BUDGETS: dict[Budget, str] = {
+    "epochs": "equal epochs",
+    "flops": "equal training FLOPs",
+    "seconds": "equal measured seconds",
+}
 
 # Dark enough to be read on white. Methods that share a hue have different markers.
 HUES = ("#2a7f62", "#8a4f9e", "#a6761d", "#c2407a", "#3a8fb7", "#6b4a2b", "#4d5d8c", "#5f7f1f")
@@ -74,6 +80,8 @@ class Mean:
         """The mean over the seeds."""
         return fmean(self.qualities)
 
+
+COLUMNS = 5  # of a legend, at most
 
 COSTS = {
     "train_flops_ratio": ("train", "training FLOPs, share of the dense run"),
@@ -131,6 +139,9 @@ def page(grid: Grid, outcomes: Sequence[Outcome], remarks: str = "") -> str:
             *(_by_cost(found, cost, fronts[cost], look) for cost in COSTS),
         ],
         rows=[_mean_row(mean, found, fronts, look) for mean in found],
+        baseline=None if grid.baseline is None else look.labels[grid.baseline],
+        paired=[_paired_row(each, look) for each in against_baseline(grid, outcomes)],
+        twins=[_paired_row(each, look) for each in against_dense(grid, outcomes)],
         needs=_needs(grid, outcomes),
         cells=[_cell_row(outcome, look) for outcome in outcomes],
         origin=_origin(grid, outcomes),
@@ -181,10 +192,8 @@ def means(grid: Grid, outcomes: Iterable[Outcome]) -> list[Mean]:
 
 
 def _seconds(outcome: Outcome) -> float:
-    """Return the processor time of a cell on a CPU, and the wall time on another device."""
     assert outcome.row is not None
-    on_cpu = outcome.origin is None or outcome.origin["device"] == "cpu"
-    return float(outcome.row["cpu_seconds" if on_cpu else "seconds"])
+    return results.seconds(outcome.row, outcome.origin)
 
 
 def _qualities(row: Json) -> dict[Twin, float]:
@@ -246,12 +255,19 @@ class _Look:
             name: MARKERS[(i + 2) % len(MARKERS)] for i, name in enumerate(others)
         }
         bits = results.quality(grid.task) == "bits"
-        self.quality = "−bits per character" if bits else "test accuracy, %"
+        held = bool(grid.task.recipe.data.validation)
+        self.quality = "−bits per character" + " of the validation split" * held
+        if not bits:
+            self.quality = f"{'validation' if held else 'test'} accuracy, %"
         self.digits = 3 if bits else 2
 
     def number(self, value: float) -> str:
         """Write a quality."""
         return f"{value:.{self.digits}f}".replace("-", "−")
+
+    def signed(self, value: float) -> str:
+        """Write a difference of qualities, with its sign."""
+        return f"{value:+.{self.digits}f}".replace("-", "−")
 
     def spread(self, values: Sequence[float]) -> str:
         """Write a mean, and lowest and highest where there are several."""
@@ -298,7 +314,7 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
         for i, method in enumerate(methods):
             points = sorted((m for m in mine if m.method == method), key=lambda m: m.sparsity)
             # Side by side: the spreads of methods that are close would hide one another.
-            aside = 0.05 * (i - (len(methods) - 1) / 2)
+            aside = min(0.05, 0.9 / len(methods)) * (i - (len(methods) - 1) / 2)
             _line(axes, points, [positions[m.sparsity] + aside for m in points], look, filled=True)
         axes.set_xticks(list(positions.values()), [look.sparsity(s) for s in positions])
         axes.set_xlim(-0.5, len(positions) - 0.5)
@@ -306,7 +322,7 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
         axes.set_xlabel("sparsity")
         axes.set_ylabel(look.quality)
         lines = [entry(look.colours[m.method], look.labels[m.method]) for m in dense]
-        legend(axes, [*look.keys(methods), *lines], form, 5)
+        legend(axes, [*look.keys(methods), *lines], form, COLUMNS)
 
     caption = "Mean over the seeds; bars reach from the lowest seed to the highest." * several
     caption = caption or "One seed."
@@ -314,12 +330,16 @@ def _by_sparsity(grid: Grid, found: Sequence[Mean], budget: Budget, look: _Look)
         line = "A line across is a dense network" if len(dense) > 1 else "The line across is dense"
         caption += f" {line}{', its band the seeds' * several}."
     caption += _hidden(hidden)
-    if budget == "flops":
+    if budget != "epochs":
+        what = "takes" if budget == "seconds" else "spends"
         caption += (
-            " Each method trains until it has spent what the dense run spends, but no longer than "
-            f"{grid.longest:g} times its epochs."
+            f" Each method trains until it has {'taken' if budget == 'seconds' else 'spent'} what "
+            f"the dense run {what}, but no longer than {grid.longest:g} times its epochs."
         )
-    return plate(name, heading, caption, draw, {"wide": 3.6, "narrow": 3.9})
+    heights = height_with_legend(
+        [look.labels[m] for m in (*methods, *(m.method for m in dense))], COLUMNS
+    )
+    return plate(name, heading, caption, draw, heights)
 
 
 def _by_cost(found: Sequence[Mean], cost: str, best: Sequence[Mean], look: _Look) -> Plate:
@@ -361,7 +381,7 @@ def _by_cost(found: Sequence[Mean], cost: str, best: Sequence[Mean], look: _Look
         axes.set_xlabel(axis)
         axes.set_ylabel(look.quality)
         front_key = entry(INK, "Pareto front", linewidth=0.8, linestyle=(0, (2, 2)))
-        legend(axes, [*look.keys(methods), front_key], form, 5)
+        legend(axes, [*look.keys(methods), front_key], form, COLUMNS)
 
     caption = (
         f"A point is the mean over the seeds of one method at one sparsity; bars reach from the "
@@ -374,7 +394,8 @@ def _by_cost(found: Sequence[Mean], cost: str, best: Sequence[Mean], look: _Look
     caption += _hidden(hidden)
     if name != "inference":
         caption += " What a method needs beforehand is included."
-    return plate(name, heading, caption, draw, {"wide": 3.6, "narrow": 3.9})
+    heights = height_with_legend([look.labels[name] for name in methods], COLUMNS)
+    return plate(name, heading, caption, draw, heights)
 
 
 def _line(
@@ -462,7 +483,7 @@ def _notices(grid: Grid, outcomes: Sequence[Outcome]) -> list[str]:
     waiting = [o for o in outcomes if o.row is None and o.reason == results.NOT_YET]
     failed = [o for o in outcomes if o.row is None and o.reason != results.NOT_YET]
     sentences = []
-    if set(used) - {grid.task.recipe.data.name}:
+    if set(used) - {grid.task.recipe.data.title}:
         sentences.append(f"All figures here are of {' and '.join(used)}.")
     if waiting:
         sentences.append(
@@ -505,6 +526,26 @@ def _mean_row(
             percent(costs["inference_flops_ratio"], 1)
             + "◆" * (mean in fronts["inference_flops_ratio"]),
             f"{costs['seconds']:,.1f}" + "◆" * (mean in fronts["seconds"]),
+        ],
+    }
+
+
+def _paired_row(paired: Paired, look: _Look) -> Json:
+    interval, verdict = paired.interval, "–"
+    if interval is not None:
+        low, high = interval
+        verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+    return {
+        "method": look.labels[paired.method],
+        "kind": {"acdc": "sparse"}.get(paired.method, ""),
+        "budget": BUDGETS[paired.budget],
+        "other": look.labels[paired.baseline],
+        "cells": [
+            look.sparsity(paired.sparsity),
+            str(len(paired.differences)),
+            look.signed(paired.mean),
+            "–" if interval is None else " to ".join(map(look.signed, interval)),
+            verdict,
         ],
     }
 

@@ -7,6 +7,7 @@ The labels of a wide drawing would be too small on a telephone.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,13 +136,33 @@ def plate(name: str, heading: str, caption: str, draw: Draw, height: Mapping[For
     return Plate(name, heading, caption, drawings)
 
 
+def columns_of(labels: Sequence[str], form: Form, most: int) -> int:
+    """Return the columns of a legend: so many, or as many as the longest label lets fit."""
+    inches = 0.35 + 0.05 * max(map(len, labels), default=0)
+    return max(1, min(most if form == "wide" else 2, int(WIDTH[form] / inches)))
+
+
+def height_with_legend(labels: Sequence[str], most: int) -> dict[Form, float]:
+    """Return the heights of a figure in inches, which grow with a legend of many rows."""
+    bare: dict[Form, float] = {"wide": 3.6, "narrow": 3.9}
+    room: dict[Form, int] = {"wide": 3, "narrow": 7}  # rows of a legend that fit into these heights
+    rows = {form: math.ceil(len(labels) / columns_of(labels, form, most)) for form in bare}
+    return {form: bare[form] + 0.17 * max(0, rows[form] - room[form]) for form in bare}
+
+
 def legend(axes: Axes, handles: Sequence[Any], form: Form, columns: int | None = None) -> None:
-    """Draw a legend above the axes, with this number of columns on a wide page."""
+    """Draw a legend above the axes, with at most this number of columns on a wide page.
+
+    Without a number it is one row there.
+    """
+    labels = [handle.get_label() for handle in handles]
     axes.legend(
         handles=handles,
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
-        ncols=(columns or len(handles)) if form == "wide" else 2,
+        ncols=len(labels)
+        if columns is None and form == "wide"
+        else columns_of(labels, form, columns or 2),
         borderaxespad=0.1,
         borderpad=0.2,
         handlelength=1.6,

@@ -19,6 +19,7 @@ from acdc.methods import (
     DPF,
     DSD,
     GMP,
+    IMP,
     SET,
     SNFS,
     SNIP,
@@ -26,8 +27,10 @@ from acdc.methods import (
     STR,
     Dense,
     Gradual,
+    GraNet,
     Method,
     OneShot,
+    PartialACDC,
     RigL,
     Static,
     TopKAST,
@@ -122,6 +125,24 @@ def _dsd(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
     return Candidate(DSD(Unstructured(sparsity, "uniform"), plan))
 
 
+def _partial(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    """The full decompression takes the place of the last partial one, and leaves the dense twin."""
+    plan = phases(epochs, [("sparse", "62%"), ("dense", "6%"), ("sparse", "32%")])
+    return Candidate(
+        PartialACDC(Unstructured(sparsity, SCOPE), plan), changes={"dense_finetune": True}
+    )
+
+
+def _imp(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    """The paper cuts 20 % in rounds that are as long as a dense training. Here all rounds together
+    take the epochs of one, so there are few: a cut removes more than half of the kept weights.
+    """
+    method = IMP(Unstructured(sparsity, SCOPE), Constant(epochs), share=0.54, rewind="2%")
+    first = round(100 / (method.cuts + 1), 6)
+    plan = phases(epochs, [("dense", f"{first}%"), ("sparse", f"{round(100 - first, 6)}%")])
+    return Candidate(replace(method, schedule=plan))
+
+
 def _pretrained(kind: type[Method[Any]]) -> Build:
     """Return how to train a method that starts from a dense network.
 
@@ -162,6 +183,9 @@ METHODS: tuple[GridMethod, ...] = (
     GridMethod("oneshot", f"{OneShot.label} + fine-tune", _pretrained(OneShot)),
     GridMethod("gradual", f"{Gradual.label} + fine-tune", _pretrained(Gradual)),
     GridMethod("woodfisher", f"{WoodFisher.label} + fine-tune", _pretrained(WoodFisher)),
+    GridMethod("imp", IMP.label, _imp),
+    GridMethod("acdc_partial", PartialACDC.label, _partial),
+    GridMethod("granet", f"{GraNet.label}, ERK", _sparse(GraNet, every=OFTEN, seeded=True)),
 )
 
 SHORTER_LIST = ("dense", "acdc", "gmp", "topkast", "rigl_erk")  # for tasks with long cells

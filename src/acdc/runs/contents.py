@@ -34,6 +34,8 @@ _SPARSIFIER = {
     "changes": [_CHANGE],
     "dense_twin": Maybe({"step": COUNT, "model": _STATE, "optimizer": _OPTIMIZER}),
     "engine": Maybe({"choices": Each(str, CHOICE), "trials?": Each(str, _TRIAL)}),
+    "followers?": Each(str, str),
+    "mean?": {"noted": int, "network": _TENSORS},
 }
 _CHECKPOINT = {
     "recipe": dict,

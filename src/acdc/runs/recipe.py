@@ -18,6 +18,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from acdc.errors import InputError
+from acdc.hooks.saved import is_unused
 from acdc.layers import Layers
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
@@ -25,7 +26,7 @@ from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.runs import models
 from acdc.runs.data import Source
 from acdc.runs.models import Model
-from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, StepDecay
+from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, Rewarm, StepDecay, Tail
 from acdc.runs.record import Folder
 from acdc.schedule import Constant
 from acdc.schema import Misfit, Number, check
@@ -146,7 +147,12 @@ COMPONENTS: dict[type, dict[str, _Component]] = {
     Method: {"dense": _dense},
     Pattern: {"unstructured": _pattern(Unstructured), "nm": _pattern(NM), "block": _pattern(Block)},
     Optimizer: {"sgd": lambda _: SGD(), "adamw": lambda _: AdamW()},
-    Curve: {"cosine": lambda _: Cosine(), "steps": lambda _: StepDecay()},
+    Curve: {
+        "cosine": lambda _: Cosine(),
+        "steps": lambda _: StepDecay(),
+        "rewarm": Rewarm,  # of the curve that is there
+        "tail": Tail,
+    },
     Layers: {"all": lambda _: Layers(), "default": lambda _: None},
 }
 
@@ -311,15 +317,14 @@ def _spell(hint: Any) -> str:
 def encode(value: Any) -> Any:
     """Return a value as JSON can hold it: a dataclass becomes its fields and its type.
 
-    A field that was added later, ``field(default=..., metadata={"added": True})``, is left out
-    while it has its default: a recipe then has the same values, and a run the same label, as
-    before.
+    A field that was added later is left out while it has its default (:func:`is_unused`): a recipe
+    then has the same values, and a run the same label, as before.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return {"type": type(value).__name__} | {
             f.name: encode(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if not (f.metadata.get("added") and getattr(value, f.name) == f.default)
+            if not is_unused(value, f)
         }
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}

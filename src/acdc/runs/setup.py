@@ -152,7 +152,14 @@ def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
     engine, engine_start = _engine(recipe, fabric, net, method.resolved)
     # The loop lets it change the support: a phase is evaluated before the next one begins.
     # The wrapped network says which processes train it together.
-    sparsifier = Sparsifier(method, model, optimizer, engine=engine, automatic=False)
+    sparsifier = Sparsifier(
+        method,
+        model,
+        optimizer,
+        engine=engine,
+        automatic=False,
+        scale_rows=recipe.optimizer.scale_rows,
+    )
     example = recipe.model.example(1).to(fabric.device)
     return Setup(
         recipe=recipe,

@@ -247,7 +247,7 @@ class _Loop:
         run, progress = self.run, self.progress
         before, changes, built = progress.step, len(run.sparsifier.changes), self._built
         began, executed = Clocks.now(), self.executed
-        lr = run.recipe.optimizer.lr * run.recipe.lr.factor(before, run.schedule)
+        lr = run.recipe.optimizer.lr * run.recipe.lr.factor(*run.method.on_curve(before))
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         rank = run.fabric.global_rank

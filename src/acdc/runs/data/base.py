@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
@@ -220,21 +220,32 @@ class Source(ABC):
         train_examples: Number of training images to use: the first of a fixed permutation. For
             quick runs and tests. None means all.
         test_examples: The same for the test images.
+        validation: Share of the training data that takes the place of the test data, in [0, 1):
+            what is chosen by it was not chosen on test data. It is a fixed random choice, the same
+            for every run, and is not trained on. 0: networks are evaluated on the test data.
 
     Raises:
-        InputError: More examples than the published data set has, or fewer than one.
+        InputError: More examples than the published data set has, or fewer than one; or
+            ``validation`` is no such share.
     """
 
     train_examples: int | None = None
     test_examples: int | None = None
+    validation: float = field(default=0.0, kw_only=True, metadata={"added": True})
 
     name: ClassVar[str]
     published: ClassVar[tuple[int, int]]
     quality: ClassVar[Literal["accuracy", "bits"]] = "accuracy"  # measure of a network
 
     def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1 or (self.validation and min(self.available) < 1):
+            raise InputError(
+                f"validation is {self.validation!r}. It is the share of the training data that is "
+                f"held out, such as 0.1, or 0; of {self.published[0]:,} samples at least one has "
+                f"to be held out, and one to be left."
+            )
         for split, asked, available in zip(
-            SPLITS, (self.train_examples, self.test_examples), self.published, strict=True
+            SPLITS, (self.train_examples, self.test_examples), self.available, strict=True
         ):
             if asked is not None and not 1 <= asked <= available:
                 raise InputError(
@@ -248,14 +259,26 @@ class Source(ABC):
         """Number of classes."""
 
     @property
+    def available(self) -> tuple[int, int]:
+        """Samples to train on and to evaluate on, by the published numbers."""
+        total, test = self.published
+        held = held_out(total, self.validation)
+        return (total - held, held) if self.validation else (total, test)
+
+    @property
+    def title(self) -> str:
+        """The name in reports, which says whether networks are evaluated on training data."""
+        return f"{self.name}, validation split" if self.validation else self.name
+
+    @property
     def train_samples(self) -> int:
         """Training images that will be used, by the published numbers; no file is read."""
-        return self.published[0] if self.train_examples is None else self.train_examples
+        return self.available[0] if self.train_examples is None else self.train_examples
 
     @property
     def test_samples(self) -> int:
         """Test images that will be used, by the published numbers; no file is read."""
-        return self.published[1] if self.test_examples is None else self.test_examples
+        return self.available[1] if self.test_examples is None else self.test_examples
 
     def steps_per_epoch(self, batch_size: int, world: int = 1) -> int:
         """Return the steps of an epoch before anything is loaded; see ``Data.steps_per_epoch``."""
@@ -295,6 +318,18 @@ def first_of(samples: int, wanted: int | None, split: Split) -> Tensor | None:
             f"folder. Ask for at most {samples}."
         )
     return torch.randperm(samples, generator=stream("examples", split))[:wanted]
+
+
+def held_out(samples: int, share: float) -> int:
+    """Return how many of the training samples are evaluated on instead of the test data."""
+    return round(share * samples)
+
+
+def split_off(samples: int, share: float) -> tuple[Tensor, Tensor]:
+    """Return the indices to train on and those to evaluate on, each in file order."""
+    order = torch.randperm(samples, generator=stream("validation"))
+    held = held_out(samples, share)
+    return order[held:].sort().values, order[:held].sort().values
 
 
 def known_split(split: str) -> Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,16 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from acdc.errors import InputError, MissingDependency, need
 from acdc.files import cache_folder
 from acdc.random import stream
-from acdc.runs.data.base import Batch, Data, Source, Split, first_of, known_split, steps_per_epoch
+from acdc.runs.data.base import (
+    Batch,
+    Data,
+    Source,
+    Split,
+    first_of,
+    known_split,
+    split_off,
+    steps_per_epoch,
+)
 from acdc.runs.data.files import VARIABLE, candidates
 
 Transform: TypeAlias = Callable[[Any], Tensor]
@@ -43,6 +53,7 @@ class ImageFolder(Data):
         workers: Processes that read images; 0 reads in the calling process.
         train_examples: Number of training images to use: the first of a fixed permutation.
         test_examples: The same for the test images, those of ``val``.
+        validation: Share of the training images that takes the place of those of ``val``.
 
     Raises:
         InputError: A folder is missing or empty, or the two hold different classes.
@@ -57,6 +68,7 @@ class ImageFolder(Data):
         workers: int,
         train_examples: int | None = None,
         test_examples: int | None = None,
+        validation: float = 0.0,
     ) -> None:
         classes = _classes(folder / "train")
         others = _classes(folder / "val")
@@ -71,9 +83,13 @@ class ImageFolder(Data):
         self.classes = len(classes)
         self.workers = workers
         self._transforms = transforms
+        train, test = _Files(folder / "train", classes), _Files(folder / "val", classes)
+        if validation:
+            rows, held = split_off(len(train), validation)
+            train, test = train.only(rows), train.only(held)
         self._files = {
-            "train": _Files(folder / "train", classes, train_examples, "train"),
-            "test": _Files(folder / "val", classes, test_examples, "test"),
+            "train": train.first(train_examples, "train"),
+            "test": test.first(test_examples, "test"),
         }
 
     @property
@@ -227,13 +243,14 @@ class ImageNet(Source):
                 f"from https://image-net.org, after signing up."
             )
         data = ImageFolder(
-            self.name,
+            self.title,
             folder,
             self.size,
             made,
             self.workers,
             self.train_examples,
             self.test_examples,
+            self.validation,
         )
         if data.classes != self.classes:
             raise InputError(
@@ -261,9 +278,7 @@ class ImageNet(Source):
 class _Files:
     """The image files of one split, and their labels."""
 
-    def __init__(
-        self, folder: Path, classes: Sequence[str], wanted: int | None, split: Split
-    ) -> None:
+    def __init__(self, folder: Path, classes: Sequence[str]) -> None:
         self.folder = folder
         names: list[bytes] = []
         counts = []
@@ -281,9 +296,17 @@ class _Files:
         # its memory.
         self.names: NDArray[np.bytes_] = np.array(names)
         self.labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor(counts))
-        rows = first_of(len(names), wanted, split)
-        if rows is not None:
-            self.names, self.labels = self.names[rows.numpy()], self.labels[rows]
+
+    def only(self, rows: Tensor) -> _Files:
+        """Return the files with these indices."""
+        part = copy.copy(self)
+        part.names, part.labels = self.names[rows.numpy()], self.labels[rows]
+        return part
+
+    def first(self, wanted: int | None, split: Split) -> _Files:
+        """Return so many files, the first of a fixed permutation; ``None``: all of them."""
+        rows = first_of(len(self), wanted, split)
+        return self if rows is None else self.only(rows)
 
     def __len__(self) -> int:
         return len(self.names)

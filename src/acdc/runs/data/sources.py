@@ -16,7 +16,7 @@ from torch import Tensor
 
 from acdc.errors import need
 from acdc.runs.data.augment import Augment
-from acdc.runs.data.base import Images, Source, Split, first_of
+from acdc.runs.data.base import Images, Source, Split, first_of, split_off
 from acdc.runs.data.files import (
     VARIABLE,
     candidates,
@@ -342,8 +342,11 @@ def _images(
     official: bool,
 ) -> Images:
     """Build the data set from its arrays, with the number of examples that the source asks for."""
+    if source.validation:
+        rows, held = split_off(len(train[1]), source.validation)
+        train, test = (train[0][rows], train[1][rows]), (train[0][held], train[1][held])
     return Images(
-        source.name if official else f"{source.name} (not the published files)",
+        source.title if official else f"{source.title} (not the published files)",
         _kept(train, source.train_examples, "train"),
         _kept(test, source.test_examples, "test"),
         source.classes,

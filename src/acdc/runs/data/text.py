@@ -100,7 +100,8 @@ class Text(Data):
 class TinyShakespeare(Source):
     """The plays of Shakespeare, 1,115,394 characters of 65 kinds, in one file.
 
-    The first nine tenths are the training text, the rest is the test text. ``train_examples`` is
+    The first nine tenths are the training text, the rest is the test text. With ``validation`` the
+    last part of the training text takes the place of the test text. ``train_examples`` is
     the number of windows of an epoch; None: as many as cover the training text once.
     ``test_examples`` is the number of test windows to use, from the first on.
 
@@ -118,12 +119,12 @@ class TinyShakespeare(Source):
     sha256: ClassVar[str] = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.context < self.published[1]:
-            raise InputError(
-                f"context is {self.context}. It is a number of characters from 1 to "
-                f"{self.published[1] - 1}."
-            )
         super().__post_init__()
+        shortest = min(self.available)
+        if not 1 <= self.context < shortest:
+            raise InputError(
+                f"context is {self.context}. It is a number of characters from 1 to {shortest - 1}."
+            )
         if self.test_examples is not None and self.test_examples > self._windows(1):
             raise InputError(
                 f"test_examples is {self.test_examples}, and the test text has "
@@ -131,7 +132,7 @@ class TinyShakespeare(Source):
             )
 
     def _windows(self, part: int) -> int:
-        return (self.published[part] - 1) // self.context
+        return (self.available[part] - 1) // self.context
 
     @property
     def classes(self) -> int:
@@ -179,11 +180,12 @@ class TinyShakespeare(Source):
         number = torch.zeros(256, dtype=torch.int64)
         number[torch.tensor(kinds)] = torch.arange(len(kinds))
         text = number[torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()]
-        train, test = text[: self.published[0]], text[self.published[0] :]
+        length, tested = self.available  # the text to evaluate on follows the training text
+        train, test = text[:length], text[length : length + tested]
         if self.test_examples is not None:
             test = test[: self.test_examples * self.context + 1]
         return Text(
-            self.name if official else f"{self.name} (not the published file)",
+            self.title if official else f"{self.title} (not the published file)",
             train,
             test,
             self.classes,
