@@ -19,6 +19,7 @@ from acdc import score
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.methods.acdc import ACDC
+from acdc.methods.dsd import DSD
 from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.runs import train as runs
 from acdc.runs.preview import Preview
@@ -332,6 +333,43 @@ def last_dense(step: int) -> dict[str, torch.Tensor]:
 def test_a_run_that_restores_norms_resumes_after_every_step(factory: Any) -> None:
     assert_resumes(restoring(), factory)
     assert_resumes(restoring(ramp=0.7, first=0.4, every="1st", average=0.5), factory)
+
+
+def test_norms_are_those_of_before_the_first_cut_of_a_ramp() -> None:
+    model, optimizer, sparsifier = bind(restoring(ramp=0.7, first=0.4, every="1st"), sgd)
+    train(model, optimizer, 0, 8)  # cuts at 6, 7 and 8
+    remembered = sparsifier.state_dict()["method_state"]
+    assert [c.step for c in sparsifier.changes] == [6, 7, 8]
+    for name, weight in last_dense(6).items():
+        if name in remembered:
+            assert same(remembered[name], norms(weight))
+    assert set(remembered) == set(sparsifier.params)
+
+
+def test_dsd_restores_norms_too() -> None:
+    plan = phases(3, [("dense", "6st"), ("sparse", "3st"), ("dense", "9st")]).resolve(6)
+    method = DSD(Unstructured(0.5, "uniform"), plan, restore_norms=True)
+    before = norms(last_dense(6)["conv2.weight"])
+    model, optimizer, _ = bind(method, sgd)
+    train(model, optimizer, 0, 9)
+    torch.testing.assert_close(norms(model.conv2.weight), before)
+    assert_resumes(method, sgd)
+    assert "restore_norms" not in bind(DSD(ERK, plan), sgd)[2].state_dict()["method"]
+
+
+def test_an_engine_trains_with_means_and_restored_norms_alike() -> None:
+    method = restoring(average=0.5)
+    model = build()
+    engine = acdc.Engine(model, batch(0)[0], backend=Reference(), choose=False)
+    optimizer = sgd(model)
+    Sparsifier(method, model, optimizer, engine=engine)
+    plain, other, _ = bind(method, sgd)
+    for step in range(18):
+        assert engine.active == (LONG.phase_at(step).kind == "sparse")
+        train(model, optimizer, step, step + 1)
+        train(plain, other, step, step + 1)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_restored_norms_change_no_count() -> None:

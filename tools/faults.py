@@ -659,7 +659,7 @@ FAULTS = [
     Fault("a BatchNorm that reads something else is rescaled", "hooks/rescale.py",
           "if output() is not x or x._version != version:", "if output() is not x:",
           "tests/test_acdc_options.py -k reads_as_it_is"),
-    Fault("norms are those of the last cut", "methods/acdc.py",
+    Fault("norms are those of the last cut", "methods/families.py",
           "return state or {name: _norms", "return {name: _norms",
           "tests/test_acdc_options.py -k norms"),
     Fault("partial decompressions grow by magnitude", "methods/partial.py",

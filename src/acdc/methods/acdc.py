@@ -5,21 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from acdc.errors import InputError
 from acdc.layers import Layers
 from acdc.methods.base import Reset
-from acdc.methods.families import Rising
+from acdc.methods.families import Norms, Rising, norms_to_restore, restoring
 from acdc.methods.training import Masked, Mean, When
 from acdc.methods.weights import Weights
 from acdc.pattern import Block, Pattern, Unstructured
 from acdc.schedule import Phase, Plan, Schedule
 from acdc.support import Support
-
-Norms = dict[str, Tensor]
-"""Name of a weight → the norms of its filters before the cut, ``[outputs]``."""
 
 
 @final
@@ -138,7 +134,7 @@ class ACDC(Rising[Norms | None]):
         mean = Mean(nth=self._place_in_mean, use=self._uses_mean)
         return Masked(
             mean=None if self.average is None else mean,
-            rescale=self._restored if self.restore_norms else None,
+            rescale=restoring if self.restore_norms else None,
         )
 
     def _place_in_mean(self, step: int) -> int:
@@ -159,15 +155,7 @@ class ACDC(Rising[Norms | None]):
 
     def settle(self, weights: Weights, support: Support, state: Norms | None) -> Norms | None:
         """Remember the norms at the first cut of a sparse phase, and forget them at its end."""
-        if state is None or support.is_full:
-            return state and {}
-        return state or {name: _norms(weight) for name, weight in weights.items()}
-
-    def _restored(self, weights: Weights, support: Support, state: Norms) -> Norms:
-        """Return the factors that bring the norms back, if all weights come back."""
-        if not support.is_full:
-            return {}
-        return {name: _factors(before, _norms(weights[name])) for name, before in state.items()}
+        return state if state is None else norms_to_restore(weights, support, state)
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights that are pruned; refuse a phase that is too short for its ramp."""
@@ -188,16 +176,6 @@ class ACDC(Rising[Norms | None]):
 
     def _at(self, step: int) -> Pattern:
         return self.pattern if self.ramp is None else super()._at(step)
-
-
-def _norms(weight: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1, dtype=torch.float32)
-    return norms
-
-
-def _factors(before: Tensor, now: Tensor) -> Tensor:
-    """Return ``before / now``, and 1 for a filter that is or was zero."""
-    return torch.where((before > 0) & (now > 0), before / now, 1.0)
 
 
 def _is_number(value: object) -> bool:
