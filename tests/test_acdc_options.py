@@ -168,6 +168,51 @@ def test_the_command_line_sets_a_ramp() -> None:
     assert tiny(method__ramp="none").method.ramp is None  # type: ignore[attr-defined]
 
 
+# --- deeper from cycle to cycle ------------------------------------------------------------------
+
+THREE = phases(
+    3, [(kind, "2st") for kind in ("dense", "sparse", "dense", "sparse", "dense", "sparse")]
+).resolve(4)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.95), ERK, Block((4, 1), 0.9)])
+def test_every_sparse_phase_keeps_so_many_times_the_weights_of_the_next(
+    pattern: Unstructured | Block,
+) -> None:
+    method = ACDC(pattern, THREE, taper=2)
+    changes, sparsifier = supports_of(method, sgd)
+    shapes = {name: tuple(p.shape) for name, p in sparsifier.params.items()}
+    nnz = {step: counts and sum(counts.values()) for step, counts in changes}
+    density = round(1 - pattern.target, 6)
+    assert nnz == {
+        2: pattern.at(round(1 - 4 * density, 6)).total(shapes),
+        4: None,
+        6: pattern.at(round(1 - 2 * density, 6)).total(shapes),
+        8: None,
+        10: pattern.total(shapes),
+    }
+    assert list(nnz) == [2, 4, 6, 8, 10]
+
+
+def test_a_tapered_run_resumes_and_its_forecast_is_what_it_does() -> None:
+    assert_resumes(ACDC(ERK, THREE, taper=1.5), adam)
+    assert_forecast(ACDC(ERK, THREE, taper=1.5), sgd)
+    # A ramp starts no higher than its phase ends: .5 is more than the 20 % of the first.
+    method = ACDC(ERK, SCHEDULE, taper=4.0, ramp=0.6, first=0.5, every="3st")
+    assert_forecast(method, sgd)
+    changes, sparsifier = supports_of(method, sgd)
+    kept = [sum((counts or {}).values()) / sparsifier.support.numel for _, counts in changes]
+    assert kept == pytest.approx([0.8, 0.8, 0.8, 0.0, 0.5, 0.24, 0.2], abs=0.01)  # 0: dense
+
+
+@pytest.mark.parametrize("taper", [0.5, "2", float("inf"), True])
+def test_a_wrong_taper_is_a_sentence(taper: Any) -> None:
+    with pytest.raises(InputError, match=r"ACDC\(taper=...\) is .*a number from 1 up, such as 2"):
+        ACDC(ERK, THREE, taper=taper)
+    with pytest.raises(InputError, match=r"sparsity cannot rise, and ramp is None and taper 2"):
+        ACDC(NM(2, 4), THREE, taper=2)
+
+
 # --- the mean of a dense phase -------------------------------------------------------------------
 
 

@@ -84,6 +84,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "acdc:ramp": ("erk", {"ramp": 0.5, "every": "2st"}),
     "acdc:average": ("global", {"average": 0.5}),
     "acdc:norms": ("erk", {"restore_norms": True}),
+    "acdc:taper": ("global", {"taper": 2.0}),
     "dense": ("", {}),
     "static": ("erk", {"seed": 3}),
     "snip": ("global", {}),
