@@ -19,6 +19,7 @@ from acdc import score
 from acdc.engine.reference import Reference
 from acdc.errors import InputError
 from acdc.methods.acdc import ACDC
+from acdc.methods.dsd import DSD
 from acdc.pattern import NM, Block, Pattern, Unstructured
 from acdc.runs import train as runs
 from acdc.runs.preview import Preview
@@ -165,6 +166,51 @@ def test_the_command_line_sets_a_ramp() -> None:
     method = tiny(method__ramp="0.5", method__first="0.3", method__every="2st").method
     assert (method.ramp, method.first, method.every) == (0.5, 0.3, "2st")  # type: ignore[attr-defined]
     assert tiny(method__ramp="none").method.ramp is None  # type: ignore[attr-defined]
+
+
+# --- deeper from cycle to cycle ------------------------------------------------------------------
+
+THREE = phases(
+    3, [(kind, "2st") for kind in ("dense", "sparse", "dense", "sparse", "dense", "sparse")]
+).resolve(4)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.95), ERK, Block((4, 1), 0.9)])
+def test_every_sparse_phase_keeps_so_many_times_the_weights_of_the_next(
+    pattern: Unstructured | Block,
+) -> None:
+    method = ACDC(pattern, THREE, taper=2)
+    changes, sparsifier = supports_of(method, sgd)
+    shapes = {name: tuple(p.shape) for name, p in sparsifier.params.items()}
+    nnz = {step: counts and sum(counts.values()) for step, counts in changes}
+    density = round(1 - pattern.target, 6)
+    assert nnz == {
+        2: pattern.at(round(1 - 4 * density, 6)).total(shapes),
+        4: None,
+        6: pattern.at(round(1 - 2 * density, 6)).total(shapes),
+        8: None,
+        10: pattern.total(shapes),
+    }
+    assert list(nnz) == [2, 4, 6, 8, 10]
+
+
+def test_a_tapered_run_resumes_and_its_forecast_is_what_it_does() -> None:
+    assert_resumes(ACDC(ERK, THREE, taper=1.5), adam)
+    assert_forecast(ACDC(ERK, THREE, taper=1.5), sgd)
+    # A ramp starts no higher than its phase ends: .5 is more than the 20 % of the first.
+    method = ACDC(ERK, SCHEDULE, taper=4.0, ramp=0.6, first=0.5, every="3st")
+    assert_forecast(method, sgd)
+    changes, sparsifier = supports_of(method, sgd)
+    kept = [sum((counts or {}).values()) / sparsifier.support.numel for _, counts in changes]
+    assert kept == pytest.approx([0.8, 0.8, 0.8, 0.0, 0.5, 0.24, 0.2], abs=0.01)  # 0: dense
+
+
+@pytest.mark.parametrize("taper", [0.5, "2", float("inf"), True])
+def test_a_wrong_taper_is_a_sentence(taper: Any) -> None:
+    with pytest.raises(InputError, match=r"ACDC\(taper=...\) is .*a number from 1 up, such as 2"):
+        ACDC(ERK, THREE, taper=taper)
+    with pytest.raises(InputError, match=r"sparsity cannot rise, and ramp is None and taper 2"):
+        ACDC(NM(2, 4), THREE, taper=2)
 
 
 # --- the mean of a dense phase -------------------------------------------------------------------
@@ -332,6 +378,43 @@ def last_dense(step: int) -> dict[str, torch.Tensor]:
 def test_a_run_that_restores_norms_resumes_after_every_step(factory: Any) -> None:
     assert_resumes(restoring(), factory)
     assert_resumes(restoring(ramp=0.7, first=0.4, every="1st", average=0.5), factory)
+
+
+def test_norms_are_those_of_before_the_first_cut_of_a_ramp() -> None:
+    model, optimizer, sparsifier = bind(restoring(ramp=0.7, first=0.4, every="1st"), sgd)
+    train(model, optimizer, 0, 8)  # cuts at 6, 7 and 8
+    remembered = sparsifier.state_dict()["method_state"]
+    assert [c.step for c in sparsifier.changes] == [6, 7, 8]
+    for name, weight in last_dense(6).items():
+        if name in remembered:
+            assert same(remembered[name], norms(weight))
+    assert set(remembered) == set(sparsifier.params)
+
+
+def test_dsd_restores_norms_too() -> None:
+    plan = phases(3, [("dense", "6st"), ("sparse", "3st"), ("dense", "9st")]).resolve(6)
+    method = DSD(Unstructured(0.5, "uniform"), plan, restore_norms=True)
+    before = norms(last_dense(6)["conv2.weight"])
+    model, optimizer, _ = bind(method, sgd)
+    train(model, optimizer, 0, 9)
+    torch.testing.assert_close(norms(model.conv2.weight), before)
+    assert_resumes(method, sgd)
+    assert "restore_norms" not in bind(DSD(ERK, plan), sgd)[2].state_dict()["method"]
+
+
+def test_an_engine_trains_with_means_and_restored_norms_alike() -> None:
+    method = restoring(average=0.5)
+    model = build()
+    engine = acdc.Engine(model, batch(0)[0], backend=Reference(), choose=False)
+    optimizer = sgd(model)
+    Sparsifier(method, model, optimizer, engine=engine)
+    plain, other, _ = bind(method, sgd)
+    for step in range(18):
+        assert engine.active == (LONG.phase_at(step).kind == "sparse")
+        train(model, optimizer, step, step + 1)
+        train(plain, other, step, step + 1)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_restored_norms_change_no_count() -> None:

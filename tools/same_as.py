@@ -81,6 +81,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "acdc:none": ("erk", {"reset": "none"}),
     "acdc:nm": ("nm", {}),
     "acdc:block": ("block", {}),
+    "acdc:ramp": ("erk", {"ramp": 0.5, "every": "2st"}),
+    "acdc:average": ("global", {"average": 0.5}),
+    "acdc:norms": ("erk", {"restore_norms": True}),
+    "acdc:taper": ("global", {"taper": 2.0}),
     "dense": ("", {}),
     "static": ("erk", {"seed": 3}),
     "snip": ("global", {}),
@@ -98,6 +102,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "oneshot": ("uniform", {}),
     "gradual": ("global", OFTEN),
     "woodfisher": ("global", {"every": "3st", "length": "6st", "gradients": 2, "block": 50}),
+    "granet": ("erk", {"first": 0.3, **OFTEN}),
+    "imp": ("global", {"share": 0.7, "rewind": "2st"}),
+    "acdc_partial": ("erk", {"every": "2st", "length": "16st", "period": "4st", "width": "2st"}),
 }
 
 
@@ -108,6 +115,8 @@ def loop_cases() -> list[str]:
         plans = ["alternate", "sparse"]
         if variant == "dense":
             plans = ["dense"]
+        elif variant == "imp":  # its first round is dense
+            plans = ["alternate"]
         elif ":" in variant:
             found += [f"{variant}/sgd/off/alternate", f"{variant}/adamw/reference/alternate"]
             continue

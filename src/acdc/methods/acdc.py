@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import ClassVar, final
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from acdc.errors import InputError
 from acdc.layers import Layers
 from acdc.methods.base import Reset
-from acdc.methods.families import Rising
+from acdc.methods.families import Norms, Rising, norms_to_restore, restoring
 from acdc.methods.training import Masked, Mean, When
 from acdc.methods.weights import Weights
 from acdc.pattern import Block, Pattern, Unstructured
-from acdc.schedule import Phase, Plan, Schedule
+from acdc.schedule import Phase, Plan, Schedule, ramp
 from acdc.support import Support
-
-Norms = dict[str, Tensor]
-"""Name of a weight → the norms of its filters before the cut, ``[outputs]``."""
 
 
 @final
@@ -65,12 +63,15 @@ class ACDC(Rising[Norms | None]):
             convolutions and linear layers whose outputs a BatchNorm reads. The layer's bias and the
             running statistics are multiplied, too, so that the network computes the same. Exclude a
             layer whose outputs something else reads as well.
+        taper: How many times as many weights a sparse phase keeps as the next one, from 1 up, but
+            never more than all; the last one keeps what the pattern says. 1: all keep the same.
+            Above 1 it needs ``Unstructured`` or ``Block``.
 
     Source: Peste, Iofinova, Vladu, Alistarh, NeurIPS 2021, algorithm 1 and section 3.2. For
     ``ramp``: the cubic is that of Zhu and Gupta, 2017; Yasuda et al., SequentialAttention++,
     NeurIPS 2024, section 4.2 and appendix D.1, cut gradually between the dense and the sparse
     phases of AC/DC, on an exponential curve. For ``average``: Izmailov et al., UAI 2018, average
-    weights along a run; to cut the mean is ours.
+    weights along a run; to cut the mean is ours. ``taper`` is ours.
     """
 
     name: ClassVar[str] = "acdc"
@@ -96,6 +97,7 @@ class ACDC(Rising[Norms | None]):
     every: str = field(default="1%", metadata={"added": True})
     average: float | None = field(default=None, metadata={"added": True})
     restore_norms: bool = field(default=False, metadata={"added": True})
+    taper: float = field(default=1.0, metadata={"added": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,12 +118,20 @@ class ACDC(Rising[Norms | None]):
                 f"which the network is averaged: a number above 0, up to 1, such as 0.4; or None."
             )
 
+        if not _is_number(self.taper) or not 1 <= self.taper < math.inf:
+            raise InputError(
+                f"ACDC(taper=...) is {self.taper!r}. It says how many times as many weights a "
+                f"sparse phase keeps as the next one: a number from 1 up, such as 2."
+            )
+
     def _check_pattern(self) -> None:
         super()._check_pattern()
-        if self.ramp is not None and not isinstance(self.pattern, Unstructured | Block):
+        rises = self.ramp is not None or self.taper != 1
+        if rises and not isinstance(self.pattern, Unstructured | Block):
             raise InputError(
                 f"ACDC(pattern=...) is {self.pattern!r}, whose sparsity cannot rise, and ramp is "
-                f"{self.ramp!r}. Give Unstructured or Block, or leave out ramp."
+                f"{self.ramp!r} and taper {self.taper!r}. Give Unstructured or Block, or leave out "
+                f"ramp and taper."
             )
 
     def _check_one_cut(self) -> None:
@@ -138,7 +148,7 @@ class ACDC(Rising[Norms | None]):
         mean = Mean(nth=self._place_in_mean, use=self._uses_mean)
         return Masked(
             mean=None if self.average is None else mean,
-            rescale=self._restored if self.restore_norms else None,
+            rescale=restoring if self.restore_norms else None,
         )
 
     def _place_in_mean(self, step: int) -> int:
@@ -159,15 +169,7 @@ class ACDC(Rising[Norms | None]):
 
     def settle(self, weights: Weights, support: Support, state: Norms | None) -> Norms | None:
         """Remember the norms at the first cut of a sparse phase, and forget them at its end."""
-        if state is None or support.is_full:
-            return state and {}
-        return state or {name: _norms(weight) for name, weight in weights.items()}
-
-    def _restored(self, weights: Weights, support: Support, state: Norms) -> Norms:
-        """Return the factors that bring the norms back, if all weights come back."""
-        if not support.is_full:
-            return {}
-        return {name: _factors(before, _norms(weights[name])) for name, before in state.items()}
+        return state if state is None else norms_to_restore(weights, support, state)
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights that are pruned; refuse a phase that is too short for its ramp."""
@@ -187,17 +189,21 @@ class ACDC(Rising[Norms | None]):
         return phase.start + round((self.ramp or 0) * len(phase))
 
     def _at(self, step: int) -> Pattern:
-        return self.pattern if self.ramp is None else super()._at(step)
+        phase = self.resolved.phase_at(step)
+        end = self._end_of(phase)
+        if self.ramp is None:
+            return end
+        first = min(self.first, end.target)
+        return end.at(ramp(step, phase.start, self._stop(phase), first, end.target))
 
-
-def _norms(weight: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1, dtype=torch.float32)
-    return norms
-
-
-def _factors(before: Tensor, now: Tensor) -> Tensor:
-    """Return ``before / now``, and 1 for a filter that is or was zero."""
-    return torch.where((before > 0) & (now > 0), before / now, 1.0)
+    def _end_of(self, phase: Phase) -> Pattern:
+        """Return the pattern that a sparse phase ends with."""
+        phases = self.resolved.phases
+        later = sum(other.kind == "sparse" and other.start > phase.start for other in phases)
+        if self.taper == 1 or not later:
+            return self.pattern
+        taper, sparsity = (Fraction(repr(float(x))) for x in (self.taper, self.pattern.target))
+        return self.pattern.at(float(max(Fraction(0), 1 - taper**later * (1 - sparsity))))
 
 
 def _is_number(value: object) -> bool:

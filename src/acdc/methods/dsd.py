@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 from acdc import score
 from acdc.layers import Layers
 from acdc.methods.base import Reset
-from acdc.methods.families import Phased
+from acdc.methods.families import Norms, Phased, norms_to_restore, restoring
+from acdc.methods.training import Masked
 from acdc.methods.weights import Weights
 from acdc.pattern import Pattern
 from acdc.schedule import Plan, Schedule
@@ -17,7 +18,7 @@ from acdc.support import Support
 
 @final
 @dataclass(frozen=True)
-class DSD(Phased[None]):
+class DSD(Phased[Norms | None]):
     """Train dense, cut the smallest weights, train the rest, bring all back at zero and train on.
 
     What comes out is the dense network; sparsity is a means, and a moderate one (25 to 50 % in the
@@ -32,8 +33,10 @@ class DSD(Phased[None]):
             tenfold in the last phase.
         reset: As for :class:`~acdc.ACDC`: the state that is cleared before weights come back.
         layers: Which layers are pruned; ``None``: the pattern's default.
+        restore_norms: Whether filters under BatchNorm get their norms of before the cut back, as
+            for :class:`~acdc.ACDC`.
 
-    Source: Han et al., ICLR 2017, algorithm 1.
+    Source: Han et al., ICLR 2017, algorithm 1. ``restore_norms`` is ours.
     """
 
     name: ClassVar[str] = "dsd"
@@ -55,7 +58,21 @@ class DSD(Phased[None]):
     schedule: Plan | Schedule
     reset: Reset = "all"
     layers: Layers | None = None
+    restore_norms: bool = field(default=False, metadata={"added": True})
 
-    def begin(self, step: int, weights: Weights, state: None) -> Support:
+    @property
+    def training(self) -> Masked:
+        """Kept weights alone; filters may get their norms back with the others."""
+        return Masked(rescale=restoring if self.restore_norms else None)
+
+    def init(self, weights: Weights) -> Norms | None:
+        """Return no norms, if they are to be restored later."""
+        return {} if self.restore_norms else None
+
+    def settle(self, weights: Weights, support: Support, state: Norms | None) -> Norms | None:
+        """Remember the norms at the cut, and forget them when all weights come back."""
+        return state if state is None else norms_to_restore(weights, support, state)
+
+    def begin(self, step: int, weights: Weights, state: Norms | None) -> Support:
         """Keep the largest weights."""
         return self.pattern.select(score.magnitude(weights))

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from acdc import score
@@ -308,6 +309,46 @@ def grown(support: Mapping[str, Tensor], scores: Scores, more: Mapping[str, int]
         others = score.among(scores.subset([name]), {name: ~mask})
         masks[name] = mask | largest(others, more[name])[name]
     return Support(masks)
+
+
+# --- norms of filters ----------------------------------------------------------------------------
+
+Norms = dict[str, Tensor]
+"""Name of a weight → the norms of its filters before they were cut, ``[outputs]``."""
+
+
+def norms_to_restore(weights: Mapping[str, Tensor], support: Support, state: Norms) -> Norms:
+    """Return the norms to remember after a change to ``support``.
+
+    Args:
+        weights: The weights before the change.
+        support: The support from here on.
+        state: The norms that are remembered already: those of before the first cut stay.
+    """
+    if support.is_full:
+        return {}
+    return state or {name: _norms(weight) for name, weight in weights.items()}
+
+
+def restoring(weights: Mapping[str, Tensor], support: Support, state: Norms) -> Norms:
+    """Return the factors that give filters their norms back, ``[outputs]``, if all weights come
+    back at a change to ``support``; otherwise nothing. A filter that is or was zero has a 1.
+    """
+    if not support.is_full:
+        return {}
+    return {name: _factors(before, _norms(weights[name])) for name, before in state.items()}
+
+
+def _norms(weight: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(weight.detach().flatten(1), dim=1, dtype=torch.float32)
+    return norms
+
+
+def _factors(before: Tensor, now: Tensor) -> Tensor:
+    return torch.where((before > 0) & (now > 0), before / now, 1.0)
+
+
+# --- supports and arguments ----------------------------------------------------------------------
 
 
 def without_zeros(support: Support, weights: Mapping[str, Tensor]) -> Support:
