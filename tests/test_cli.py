@@ -135,6 +135,12 @@ SURFACE = {
         ("--resume", "flag"),
         ("--out DIR", "default runs"),
     ],
+    "study": [("WHAT", "required")],
+    "study convergence": [
+        ("--out FOLDER", "default None"),
+        ("--seed N", "default 0"),
+        ("--seeds N", "default 20"),
+    ],
     "bench": [("WHAT", "required")],
     "bench layers": [*bench("default 9"), ("--caches left|emptied", "default left")],
     "bench step": [*bench("default 9"), SCOPE],
