@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.bitmask": {"safetensors", "numpy"},
     "acdc.export": {"onnx", "onnxscript", "numpy"},
     "acdc.runs": {"lightning", "sklearn", "numpy", "torchvision", "PIL"},
+    "acdc.runs.supports": {"safetensors"},
     "acdc.pages": {"numpy"},
     "acdc.integrations.accelerate": {"accelerate"},
     "acdc.integrations.lightning": {"lightning", "pytorch_lightning"},
