@@ -31,6 +31,7 @@ SGD_C10 = (0.1, 0.9, 5e-4, False)
 PAPER = {
     "cifar10_resnet20": (FREQ20, 200, 20, 0.9, SGD_C10, 128),
     "cifar10_resnet20_s50": (FREQ20, 200, 22, 0.5, SGD_C10, 128),
+    "cifar10_memorisation": (FREQ20, 200, 20, 0.9, SGD_C10, 128),
     "cifar100_wrn28_10": (FREQ20, 200, 29, 0.9, SGD_C100, 128),
     "cifar100_wrn28_10_dense13": (DENSE13, 225, 29, 0.9, SGD_C100, 128),
     "imagenet_resnet50": (IMAGENET[100], 100, 54, 0.9, SGD_IMAGENET, 256),

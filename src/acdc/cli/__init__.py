@@ -1,4 +1,4 @@
-"""The command line: list, show, run, compare, report, cost, export, infer, cite, bench, doctor.
+"""The command line: the commands of ``COMMANDS``, in this order in ``acdc --help``.
 
 Each command is a module with a function ``add`` that declares its arguments. Modules are imported
 for ``acdc --help``, too: a command imports torch and everything else that is heavy in the function
@@ -19,7 +19,20 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from acdc.cli import bench, cite, compare, cost, doctor, export, infer, listing, report, run, show
+from acdc.cli import (
+    bench,
+    cite,
+    compare,
+    cost,
+    doctor,
+    export,
+    infer,
+    listing,
+    report,
+    run,
+    show,
+    study,
+)
 from acdc.cli.arguments import Version
 from acdc.cli.output import (
     drop_output,
@@ -32,7 +45,20 @@ from acdc.cli.output import (
 from acdc.errors import AcdcError, InputError
 
 # In the order of 'acdc --help'.
-COMMANDS = (listing, show, run, compare, report, cost, export, infer, cite, bench, doctor)
+COMMANDS = (
+    listing,
+    show,
+    run,
+    compare,
+    report,
+    cost,
+    export,
+    infer,
+    cite,
+    study,
+    bench,
+    doctor,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -304,6 +304,36 @@ def compare_cifar10() -> Grid:
     )
 
 
+def memorisation_cifar10() -> Grid:
+    """CIFAR-10 with 1,000 random labels and no augmentation, ResNet-20, 30 epochs."""
+    return Grid(
+        name="memorisation_cifar10",
+        about="AC/DC on CIFAR-10 with 1,000 random labels at 50, 75, 90 and 95 %",
+        task=Task(
+            "CIFAR-10 with random labels, ResNet-20",
+            Recipe(
+                name="cifar10_random_labels",
+                about="",
+                model=CifarResNet(depth=20),
+                data=Cifar10(augment=Augment(), random_labels=1000),
+                method=Dense(Constant(30)),
+                optimizer=SGD(lr=0.1, momentum=0.9, weight_decay=5e-4),
+                lr=Cosine(every="step"),
+                batch_size=128,
+                checkpoint_steps=391,
+                supports=True,
+            ),
+        ),
+        methods=(*methods("dense"), GridMethod("acdc", ACDC.label, _without_finetuning)),
+        sparsities=(0.5, 0.75, 0.9, 0.95),
+    )
+
+
+def _without_finetuning(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    """AC/DC with one threshold over all layers, as in the paper; its dense twin stays as it is."""
+    return Candidate(ACDC(Unstructured(sparsity), alternation(epochs)))
+
+
 def compare_tinyshakespeare() -> Grid:
     """Characters of Shakespeare with a transformer of 800 thousand weights, 2,400 steps."""
     return Grid(
@@ -354,6 +384,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
         compare_cifar10,
         compare_tinyshakespeare,
         compare_tinyshakespeare_long,
+        memorisation_cifar10,
     )
 }
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from acdc.layers import Layers
 from acdc.methods.acdc import ACDC
 from acdc.pattern import NM, Pattern, Unstructured
-from acdc.runs.data import Cifar10, Cifar100, ImageNet
+from acdc.runs.data import Augment, Cifar10, Cifar100, ImageNet
 from acdc.runs.models import CifarResNet, MobileNetV1, Model, ResNet50, WideResNet
 from acdc.runs.optim import SGD, Cosine, StepDecay
 from acdc.runs.recipe import Recipe
@@ -80,6 +80,17 @@ def cifar10_resnet20_s50() -> Recipe:
         name="cifar10_resnet20_s50",
         about="the same at 50 %, where all 22 layers are pruned",
         method=ACDC(Unstructured(0.5), recipe.method.schedule),
+    )
+
+
+def cifar10_memorisation() -> Recipe:
+    """ResNet-20 on CIFAR-10 with 1,000 random labels and no augmentation. 50, 75, 90 and 95 %."""
+    recipe = cifar10_resnet20()
+    return replace(
+        recipe,
+        name="cifar10_memorisation",
+        about="the same at 90 % with 1,000 random labels and no augmentation",
+        data=Cifar10(augment=Augment(), random_labels=1000),
     )
 
 
@@ -224,6 +235,7 @@ def imagenet_mobilenetv1_no_conv1_dw() -> Recipe:
 RECIPES: tuple[Callable[[], Recipe], ...] = (
     cifar10_resnet20,
     cifar10_resnet20_s50,
+    cifar10_memorisation,
     cifar100_wrn28_10,
     cifar100_wrn28_10_dense13,
     imagenet_resnet50,

@@ -10,6 +10,7 @@ from acdc.result import DenseNetwork
 from acdc.runs.checkpoint import Leg
 from acdc.runs.record import Clocks, Event, Metrics, events
 from acdc.runs.setup import Setup
+from acdc.runs.supports import keep
 
 Watch = Callable[[Event], None]
 
@@ -82,12 +83,19 @@ class Journal:
         engine, changes = self._run.engine, self._run.sparsifier.changes[first:]
         for change in changes:
             self.write({"event": "change"} | vars(change))
+        if self._run.recipe.supports and changes and changes[-1].to == "sparse":
+            self._keep_support(step)
         if engine is None or not any(change.to == "sparse" for change in changes):
             return False
         choices = engine.new_choices()
         event = {"event": "engine", "step": step, **engine.start(), **choices}
         self.write(event | taken.event())
         return bool(choices)
+
+    def _keep_support(self, step: int) -> None:
+        if self._metrics is not None:
+            sparsifier = self._run.sparsifier
+            self.write(keep(self._run.folder, step, sparsifier.support, sparsifier.params))
 
     def write_verdicts(self, step: int) -> bool:
         """Write an event for new verdicts on whole steps.

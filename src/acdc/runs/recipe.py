@@ -23,8 +23,9 @@ from acdc.layers import Layers
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
 from acdc.pattern import NM, Block, Pattern, Unstructured
+from acdc.runs import data as sources
 from acdc.runs import models
-from acdc.runs.data import Source
+from acdc.runs.data import Augment, Source
 from acdc.runs.models import Model
 from acdc.runs.optim import SGD, AdamW, Cosine, Curve, Optimizer, Rewarm, StepDecay, Tail
 from acdc.runs.record import Folder
@@ -72,6 +73,8 @@ class Recipe:
         seed: Seed of weights, data order, augmentation and dropout.
         start: A finished run, given by the name of its folder beside this run's folder. This run
             starts from its dense network. ``None``: fresh weights.
+        supports: Whether the support of each compression is kept in the folder of the run, for
+            ``acdc study masks``: a bit for each prunable weight.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Recipe:
     engine: Computed = "auto"
     seed: int = 0
     start: str | None = None
+    supports: bool = field(default=False, metadata={"added": True})
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "eval_batch_size", "checkpoint_steps", "devices"):
@@ -374,6 +378,40 @@ def model_of(folder: Folder) -> Model:
     values = folder.read(folder.recipe)["values"]
     try:
         return decode_model(values.get("model", {}))
+    except InputError as error:
+        raise InputError(f"{folder.recipe}: {error}") from error
+
+
+def decode_data(values: Mapping[str, Any]) -> Source:
+    """Return the data source with these encoded values: the inverse of :func:`encode`.
+
+    Raises:
+        InputError: This version has no such source.
+    """
+    rest = {key: value for key, value in values.items() if key != "type"}
+    kind = getattr(sources, str(values.get("type")), None)
+    try:
+        if not (isinstance(kind, type) and issubclass(kind, Source) and is_dataclass(kind)):
+            raise TypeError("it is none of acdc.runs.data")
+        if isinstance(augment := rest.get("augment"), Mapping):
+            rest["augment"] = Augment(**{k: v for k, v in augment.items() if k != "type"})
+        return kind(**rest)
+    except TypeError as error:
+        raise InputError(
+            f"The run's data {values.get('type')!r} are not known to this version of acdc "
+            f"({error})."
+        ) from error
+
+
+def data_of(folder: Folder) -> Source:
+    """Return the data source of a run.
+
+    Raises:
+        InputError: The folder is not that of a run, or this version has no such source.
+    """
+    values = folder.read(folder.recipe)["values"]
+    try:
+        return decode_data(values.get("data") or {})
     except InputError as error:
         raise InputError(f"{folder.recipe}: {error}") from error
 

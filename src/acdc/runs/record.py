@@ -2,7 +2,8 @@
 
 =====================  ==================================================================
 ``recipe.json``        every value of the recipe, and which ones were changed
-``metrics.jsonl``      one event a line: start, step, change, engine, verdict, eval, ledger
+``metrics.jsonl``      one event a line: start, step, change, revived, engine, verdict, eval, ledger
+``supports/``          the support of each compression, where the recipe asks for them
 ``checkpoint/``        ``last.ckpt``, and ``previous.ckpt``, the one before it
 ``pair/``              the trained networks and their index (:mod:`acdc.result`)
 ``record.json``        what came out, written last
@@ -87,6 +88,11 @@ class Folder:
     def metrics(self) -> Path:
         """One event a line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def supports(self) -> Path:
+        """The support of each compression."""
+        return self.path / "supports"
 
     @property
     def checkpoint(self) -> Path:

@@ -73,13 +73,22 @@ EVENTS: dict[str, Shape] = {
         "engine?": _ENGINE,
     },
     "step": {"phase": _KIND, "loss?": Maybe(float), "lr?": Maybe(float), **_TIMES, **_TWIN},
-    "eval": {"phase": _KIND, "accuracy": PERCENT, **_TIMES, **_TWIN},
+    "eval": {
+        "phase": _KIND,
+        "accuracy": PERCENT,
+        **dict.fromkeys(("random_accuracy?", "true_accuracy?"), PERCENT),
+        **_TIMES,
+        **_TWIN,
+    },
     "change": {
         "to": _KIND,
         "nnz": COUNT,
         "churn": Maybe(SHARE),
         "regrown?": Maybe(COUNT),
         "counts?": Maybe(Each(str, COUNT)),
+    },
+    "revived": {
+        "layers": Each(str, {"entered": COUNT, "norm": Maybe(AMOUNT), "stayed": Maybe(AMOUNT)})
     },
     "engine": {"choices?": [_NAMED_CHOICE], "refused?": Each(str, str), **_ENGINE, **_TIMES},
     "verdict": {"verdicts": [_VERDICT]},

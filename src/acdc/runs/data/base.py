@@ -83,6 +83,13 @@ class Data(ABC):
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
         """Yield every image of a split once, in file order, without augmentation."""
 
+    def relabelled_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the training images with random labels, their labels, and their true labels.
+
+        There are no such images unless the source was asked for them.
+        """
+        yield from ()
+
     def steps_per_epoch(self, batch_size: int, world: int = 1) -> int:
         """Return the number of batches of an epoch on each rank, a short last batch included."""
         return steps_per_epoch(self.train_samples, batch_size, world)
@@ -128,6 +135,8 @@ class Images(Data):
         mean: Mean of each channel over the training pixels, on a scale where 255 is 1.
         std: Their standard deviation, on the same scale.
         augment: The augmentation of the training images.
+        relabelled: Numbers of training images, int64 ``[M]``, and the labels that they are trained
+            with in the place of their own; ``None``: every image has its own.
 
     Raises:
         InputError: Shapes, types or labels do not fit together.
@@ -142,12 +151,20 @@ class Images(Data):
         mean: Sequence[float],
         std: Sequence[float],
         augment: Augment,
+        relabelled: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         for split, (x, y) in zip(SPLITS, (train, test), strict=True):
             self._check(name, split, x, y, classes, train[0].shape[1:])
         super().__init__(name)
         self.augment = augment
         self._splits: dict[Split, tuple[Tensor, Tensor]] = {"train": train, "test": test}
+        self._relabelled: tuple[Tensor, Tensor] | None = None  # the images, and their own labels
+        if relabelled is not None:
+            rows, drawn = relabelled
+            labels = train[1].clone()
+            self._relabelled = rows, labels[rows]
+            labels[rows] = drawn
+            self._splits["train"] = train[0], labels
         self._mean = torch.tensor(mean).view(1, -1, 1, 1) * 255
         self._std = torch.tensor(std).view(1, -1, 1, 1) * 255
 
@@ -207,6 +224,14 @@ class Images(Data):
         steps_per_epoch(len(labels), batch_size)  # refuses a batch size below 1
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             yield self._normalised(x), y
+
+    def relabelled_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the training images with random labels, their labels, and their true labels."""
+        if self._relabelled is None:
+            return
+        images, labels = self._splits["train"]
+        for rows, own in zip(*(part.split(batch_size) for part in self._relabelled), strict=True):
+            yield self._normalised(images[rows]), labels[rows], own
 
     def _normalised(self, images_NCHW: Tensor) -> Tensor:
         return images_NCHW.float().sub_(self._mean).div_(self._std)

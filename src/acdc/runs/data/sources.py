@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from acdc.errors import need
+from acdc.errors import InputError, need
+from acdc.random import stream
 from acdc.runs.data.augment import Augment
 from acdc.runs.data.base import Images, Source, Split, first_of, split_off
 from acdc.runs.data.files import (
@@ -31,7 +32,30 @@ from acdc.runs.data.files import (
 
 
 @dataclass(frozen=True)
-class Digits(Source):
+class _Pictures(Source):
+    """The common parts of the data sets of this module.
+
+    Args:
+        random_labels: Number of training images whose label is drawn anew, uniformly over all
+            classes, so that the true class may be drawn. The images are the first of a permutation.
+            A run evaluates the network on these images against both labels after each epoch.
+        label_seed: Seed of the permutation and of the labels.
+    """
+
+    random_labels: int = field(default=0, kw_only=True, metadata={"added": True})
+    label_seed: int = field(default=0, kw_only=True, metadata={"added": True})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.random_labels <= self.train_samples:
+            raise InputError(
+                f"random_labels is {self.random_labels}, and there are {self.train_samples} "
+                f"training images. Give a number from 0 to {self.train_samples}."
+            )
+
+
+@dataclass(frozen=True)
+class Digits(_Pictures):
     """scikit-learn's bundled handwritten digits: 1,797 images of 8x8, 10 classes; no download.
 
     The test images are 360 of them, a fixed random choice with equal shares of the classes. The
@@ -73,7 +97,7 @@ class Digits(Source):
 
 
 @dataclass(frozen=True)
-class FashionMNIST(Source):
+class FashionMNIST(_Pictures):
     """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv:1708.07747): 70,000 grey images of 28x28."""
 
     augment: Augment = field(default_factory=partial(Augment, padding=2, flip=True))
@@ -201,7 +225,7 @@ class _Layout:
 
 
 @dataclass(frozen=True)
-class _Cifar(Source):
+class _Cifar(_Pictures):
     """The common parts of CIFAR-10 and CIFAR-100."""
 
     augment: Augment = field(default_factory=partial(Augment, padding=4, flip=True))
@@ -353,7 +377,17 @@ def _images(
         mean,
         std,
         source.augment,
+        _drawn_labels(source),
     )
+
+
+def _drawn_labels(source: _Pictures) -> tuple[Tensor, Tensor] | None:
+    """Return the training images that get random labels, and these labels, if there are some."""
+    if not source.random_labels:
+        return None
+    draw = stream("random labels", source.label_seed)
+    rows = torch.randperm(source.train_samples, generator=draw)[: source.random_labels]
+    return rows, torch.randint(source.classes, rows.shape, generator=draw)
 
 
 def _kept(

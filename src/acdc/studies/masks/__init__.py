@@ -1,0 +1,1 @@
+"""How the support of a run changes from one compression to the next."""

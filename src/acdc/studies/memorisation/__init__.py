@@ -1,0 +1,1 @@
+"""Memorisation of random labels through the phases of a run."""
