@@ -1,15 +1,15 @@
-"""Normalisations that a forward calls as functions, as modules of the graph.
+"""Layers and normalisations that a forward calls as functions, as modules of the graph.
 
 ``F.batch_norm(x, self.running_mean, ..., self.weight)`` is what ``timm`` writes for a BatchNorm
-with an activation behind it. With the tensors of one module in their usual places, the call is a
-module.
+with an activation behind it, and ``F.linear(x, self.weight, self.bias)`` for its linear layer. With
+the tensors of one module in their usual places, the call is a module.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -18,7 +18,13 @@ from torch.utils._pytree import tree_any
 TENSORS = ("running_mean", "running_var", "weight", "bias")
 """The arguments that a module holds under the same name."""
 
-_FUNCTIONS = {F.batch_norm: "batch_norm", F.layer_norm: "layer_norm", F.rms_norm: "rms_norm"}
+_NORMS = {F.batch_norm: "batch_norm", F.layer_norm: "layer_norm", F.rms_norm: "rms_norm"}
+_LAYERS: dict[Any, str] = {F.linear: "linear", F.conv2d: "conv2d"}
+_ARGUMENTS = {
+    F.linear: ("input", "weight", "bias"),
+    F.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+}
+"""Of functions without a signature."""
 
 
 class NormCall(nn.Module):
@@ -78,17 +84,60 @@ class NormCall(nn.Module):
         )
 
 
+class LayerCall(nn.Module):
+    """A call of a linear layer or of a convolution, with the tensors that its owner holds.
+
+    Args:
+        owner: The module that holds ``weight`` and ``bias``.
+        path: The name of the owner.
+        function: ``F.linear`` or ``F.conv2d``.
+        used: The tensors that the call is given: ``weight``, and ``bias`` if it has one.
+        settings: All other arguments, by name.
+
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        path: str,
+        function: Callable[..., Tensor],
+        used: frozenset[str],
+        settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.held = (owner,)  # in a tuple, so that it is not a submodule
+        self.path, self.function, self.used, self.settings = path, function, used, dict(settings)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            return getattr(self.held[0], name) if name in self.used else None
+        return super().__getattr__(name)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear layer."""
+        return self.function is F.linear
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the call is given."""
+        return [getattr(self, name) for name in ("weight", "bias") if name in self.used]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call the function."""
+        return self.function(
+            x, **{name: getattr(self, name) for name in self.used}, **self.settings
+        )
+
+
 def as_modules(graph: fx.Graph, root: nn.Module) -> dict[str, nn.Module]:
     """Replace the calls in a graph by modules; return these by the name that the graph uses."""
     made: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _FUNCTIONS:
-            continue
-        call = _call_of(node, root)
-        if call is None:
+        function = (_NORMS | _LAYERS).get(node.target) if node.op == "call_function" else None
+        if function is None or (call := _call_of(node, root)) is None:
             continue
         owner, module = call
-        name = f"{owner}.{_FUNCTIONS[node.target]}_{len(made)}".removeprefix(".")
+        name = f"{owner}.{function}_{len(made)}".removeprefix(".")
         made[name] = module
         read = [n for n in node.all_input_nodes if n.op == "get_attr"]
         with graph.inserting_before(node):
@@ -99,7 +148,7 @@ def as_modules(graph: fx.Graph, root: nn.Module) -> dict[str, nn.Module]:
     return made
 
 
-def _call_of(node: fx.Node, root: nn.Module) -> tuple[str, NormCall] | None:
+def _call_of(node: fx.Node, root: nn.Module) -> tuple[str, NormCall | LayerCall] | None:
     """Return the name of the owner and the module of a call, or None if it is not so simple."""
     given = _arguments(node)
     x = given.pop("input", None)
@@ -120,10 +169,16 @@ def _call_of(node: fx.Node, root: nn.Module) -> tuple[str, NormCall] | None:
         return None  # a size that is read from a tensor
     (path,) = owners
     used = frozenset(name for name, value in tensors.items() if value is not None)
-    return path, NormCall(root.get_submodule(path), node.target, used, given)  # type: ignore[arg-type]
+    holder, function = root.get_submodule(path), cast("Callable[..., Tensor]", node.target)
+    if function in _NORMS:
+        return path, NormCall(holder, function, used, given)
+    if "weight" not in used or not isinstance(holder.weight, nn.Parameter):
+        return None
+    return path, LayerCall(holder, path, function, used, given)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """Return the arguments of a call by name."""
-    names = inspect.signature(node.target).parameters  # type: ignore[arg-type]
+    function: Any = node.target
+    names = _ARGUMENTS.get(function) or tuple(inspect.signature(function).parameters)
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)

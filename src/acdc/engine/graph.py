@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_leaves
 
 from acdc.engine.attention import InProjection
-from acdc.engine.calls import NormCall
+from acdc.engine.calls import LayerCall, NormCall
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.known import activation_of, is_transposed, rms_norm_eps
 from acdc.engine.tracing import (
@@ -62,6 +62,8 @@ class ConvSpec:
     @property
     def is_linear(self) -> bool:
         """Whether it is a linear layer."""
+        if isinstance(self.module, LayerCall):
+            return self.module.is_linear
         return not isinstance(self.module, nn.Conv2d)
 
     def by_output(self, weight: Tensor) -> Tensor:
@@ -300,7 +302,7 @@ def _check_stored(graph: fx.GraphModule) -> None:
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers that a module of a graph reads or writes."""
-    if isinstance(module, NormCall):
+    if isinstance(module, NormCall | LayerCall):
         return module.tensors()
     module = module.held[0] if isinstance(module, InProjection) else module
     return [*module.parameters(), *module.buffers()]
@@ -476,6 +478,8 @@ def _module_spec(module: nn.Module, name: str, dtype: torch.dtype) -> Spec:
     kind = type(module)
     if kind in _LAYERS or is_transposed(module):
         return ConvSpec(module, name, geometry_of(module))
+    if isinstance(module, LayerCall):
+        return ConvSpec(module, module.path, _geometry_of_call(module))
     if isinstance(module, NormCall):
         return _norm_call(module, dtype)
     if isinstance(module, nn.BatchNorm2d) and kind is nn.BatchNorm2d:
@@ -556,6 +560,19 @@ def geometry_of(module: nn.Module) -> ConvGeometry:
         _pair(module.dilation),
         module.groups,
     )
+
+
+def _geometry_of_call(call: LayerCall) -> ConvGeometry:
+    weight: Tensor = call.weight
+    if call.is_linear:
+        return ConvGeometry.linear(weight.shape[1], weight.shape[0])
+    groups = call.settings.get("groups", 1)
+    sizes = [call.settings.get(name, 1) for name in ("stride", "dilation")]
+    like = nn.Conv2d(
+        weight.shape[1] * groups, weight.shape[0], (weight.shape[2], weight.shape[3]),
+        sizes[0], call.settings.get("padding", 0), sizes[1], groups, device="meta",
+    )  # fmt: skip
+    return geometry_of(like)
 
 
 def _pool(module: nn.Module) -> PoolSpec:

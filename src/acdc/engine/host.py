@@ -371,7 +371,10 @@ class Host:
         called: dict[str, Recognised | str] = {}
         for node, found in recognise(graph).items():
             if node.op == "call_module":
-                called[str(node.target)] = found
+                target = str(node.target)
+                if isinstance(found, Recognised) and isinstance(found.spec, ConvSpec):
+                    target = found.spec.name  # a call of a function has a name of its own
+                called[target] = found
         for target, module in self._root.named_modules():
             if has_in_projection(module):
                 target = f"{target}.in_proj".removeprefix(".")
