@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from acdc import ACDC, GMP, RigL, TopKAST, Unstructured, phases
-from acdc.compare import Candidate, Grid, GridMethod, Task
+from acdc.compare import Budget, Candidate, Grid, GridMethod, Task
 from acdc.errors import InputError
 from acdc.methods.base import Method, Reset
 from acdc.recipes import grids
@@ -289,7 +289,7 @@ def _variants(
     selection: str,
     sparsities: tuple[float, ...],
     seeds: int,
-    flops: bool = False,
+    budgets: tuple[Budget, ...] = ("epochs",),
 ) -> Grid:
     methods, ours = chosen(selection)
     return Grid(
@@ -299,7 +299,7 @@ def _variants(
         methods=methods,
         sparsities=sparsities,
         seeds=tuple(range(seeds)),
-        budgets=("epochs", "flops") if flops else ("epochs",),
+        budgets=budgets,
         baseline=ours,
     )
 
@@ -321,13 +321,16 @@ def variants_cifar10() -> Grid:
     return _variants("cifar10", grids.compare_cifar10(), "fashion_mnist", (0.95,), 3)
 
 
-def variants_fashion_mnist_flops() -> Grid:
-    """The same at equal training FLOPs, on three seeds."""
+BUDGETS: tuple[Budget, ...] = ("epochs", "flops", "seconds")
+
+
+def variants_fashion_mnist_budgets() -> Grid:
+    """The same at equal epochs, equal training FLOPs and equal measured seconds, on three seeds."""
     task = grids.compare_fashion_mnist()
-    return _variants("fashion_mnist_flops", task, "fashion_mnist", (0.95,), 3, flops=True)
+    return _variants("fashion_mnist_budgets", task, "fashion_mnist", (0.95,), 3, BUDGETS)
 
 
-def variants_tinyshakespeare_flops() -> Grid:
-    """The same at equal training FLOPs, on three seeds."""
+def variants_tinyshakespeare_budgets() -> Grid:
+    """The same at equal epochs, equal training FLOPs and equal measured seconds, on three seeds."""
     task = grids.compare_tinyshakespeare()
-    return _variants("tinyshakespeare_flops", task, "tinyshakespeare", (0.95,), 3, flops=True)
+    return _variants("tinyshakespeare_budgets", task, "tinyshakespeare", (0.95,), 3, BUDGETS)

@@ -135,8 +135,9 @@ def test_the_best_trial_of_each_family_is_chosen(
         assert len(labels(built)) == runs
         assert built.seeds == tuple(range(seeds))
         assert built.task.recipe.data.validation == 0
-    equal = variants.variants_tinyshakespeare_flops()
-    assert equal.budgets == ("epochs", "flops")
+    equal = variants.variants_tinyshakespeare_budgets()
+    assert equal.budgets == ("epochs", "flops", "seconds")
+    assert equal.baseline == "acdc_mirror25"
 
 
 def test_the_script_runs_by_itself(tmp_path: Path) -> None:
