@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from acdc import ACDC, GMP, RigL, TopKAST, Unstructured, phases
+from acdc import ACDC, GMP, RigL, TopKAST, Unstructured, phases, recipes
 from acdc.compare import Budget, Candidate, Grid, GridMethod, Task
 from acdc.errors import InputError
 from acdc.methods.base import Method, Reset
+from acdc.methods.dense import Dense
 from acdc.recipes import grids
 from acdc.recipes.grids import OFTEN, SCOPE
 from acdc.runs.optim import Rewarm
@@ -319,6 +320,30 @@ def variants_tinyshakespeare() -> Grid:
 def variants_cifar10() -> Grid:
     """What was chosen on Fashion-MNIST, on CIFAR-10."""
     return _variants("cifar10", grids.compare_cifar10(), "fashion_mnist", (0.95,), 3)
+
+
+def variants_cifar10_long() -> Grid:
+    """What was chosen on Fashion-MNIST, on CIFAR-10 at the paper's length, with one seed.
+
+    Model, data and learning rates are those of the recipe ``cifar10_resnet20``. AC/DC as published
+    has the recipe's phases.
+    """
+    recipe = recipes.get("cifar10_resnet20")
+    phases = recipe.method.schedule
+    dense = replace(recipe, method=Dense(constant("dense", phases.epochs)), about="", threads=1)
+    task = Task("CIFAR-10, ResNet-20, 200 epochs", dense)
+    published = _line(
+        "acdc", "AC/DC", lambda s, *_: ACDC(Unstructured(s, SCOPE), phases), dense_finetune=True
+    )
+    methods, ours = chosen("fashion_mnist")
+    return Grid(
+        name="variants_cifar10_long",
+        about="compares the chosen variants on CIFAR-10 in 200 epochs",
+        task=task,
+        methods=tuple(published if method.name == "acdc" else method for method in methods),
+        sparsities=(0.95,),
+        baseline=ours,
+    )
 
 
 BUDGETS: tuple[Budget, ...] = ("epochs", "flops", "seconds")
