@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from acdc import ACDC, GMP, RigL, TopKAST, Unstructured, phases
-from acdc.compare import Candidate, Grid, GridMethod, Task
+from acdc import ACDC, GMP, RigL, TopKAST, Unstructured, phases, recipes
+from acdc.compare import Budget, Candidate, Grid, GridMethod, Task
 from acdc.errors import InputError
 from acdc.methods.base import Method, Reset
+from acdc.methods.dense import Dense
 from acdc.recipes import grids
 from acdc.recipes.grids import OFTEN, SCOPE
 from acdc.runs.optim import Rewarm
@@ -289,7 +290,7 @@ def _variants(
     selection: str,
     sparsities: tuple[float, ...],
     seeds: int,
-    flops: bool = False,
+    budgets: tuple[Budget, ...] = ("epochs",),
 ) -> Grid:
     methods, ours = chosen(selection)
     return Grid(
@@ -299,7 +300,7 @@ def _variants(
         methods=methods,
         sparsities=sparsities,
         seeds=tuple(range(seeds)),
-        budgets=("epochs", "flops") if flops else ("epochs",),
+        budgets=budgets,
         baseline=ours,
     )
 
@@ -321,13 +322,40 @@ def variants_cifar10() -> Grid:
     return _variants("cifar10", grids.compare_cifar10(), "fashion_mnist", (0.95,), 3)
 
 
-def variants_fashion_mnist_flops() -> Grid:
-    """The same at equal training FLOPs, on three seeds."""
+def variants_cifar10_long() -> Grid:
+    """What was chosen on Fashion-MNIST, on CIFAR-10 at the paper's length, with one seed.
+
+    Model, data and learning rates are those of the recipe ``cifar10_resnet20``. AC/DC as published
+    has the recipe's phases.
+    """
+    recipe = recipes.get("cifar10_resnet20")
+    phases = recipe.method.schedule
+    dense = replace(recipe, method=Dense(constant("dense", phases.epochs)), about="", threads=1)
+    task = Task("CIFAR-10, ResNet-20, 200 epochs", dense)
+    published = _line(
+        "acdc", "AC/DC", lambda s, *_: ACDC(Unstructured(s, SCOPE), phases), dense_finetune=True
+    )
+    methods, ours = chosen("fashion_mnist")
+    return Grid(
+        name="variants_cifar10_long",
+        about="compares the chosen variants on CIFAR-10 in 200 epochs",
+        task=task,
+        methods=tuple(published if method.name == "acdc" else method for method in methods),
+        sparsities=(0.95,),
+        baseline=ours,
+    )
+
+
+BUDGETS: tuple[Budget, ...] = ("epochs", "flops", "seconds")
+
+
+def variants_fashion_mnist_budgets() -> Grid:
+    """The same at equal epochs, equal training FLOPs and equal measured seconds, on three seeds."""
     task = grids.compare_fashion_mnist()
-    return _variants("fashion_mnist_flops", task, "fashion_mnist", (0.95,), 3, flops=True)
+    return _variants("fashion_mnist_budgets", task, "fashion_mnist", (0.95,), 3, BUDGETS)
 
 
-def variants_tinyshakespeare_flops() -> Grid:
-    """The same at equal training FLOPs, on three seeds."""
+def variants_tinyshakespeare_budgets() -> Grid:
+    """The same at equal epochs, equal training FLOPs and equal measured seconds, on three seeds."""
     task = grids.compare_tinyshakespeare()
-    return _variants("tinyshakespeare_flops", task, "tinyshakespeare", (0.95,), 3, flops=True)
+    return _variants("tinyshakespeare_budgets", task, "tinyshakespeare", (0.95,), 3, BUDGETS)

@@ -17,7 +17,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
@@ -40,6 +40,7 @@ from acdc.runs.data import (
     ImageFolder,
     ImageNet,
     Images,
+    Source,
     Split,
     Tensors,
     Text,
@@ -363,6 +364,24 @@ def test_a_share_of_the_training_data_takes_the_place_of_the_test_data() -> None
 def test_impossible_validation_shares_are_refused(share: float) -> None:
     with pytest.raises(InputError, match=r"validation is .*of 1,437 samples at least one"):
         Digits(validation=share)
+
+
+def test_a_source_that_cannot_hold_out_says_so() -> None:
+    @dataclass(frozen=True)
+    class Mine(Source):
+        name: ClassVar[str] = "mine"
+        published: ClassVar[tuple[int, int]] = (10, 10)
+
+        @property
+        def classes(self) -> int:
+            return 2
+
+        def load(self, root: Path | None = None, download: bool = False) -> Data:
+            return tensors()
+
+    assert Mine().available == (10, 10)
+    with pytest.raises(InputError, match="Mine has no validation split"):
+        Mine(validation=0.5)
 
 
 def test_examples_are_counted_among_what_is_left() -> None:

@@ -35,6 +35,7 @@ from acdc.result import DenseNetwork, SparseNetwork
 from acdc.runs import train
 from acdc.runs.engine import why_off
 from acdc.runs.models import Model
+from acdc.runs.optim import Rewarm
 from acdc.runs.recipe import Recipe
 from acdc.runs.record import Metrics
 from support.helpers import same
@@ -132,6 +133,29 @@ def test_a_signal_writes_a_checkpoint_of_that_very_step(
     assert signal.getsignal(number) == before
     train.run(recipe, folder, device="cpu", resume=True)
     assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize(("optimizer", "step"), [("sgd", 6), ("adamw", 14), ("sgd", 23)])
+def test_with_a_mirror_step_scaled_rows_and_a_curve_by_phase_it_ends_as_if_it_had_not_stopped(
+    tmp_path: Path, optimizer: str, step: int
+) -> None:
+    recipe = tiny(
+        optimizer=optimizer,
+        optimizer__mirror_alpha="5",
+        optimizer__scale_rows="true",
+        lr="rewarm",
+        lr__sparse="0.5",
+    )
+    train.run(recipe, tmp_path / "whole", device="cpu")
+    with pytest.raises(train.Interrupted):
+        train.run(recipe, tmp_path / "run", device="cpu", watch=stop_at(step, signal.SIGTERM))
+    train.run(recipe, tmp_path / "run", device="cpu", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert isinstance(recipe.lr, Rewarm)
+    usual = recipe.lr.curve.factor(BRANCH, recipe.method.schedule.resolve(4))
+    rates = [e["lr"] for e in events(tmp_path / "run", "step") if e["step"] == BRANCH + 1]
+    # Those of the sparse network, and of the dense twin that is trained on.
+    assert rates == pytest.approx([0.5 * usual * recipe.optimizer.lr] * 2)
 
 
 def test_a_resumed_run_gives_its_start_event_to_the_watcher_and_not_to_the_file(

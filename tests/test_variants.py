@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from acdc import recipes
 from acdc.compare.cells import cells, prepare
 from acdc.compare.grid import Grid, locate
 from acdc.errors import InputError
@@ -135,8 +136,13 @@ def test_the_best_trial_of_each_family_is_chosen(
         assert len(labels(built)) == runs
         assert built.seeds == tuple(range(seeds))
         assert built.task.recipe.data.validation == 0
-    equal = variants.variants_tinyshakespeare_flops()
-    assert equal.budgets == ("epochs", "flops")
+    long = variants.variants_cifar10_long()
+    assert len(set(labels(long))) == len(long.methods) == 7
+    plan = long.method("acdc").build(long.task, 0.95, 200, 0).method.schedule
+    assert plan == recipes.get("cifar10_resnet20").method.schedule
+    equal = variants.variants_tinyshakespeare_budgets()
+    assert equal.budgets == ("epochs", "flops", "seconds")
+    assert equal.baseline == "acdc_mirror25"
 
 
 def test_the_script_runs_by_itself(tmp_path: Path) -> None:

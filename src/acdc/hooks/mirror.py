@@ -4,9 +4,9 @@ Gradient descent moves a small weight as fast as a large one. With the mirror st
 proportion to ``1 + alpha |w|``: large weights move faster, small ones fall towards zero, and no
 weight changes its sign by it. A zero stays zero.
 
-Source: Jacobs, Gadhikar, Rubio-Madrigal, Burkholz, "HAM: A Hyperbolic Step to Regulate Implicit
-Bias", ICLR 2026 (arXiv:2506.02630). The authors report that it improves AC/DC on ResNet-50 more
-than RigL and STR.
+Source: Jacobs, Gadhikar, Rubio-Madrigal, Burkholz, "Hyperbolic Aware Minimization: Implicit Bias
+for Sparsity", ICLR 2026 (arXiv:2506.02630). The authors report that it improves AC/DC on ResNet-50
+more than RigL.
 """
 
 from __future__ import annotations

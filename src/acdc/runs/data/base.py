@@ -261,8 +261,15 @@ class Source(ABC):
     name: ClassVar[str]
     published: ClassVar[tuple[int, int]]
     quality: ClassVar[Literal["accuracy", "bits"]] = "accuracy"  # measure of a network
+    holds_out: ClassVar[bool] = False  # whether ``load`` knows ``validation``
 
     def __post_init__(self) -> None:
+        if self.validation and not self.holds_out:
+            raise InputError(
+                f"validation is {self.validation!r}, and {type(self).__name__} has no validation "
+                f"split. Leave validation out; or let its load() hold out a part of the training "
+                f"data (acdc.runs.data.base.split_off), and set holds_out = True."
+            )
         if not 0 <= self.validation < 1 or (self.validation and min(self.available) < 1):
             raise InputError(
                 f"validation is {self.validation!r}. It is the share of the training data that is "

@@ -191,6 +191,7 @@ class ImageNet(Source):
     workers: int = 4
 
     name: ClassVar[str] = "ImageNet"
+    holds_out: ClassVar[bool] = True
     size: ClassVar[int] = 224
     published: ClassVar[tuple[int, int]] = (1_281_167, 50_000)
     mean: ClassVar[tuple[float, ...]] = (0.485, 0.456, 0.406)

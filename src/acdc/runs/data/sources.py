@@ -66,6 +66,7 @@ class Digits(_Pictures):
     augment: Augment = field(default_factory=Augment)
 
     name: ClassVar[str] = "digits"
+    holds_out: ClassVar[bool] = True
     published: ClassVar[tuple[int, int]] = (1_437, 360)
 
     @property
@@ -103,6 +104,7 @@ class FashionMNIST(_Pictures):
     augment: Augment = field(default_factory=partial(Augment, padding=2, flip=True))
 
     name: ClassVar[str] = "Fashion-MNIST"
+    holds_out: ClassVar[bool] = True
     published: ClassVar[tuple[int, int]] = (60_000, 10_000)
     mirror: ClassVar[str] = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
     # Over the 60,000 training images; a test computes both again if the files are found.
@@ -231,6 +233,7 @@ class _Cifar(_Pictures):
     augment: Augment = field(default_factory=partial(Augment, padding=4, flip=True))
 
     published: ClassVar[tuple[int, int]] = (50_000, 10_000)
+    holds_out: ClassVar[bool] = True
     mirror: ClassVar[str] = "https://www.cs.toronto.edu/~kriz/"
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]

@@ -114,6 +114,7 @@ class TinyShakespeare(Source):
     context: int = 128
 
     name: ClassVar[str] = "tinyshakespeare"
+    holds_out: ClassVar[bool] = True
     published: ClassVar[tuple[int, int]] = (1_003_854, 111_540)  # characters
     quality: ClassVar[Literal["accuracy", "bits"]] = "bits"
     sha256: ClassVar[str] = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
