@@ -447,6 +447,16 @@ class Doubtful(Net):
         return self.fc2(self.fc1(x.mean((2, 3))).relu())  # type: ignore[no-any-return]
 
 
+class Elsewhere(Net):
+    """``bn1`` reads the input first, and ``conv2`` is called once without a BatchNorm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.bn1(x.repeat(1, 3, 1, 1)[:, :8])
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu() + self.conv2(-x)
+        return self.fc2(self.fc1(x.mean((2, 3))).relu())  # type: ignore[no-any-return]
+
+
 class Bare(Net):
     """BatchNorm reads no layer."""
 
@@ -461,6 +471,9 @@ def test_only_what_batchnorm_reads_as_it_is_can_be_rescaled() -> None:
     train(model, optimizer, 0, 1)
     # The same layer twice, by the same BatchNorm: both see the same factors.
     assert sparsifier.state_dict()["followers"] == {"conv2.weight": "bn2"}
+    model, optimizer, sparsifier = bind(restoring(), sgd, Elsewhere)
+    train(model, optimizer, 0, 1)
+    assert sparsifier.state_dict()["followers"] == {}
     model, optimizer, _ = bind(restoring(), sgd, Bare)
     train(model, optimizer, 0, 8)
     with pytest.raises(InputError, match=r"no BatchNorm was seen that reads.*restore_norms=False"):

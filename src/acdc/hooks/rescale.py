@@ -9,6 +9,7 @@ the small number that BatchNorm adds to the variance.)
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ class Rescaling:
 
     The forward passes of the model show who reads whom: hooks on the modules compare the tensor
     that a layer returned with the one that a BatchNorm is given. They are taken off once a pass has
-    shown some. Whether anything beside the BatchNorm reads the outputs of a layer is not seen.
+    shown some. A layer that is left to something else in one of its calls is not rescaled, nor one
+    whose BatchNorm reads something else, too. Who reads a tensor beside the BatchNorm is not seen.
 
     Args:
         model: The network.
@@ -37,7 +39,8 @@ class Rescaling:
     def __init__(self, model: nn.Module, params: Iterable[str], wanted: bool) -> None:
         self._model, self._wanted = model, wanted
         self.followers: dict[str, str] = {}  # weight → BatchNorm that reads the layer's outputs
-        self._doubtful: set[str] = set()
+        self._calls: Counter[str] = Counter()  # weight → outputs of the layer
+        self._reads: Counter[tuple[str, str]] = Counter()  # (weight, or "" for all else; BatchNorm)
         self._returned: dict[int, tuple[str, weakref.ref[Tensor], int]] = {}
         self._hooks: list[RemovableHandle] = []
         if wanted:
@@ -56,25 +59,31 @@ class Rescaling:
 
     def returned(self, name: str, output: Tensor) -> None:
         """Note the tensor that a layer has returned."""
+        self._calls[name] += 1
         self._returned[id(output)] = name, weakref.ref(output), output._version
 
-    def read(self, path: str, norm: _BatchNorm, x: Tensor) -> None:
+    def read(self, path: str, x: Tensor) -> None:
         """Note the tensor that a BatchNorm is given."""
         name, output, version = self._returned.get(id(x), ("", lambda: None, 0))
-        known = {bn: weight for weight, bn in self.followers.items()}
-        if output() is not x or x._version != version:
-            self._doubtful.add(known.get(path, ""))  # it reads something else as well
-        elif self.followers.setdefault(name, path) != path or known.get(path, name) != name:
-            self._doubtful |= {name, known.get(path, name)}  # a layer or a BatchNorm with several
-        elif norm.num_features != self._model.get_parameter(name).shape[0]:
-            self._doubtful.add(name)
+        as_it_was = output() is x and x._version == version
+        self._reads[name if as_it_was else "", path] += 1
 
     def end_step(self) -> None:
         """End the search, if the forward passes until now have shown who reads whom."""
-        self._returned.clear()
-        if self.followers:
-            self.followers = {n: b for n, b in self.followers.items() if n not in self._doubtful}
-            self.remove()
+        if self._hooks:
+            self._returned.clear()
+            self.followers = {n: path for n, path in self._reads if self._are_a_pair(n, path)}
+            if self.followers:
+                self.remove()
+
+    def _are_a_pair(self, name: str, path: str) -> bool:
+        """Return whether a BatchNorm reads every output of a layer, and neither of them another."""
+        if not name or any((name in pair) != (path in pair) for pair in self._reads):
+            return False
+        norm = self._model.get_submodule(path)
+        assert isinstance(norm, _BatchNorm)
+        outputs = self._model.get_parameter(name).shape[0]
+        return self._reads[name, path] == self._calls[name] and norm.num_features == outputs
 
     def apply(self, factors: Mapping[str, Tensor]) -> None:
         """Multiply the outputs of layers that a BatchNorm reads; leave other layers alone.
@@ -143,8 +152,7 @@ class _Reads:
     def __call__(self, module: nn.Module, args: Any) -> None:
         search = self._search()
         if search is not None and args and isinstance(args[0], Tensor):
-            assert isinstance(module, _BatchNorm)
-            search.read(self._path, module, args[0])
+            search.read(self._path, args[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()

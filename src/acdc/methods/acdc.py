@@ -117,7 +117,6 @@ class ACDC(Rising[Norms | None]):
                 f"ACDC(average=...) is {average!r}. It is the share of every dense phase over "
                 f"which the network is averaged: a number above 0, up to 1, such as 0.4; or None."
             )
-
         if not _is_number(self.taper) or not 1 <= self.taper < math.inf:
             raise InputError(
                 f"ACDC(taper=...) is {self.taper!r}. It says how many times as many weights a "

@@ -47,8 +47,8 @@ class IMP(Phased[None]):
             remove.
         rewind: Time from the start of the run to the step whose weights are gone back to; ``"0st"``
             for the weights before training.
-        reset: ``"all"``: a round starts with fresh optimizer state. ``"none"``: it keeps what it
-            had.
+        reset: Optimizer state that is cleared at the start of a round: ``"all"``, ``"entered"``:
+            that of the layers that are pruned, ``"none"``.
         layers: Which layers are pruned; ``None``: the pattern's default.
 
     Source: Frankle, Dziugaite, Roy, Carbin, ICML 2020, algorithm 2 (rewinding to step k, 20 % a
