@@ -108,7 +108,11 @@ def test_the_study_of_twins_measures_every_couple(runs: Path, tmp_path: Path) ->
     found = json.loads((tmp_path / "study.json").read_text("utf-8"))
     kinds = [couple["kind"] for couple in found["couples"]]
     assert kinds == ["twins", "pruned", "cut", "cut", "seeds"]
-    assert found["claim"]["compared"] == 3
+    assert (found["claim"]["compared"], found["claim"]["samples"]) == (3, 100)
+    means = {kind["kind"]: kind for kind in found["kinds"]}
+    cuts = [couple for couple in found["couples"] if couple["kind"] == "cut"]
+    assert means["cut"]["couples"] == 2
+    assert means["cut"]["agreement"] == pytest.approx(sum(c["agreement"] for c in cuts) / 2)
     record = json.loads((runs / "acdc" / "record.json").read_text("utf-8"))
     first = found["couples"][0]
     assert first["accuracy"] == [record[twin]["accuracy"] for twin in ("sparse", "dense")]
@@ -142,7 +146,7 @@ def test_a_network_and_itself_agree(runs: Path, tmp_path: Path) -> None:
     assert all(value == pytest.approx(1) for value in couple["layers"].values())
     losses = {round(row["loss"], 6) for row in found["path"]}
     assert len(losses) == 1
-    assert found["claim"] == {"agreement": 1, "compared": 0, "more_than": []}
+    assert found["claim"] == {"agreement": 1, "samples": 100, "compared": 0, "more_than": []}
 
 
 def test_a_cut_keeps_the_largest_weights_of_the_support(runs: Path) -> None:
