@@ -117,6 +117,22 @@ def test_t0_holds_on_a_network_which_is_not_convex() -> None:
         assert points[-1].value < cuts(points)[0].value
 
 
+def test_the_bounds_are_those_of_the_page() -> None:
+    """Worked out by hand from docs/convergence.md."""
+    assert (bounds.iht_kept(1.5, 4), bounds.iht_kept(2, 4)) == (144, 256)
+    assert bounds.stochastic_kept(1.5, 2) == 288
+    assert [bounds.iht_rate(kappa) for kappa in (1, 1.5, 2)] == pytest.approx([3 / 4, 5 / 6, 7 / 8])
+    # (15/16)^2 of a gap of 8, and 4 * 0.3 / 0.5
+    assert bounds.stochastic_gap(2, 0.5, 0.3, 8, 2) == pytest.approx(7.03125 + 2.4)
+    assert bounds.fall(3, 0.25, 6) == 3
+    assert bounds.fall(3, 1, 6) == 0
+    assert bounds.price(3, -1, 6) == 8
+    assert bounds.nu(16, 4, 400) == pytest.approx(1 + (0.25 + math.sqrt(4.25 * 0.25)) / 2)
+    assert bounds.cycle_rate(2, bounds.nu(16, 4, 400), 4) == pytest.approx(0.2050, abs=5e-5)
+    assert bounds.cycle_rate(5, bounds.nu(16, 4, 400), 12) == pytest.approx(0.5636, abs=5e-5)
+    assert (bounds.dense_steps(1, 2.618), bounds.dense_steps(19, 2.618)) == (1, 73)
+
+
 def test_nu_bounds_what_a_cut_does_to_the_distance() -> None:
     """Shen and Li's bound on random vectors, and the vectors on which it is tight."""
     draw = torch.Generator().manual_seed(0)

@@ -18,14 +18,17 @@ from acdc.errors import InputError
 from acdc.pair import Pair
 from acdc.recipes.grids import GRIDS
 from acdc.runs import train
+from acdc.runs.batchnorm import reestimate
 from acdc.runs.data import Digits
 from acdc.runs.recipe import change, decode_data, encode
 from acdc.runs.record import Folder
-from acdc.runs.supports import saved
+from acdc.runs.supports import keep, saved
 from acdc.studies.masks.study import dynamics
 from acdc.studies.twins import measures
-from acdc.studies.twins.networks import cut
+from acdc.studies.twins.networks import Bench, Trained, cut
+from acdc.studies.twins.study import between
 from acdc.studies.twins.study import study as twins
+from acdc.support import Support
 from support.runs import BRANCH, assert_same_run, events, tiny
 
 Capture = pytest.CaptureFixture[str]
@@ -108,7 +111,11 @@ def test_the_study_of_twins_measures_every_couple(runs: Path, tmp_path: Path) ->
     found = json.loads((tmp_path / "study.json").read_text("utf-8"))
     kinds = [couple["kind"] for couple in found["couples"]]
     assert kinds == ["twins", "pruned", "cut", "cut", "seeds"]
-    assert found["claim"]["compared"] == 3
+    assert (found["claim"]["compared"], found["claim"]["samples"]) == (3, 100)
+    means = {kind["kind"]: kind for kind in found["kinds"]}
+    cuts = [couple for couple in found["couples"] if couple["kind"] == "cut"]
+    assert means["cut"]["couples"] == 2
+    assert means["cut"]["agreement"] == pytest.approx(sum(c["agreement"] for c in cuts) / 2)
     record = json.loads((runs / "acdc" / "record.json").read_text("utf-8"))
     first = found["couples"][0]
     assert first["accuracy"] == [record[twin]["accuracy"] for twin in ("sparse", "dense")]
@@ -142,7 +149,26 @@ def test_a_network_and_itself_agree(runs: Path, tmp_path: Path) -> None:
     assert all(value == pytest.approx(1) for value in couple["layers"].values())
     losses = {round(row["loss"], 6) for row in found["path"]}
     assert len(losses) == 1
-    assert found["claim"] == {"agreement": 1, "compared": 0, "more_than": []}
+    assert found["claim"] == {"agreement": 1, "samples": 100, "compared": 0, "more_than": []}
+
+
+def test_the_line_begins_at_the_sparse_twin_with_statistics_estimated_anew(runs: Path) -> None:
+    run = Trained.read(runs / "acdc")
+    bench = Bench(run, 0, 2)
+    assert run.sparse is not None
+    assert run.dense is not None
+    rows = between(bench, run.sparse, run.dense)
+    assert rows[0]["loss"] != pytest.approx(rows[-1]["loss"])
+    for row, state in ((rows[0], run.sparse), (rows[-1], run.dense)):
+        net = tiny().model.build()
+        net.load_state_dict(dict(state))
+        batches = bench.data.train_batches(0, 32, 0)
+        reestimate(net, (x for x, _ in batches), 2)
+        assert not torch.equal(net.bn1.running_mean, state["bn1.running_mean"])
+        net.eval()
+        ((x, y),) = bench.data.eval_batches("test", 100)
+        loss = torch.nn.functional.cross_entropy(net(x), y).detach()
+        assert row["loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_a_cut_keeps_the_largest_weights_of_the_support(runs: Path) -> None:
@@ -198,6 +224,24 @@ def test_dynamics_of_a_small_example() -> None:
     assert found["last"] == [0, 1 / 3, 1 / 3, 1]
     assert (found["always"], found["ever"]) == (0, 5)
     assert found["returns"] == {"0": 4, "1": 1}  # the first weight left and came back
+
+
+def test_the_event_of_a_compression_measures_the_weights_that_came_back(tmp_path: Path) -> None:
+    rows = ["11100", "01110", "11010"]
+    masks = [Support({"w": torch.tensor([letter == "1" for letter in row])}) for row in rows]
+    found = []
+    for step, support in enumerate(masks):
+        weights = {"w": torch.tensor([2.0, 3, 4, 5, 6]).masked_fill(~support["w"], 0)}
+        event = keep(Folder(tmp_path), step, support, weights)
+        found.append(event["layers"]["w"])
+    assert [layer["entered"] for layer in found] == [0, 1, 1]
+    assert [layer["norm"] for layer in found] == [None, 5, 2]
+    stayed = [(29 / 3) ** 0.5, (25 / 2) ** 0.5, (34 / 2) ** 0.5]
+    assert [layer["stayed"] for layer in found] == pytest.approx(stayed)
+    weights = {"w": torch.tensor([0.0, 3, 4, 5, 0])}
+    again = keep(Folder(tmp_path), 1, masks[1], weights)  # as after a stop
+    assert again["layers"]["w"] == found[1]
+    assert [support for _, support in saved(Folder(tmp_path), {"w": (5,)})] == masks
 
 
 def test_a_run_keeps_its_supports_where_it_is_asked_to(runs: Path) -> None:
@@ -323,6 +367,14 @@ def test_a_run_with_random_labels_is_evaluated_on_both(runs: Path) -> None:
     last = evals[-1]
     assert record["sparse"]["random_accuracy"] == last["random_accuracy"]
     assert record["sparse"]["true_loss"] == pytest.approx(last["true_loss"])
+    net = Pair.load(runs / "acdc" / "pair").sparse_model(tiny().model.build()).eval()
+    source = tiny(data__random_labels="40").data
+    ((x, given, own),) = source.load().relabelled_batches(40)
+    predicted = net(x).argmax(1)
+    for name, y in (("random", given), ("true", own)):
+        share = 100 * float((predicted == y).double().mean())
+        assert record["sparse"][f"{name}_accuracy"] == pytest.approx(share)
+    assert record["sparse"]["random_accuracy"] != record["sparse"]["true_accuracy"]
 
 
 def test_the_study_of_memorisation(runs: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -334,6 +386,7 @@ def test_the_study_of_memorisation(runs: Path, tmp_path: Path, capsys: Capture) 
     assert (acdc["labels"], dense["sparsity"]) == (40, 0)
     assert acdc["sparsity"] == pytest.approx(0.9, abs=1e-3)
     assert [end["kind"] for end in acdc["ends"]] == ["dense", "sparse"] * 3
+    assert [end["epoch"] for end in acdc["ends"]] == [1, 2, 3, 4, 5, 7]
     assert "<figure" in (tmp_path / "report.html").read_text("utf-8")
     plain = tmp_path / "plain"  # as if the labels were the true ones
     plain.mkdir()

@@ -172,8 +172,9 @@ class ACDC(Rising[Norms | None]):
 
     def select(self, model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
         """Return the weights that are pruned; refuse a phase that is too short for its ramp."""
-        for phase in self.resolved.phases:
-            if phase.kind == "sparse" and self.ramp is not None and not self._fits(phase):
+        phases = () if self.ramp is None else self.resolved.phases
+        for phase in phases:
+            if phase.kind == "sparse" and not self._fits(phase):
                 raise InputError(
                     f"ACDC(ramp=...) is {self.ramp!r}, and the sparse phase from step "
                     f"{phase.start} to {phase.stop} is too short for it: its last cut would be at "

@@ -57,6 +57,22 @@ def _agreement(found: Json) -> Section:
         [_verdict(found["claim"])],
         tables=[
             Table(
+                "kinds",
+                "Means over the couples of a kind: agreement in percent of the test samples, "
+                "cross-entropy in nats over both directions, linear CKA over all layers.",
+                ["Kind", "Couples", "Agreement", "Cross-entropy", "Linear CKA"],
+                [
+                    [
+                        KINDS[kind["kind"]],
+                        f"{kind['couples']}",
+                        f"{100 * kind['agreement']:.2f}",
+                        f"{kind['cross_entropy']:.4f}",
+                        f"{kind['alignment']:.4f}",
+                    ]
+                    for kind in found["kinds"]
+                ],
+            ),
+            Table(
                 "agreement",
                 "First and second: the sparse and the dense network of a couple, or two dense "
                 "ones. Accuracy and agreement in percent of the test samples; cross-entropy in "
@@ -83,9 +99,10 @@ def _verdict(claim: Json) -> str:
         )
     more = len(claim["more_than"])
     return (
-        f"The paper says that the twins of AC/DC agree more than a dense network and its pruned "
-        f"version. Here the twins agree on {share} of the test samples: more than {more} of "
-        f"{claim['compared']} couples of a dense network and its pruned version."
+        f"Do the twins agree more than a dense network and its pruned version? They agree on "
+        f"{share} of the test samples: more than {more} of {claim['compared']} couples of a dense "
+        f"network and its pruned version. One sample is {100 / claim['samples']:.2f} percentage "
+        f"points."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ def study(
             state = bench.refreshed(cut(dense, run.support, sparsity, run.scope))
             found["cuts"].append({"from": name, "sparsity": sparsity} | _judged(bench, state))
     found["claim"] = claim(found["couples"])
+    found["kinds"] = kinds(found["couples"])
     return found
 
 
@@ -103,7 +105,25 @@ def claim(couples: Sequence[Json]) -> Json:
     twins = couples[0]["agreement"]
     pruned = [couple for couple in couples if couple["kind"] in ("pruned", "cut")]
     more = [couple["name"] for couple in pruned if twins > couple["agreement"]]
-    return {"agreement": twins, "compared": len(pruned), "more_than": more}
+    samples = sum(n for who, n in couples[0]["contingency"].items() if who != "same_mistake")
+    return {"agreement": twins, "samples": samples, "compared": len(pruned), "more_than": more}
+
+
+def kinds(couples: Sequence[Json]) -> list[Json]:
+    """Return the means of agreement, cross-entropy and linear CKA over the couples of a kind."""
+    found = []
+    for kind in dict.fromkeys(couple["kind"] for couple in couples):
+        mine = [couple for couple in couples if couple["kind"] == kind]
+        found.append(
+            {
+                "kind": kind,
+                "couples": len(mine),
+                "agreement": fmean(couple["agreement"] for couple in mine),
+                "cross_entropy": fmean(fmean(couple["cross_entropy"]) for couple in mine),
+                "alignment": fmean(fmean(couple["layers"].values()) for couple in mine),
+            }
+        )
+    return found
 
 
 def between(bench: Bench, sparse: State, dense: State) -> list[Json]:
