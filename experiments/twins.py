@@ -6,7 +6,7 @@ as long again. All have the same seed, data, network and learning-rate curve. Th
 study twins``. A run that is there already is not trained again.
 
     python experiments/twins.py                       # digits, some minutes
-    python experiments/twins.py --task fashion_mnist --epochs 5 --seeds 1
+    python experiments/twins.py --task fashion_mnist --epochs 5 --seeds 1 --teach 1
     python experiments/twins.py --task fashion_mnist  # an hour
 """
 
@@ -16,6 +16,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from acdc.methods import ACDC, Dense, Gradual, Method, OneShot
 from acdc.pages.study import publish_study
@@ -56,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--task", choices=("digits", "fashion_mnist", "cifar10"), default="digits")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: 3)")
+    parser.add_argument("--teach", type=int, default=5, help="as in acdc study twins (default: 5)")
     parser.add_argument("--epochs", type=int, help="length of each run (default: the task's)")
     args = parser.parse_args()
     folder = HERE / f"twins_{args.task}"
@@ -66,11 +69,13 @@ def main() -> None:
             print(f"{name}: {recipe.epochs} epochs", flush=True)
             train.run(recipe, path, device="cpu", resume=(path / "recipe.json").exists())
             runs.append(path)
-    found = study(runs[0], runs[1:], watch=print)
+    torch.manual_seed(0)  # as acdc study twins does
+    found = study(runs[0], runs[1:], teach=args.teach, watch=print)
     command = "python experiments/twins.py"
     command += f" --task {args.task}" * (args.task != "digits")
     command += f" --epochs {args.epochs}" * (args.epochs is not None)
     command += f" --seeds {args.seeds}" * (args.seeds != 3)
+    command += f" --teach {args.teach}" * (args.teach != 5)
     print(publish_study(folder, page(found, command), found))
 
 

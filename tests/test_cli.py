@@ -148,6 +148,7 @@ SURFACE = {
         ("--seed N", "default 0"),
         ("--samples N", "default 512"),
         ("--bn-batches N", "default 20"),
+        ("--teach EPOCHS", "default 0"),
     ],
     "study masks": [RUN, ("--out FOLDER", "default None")],
     "study memorisation": [("RUN", "any number"), ("--out FOLDER", "default None")],

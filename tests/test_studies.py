@@ -15,7 +15,10 @@ from torch import Tensor
 from acdc import recipes
 from acdc.cli import main
 from acdc.errors import InputError
+from acdc.layers import Layers
+from acdc.methods import OneShot
 from acdc.pair import Pair
+from acdc.pattern import Unstructured
 from acdc.recipes.grids import GRIDS
 from acdc.runs import train
 from acdc.runs.batchnorm import reestimate
@@ -23,11 +26,13 @@ from acdc.runs.data import Digits
 from acdc.runs.recipe import change, decode_data, encode
 from acdc.runs.record import Folder
 from acdc.runs.supports import keep, saved
+from acdc.schedule import Constant
 from acdc.studies.masks.study import dynamics
-from acdc.studies.twins import measures
+from acdc.studies.twins import measures, teacher
 from acdc.studies.twins.networks import Bench, Trained, cut
 from acdc.studies.twins.study import between
 from acdc.studies.twins.study import study as twins
+from acdc.studies.twins.teacher import taught
 from acdc.support import Support
 from support.runs import BRANCH, assert_same_run, events, tiny
 
@@ -107,7 +112,7 @@ def test_alignment_does_not_see_rotation_and_scale() -> None:
 def test_the_study_of_twins_measures_every_couple(runs: Path, tmp_path: Path) -> None:
     against = [str(runs / name) for name in ("dense0", "dense1", "digits_oneshot")]
     words = ["study", "twins", str(runs / "acdc"), "--against", *against, "--out", str(tmp_path)]
-    assert main([*words, "--samples", "50", "--bn-batches", "2"]) == 0
+    assert main([*words, "--samples", "50", "--bn-batches", "2", "--teach", "1"]) == 0
     found = json.loads((tmp_path / "study.json").read_text("utf-8"))
     kinds = [couple["kind"] for couple in found["couples"]]
     assert kinds == ["twins", "pruned", "cut", "cut", "seeds"]
@@ -133,6 +138,7 @@ def test_the_study_of_twins_measures_every_couple(runs: Path, tmp_path: Path) ->
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "more than" in page
     assert page.count("<figure") == 3
+    assert len(found["taught"]) == page.count("<td>dense twin</td>") * 2 == 4
 
 
 def test_a_network_and_itself_agree(runs: Path, tmp_path: Path) -> None:
@@ -180,6 +186,31 @@ def test_a_cut_keeps_the_largest_weights_of_the_support(runs: Path) -> None:
     stayed = [state[n][state[n] != 0].abs() for n in pair.support]
     assert float(torch.cat(gone).max()) <= float(torch.cat(stayed).min())
     assert all(torch.equal(state[n], pair.dense[n]) for n in state if n not in pair.support)
+
+
+def test_cuts_of_the_dense_twin_are_trained_with_it_and_without(runs: Path) -> None:
+    run = Trained.read(runs / "acdc")
+    bench, told_of = Bench(run, 0, 2), list[str]()
+    rows = taught(bench, run, 3, told_of.append)
+    assert [(row["sparsity"], row["teacher"]) for row in rows] == [
+        (0.95, False),
+        (0.95, True),
+        (0.98, False),
+        (0.98, True),
+    ]
+    assert len({row["accuracy"] for row in rows}) > 1
+    assert len(told_of) == 4
+    assert taught(bench, run, 0, told_of.append) == []
+    assert run.support is not None
+    assert run.dense is not None
+    layers = Layers(types=(), params=tuple(run.support))
+    method = OneShot(Unstructured(0.95), Constant(1, "sparse"), layers=layers)
+    alone, helped = (teacher._trained(bench, run.dense, method, share) for share in (0.0, 0.5))
+    kept = sum(int(torch.count_nonzero(alone[name])) for name in run.support)
+    assert kept == run.support.numel - round(0.95 * run.support.numel)
+    assert not torch.equal(alone["fc.weight"], helped["fc.weight"])
+    again = teacher._trained(bench, run.dense, method, 0.0)
+    assert all(torch.equal(again[name], alone[name]) for name in alone)
 
 
 def test_runs_that_do_not_fit_are_refused(runs: Path, tmp_path: Path, capsys: Capture) -> None:

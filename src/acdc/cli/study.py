@@ -80,7 +80,7 @@ def _add_twins(studies: Commands) -> None:
         "how alike the twins of a run are, and what the dense twin is good for",
         "Agreement, who is right, cross-entropy, calibration, classes, and linear CKA along the "
         "layers; the line between the twins, and cuts of the dense twin at other sparsities. "
-        "Nothing is trained.",
+        "Nothing is trained without --teach.",
     )
     add_run(sub)
     sub.add_argument(
@@ -93,7 +93,7 @@ def _add_twins(studies: Commands) -> None:
         "prune a trained dense network",
     )
     _add_out(sub, "the folder twins in that of the run")
-    _add_seed(sub, "seed of the training batches for BatchNorm")
+    _add_seed(sub, "seed of the training batches")
     sub.add_argument(
         "--samples",
         metavar="N",
@@ -108,6 +108,14 @@ def _add_twins(studies: Commands) -> None:
         default=20,
         help="training batches over which BatchNorm statistics are estimated (default: 20)",
     )
+    sub.add_argument(
+        "--teach",
+        metavar="EPOCHS",
+        type=int,
+        default=0,
+        help="train cuts of the dense twin for so many epochs, with the twin as their teacher and "
+        "without (default: 0, nothing is trained)",
+    )
 
 
 def _twins(args: argparse.Namespace) -> int:
@@ -117,10 +125,15 @@ def _twins(args: argparse.Namespace) -> int:
     out = args.out or args.run / "twins"
     check_folder(out)
     with quiet_libraries():
+        import torch
+
         from acdc.studies.twins.page import page
         from acdc.studies.twins.study import study
 
-        found = study(args.run, args.against, args.seed, args.samples, args.bn_batches, say)
+        torch.manual_seed(args.seed)  # dropout, where networks are trained
+        found = study(
+            args.run, args.against, args.seed, args.samples, args.bn_batches, args.teach, say
+        )
         print(publish_study(out, page(found, args.command_line), found))
     return 0
 

@@ -36,10 +36,9 @@ def keep(folder: Folder, step: int, support: Support, weights: Mapping[str, Tens
         support before did not keep, and the root mean square of these and of the others.
     """
     shapes = {name: tuple(mask.shape) for name, mask in support.items()}
-    before = [other for at, other in saved(folder, shapes) if at < step]
-    path = folder.supports / f"{step:09d}.safetensors"
-    write(path, save(support.pack()))
-    entered = support.entered(before[-1]) if before else None
+    before = [path for path in sorted(_files(folder)) if int(path.stem) < step]
+    entered = support.to("cpu").entered(_read(before[-1], shapes)) if before else None
+    write(folder.supports / f"{step:09d}.safetensors", save(support.pack()))
     layers = {}
     for name, mask in support.items():
         new = torch.zeros_like(mask) if entered is None else entered[name].to(mask.device)

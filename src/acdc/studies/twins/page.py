@@ -197,7 +197,7 @@ def _uses(found: Json) -> Section:
     return Section(
         "What the dense twin is good for",
         plates=[_path(found["path"], found["bn_batches"])],
-        tables=[_cuts(found)],
+        tables=[_cuts(found), *_taught(found["taught"])],
     )
 
 
@@ -240,3 +240,25 @@ def _cuts(found: Json) -> Table:
         ["Dense network", *(f"{100 * sparsity:g}\u202f%" for sparsity in sparsities)],
         [[start, *(f"{value[start, s]:.2f}" for s in sparsities)] for start in starts],
     )
+
+
+def _taught(rows: Sequence[Json]) -> list[Table]:
+    if not rows:
+        return []
+    return [
+        Table(
+            "taught",
+            f"The dense twin as a teacher: cuts of the dense twin, trained for "
+            f"{rows[0]['epochs']} epochs with the support as it was cut, on the labels alone, and "
+            f"with half of the loss the cross-entropy with the twin's outputs.",
+            ["Sparsity", "Teacher", "Test accuracy, %"],
+            [
+                [
+                    f"{100 * row['sparsity']:g}\u202f%",
+                    "dense twin" if row["teacher"] else "none",
+                    f"{row['accuracy']:.2f}",
+                ]
+                for row in rows
+            ],
+        )
+    ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from acdc.errors import InputError
 from acdc.studies.twins import measures
 from acdc.studies.twins.networks import Bench, Couple, State, Trained, couples, cut
+from acdc.studies.twins.teacher import taught
 
 Json = dict[str, Any]
 Watch = Callable[[str], None]
@@ -26,6 +27,7 @@ def study(
     seed: int = 0,
     samples: int = 512,
     batches: int = 20,
+    teach: int = 0,
     watch: Watch = lambda _: None,
 ) -> Json:
     """Return everything that the page shows.
@@ -36,15 +38,17 @@ def study(
         seed: Seed of the training batches for BatchNorm.
         samples: Test samples for the distance along layers.
         batches: Training batches over which BatchNorm statistics are estimated.
+        teach: Epochs for which cuts of the dense twin are trained, with and without the twin as
+            their teacher; 0: nothing is trained.
         watch: Called with the name of each part before it is computed.
 
     Raises:
         InputError: A folder is not that of a finished run, or a run does not fit.
     """
-    if samples < 2 or batches < 1:
+    if samples < 2 or batches < 1 or teach < 0:
         raise InputError(
-            f"--samples is {samples} and --bn-batches {batches}. Give 2 samples and 1 batch at "
-            f"least."
+            f"--samples is {samples}, --bn-batches {batches} and --teach {teach}. Give 2 samples, "
+            f"1 batch and 0 epochs at least."
         )
     run = Trained.read(path)
     others = [Trained.read(other) for other in against]
@@ -73,6 +77,7 @@ def study(
         for sparsity in SPARSITIES:
             state = bench.refreshed(cut(dense, run.support, sparsity, run.scope))
             found["cuts"].append({"from": name, "sparsity": sparsity} | _judged(bench, state))
+    found["taught"] = taught(bench, run, teach, watch)
     found["claim"] = claim(found["couples"])
     found["kinds"] = kinds(found["couples"])
     return found
