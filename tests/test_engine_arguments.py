@@ -567,3 +567,41 @@ def test_arguments_are_rebuilt_as_they_were_given(how: str) -> None:
     again, keywords = arguments.rebuilt(lambda _, tensor: tensor)
     assert (again, keywords) == (args, kwargs)
     assert again[0] is args[0]
+
+
+def test_hidden_states_of_transformers_are_collected_at_every_call() -> None:
+    """Hooks collect them, which a trace does not run."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        vocab_size=50, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BertModel(config).eval()
+    x = torch.randint(0, 50, (2, 7))
+    engine = acdc.Engine(model, x, choose=False)
+    weights = {
+        f"{name}.weight": torch.rand_like(layer.weight) < 0.3
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    with torch.no_grad():
+        for name, mask in weights.items():
+            model.get_parameter(name).masked_fill_(~mask, 0.0)
+    plain = copy.deepcopy(model)
+    engine.compress(weights)
+    with torch.no_grad():
+        for options in (
+            {},
+            *3 * ({"output_hidden_states": True},),
+            {"output_attentions": True},
+            {},
+        ):
+            for samples in (x, x[:1]):
+                got, wanted = model(samples, **options), plain(samples, **options)
+                assert list(got) == list(wanted)
+                for name in wanted:
+                    torch.testing.assert_close(got[name], wanted[name])
+                assert len(got.hidden_states or ()) == (
+                    3 if "output_hidden_states" in options else 0
+                )

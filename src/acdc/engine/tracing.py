@@ -312,6 +312,8 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
+        if any(hooks_of(m)) and _captures_outputs():
+            raise SideEffect("collects what hooks of its modules see")
         parts = None if is_opaque(m) else parts_of(m)
         if parts is not None:
             try:
@@ -388,6 +390,17 @@ def _constructor(value: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if type(value) is OrderedDict:
         return OrderedDict, (list(value.items()),), {}
     raise TypeError(f"it makes a {type(value).__name__}")
+
+
+def _captures_outputs() -> bool:
+    """Return whether a model of ``transformers`` collects outputs of its modules, by their hooks.
+
+    It does for ``output_hidden_states=True``. A traced call runs no hooks, so that nothing would be
+    collected.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    return collector is not None and bool(collector.get())
 
 
 def _modes() -> tuple[bool, bool]:
