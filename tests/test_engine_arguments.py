@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 import acdc
 from acdc.engine import segment
-from acdc.engine.arguments import Arguments
 from acdc.engine.host import ARGUMENTS
-from support.engine_nets import Outer, Pair
+from support.engine_nets import Outer
 
 
 class Layers(nn.Module):
@@ -522,51 +521,6 @@ def test_a_resnet_of_transformers_trains_with_keywords_and_labels(ran: list[int]
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
     for kwargs in ({"output_hidden_states": True}, {"return_dict": False}, {"labels": labels}):
         same(model(images, **kwargs), plain(images, **kwargs))
-
-
-def with_settings(forward: Any) -> Any:
-    """As the decorators of ``transformers``: adds a keyword, unless there is one."""
-
-    @functools.wraps(forward)
-    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault("scale", 2.0)
-        return forward(self, *args, **kwargs)
-
-    return wrapper
-
-
-class Decorated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    @with_settings
-    def forward(self, x: Tensor, shift: float = 0.0, scale: float = 1.0) -> Tensor:
-        return self.last(self.first(x) * scale + shift)
-
-
-def test_a_decorator_that_adds_a_keyword_finds_the_arguments_as_they_were_given() -> None:
-    pair = Pair(nn.Sequential(Decorated(), nn.ReLU()), (5, 8))
-    pair.step(3)
-    assert not pair.engine.refused
-    (host,) = pair.engine._hosts
-    assert host.module is pair.model
-
-
-@pytest.mark.parametrize("how", ["position", "keyword", "left out"])
-def test_arguments_are_rebuilt_as_they_were_given(how: str) -> None:
-    def forward(x: Any, /, a: int = 1, *rest: int, b: int = 2, **more: int) -> None: ...
-
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-        "position": ((torch.ones(2), 3, 4, 5), {"b": 6}),
-        "keyword": ((torch.ones(2),), {"a": 3, "c": 7}),
-        "left out": ((torch.ones(2),), {}),
-    }
-    args, kwargs = calls[how]
-    arguments = Arguments.of(inspect.signature(forward), args, kwargs)
-    again, keywords = arguments.rebuilt(lambda _, tensor: tensor)
-    assert (again, keywords) == (args, kwargs)
-    assert again[0] is args[0]
 
 
 def test_hidden_states_of_transformers_are_collected_at_every_call() -> None:

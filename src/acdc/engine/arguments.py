@@ -29,8 +29,6 @@ class Arguments:
         given: Name -> argument, defaults included.
         tensors: All tensors, in order.
         key: Everything else. A graph holds for the calls with this key.
-        left_out: The names of arguments that are defaults: the call does not give them.
-        by_name: The names of arguments that the call gives by keyword.
 
     """
 
@@ -38,8 +36,6 @@ class Arguments:
     given: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
     key: Hashable
-    left_out: frozenset[str] = frozenset()
-    by_name: frozenset[str] = frozenset()
 
     @staticmethod
     def of(
@@ -56,7 +52,6 @@ class Arguments:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:  # a wrapper takes an argument away, before the forward is called
             raise NoFixedArguments(f"its arguments do not fit its signature ({error})") from error
-        called_with = set(bound.arguments)
         bound.apply_defaults()
         given = bound.arguments
         for name, parameter in signature.parameters.items():
@@ -64,15 +59,10 @@ class Arguments:
                 raise NoFixedArguments(f"the default of its argument {name!r} is a tensor")
         tensors: list[Tensor] = []
         key = tuple((name, _key(name, value, tensors)) for name, value in given.items())
-        left_out = frozenset(given.keys() - called_with)
-        by_name = frozenset(kwargs.keys() & signature.parameters.keys())
-        return Arguments(signature, given, tuple(tensors), key, left_out, by_name)
+        return Arguments(signature, given, tuple(tensors), key)
 
     def rebuilt(self, make: Callable[[str, Tensor], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return positional and keyword arguments, with what ``make`` returns for each tensor.
-
-        They are given as in the call: a decorator may look for a keyword among the keywords alone.
-        """
+        """Return positional and keyword arguments, with what ``make`` returns for each tensor."""
         made: dict[int, Any] = {}
 
         def made_once(name: str, tensor: Tensor) -> Any:
@@ -80,21 +70,9 @@ class Arguments:
                 made[id(tensor)] = make(name, tensor)
             return made[id(tensor)]
 
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        for name, parameter in self.signature.parameters.items():
-            if name in self.left_out:
-                continue
-            value = _rebuilt(name, self.given[name], made_once)
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                args += value
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                kwargs |= value
-            elif name in self.by_name or parameter.kind is parameter.KEYWORD_ONLY:
-                kwargs[name] = value
-            else:
-                args.append(value)
-        return tuple(args), kwargs
+        given = {name: _rebuilt(name, value, made_once) for name, value in self.given.items()}
+        bound = inspect.BoundArguments(self.signature, given)
+        return bound.args, bound.kwargs
 
     def difference(self, other: Arguments) -> str:
         """Return how the first argument that differs from another call's differs."""
