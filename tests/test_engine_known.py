@@ -234,7 +234,7 @@ def test_a_batch_norm_function_that_is_used_twice_stays_with_pytorch(runs: list[
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.norm(m.b(m.norm(m.a(x))))
 
-    torch.manual_seed(0)  # the gradients of biases are rounding errors, of another size for each draw
+    torch.manual_seed(0)  # gradients of biases are rounding errors, of another size for each draw
     layers = {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(8, 8, 1), "norm": BatchNormAct(8)}
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     both = Beside(Written(forward, **layers).double(), x)
