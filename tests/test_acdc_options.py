@@ -54,7 +54,7 @@ def test_every_compression_rises_to_the_pattern_over_its_share_of_the_phase(
         if sparsifier.support is before:
             continue
         if SCHEDULE.phase_at(step).kind == "sparse":
-            assert sparsifier.support.entered(before).nnz == 0  # what is cut stays cut
+            assert sparsifier.support.entered(before).nnz == 0  # no weight comes back
         before = sparsifier.support
         found[step] = before.nnz
     assert list(found) == [2, 5, 8, 12, 14, 17, 20]

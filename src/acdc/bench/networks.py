@@ -57,6 +57,13 @@ class Network:
         """Return the loss of a batch."""
         return F.cross_entropy(net(x), y)
 
+    @property
+    def formats(self) -> dict[str, torch.memory_format]:
+        """The memory formats that dense PyTorch is timed in, by name."""
+        if self.images:
+            return {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+        return {"plain": torch.contiguous_format}
+
 
 def parse(name: str) -> Network | None:
     """Return the network that a name spells out, or ``None``."""

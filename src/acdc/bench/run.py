@@ -32,14 +32,9 @@ CASES = ("resnet20_w16_n128",)
 PHASES = [("dense", "25%"), ("sparse", "25%"), ("dense", "25%"), ("sparse", "25%")]
 EVALUATED = 1000  # CIFAR images at a time, as in a recipe
 CIFAR_SAMPLES, ZOO_SAMPLES = 12_800, 1_600  # training samples of an epoch, by default
-FORMATS = {
-    "plain": torch.contiguous_format,
-    "nchw": torch.contiguous_format,
-    "channels_last": torch.channels_last,
-}
 
 Key = str | float
-"""One of the runs side by side: dense in a memory format of ``FORMATS``, or AC/DC to a sparsity."""
+"""A run: dense in a memory format of ``Network.formats``, or AC/DC to a sparsity."""
 
 
 def images(samples: int) -> Images:
@@ -98,7 +93,7 @@ class Run:
 
     def __init__(self, network: Network, data: Data, epochs: int, key: Key, scope: Scope) -> None:
         self.network, self.data = network, data
-        self._format = FORMATS[key] if isinstance(key, str) else torch.channels_last
+        self._format = network.formats[key] if isinstance(key, str) else torch.channels_last
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.net = network.build()
@@ -155,7 +150,7 @@ def measure(
         data: Data
         warm: Data
         if isinstance(network, ZooNetwork):
-            formats = ("nchw", "channels_last") if network.images else ("plain",)
+            formats = tuple(network.formats)
             data = samples_of(network, ZOO_SAMPLES if samples is None else samples)
             warm = samples_of(network, len(PHASES) * max(5, network.batch))
         elif network.images:

@@ -95,10 +95,7 @@ def measure(chosen: Sequence[Network], settings: Settings) -> Iterator[Row]:
 
 
 def _rows(network: Network, settings: Settings) -> Iterator[Row]:
-    formats = {"plain": torch.contiguous_format}
-    if network.images:
-        formats = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-    kind = settings.optimizer
+    formats, kind = network.formats, settings.optimizer
     trainings: dict[tuple[str, float | None], Training] = {
         (setting, None): _warm(Training(network, formats[setting], kind)) for setting in formats
     }
@@ -163,7 +160,8 @@ def _failed(network: Network, sparsity: float, why: str, settings: Settings) -> 
 def _pruned_macs(training: OnEngine) -> dict[str, int]:
     """Return the multiply-adds of each pruned weight for one sample."""
     params = training.sparsifier.params
-    found = flops_of(training.net, training.x[:1], also=params)
+    # Of a network of its own: hooks count the operations, and the engine traces around hooks.
+    found = flops_of(training.network.build(), training.x[:1], also=params)
     return {layer.name: layer.macs for layer in found.layers if layer.name in params}
 
 

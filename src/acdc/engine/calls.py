@@ -27,34 +27,50 @@ _ARGUMENTS = {
 """Of functions without a signature."""
 
 
-class NormCall(nn.Module):
-    """A call of a normalisation. Its tensors are those that their owner holds at present.
+class FunctionCall(nn.Module):
+    """A call of a function with tensors of one module, which are those that it holds at present.
 
     Args:
         owner: The module that holds the tensors.
-        function: ``F.batch_norm``, ``F.layer_norm`` or ``F.rms_norm``.
+        path: The name of the owner.
+        function: The function.
         used: The tensors that the call is given, of ``TENSORS``. The others are None.
         settings: All other arguments, by name.
 
     """
 
-    num_batches_tracked = None  # whoever calls the function counts the batches
-
     def __init__(
         self,
         owner: nn.Module,
+        path: str,
         function: Callable[..., Tensor],
         used: frozenset[str],
         settings: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.held = (owner,)  # in a tuple, so that it is not a submodule
-        self.function, self.used, self.settings = function, used, dict(settings)
+        self.path, self.function, self.used, self.settings = path, function, used, dict(settings)
 
     def __getattr__(self, name: str) -> Any:
         if name in TENSORS:
             return getattr(self.held[0], name) if name in self.used else None
         return super().__getattr__(name)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the call is given."""
+        return [getattr(self, name) for name in TENSORS if name in self.used]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call the function."""
+        return self.function(
+            x, **{name: getattr(self, name) for name in self.used}, **self.settings
+        )
+
+
+class NormCall(FunctionCall):
+    """A call of ``F.batch_norm``, ``F.layer_norm`` or ``F.rms_norm``."""
+
+    num_batches_tracked = None  # whoever calls the function counts the batches
 
     @property
     def eps(self) -> float | None:
@@ -73,60 +89,14 @@ class NormCall(nn.Module):
         """Whether a BatchNorm uses the statistics of the batch."""
         return bool(self.settings.get("training", False)) or "running_mean" not in self.used
 
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that the call is given."""
-        return [getattr(self, name) for name in TENSORS if name in self.used]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Call the function."""
-        return self.function(
-            x, **{name: getattr(self, name) for name in self.used}, **self.settings
-        )
-
-
-class LayerCall(nn.Module):
-    """A call of a linear layer or of a convolution, with the tensors that its owner holds.
-
-    Args:
-        owner: The module that holds ``weight`` and ``bias``.
-        path: The name of the owner.
-        function: ``F.linear`` or ``F.conv2d``.
-        used: The tensors that the call is given: ``weight``, and ``bias`` if it has one.
-        settings: All other arguments, by name.
-
-    """
-
-    def __init__(
-        self,
-        owner: nn.Module,
-        path: str,
-        function: Callable[..., Tensor],
-        used: frozenset[str],
-        settings: Mapping[str, Any],
-    ) -> None:
-        super().__init__()
-        self.held = (owner,)  # in a tuple, so that it is not a submodule
-        self.path, self.function, self.used, self.settings = path, function, used, dict(settings)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "bias"):
-            return getattr(self.held[0], name) if name in self.used else None
-        return super().__getattr__(name)
+class LayerCall(FunctionCall):
+    """A call of ``F.linear`` or ``F.conv2d``."""
 
     @property
     def is_linear(self) -> bool:
         """Whether it is a linear layer."""
         return self.function is F.linear
-
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that the call is given."""
-        return [getattr(self, name) for name in ("weight", "bias") if name in self.used]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Call the function."""
-        return self.function(
-            x, **{name: getattr(self, name) for name in self.used}, **self.settings
-        )
 
 
 def as_modules(graph: fx.Graph, root: nn.Module) -> dict[str, nn.Module]:
@@ -136,9 +106,8 @@ def as_modules(graph: fx.Graph, root: nn.Module) -> dict[str, nn.Module]:
         function = (_NORMS | _LAYERS).get(node.target) if node.op == "call_function" else None
         if function is None or (call := _call_of(node, root)) is None:
             continue
-        owner, module = call
-        name = f"{owner}.{function}_{len(made)}".removeprefix(".")
-        made[name] = module
+        name = f"{call.path}.{function}_{len(made)}".removeprefix(".")
+        made[name] = call
         read = [n for n in node.all_input_nodes if n.op == "get_attr"]
         with graph.inserting_before(node):
             new = graph.call_module(name, (_arguments(node)["input"],))
@@ -148,8 +117,8 @@ def as_modules(graph: fx.Graph, root: nn.Module) -> dict[str, nn.Module]:
     return made
 
 
-def _call_of(node: fx.Node, root: nn.Module) -> tuple[str, NormCall | LayerCall] | None:
-    """Return the name of the owner and the module of a call, or None if it is not so simple."""
+def _call_of(node: fx.Node, root: nn.Module) -> FunctionCall | None:
+    """Return the module of a call, or None if it is not so simple."""
     given = _arguments(node)
     x = given.pop("input", None)
     tensors = {name: given.pop(name, None) for name in TENSORS}
@@ -171,10 +140,10 @@ def _call_of(node: fx.Node, root: nn.Module) -> tuple[str, NormCall | LayerCall]
     used = frozenset(name for name, value in tensors.items() if value is not None)
     holder, function = root.get_submodule(path), cast("Callable[..., Tensor]", node.target)
     if function in _NORMS:
-        return path, NormCall(holder, function, used, given)
+        return NormCall(holder, path, function, used, given)
     if "weight" not in used or not isinstance(holder.weight, nn.Parameter):
         return None
-    return path, LayerCall(holder, path, function, used, given)
+    return LayerCall(holder, path, function, used, given)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_leaves
 
 from acdc.engine.attention import InProjection
-from acdc.engine.calls import LayerCall, NormCall
+from acdc.engine.calls import FunctionCall, LayerCall, NormCall
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.known import activation_of, is_transposed, rms_norm_eps
 from acdc.engine.tracing import (
@@ -302,7 +302,7 @@ def _check_stored(graph: fx.GraphModule) -> None:
 
 def _tensors_of(module: nn.Module) -> list[Tensor]:
     """Return the parameters and buffers that a module of a graph reads or writes."""
-    if isinstance(module, NormCall | LayerCall):
+    if isinstance(module, FunctionCall):
         return module.tensors()
     module = module.held[0] if isinstance(module, InProjection) else module
     return [*module.parameters(), *module.buffers()]

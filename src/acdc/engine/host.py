@@ -33,7 +33,7 @@ from acdc.engine.operations import Conv, Program
 from acdc.engine.partition import fuse
 from acdc.engine.plans import Plans
 from acdc.engine.segment import Segment
-from acdc.engine.shape_reads import read_from_stand_ins, resolve_dimensions
+from acdc.engine.shape_reads import read_from_stand_ins
 from acdc.engine.tape import Op
 from acdc.engine.tracing import (
     Untraceable,
@@ -324,7 +324,6 @@ class Host:
         with _own_forward(self.module):
             graph = trace(self._root, arguments)
         propagate(graph, arguments.tensors)
-        resolve_dimensions(graph)
         return graph
 
     def _build(self, key: tuple[Hashable, Hashable], arguments: Arguments) -> fx.GraphModule:

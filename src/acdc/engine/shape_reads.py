@@ -1,18 +1,14 @@
-"""What a forward reads of tensors besides their values: the number of dimensions, and sizes.
+"""Sizes that a forward reads of tokens, without the tokens.
 
-``x.ndim`` is a number for all calls that a graph holds for. A size is read from a stand-in without
-memory, so that a segment does not have to return a tensor that only its shape is read of.
+A size is read from a stand-in without memory, so that a segment does not have to return a tensor
+that only its shape is read of. Numbers of dimensions need no stand-in: the trace knows them.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch.fx.passes.shape_prop import TensorMetadata
 
 from acdc.engine.graph import (
     ConcatSpec,
@@ -23,47 +19,8 @@ from acdc.engine.graph import (
     shape_of,
 )
 
-_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 _ATTRIBUTES = ("shape", "dtype", "device")
 _METHODS = ("size", "dim", "ndimension", "numel")
-
-
-def resolve_dimensions(graph: fx.GraphModule) -> None:
-    """Replace reads of a number of dimensions, and what follows from them alone, by numbers.
-
-    A graph holds for arguments with the same numbers of dimensions. An assertion that holds is
-    removed: as a reader it would make its tensor an end of a segment.
-
-    Args:
-        graph: Its nodes know their shapes; changed in place.
-
-    """
-    for node in list(graph.graph.nodes):
-        if (number := _dimensions_read(node)) is not None:
-            _replace(graph, node, number)
-        elif node.op == "call_function" and not node.all_input_nodes:
-            if node.target in _COMPARISONS:
-                _replace(graph, node, node.target(*node.args, **node.kwargs))
-            elif node.target is torch._assert and node.args[0] is True and not node.users:
-                graph.graph.erase_node(node)
-
-
-def _dimensions_read(node: fx.Node) -> int | None:
-    """Return the number of dimensions that a node reads, or None if it is another node."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    read: Any = node.op == "call_function" and node.target is getattr and node.args[1:] == ("ndim",)
-    read |= node.op == "call_method" and node.target in ("dim", "ndimension")
-    meta = source.meta.get("tensor_meta")
-    return len(meta.shape) if read and isinstance(meta, TensorMetadata) else None
-
-
-def _replace(graph: fx.GraphModule, node: fx.Node, value: Any) -> None:
-    for user in list(node.users):
-        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
-        user.args, user.kwargs = args, kwargs
-    graph.graph.erase_node(node)
 
 
 def read_from_stand_ins(graph: fx.GraphModule, recognised: Mapping[fx.Node, Recognised]) -> None:

@@ -261,7 +261,7 @@ class _Tracer(fx.Tracer):
         """Return the number of dimensions of a node's tensor, or None if it cannot be computed."""
         try:
             return int(self._value_of(node).dim())
-        except (TypeError, RuntimeError, AttributeError):  # a module with hooks, or no tensor
+        except Exception:  # a module with hooks, no tensor, or an operation without a fake form
             return None
 
     def _value_of(self, node: fx.Node) -> Any:

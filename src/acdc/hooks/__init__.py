@@ -13,6 +13,8 @@
 ``kept_steps``  only the kept elements of large weights are stepped
 ``kept_weight`` a large weight, and its state, as vectors of kept elements
 ``kept_rules``  SGD, Adam and AdamW on kept elements, in one pass over memory
+``mean``        the mean of the network over some steps, which takes its place later
+``rescale``     outputs of layers under BatchNorm are multiplied by factors
 ``mirror``      weights are multiplied by a factor after each step (HAM)
 ``rows``        gradients of the rows of sparse layers are scaled (SparseOpt)
 ``twin``        the dense network at the end of the last dense phase

@@ -40,7 +40,9 @@ class Rescaling:
         self._model, self._wanted = model, wanted
         self.followers: dict[str, str] = {}  # weight → BatchNorm that reads the layer's outputs
         self._calls: Counter[str] = Counter()  # weight → outputs of the layer
-        self._reads: Counter[tuple[str, str]] = Counter()  # (weight, or "" for all else; BatchNorm)
+        # (weight, BatchNorm) → how often the BatchNorm read the outputs of the layer. The weight is
+        # "" for tensors that no such layer returned.
+        self._reads: Counter[tuple[str, str]] = Counter()
         self._returned: dict[int, tuple[str, weakref.ref[Tensor], int]] = {}
         self._hooks: list[RemovableHandle] = []
         if wanted:

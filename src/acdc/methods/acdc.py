@@ -11,7 +11,7 @@ from torch import nn
 
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Reset
+from acdc.methods.base import Reset, is_number
 from acdc.methods.families import Norms, Rising, norms_to_restore, restoring
 from acdc.methods.training import Masked, Mean, When
 from acdc.methods.weights import Weights
@@ -32,7 +32,7 @@ class ACDC(Rising[Norms | None]):
 
     With ``ramp`` a compression is gradual, which is not in the paper: the sparsity rises on a cubic
     from ``first`` to that of the pattern over the first part of every sparse phase. Both are met
-    exactly, and what is cut stays cut until the phase ends.
+    exactly, and a weight that is cut stays zero until the phase ends.
 
     With ``average``, which is not in the paper either, the mean of the network over the last part
     of every dense phase takes the network's place before it is cut: the support is chosen on the
@@ -103,7 +103,7 @@ class ACDC(Rising[Norms | None]):
         super().__post_init__()
         if self.ramp is None:
             self._check_one_cut()
-        elif not _is_number(self.ramp) or not 0 < self.ramp < 1:
+        elif not is_number(self.ramp) or not 0 < self.ramp < 1:
             raise InputError(
                 f"ACDC(ramp=...) is {self.ramp!r}. It is the share of every sparse phase over "
                 f"which the sparsity rises: a number above 0 and below 1, such as 0.6; or None for "
@@ -112,12 +112,12 @@ class ACDC(Rising[Norms | None]):
         else:
             self._check_rise()
         average = self.average
-        if average is not None and (not _is_number(average) or not 0 < average <= 1):
+        if average is not None and (not is_number(average) or not 0 < average <= 1):
             raise InputError(
                 f"ACDC(average=...) is {average!r}. It is the share of every dense phase over "
                 f"which the network is averaged: a number above 0, up to 1, such as 0.4; or None."
             )
-        if not _is_number(self.taper) or not 1 <= self.taper < math.inf:
+        if not is_number(self.taper) or not 1 <= self.taper < math.inf:
             raise InputError(
                 f"ACDC(taper=...) is {self.taper!r}. It says how many times as many weights a "
                 f"sparse phase keeps as the next one: a number from 1 up, such as 2."
@@ -204,7 +204,3 @@ class ACDC(Rising[Norms | None]):
             return self.pattern
         taper, sparsity = (Fraction(repr(float(x))) for x in (self.taper, self.pattern.target))
         return self.pattern.at(float(max(Fraction(0), 1 - taper**later * (1 - sparsity))))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

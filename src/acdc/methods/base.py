@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, Self, TypeVar, cast
+from typing import ClassVar, Generic, Literal, Self, TypeGuard, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -177,12 +177,16 @@ class Method(ABC, Generic[State]):
         return resolved
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Return whether a value is a number, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_reset(reset: object) -> None:
     """Raise InputError unless ``reset`` is a rule, or the fresh values of optimizer state."""
     if isinstance(reset, Mapping):
         for key, value in reset.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not isinstance(key, str) or not (number or value == "weight"):
+            if not isinstance(key, str) or not (is_number(value) or value == "weight"):
                 raise InputError(
                     f"reset has the entry {key!r}: {value!r}. Give the name of an entry of the "
                     f'optimizer\'s state and its fresh value: a number, or "weight" for a copy of '

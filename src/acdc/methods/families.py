@@ -115,8 +115,8 @@ class Phased(Method[State]):
 
 class Rising(Phased[State]):
     """Cuts little by little: the sparsity rises on a cubic from ``first`` at the start of a sparse
-    phase to that of the pattern, at a step that a subclass names. Both are met exactly, and what is
-    cut stays cut.
+    phase to that of the pattern, at a step that a subclass names. Both are met exactly, and a
+    weight that is cut stays zero.
 
     Source: Zhu and Gupta, 2017.
     """

@@ -13,7 +13,7 @@ from torch import nn
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Reset
+from acdc.methods.base import Reset, is_number
 from acdc.methods.families import Phased
 from acdc.methods.training import Masked, Mean, When
 from acdc.methods.weights import Weights
@@ -80,8 +80,7 @@ class IMP(Phased[None]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.share, int | float) and not isinstance(self.share, bool)
-        if not number or not 0 < self.share < 1:
+        if not is_number(self.share) or not 0 < self.share < 1:
             raise InputError(
                 f"IMP(share=...) is {self.share!r}. It is the share of the kept weights that a cut "
                 f"removes: a number above 0 and below 1, such as 0.2."

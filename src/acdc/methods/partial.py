@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from acdc import score
 from acdc.errors import InputError
 from acdc.layers import Layers
-from acdc.methods.base import Forecast, Reset
+from acdc.methods.base import Forecast, Reset, is_number
 from acdc.methods.families import Rising, grown
 from acdc.methods.training import Masked
 from acdc.methods.weights import Weights
@@ -88,8 +88,7 @@ class PartialACDC(Rising[None]):
         for name in ("length", "period", "width"):
             check_duration(getattr(self, name), name)
         self._check_rise()
-        number = isinstance(self.factor, int | float) and not isinstance(self.factor, bool)
-        if not number or not 1 < self.factor < math.inf:
+        if not is_number(self.factor) or not 1 < self.factor < math.inf:
             raise InputError(
                 f"PartialACDC(factor=...) is {self.factor!r}. It says how many times its weights a "
                 f"layer has during a partial decompression: give a number above 1, such as 4."

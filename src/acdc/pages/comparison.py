@@ -537,7 +537,7 @@ def _paired_row(paired: Paired, look: _Look) -> Json:
         verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart"
     return {
         "method": look.labels[paired.method],
-        "kind": {"acdc": "sparse"}.get(paired.method, ""),
+        "kind": "sparse" if paired.method == "acdc" else "",
         "budget": BUDGETS[paired.budget],
         "other": look.labels[paired.baseline],
         "cells": [

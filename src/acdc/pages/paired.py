@@ -85,7 +85,7 @@ def against_baseline(grid: Grid, outcomes: Iterable[Outcome]) -> list[Paired]:
         Paired(method, "sparse", grid.baseline, "sparse", sparsity, budget, differences)
         for (budget, sparsity, method, twin), mine in found.items()
         if twin == "sparse" and method != grid.baseline
-        if (differences := _minus(mine, found.get((budget, sparsity, grid.baseline, "sparse"))))
+        if (differences := _minus(mine, found.get((budget, sparsity, grid.baseline, "sparse"), {})))
     ]
 
 
@@ -127,6 +127,5 @@ def _qualities(outcomes: Iterable[Outcome]) -> dict[_Key, dict[int, float]]:
     return found
 
 
-def _minus(mine: dict[int, float], theirs: dict[int, float] | None) -> tuple[float, ...]:
-    both = [] if theirs is None else sorted(mine.keys() & theirs.keys())
-    return tuple(mine[seed] - theirs[seed] for seed in both) if theirs is not None else ()
+def _minus(mine: dict[int, float], theirs: dict[int, float]) -> tuple[float, ...]:
+    return tuple(mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys()))

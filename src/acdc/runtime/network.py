@@ -19,7 +19,7 @@ from acdc.engine.host import Single, own_forward
 from acdc.engine.locks import Lock
 from acdc.engine.modes import why_not_kernels
 from acdc.engine.partition import fuse, samples_of, segments_of
-from acdc.engine.shape_reads import read_from_stand_ins, resolve_dimensions
+from acdc.engine.shape_reads import read_from_stand_ins
 from acdc.engine.tracing import Untraceable, follow_buffers, propagate, trace
 from acdc.errors import InputError
 from acdc.runtime.channels import remove_channels
@@ -232,7 +232,6 @@ class _Part:
         self._said: set[str] = set()
         graph = trace(self.root, self.example)
         propagate(graph, self.example.tensors)
-        resolve_dimensions(graph)
         self.graph = self._with_segments(graph)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
