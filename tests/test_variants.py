@@ -87,11 +87,11 @@ def selection(folder: Path, found: Grid, best: dict[str, float]) -> None:
             "dense_quality": best.get(method.name, 1),
         }
         for method in found.methods
-        if method.name not in ("gmp", "gmp_50")
+        if method.name not in ("gmp", "gmp_50_mirror50")
     ]
     (folder / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
     lost = {"method": "gmp", "reason": "The loss is nan."}
-    waiting = {"method": "gmp_50", "reason": "Not trained yet."}
+    waiting = {"method": "gmp_50_mirror50", "reason": "Not trained yet."}
     (folder / "failed.jsonl").write_text("\n".join(map(json.dumps, (lost, waiting))))
 
 
@@ -105,7 +105,7 @@ def test_the_best_trial_of_each_family_is_chosen(
     found = grid("variants", "select_fashion_mnist")
     trials = [method.name for method in found.methods]
     families, missing = choose.ranked(tmp_path / "select_fashion_mnist", trials)
-    assert missing == ["gmp_50"]
+    assert missing == ["gmp_50_mirror50"]
     assert {name: each[0][1] for name, each in families.items()} == {
         "dense": "dense_mirror25",
         "acdc": "acdc_mirror25",
