@@ -28,7 +28,7 @@ ROWS: list[set[str]] = [
     {"studies"},
     {"pages"},
     {"compare", "bench"},
-    {"runs", "integrations"},
+    {"runs", "integrations", "distributed"},
     {"export"},
     {"acdc"},
     {"sparsifier"},

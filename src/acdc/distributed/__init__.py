@@ -1,0 +1,1 @@
+"""Training on several ranks: what a sparsifier needs beside ``torch.distributed`` itself."""
