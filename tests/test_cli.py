@@ -107,6 +107,7 @@ SURFACE = {
         ("--out DIR", "default runs"),
         ("--resume", "flag"),
         ("--seed N", "default None"),
+        ("--devices N", "default None"),
         ("--device D", "default auto"),
         ("--download", "flag"),
         JSON,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from acdc.cli.output import processes_started
 from acdc.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ def add_json(sub: argparse.ArgumentParser, what: str) -> None:
 
 
 def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, dict[str, str]]:
-    """Return the recipe as changed by ``--set`` and ``--seed``, and the changes."""
+    """Return the recipe as changed by ``--set``, ``--seed`` and ``--devices``, and the changes.
+
+    Under ``torchrun``, the number of processes that it has started is the number of devices.
+    """
     from acdc import recipes
     from acdc.runs.recipe import change
 
@@ -87,6 +91,11 @@ def chosen_recipe(args: argparse.Namespace) -> tuple[Recipe, dict[str, str]]:
         changed[path] = value
     if getattr(args, "seed", None) is not None:
         changed["seed"] = str(args.seed)
+    if hasattr(args, "devices"):
+        if args.devices is not None:
+            changed["devices"] = str(args.devices)
+        elif (started := processes_started()) > 1:
+            changed.setdefault("devices", str(started))
     return change(recipes.get(args.recipe), changed), changed
 
 

@@ -159,4 +159,10 @@ def quiet_libraries() -> Iterator[None]:
 
 def is_helper() -> bool:
     """Whether this process is not the first one of a run on several devices. It prints nothing."""
-    return int(os.environ.get("LOCAL_RANK", "0")) > 0
+    rank = os.environ.get("RANK" if processes_started() > 1 else "LOCAL_RANK", "0")
+    return int(rank) > 0
+
+
+def processes_started() -> int:
+    """Return how many processes ``torchrun`` has started for this run; 1: it started none."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1

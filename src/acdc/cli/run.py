@@ -33,6 +33,13 @@ def add(commands: Commands) -> None:
     )
     sub.add_argument("--seed", metavar="N", type=int, help="short for --set seed=N")
     sub.add_argument(
+        "--devices",
+        metavar="N",
+        type=int,
+        help="short for --set devices=N: processes, one for each device, that share every batch "
+        "(default: those that torchrun has started, or one)",
+    )
+    sub.add_argument(
         "--device", metavar="D", default="auto", help="auto, cpu, cuda or mps (default: auto)"
     )
     sub.add_argument(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from acdc import cost
+from acdc.distributed import reduce_kept
 from acdc.errors import InputError, need
 from acdc.methods.base import Method
 from acdc.result import DenseNetwork, Result, leaves, load
@@ -107,11 +110,13 @@ def make_fabric(recipe: Recipe, device: str, folder: Path) -> Fabric:
         str(folder.absolute()).encode("utf-8")
     except UnicodeEncodeError:  # TensorBoard cannot write into a folder with such a name
         installed = False
+    here, machines = _processes(recipe)
     logger = TensorBoardLogger(folder, name="tensorboard", version="") if installed else None
     try:
         return Fabric(
             accelerator=device,
-            devices=recipe.devices,
+            devices=here,
+            num_nodes=machines,
             precision=recipe.precision,  # type: ignore[arg-type]
             loggers=logger,
         )
@@ -120,6 +125,23 @@ def make_fabric(recipe: Recipe, device: str, folder: Path) -> Fabric:
             f"The run cannot be set up on device {device!r} with devices={recipe.devices} and "
             f"precision={recipe.precision!r}: {error} Choose --device cpu, or other values."
         ) from error
+
+
+def _processes(recipe: Recipe) -> tuple[int, int]:
+    """Return how many processes of the run are on each machine, and the number of machines.
+
+    Raises:
+        InputError: ``torchrun`` has started another number of processes than the recipe asks for.
+    """
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+        return recipe.devices, 1
+    world, here = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if world != recipe.devices:
+        raise InputError(
+            f"torchrun has started {world} processes, and the run is one of {recipe.devices}. "
+            f"Start {recipe.devices} with --nproc-per-node, or begin a run with --devices {world}."
+        )
+    return here, world // here
 
 
 def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
@@ -160,6 +182,9 @@ def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
         automatic=False,
         scale_rows=recipe.optimizer.scale_rows,
     )
+    parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    for ddp in parallel:
+        reduce_kept(ddp, sparsifier)
     example = recipe.model.example(1).to(fabric.device)
     return Setup(
         recipe=recipe,

@@ -31,6 +31,7 @@ from acdc.errors import InputError
 from acdc.files import alone
 from acdc.hooks.steps import StepHooks
 from acdc.pair import Pair
+from acdc.processes import PeerError, has_peers, is_of_peers
 from acdc.random import seed_of
 from acdc.runs import checkpoint, events
 from acdc.runs.checkpoint import Progress, check_same
@@ -109,6 +110,14 @@ def run(
                 # Written only now, so that a run that failed to start leaves no folder behind.
                 files.write(files.recipe, checkpoint.identity(recipe, changed or {}))
             return loop.go(command, resume)
+    except RuntimeError as error:
+        if not (has_peers() and is_of_peers(error)):
+            raise
+        first = str(error).strip().split("\n")[0]
+        raise PeerError(
+            f"The run in {folder} stopped: another of its processes has ended, and says why "
+            f"({first}). {checkpoint.safe(files)} Go on with --resume."
+        ) from error
     except OSError as error:
         raise InputError(
             f"The run in {folder} stopped: {error.strerror or error}. {checkpoint.safe(files)} "
