@@ -165,7 +165,7 @@ FAULTS = [
           "bits = (chunk.to(dtype) + 0.0).view(integer)", "bits = chunk.to(dtype).view(integer)",
           "tests/test_pattern.py"),
     Fault("NaN is ranked", "topk.py",
-          "if first and (counts[:_EXTREMES]", "if False and (counts[:_EXTREMES]",
+          "if first and (histogram[:_EXTREMES]", "if False and (histogram[:_EXTREMES]",
           "tests/test_pattern.py"),
     Fault("the floor is ignored under the global scope", "topk.py",
           "        if not short:\n", "        if True:\n",
@@ -816,7 +816,7 @@ FAULTS = [
     Fault("DDP around a model is not seen", "hooks/attach.py",
           "group = group_of(model)", "group = None",
           "tests/test_process_groups.py"),
-    Fault("an error between processes is torch's own", "processes.py",
+    Fault("an error between processes is torch's own", "collectives.py",
           "if not has_peers() or not is_of_peers(error):", "if True:",
           "tests/test_peers.py"),
     # --- one model, one optimizer, one sparsifier -----------------------------------------------

@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from acdc.errors import AcdcError, InputError
+from acdc.collectives import PeerError, together
+from acdc.errors import InputError
 from acdc.support import Support
 
 SHOWN = 3  # processes that a sentence names
-
-
-class PeerError(AcdcError):
-    """Processes that train one model cannot reach one another, or do not agree."""
 
 
 class Peers:
@@ -166,13 +163,6 @@ class Peers:
 ALONE = Peers()
 
 
-def has_peers() -> bool:
-    """Return whether several processes were started together, whatever each of them trains."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return int(distributed.get_world_size()) > 1
-
-
 def group_of(model: nn.Module) -> Any:
     """Return the process group of the DistributedDataParallel in or around a model, or ``None``.
 
@@ -187,38 +177,6 @@ def group_of(model: nn.Module) -> Any:
             f"process groups. Say which processes share masks: Sparsifier(..., process_group=...)."
         )
     return next(iter(groups.values()), None)
-
-
-@contextmanager
-def together(what: str) -> Iterator[None]:
-    """Turn the errors of a collective operation into a sentence.
-
-    Args:
-        what: What the processes do in this context.
-
-    Raises:
-        PeerError: Another process has ended, or did not come in the time that
-            ``init_process_group`` was given.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not has_peers() or not is_of_peers(error):
-            raise
-        first = str(error).strip().split("\n")[0]
-        raise PeerError(
-            f"Rank {distributed.get_rank()} cannot {what}: another process has ended, or does "
-            f"something else ({first}). The process that ended says why. All processes must take "
-            f"the same steps on equally many batches."
-        ) from error
-
-
-def is_of_peers(error: RuntimeError) -> bool:
-    """Return whether an error comes from the communication between processes."""
-    if isinstance(error, distributed.DistError):
-        return True
-    signs = ("gloo", "nccl", "connection", "socket", "timed out")
-    return any(sign in str(error).lower() for sign in signs)
 
 
 def _describe(step: int, shapes: int, kept: int) -> str:

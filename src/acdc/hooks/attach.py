@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
+from acdc.collectives import has_peers
 from acdc.errors import InputError
 from acdc.hooks.optimizers import Optimizers
 from acdc.layers import misnamed, unwrapped
 from acdc.methods.base import Method, check_method
 from acdc.methods.training import Behind
-from acdc.processes import Peers, group_of, has_peers
+from acdc.processes import Peers, group_of
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
     from acdc.engine.engine import Engine
