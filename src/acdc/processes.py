@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 from acdc.collectives import PeerError, together
 from acdc.errors import InputError
+from acdc.shards import Mesh, extremes, like, local
 from acdc.support import Support
 
 SHOWN = 3  # processes that a sentence names
@@ -158,6 +159,80 @@ class Peers:
 
     def _global(self, rank: int) -> int:
         return int(distributed.get_global_rank(self._group, rank))
+
+
+class MeshPeers(Peers):
+    """The ranks of a device mesh, over which the weights are sharded.
+
+    Their masks agree by themselves, because they are chosen by sums over all ranks. But ranks that
+    hold the same part of a weight (HSDP) may have weights that differ in the last bit: they take
+    the masks of the first of them.
+
+    Args:
+        mesh: The ``DeviceMesh``.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self._mesh = mesh
+
+    def __bool__(self) -> bool:
+        return bool(self._mesh.size() > 1)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank of the mesh."""
+        return not any(self._mesh.get_coordinate())
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """Fill a tensor in place with the values of the first rank; return it.
+
+        Raises:
+            InputError: It is sharded.
+        """
+        raise InputError("What differs between ranks of a mesh has no values of the first rank.")
+
+    def agreed(self, support: Support, step: int) -> Support:
+        """Return the support, the same where ranks hold the same part of a weight."""
+        self._check(support, step, failed=False)
+        for dim in range(self._mesh.ndim):
+            same = {n: m for n, m in support.items() if m.placements[dim].is_replicate()}  # type: ignore[attr-defined]
+            if not same or self._mesh.size(dim) == 1:
+                continue
+            parts = Support({name: local(mask) for name, mask in same.items()})
+            chosen = Peers(self._mesh.get_group(dim)).agreed(parts, step)
+            if chosen is not parts:
+                changed = {name: like(same[name], part) for name, part in chosen.items()}
+                support = Support({**support, **changed})
+        return support
+
+    @contextmanager
+    def informed(self, support: Support, step: int) -> Iterator[None]:
+        """Let the other ranks know of a sentence that keeps this one from choosing a support."""
+        try:
+            yield
+        except InputError as error:
+            try:
+                self._check(support, step, failed=True)
+            except PeerError as others:
+                raise error from others
+            raise
+
+    def _check(self, support: Support, step: int, failed: bool) -> None:
+        """Raise PeerError unless all ranks change the same layers after the same step."""
+        shapes = zlib.crc32(repr([(n, tuple(m.shape)) for n, m in support.items()]).encode())
+        low, high = extremes([step, shapes, int(failed)], self._mesh)
+        if high[2]:
+            raise PeerError(
+                f"A rank could not choose a support after step {step}. What that rank raises says "
+                f"why."
+            )
+        if low != high:
+            raise PeerError(
+                f"The ranks do not agree: some are after step {low[0]}, and others after step "
+                f"{high[0]}, or they prune different layers. Every rank needs the same model, "
+                f"method and schedule, and equally many batches."
+            )
 
 
 ALONE = Peers()

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from support import gloo
 
 PATIENCE = 60.0
-MODULES = ("support.shards_topk",)
+MODULES = ("support.shards_topk", "support.shards_training")
 
 Check = Callable[[], None]
 checks: dict[str, tuple[int, bool, Check]] = {}
