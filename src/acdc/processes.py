@@ -35,6 +35,11 @@ class Peers:
         return self._group is not None
 
     @property
+    def group(self) -> Any:
+        """Their process group; ``None``: this process trains alone."""
+        return self._group
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the first process of the group; a process alone is."""
         return self._group is None or distributed.get_rank(self._group) == 0

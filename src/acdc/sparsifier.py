@@ -150,6 +150,16 @@ class Sparsifier:
         return self._masking.support
 
     @property
+    def gradient_support(self) -> Support | None:
+        """The weights that have a gradient in the next step; ``None``: all have."""
+        return self._masking.gradient_support
+
+    @property
+    def process_group(self) -> Any:
+        """The processes that share masks with this one; ``None``: this process is alone."""
+        return self._weights.peers.group
+
+    @property
     def params(self) -> Mapping[str, Tensor]:
         """The prunable weights by name."""
         return self._weights

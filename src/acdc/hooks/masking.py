@@ -67,6 +67,11 @@ class Masking:
         self._run_by_engine: Support | None = None
         self.average: nn.Module | None = None
 
+    @property
+    def gradient_support(self) -> Support | None:
+        """The weights that have a gradient in the next step; ``None``: all have."""
+        return None if self.dense_gradient or not self._hooks else self.support
+
     def hold(self, support: Support, whole_steps: bool) -> None:
         """Hold ``support`` from here on: gradients and weights outside it are zero.
 
