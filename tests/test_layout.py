@@ -39,8 +39,8 @@ ROWS: list[set[str]] = [
     {"topk", "processes", "positions"},
     {"layers", "support", "schedule", "score"},
     {"kinds"},
-    {"random", "shape", "outfile", "schema"},
-    {"files", "processor"},
+    {"random", "shape", "shards", "outfile", "schema"},
+    {"files", "processor", "collectives"},
     {"errors"},
 ]
 RANK = {room: len(ROWS) - i for i, row in enumerate(ROWS) for room in row}

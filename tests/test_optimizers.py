@@ -1087,13 +1087,13 @@ class ModelEmaV3(nn.Module):
         self.module = copy.deepcopy(model)
 
 
-class DTensor(nn.Parameter):
-    """As of torch.distributed.tensor, by its name."""
+class FlatParameter(nn.Parameter):
+    """As of FullyShardedDataParallel, by its name."""
 
 
-def sharded() -> nn.Module:
+def flattened() -> nn.Module:
     model = build()
-    model.fc1.weight = DTensor(model.fc1.weight.detach())
+    model.fc1.weight = FlatParameter(model.fc1.weight.detach())
     return model
 
 
@@ -1103,7 +1103,7 @@ def sharded() -> nn.Module:
         (lambda: AveragedModel(build()), r"is an average of weights \(AveragedModel\).*project"),
         (lambda: ModelEmaV3(build()), r"is an average of weights \(ModelEmaV3\)"),
         (lambda: build(Lying), r"parameters of the Lying have other names in its state_dict"),
-        (sharded, r"sharded over processes.*DistributedDataParallel"),
+        (flattened, r"sharded over processes.*fully_shard.*DistributedDataParallel"),
     ],
 )
 def test_models_that_are_not_trained_or_not_named_are_refused(make: Any, sentence: str) -> None:

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from acdc import shards
 from acdc.errors import InputError
 from acdc.layers import Layers, matches
 from acdc.score import Scores
@@ -76,6 +77,15 @@ class Pattern(ABC):
 
     def refuses(self, name: str, shape: tuple[int, ...]) -> str | None:
         """Return why a layer of this shape must stay dense, or ``None`` where it need not."""
+        return None
+
+    def cut_by_shards(self, shape: Shape, weight: Tensor) -> str | None:
+        """Return why a sharded weight cannot be pruned, or ``None`` where it can. Collective.
+
+        Args:
+            shape: Of the whole weight.
+            weight: A DTensor.
+        """
         return None
 
     def default_layers(self) -> Layers:
@@ -248,15 +258,23 @@ class NM(Pattern):
         self.counts(scores.shapes)
         return Support({name: self._mask(name, scores) for name in scores})
 
+    def cut_by_shards(self, shape: Shape, weight: Tensor) -> str | None:
+        """Return why a sharded weight has groups that no rank holds as a whole."""
+        axis = shape.inputs
+        if axis is None or not shards.cuts(weight, axis, self.m):
+            return None
+        return _cut(axis, f"groups of {self.m} inputs")
+
     def _mask(self, name: str, scores: Scores) -> Tensor:
         score, axis = scores[name], scores.shapes[name].inputs
         assert axis is not None
         refuse_nan(name, score)
-        inputs_last = score.movedim(axis, -1)
+        inputs_last = shards.local(score).movedim(axis, -1)
         groups = inputs_last.reshape(-1, self.m)
         largest = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, largest, True)
-        return mask.reshape(inputs_last.shape).movedim(-1, axis).contiguous()
+        mask = mask.reshape(inputs_last.shape).movedim(-1, axis).contiguous()
+        return shards.like(score, mask)
 
 
 @dataclass(frozen=True)
@@ -307,6 +325,14 @@ class Block(Pattern):
             return f"its {outputs} x {inputs} channels do not divide into {rows} x {columns}"
         return None
 
+    def cut_by_shards(self, shape: Shape, weight: Tensor) -> str | None:
+        """Return why a sharded weight has blocks that no rank holds as a whole."""
+        rows, columns = self.shape
+        for axis, size in ((shape.outputs, rows), (shape.inputs, columns)):
+            if axis is not None and shards.cuts(weight, axis, size):
+                return _cut(axis, f"blocks of {rows} x {columns}")
+        return None
+
     def _blocks(self, shapes: Shapes) -> dict[str, Shape]:
         """Return the shapes of the layers, counted in blocks."""
         for name, shape in shapes.items():
@@ -342,13 +368,18 @@ class Block(Pattern):
             return shape.outputs, shape.inputs
 
         def sums(name: str) -> Tensor:
-            channels_first = scores[name].movedim(axes(name), (0, 1))
-            parts: Tensor = channels_first.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
-            return parts.sum(dim=(1, 3)).movedim((0, 1), axes(name)).contiguous()
+            score = scores[name]
+            first = shards.local(score).movedim(axes(name), (0, 1))
+            sizes = (len(first) // rows, rows, first.shape[1] // columns, columns)
+            parts = first.reshape(*sizes, *first.shape[2:])
+            summed = parts.sum(dim=(1, 3)).movedim((0, 1), axes(name)).contiguous()
+            return shards.like(score, summed, inner[name])
 
         def weights(name: str, blocks: Tensor) -> Tensor:
             outputs, inputs = axes(name)
-            return blocks.repeat_interleave(rows, outputs).repeat_interleave(columns, inputs)
+            part = shards.local(blocks).repeat_interleave(rows, outputs)
+            part = part.repeat_interleave(columns, inputs)
+            return shards.like(blocks, part, scores.shapes[name])
 
         chosen = self._inner().select(Scores(inner, sums, scores.dtype))
         return Support({name: weights(name, blocks) for name, blocks in chosen.items()})
@@ -357,6 +388,13 @@ class Block(Pattern):
 # --- budgets ---------------------------------------------------------------------------------
 
 _AXES = "the axis over which it is summed is not known: Layers(axes=...) gives it"
+
+
+def _cut(axis: int, what: str) -> str:
+    return (
+        f"it is sharded along axis {axis} so that {what} lie on two ranks. Shard along another "
+        f"axis, or over a number of ranks with which every rank holds whole ones"
+    )
 
 
 def _check_scope(scope: str) -> None:

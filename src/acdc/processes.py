@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from acdc.errors import AcdcError, InputError
+from acdc.collectives import PeerError, together
+from acdc.errors import InputError
+from acdc.shards import Mesh, extremes, like, local
 from acdc.support import Support
 
 SHOWN = 3  # processes that a sentence names
-
-
-class PeerError(AcdcError):
-    """Processes that train one model cannot reach one another, or do not agree."""
 
 
 class Peers:
@@ -168,14 +166,81 @@ class Peers:
         return int(distributed.get_global_rank(self._group, rank))
 
 
+class MeshPeers(Peers):
+    """The ranks of a device mesh, over which the weights are sharded.
+
+    Their masks agree by themselves, because they are chosen by sums over all ranks. But ranks that
+    hold the same part of a weight (HSDP) may have weights that differ in the last bit: they take
+    the masks of the first of them.
+
+    Args:
+        mesh: The ``DeviceMesh``.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self._mesh = mesh
+
+    def __bool__(self) -> bool:
+        return bool(self._mesh.size() > 1)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank of the mesh."""
+        return not any(self._mesh.get_coordinate())
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """Fill a tensor in place with the values of the first rank; return it.
+
+        Raises:
+            InputError: It is sharded.
+        """
+        raise InputError("What differs between ranks of a mesh has no values of the first rank.")
+
+    def agreed(self, support: Support, step: int) -> Support:
+        """Return the support, the same where ranks hold the same part of a weight."""
+        self._check(support, step, failed=False)
+        for dim in range(self._mesh.ndim):
+            same = {n: m for n, m in support.items() if m.placements[dim].is_replicate()}  # type: ignore[attr-defined]
+            if not same or self._mesh.size(dim) == 1:
+                continue
+            parts = Support({name: local(mask) for name, mask in same.items()})
+            chosen = Peers(self._mesh.get_group(dim)).agreed(parts, step)
+            if chosen is not parts:
+                changed = {name: like(same[name], part) for name, part in chosen.items()}
+                support = Support({**support, **changed})
+        return support
+
+    @contextmanager
+    def informed(self, support: Support, step: int) -> Iterator[None]:
+        """Let the other ranks know of a sentence that keeps this one from choosing a support."""
+        try:
+            yield
+        except InputError as error:
+            try:
+                self._check(support, step, failed=True)
+            except PeerError as others:
+                raise error from others
+            raise
+
+    def _check(self, support: Support, step: int, failed: bool) -> None:
+        """Raise PeerError unless all ranks change the same layers after the same step."""
+        shapes = zlib.crc32(repr([(n, tuple(m.shape)) for n, m in support.items()]).encode())
+        low, high = extremes([step, shapes, int(failed)], self._mesh)
+        if high[2]:
+            raise PeerError(
+                f"A rank could not choose a support after step {step}. What that rank raises says "
+                f"why."
+            )
+        if low != high:
+            raise PeerError(
+                f"The ranks do not agree: some are after step {low[0]}, and others after step "
+                f"{high[0]}, or they prune different layers. Every rank needs the same model, "
+                f"method and schedule, and equally many batches."
+            )
+
+
 ALONE = Peers()
-
-
-def has_peers() -> bool:
-    """Return whether several processes were started together, whatever each of them trains."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return int(distributed.get_world_size()) > 1
 
 
 def group_of(model: nn.Module) -> Any:
@@ -192,38 +257,6 @@ def group_of(model: nn.Module) -> Any:
             f"process groups. Say which processes share masks: Sparsifier(..., process_group=...)."
         )
     return next(iter(groups.values()), None)
-
-
-@contextmanager
-def together(what: str) -> Iterator[None]:
-    """Turn the errors of a collective operation into a sentence.
-
-    Args:
-        what: What the processes do in this context.
-
-    Raises:
-        PeerError: Another process has ended, or did not come in the time that
-            ``init_process_group`` was given.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not has_peers() or not is_of_peers(error):
-            raise
-        first = str(error).strip().split("\n")[0]
-        raise PeerError(
-            f"Rank {distributed.get_rank()} cannot {what}: another process has ended, or does "
-            f"something else ({first}). The process that ended says why. All processes must take "
-            f"the same steps on equally many batches."
-        ) from error
-
-
-def is_of_peers(error: RuntimeError) -> bool:
-    """Return whether an error comes from the communication between processes."""
-    if isinstance(error, distributed.DistError):
-        return True
-    signs = ("gloo", "nccl", "connection", "socket", "timed out")
-    return any(sign in str(error).lower() for sign in signs)
 
 
 def _describe(step: int, shapes: int, kept: int) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from acdc import shards
 from acdc.errors import InputError
 from acdc.random import stream
 from acdc.shape import Shape, shapes_of
@@ -76,14 +77,15 @@ def among(scores: Scores, masks: Mapping[str, Tensor]) -> Scores:
     """Return the same scores, none of which is negative, and -1 where a mask is False."""
     return Scores(
         scores.shapes,
-        lambda name: scores[name].masked_fill(~masks[name], -1.0),
+        lambda name: _within(scores[name], masks[name]),
         scores.dtype,
     )
 
 
 def random(params: Mapping[str, Tensor], *words: str | int) -> Scores:
     """Return uniform numbers in [0, 1): for the same words and the same order of the parameters the
-    same on every device and every rank.
+    same on every device and every rank. A rank of a sharded weight draws the numbers of the whole
+    weight, one weight at a time, and keeps its part.
 
     Args:
         params: The weights.
@@ -93,7 +95,8 @@ def random(params: Mapping[str, Tensor], *words: str | int) -> Scores:
 
     def draw(name: str) -> Tensor:
         generator = stream("scores", *words, index[name])
-        return torch.rand(params[name].shape, generator=generator).to(params[name].device)
+        numbers = torch.rand(params[name].shape, generator=generator)
+        return shards.placed(numbers, params[name]).to(params[name].device)
 
     return Scores(shapes_of(params), draw)
 
@@ -107,10 +110,15 @@ def _lazy(tensors: Mapping[str, Tensor], score: Callable[[Tensor], Tensor]) -> S
     )
 
 
+def _within(score: Tensor, mask: Tensor) -> Tensor:
+    part = shards.local(score).masked_fill(~shards.local(mask), -1.0)
+    return shards.like(score, part)
+
+
 def _grad(w: Tensor) -> Tensor:
     if w.grad is None:
         raise InputError(
             f"A weight of shape {tuple(w.shape)} has no gradient. Run a backward pass before "
             f"ranking by gradient."
         )
-    return w.grad
+    return shards.placed(w.grad, w)

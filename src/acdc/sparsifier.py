@@ -31,6 +31,7 @@ from acdc.hooks.rescale import Rescaling
 from acdc.hooks.reset import StateReset
 from acdc.hooks.rows import RowScale
 from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpacked
+from acdc.hooks.sharded import mesh_peers, refuse_pair, reshard
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin, on_cpu
@@ -68,7 +69,8 @@ class Sparsifier:
             each sparse layer.
         state: What :meth:`state_dict` returned: resume there. Nothing is cut at first.
         process_group: The processes that share masks. The default is the group of the model's
-            DistributedDataParallel; without it this process chooses its masks alone.
+            DistributedDataParallel; without it this process chooses its masks alone. The ranks of a
+            model with sharded weights (``fully_shard``, DTensor) are those of its device mesh.
 
     Attributes:
         step: Executed optimizer steps.
@@ -92,10 +94,11 @@ class Sparsifier:
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         self.method, self.model = checked(method), to_train(model, engine)
-        peers = peers_of(model, process_group)
         params, self.refused = method.select(self.model)
         optimizers = Optimizers(optimizer)
         check_can_attach(method, params, optimizers)
+        whole = {"engine": engine, "process_group": process_group, "scale_rows": scale_rows or None}
+        peers = mesh_peers(method, params, model, whole) or peers_of(model, process_group)
         self._hooks = StepHooks(optimizers, Binding(self.model, params, optimizers))
         self._reset = StateReset(optimizers, method, params)
         self.step = 0
@@ -143,7 +146,7 @@ class Sparsifier:
 
     @property
     def support(self) -> Support:
-        """The support now."""
+        """The support now. The masks of sharded weights are DTensors: see :class:`Support`."""
         return self._masking.support
 
     @property
@@ -224,6 +227,7 @@ class Sparsifier:
 
         Call it after every optimizer step if the sparsifier was made with ``automatic=False``.
         """
+        reshard(self.model)
         had_dense_gradient = self._masking.dense_gradient
         wanted = self.method.training.wants_dense_gradient(self.step)
         self._masking.dense_gradient = wanted and self.phase.kind == "sparse"
@@ -313,6 +317,7 @@ class Sparsifier:
         Raises:
             InputError: The network is dense now, or there is no dense network.
         """
+        refuse_pair(self.params)
         self._hooks.check()
         twin, behind = self.dense_twin, on_cpu(self._store.dense)
         pair = paired(self.method, self.step, self.support, self.model, twin, behind, facts)
@@ -384,7 +389,7 @@ class Sparsifier:
             InputError: The state is of another model, method or schedule. Nothing is changed then.
         """
         check_same_run(self.method, self.params, state)
-
+        reshard(self.model)
         keys = ("support", "last_sparse", "trained")
         support, last_sparse, trained = (unpacked(state[key], self.params) for key in keys)
         assert support is not None

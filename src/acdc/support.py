@@ -20,6 +20,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from acdc import shards
 from acdc.errors import InputError
 
 
@@ -50,6 +51,11 @@ def kept(numel: int, sparsity: float) -> int:
 class Support(Mapping[str, Tensor]):
     """Name of a weight → bool tensor of its shape, True = kept.
 
+    The mask of a sharded weight is a DTensor with the placement of the weight: of one mask at a
+    time, ``support[name].full_tensor()`` is the whole, and ``support[name].to_local()`` what this
+    rank holds. Counts, shares, ``==`` and ``digest`` are then those of all ranks, and must be asked
+    for on all ranks. (Counts are remembered: the second time only memory is read.)
+
     Args:
         masks: Bool tensors by parameter name, in the order of the model's parameters. They are
             held, not copied.
@@ -79,9 +85,10 @@ class Support(Mapping[str, Tensor]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Support):
             return NotImplemented
-        return self.keys() == other.keys() and all(
-            torch.equal(mask, other[name].to(mask.device)) for name, mask in self.items()
-        )
+        if self.keys() != other.keys():
+            return False
+        equal = all([_same(mask, other[name]) for name, mask in self.items()])  # on all ranks
+        return not shards.anywhere(not equal, shards.mesh_of(self.values()))
 
     __hash__ = None  # type: ignore[assignment]  # tensors inside: equal by value, not hashable
 
@@ -94,7 +101,7 @@ class Support(Mapping[str, Tensor]):
     def counts(self) -> dict[str, int]:
         """Return the number of kept weights by name."""
         if self._counts is None:
-            self._counts = {k: int(torch.count_nonzero(v)) for k, v in self._masks.items()}
+            self._counts = shards.counts(self._masks.items())
         return dict(self._counts)
 
     @property
@@ -142,7 +149,8 @@ class Support(Mapping[str, Tensor]):
         mask similarity that the authors log.
         """
         self._check(old)
-        differ = sum(int(torch.count_nonzero(v ^ old[k].to(v.device))) for k, v in self.items())
+        pairs = ((k, v ^ old[k].to(v.device)) for k, v in self.items())
+        differ = sum(shards.counts(pairs).values())
         return differ / self.numel if self.numel else 0.0
 
     def to(self, device: torch.device | str) -> Support:
@@ -150,7 +158,10 @@ class Support(Mapping[str, Tensor]):
         return Support({k: v.to(device) for k, v in self.items()})
 
     def pack(self) -> dict[str, Tensor]:
-        """Return the masks as uint8 tensors on the CPU, eight weights a byte, first in bit 0."""
+        """Return the masks as uint8 tensors on the CPU, eight weights a byte, first in bit 0.
+
+        The mask of a sharded weight stays a bool DTensor, which other ranks can hold otherwise.
+        """
         return {name: pack_bits(mask) for name, mask in self.items()}
 
     @classmethod
@@ -159,24 +170,42 @@ class Support(Mapping[str, Tensor]):
         return cls({name: unpack_bits(packed[name], shapes[name]) for name in shapes})
 
     def digest(self) -> str:
-        """Return the SHA-256 of names, shapes and masks: equal supports, equal digests."""
+        """Return the SHA-256 of names, shapes and masks: equal supports, equal digests.
+
+        Sharded masks are gathered for it, one at a time: the digest is that of one process.
+        """
         digest = hashlib.sha256()
         for name, mask in self.items():
             digest.update(f"{name}:{tuple(mask.shape)};".encode())
-            packed = pack_bits(mask)
+            packed = pack_bits(shards.placed(mask, torch.empty(0)))
             digest.update(ctypes.string_at(packed.data_ptr(), packed.numel()))
         return digest.hexdigest()
 
 
+def _same(mask: Tensor, other: Tensor) -> bool:
+    """Return whether two masks are the same, as far as this rank holds them."""
+    if mask.shape != other.shape:
+        return False
+    here = shards.local(mask)
+    return torch.equal(here, shards.local(shards.placed(other, mask)).to(here.device))
+
+
 def pack_bits(mask: Tensor) -> Tensor:
-    """Return a bool tensor as ``ceil(numel / 8)`` bytes (uint8, CPU), first element in bit 0."""
+    """Return a bool tensor as ``ceil(numel / 8)`` bytes (uint8, CPU), first element in bit 0.
+
+    A sharded one is returned as it is.
+    """
+    if shards.is_sharded(mask):
+        return mask
     bits = mask.detach().to("cpu").flatten()
     bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8).to(torch.uint8)
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of :func:`pack_bits` for a tensor of ``shape``."""
+    """Inverse of :func:`pack_bits` for a tensor of ``shape``. A mask is returned as it is."""
+    if packed.dtype == torch.bool and packed.shape == torch.Size(shape):
+        return packed
     numel = 1
     for size in shape:
         numel *= size

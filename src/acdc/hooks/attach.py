@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
+from acdc.collectives import has_peers
 from acdc.errors import InputError
 from acdc.hooks.optimizers import Optimizers
 from acdc.layers import misnamed, unwrapped
 from acdc.methods.base import Method, check_method
 from acdc.methods.training import Behind
-from acdc.processes import Peers, group_of, has_peers
+from acdc.processes import Peers, group_of
 
 if TYPE_CHECKING:  # an engine takes a second to load, and only its users need one
     from acdc.engine.engine import Engine
 
 _AVERAGES = ("ModelEma", "ModelEmaV2", "ModelEmaV3")  # of timm
-_SHARDED = ("FullyShardedDataParallel", "FSDPModule", "FlatParameter", "DTensor")
+_FLAT = ("FullyShardedDataParallel", "FlatParameter")
 
 
 def checked(method: Method[Any]) -> Method[Any]:
@@ -39,8 +40,8 @@ def to_train(model: nn.Module, engine: Engine | None) -> nn.Module:
     """Return the module to train, without wrappers.
 
     Raises:
-        InputError: It is an average or sharded, its parameters have other names than in its
-            ``state_dict``, or the engine is of another model.
+        InputError: It is an average or sharded as one flat parameter, its parameters have other
+            names than in its ``state_dict``, or the engine is of another model.
     """
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -62,11 +63,12 @@ def to_train(model: nn.Module, engine: Engine | None) -> nn.Module:
                 f"lets pair(average=...) save it."
             )
     modules = (*model.modules(), *inner.modules())
-    if any(_is_one_of(each, _SHARDED) for each in (*modules, *inner.parameters())):
+    if any(_is_one_of(each, _FLAT) for each in (*modules, *inner.parameters())):
         raise InputError(
-            "The parameters of the model are sharded over processes (FSDP, fully_shard or "
-            "DTensor), and acdc does not choose the largest weights over shards. Train with "
-            "torch.nn.parallel.DistributedDataParallel, or on one device."
+            "The parameters of the model are sharded over processes by FullyShardedDataParallel, "
+            "which holds them as one flat parameter. Shard the model with "
+            "torch.distributed.fsdp.fully_shard (FSDP2), or train with "
+            "torch.nn.parallel.DistributedDataParallel."
         )
     if names := misnamed(inner):
         raise InputError(

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from acdc.errors import InputError
 from acdc.hooks.optimizers import Optimizers
 from acdc.hooks.watch import PLAIN, WRAPPED, Watch
+from acdc.shards import is_sharded, local
 
 Place = tuple[Any, Any, object]
 """A dictionary or a list, a key, and what is there."""
@@ -150,7 +151,8 @@ def _check_memory(model: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
     Only parameters without gaps are compared: views of columns lie between one another.
     """
     spans = []
-    for name, param in model.named_parameters():
+    for name, whole in model.named_parameters():
+        param = whole if whole.is_meta else local(whole)
         steps = zip(param.shape, param.stride(), strict=True)
         elements = 1 + sum((size - 1) * stride for size, stride in steps)
         if param.device.type != "meta" and 0 < param.numel() == elements:
@@ -187,6 +189,12 @@ def _in_model(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[Place]
     for name, param in params.items():
         last = name.rpartition(".")[2]  # a parametrization holds the weight under another name
         owner = owners.get((id(param), last))
+        if owner is None and any(map(is_sharded, model.parameters())) and not is_sharded(param):
+            raise InputError(
+                f"The model was sharded after the sparsifier was attached, and the weight {name!r} "
+                f"is no longer a parameter of it. Shard first: fully_shard(model), then build the "
+                f"optimizer, then the Sparsifier."
+            )
         if owner is None:
             raise InputError(
                 f"The weight {name!r} of the model was replaced by another tensor after the "

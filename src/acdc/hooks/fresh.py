@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from acdc.methods.base import FreshValue
+from acdc.shards import is_sharded, local
 
 Options = MutableMapping[str, Any]
 
@@ -97,9 +98,10 @@ def fill(
             continue
         # A step count may have the shape of a parameter of one element.
         if isinstance(value, Tensor) and value.shape == param.shape and key != "step":
-            source = param.detach() if fresh == "weight" else torch.full_like(value, float(fresh))
-            source = source.to(value.dtype)
-            value.copy_(source if mask is None else torch.where(mask, source, value))
+            here = local(value)
+            source = local(param) if fresh == "weight" else torch.full_like(here, float(fresh))
+            source = source.to(here.dtype)
+            here.copy_(source if mask is None else torch.where(local(mask), source, here))
         elif mask is None and fresh != "weight":
             if isinstance(value, Tensor):
                 value.fill_(float(fresh))
@@ -109,7 +111,8 @@ def fill(
 
 def looks_like(value: Any, param: Tensor) -> bool:
     """Return whether an entry of the state is a plain tensor with an element for every weight."""
-    return type(value) in (Tensor, torch.nn.Parameter) and value.shape == param.shape
+    plain = type(value) in (Tensor, torch.nn.Parameter) or is_sharded(value)
+    return plain and value.shape == param.shape
 
 
 def trial(optimizer: Optimizer, group: Mapping[str, Any]) -> Fresh:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from acdc import shards
 from acdc.engine.kept import clear, is_one_sweep
 from acdc.errors import InputError
 from acdc.hooks.kept_steps import KeptSteps
@@ -107,8 +108,10 @@ class Masking:
         """
         masks = {}
         for name, mask in support.items():
-            like = torch.empty_like(self._params[name], dtype=torch.bool, device="meta")
             masks[name] = mask
+            if shards.is_sharded(mask):  # FSDP holds parts without gaps, as masks are
+                continue
+            like = torch.empty_like(self._params[name], dtype=torch.bool, device="meta")
             if mask.stride() != like.stride():
                 masks[name] = torch.empty_strided(
                     mask.size(), like.stride(), dtype=torch.bool, device=mask.device
@@ -147,7 +150,8 @@ class Masking:
                 f"that the sparsifier is bound to."
             )
         for name in self._dropped:
-            clear(params[name], self._dropped[name].to(params[name].device))
+            part = shards.local(params[name])
+            clear(part, self._dropped[name].to(part.device))
 
     def clear_gradients(self) -> None:
         """Clear the gradients outside the support that were accumulated before now."""
@@ -209,7 +213,7 @@ class _Dropped(Iterable[str]):
     Args:
         support: Name of a weight → bool mask, True where it is kept.
         params: The weights. A mask has the memory layout of its weight (channels_last, say), so
-            that a fill is one sweep.
+            that a fill is one sweep. Of sharded weights, masks are of what this rank holds.
     """
 
     def __init__(self, support: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
@@ -221,13 +225,18 @@ class _Dropped(Iterable[str]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._masks:
-            mask = torch.empty_like(self._params[name], dtype=torch.bool)
-            self._masks[name] = torch.logical_not(self._support[name], out=mask)
+            mask = torch.empty_like(shards.local(self._params[name]), dtype=torch.bool)
+            torch.logical_not(shards.local(self._support[name]), out=mask)
+            self._masks[name] = mask
         return self._masks[name]
 
     def clear(self, name: str, tensor: Tensor) -> None:
-        """Set a tensor of a weight's shape to zero outside the support."""
-        kept = self._support[name]
+        """Set a tensor of a weight's shape to zero outside the support.
+
+        Of a sharded one every rank sets its part. The part of a weight may get other memory (FSDP
+        does that in its first forward pass), so that it is asked for every time.
+        """
+        tensor, kept = shards.local(tensor), shards.local(self._support[name])
         if is_one_sweep(tensor, kept):
             clear(tensor, kept, where=False)
         else:

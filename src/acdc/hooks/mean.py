@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from acdc.errors import InputError
 from acdc.methods.training import Mean, When
+from acdc.shards import local, placed
 
 
 class NetworkMean:
@@ -46,7 +47,7 @@ class NetworkMean:
             if mean is None:
                 self.tensors[name] = value.detach().clone()
             elif mean.is_floating_point():
-                mean.lerp_(value.detach(), 1 / nth)
+                local(mean).lerp_(local(value), 1 / nth)
             else:
                 mean.copy_(value)
 
@@ -57,7 +58,7 @@ class NetworkMean:
     def put_in(self) -> None:
         """Put the mean into the network."""
         for name, value in self._network():
-            value.detach().copy_(self.tensors[name])
+            local(value).copy_(local(self.tensors[name]))
 
     def drop(self) -> None:
         """Forget the mean, which has been used for the last time."""
@@ -84,7 +85,10 @@ class NetworkMean:
                 "shapes than those of this model. Resume with the model of the run."
             )
         self._noted = state["mean"]["noted"]
-        self.tensors = {name: value.to(own[name], copy=True) for name, value in saved.items()}
+        self.tensors = {
+            n: placed(v, own[n]).to(own[n].device, own[n].dtype, copy=True)
+            for n, v in saved.items()
+        }
 
     def _network(self) -> Iterator[tuple[str, Tensor]]:
         return chain(self._model.named_parameters(), self._model.named_buffers())

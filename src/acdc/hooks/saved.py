@@ -13,6 +13,7 @@ from torch import Tensor
 from acdc.errors import InputError
 from acdc.methods.base import Method
 from acdc.schedule import Schedule
+from acdc.shards import placed
 from acdc.support import Support
 
 FORMAT = 2  # of the state dict
@@ -126,11 +127,11 @@ def is_unused(value: Any, field: Field[Any]) -> bool:
 
 
 def unpacked(packed: Mapping[str, Tensor] | None, params: Mapping[str, Tensor]) -> Support | None:
-    """Return a support from ``Support.pack`` on the devices of the weights; ``None`` for none."""
+    """Return a support from ``Support.pack``, placed as the weights are; ``None`` for none."""
     if packed is None:
         return None
     masks = Support.unpack(packed, {name: tuple(param.shape) for name, param in params.items()})
-    return Support({name: mask.to(params[name].device) for name, mask in masks.items()})
+    return Support({n: placed(mask, params[n]).to(params[n].device) for n, mask in masks.items()})
 
 
 def on_devices(state: Any, params: Mapping[str, Tensor]) -> Any:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from acdc.hooks.binding import Binding
 from acdc.hooks.optimizers import OneOrSeveral, Optimizers, as_optimizers, clear_grads, params_of
+from acdc.shards import anywhere, local, mesh_of
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,10 @@ def only_makes_state(optimizer: Optimizer) -> bool:
         if float(lr) != 0.0:
             return False
     grads = [p.grad for p in params_of(optimizer) if p.grad is not None]
-    return bool(grads) and not any(bool(grad.any()) for grad in grads)
+    if not grads:
+        return False
+    moves = any(bool(local(grad).any()) for grad in grads)
+    return not anywhere(moves, mesh_of(grads))  # all ranks count a step, or none does
 
 
 _STEP = Optimizer.profile_hook_step(lambda self: None).__code__

@@ -19,6 +19,7 @@ from torch import Tensor
 from acdc.engine.kept import clear
 from acdc.methods.training import Behind, Training
 from acdc.methods.weights import Weights
+from acdc.shards import local, placed
 from acdc.support import Support
 
 
@@ -51,17 +52,17 @@ class DenseStore:
             scale: Factor of all gradients, which a fused optimizer undoes by itself.
         """
         assert not self.dense_now
-        for name, dense in self.dense.items():
-            param = self._params[name]
-            param.copy_(dense)
-            trained = None if self.trained is None else self.trained[name]
-            if param.grad is None:
+        for name, whole in self.dense.items():
+            dense, grad = local(whole), self._params[name].grad
+            local(self._params[name]).copy_(dense)
+            trained = None if self.trained is None else local(self.trained[name])
+            if grad is None:
                 continue
             if trained is not None:
-                clear(param.grad, ~trained)
-            pull = self._pull(dense, support[name], trained)
+                clear(local(grad), ~trained)
+            pull = self._pull(dense, local(support[name]), trained)
             if pull is not None:
-                param.grad.add_(pull if scale is None else pull * scale)
+                local(grad).add_(pull if scale is None else pull * scale)
         self.dense_now = bool(self.dense)
 
     def clear_gradients_of_zeros(self) -> None:
@@ -72,15 +73,15 @@ class DenseStore:
         for name in self.dense:
             param = self._params[name]
             if param.grad is not None:
-                clear(param.grad, param == 0)
+                clear(local(param.grad), local(param) == 0)
 
     def take_over(self) -> None:
         """Take over what the step made of the weights that are trained; the others stay."""
         assert self.dense_now == bool(self.dense)
-        for name, dense in self.dense.items():
-            param = self._params[name]
+        for name, whole in self.dense.items():
+            param, dense = local(self._params[name]), local(whole)
             if self.trained is not None:
-                param.copy_(torch.where(self.trained[name], param, dense))
+                param.copy_(torch.where(local(self.trained[name]), param, dense))
             dense.copy_(param)
 
     def fill(self, weights: Weights, support: Support) -> None:
@@ -97,7 +98,7 @@ class DenseStore:
         """Turn the parameters, whose weights outside the support are zero, into the view."""
         if self._training is not None and self._training.view is not None:
             for name in self.dense:
-                param = self._params[name]
+                param = local(self._params[name])
                 param.copy_(self._training.view(name, param, state))
         self.dense_now = False
 
@@ -111,7 +112,7 @@ class DenseStore:
             assert not self.dense_now
             with torch.no_grad():
                 for name, value in dense.items():
-                    self._params[name].copy_(value)
+                    local(self._params[name]).copy_(local(value))
             self.dense_now = bool(dense)
 
     def clones(self) -> dict[str, Tensor]:
@@ -120,7 +121,11 @@ class DenseStore:
 
     def load(self, dense: Mapping[str, Tensor], trained: Support | None) -> None:
         """Hold dense weights from a checkpoint. The parameters hold their view."""
-        self.dense = {n: dense[n].to(self._params[n], copy=True) for n in dense}
+        params = self._params
+        self.dense = {
+            n: placed(dense[n], params[n]).to(params[n].device, params[n].dtype, copy=True)
+            for n in dense
+        }
         self.trained, self.dense_now = trained, False
 
     def _pull(self, dense: Tensor, kept: Tensor, trained: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from acdc.errors import InputError
+from acdc.shards import local
 
 PLAIN, WRAPPED = 1, 16  # changes before a step: of an optimizer, and of one that holds another one
 
@@ -38,9 +39,10 @@ class Watch:
 
     @torch.no_grad()
     def _look(self, param: Tensor) -> None:
-        if self._seen is not None and not torch.equal(param.nan_to_num(), self._seen.nan_to_num()):
+        now = local(param)
+        if self._seen is not None and not torch.equal(now.nan_to_num(), self._seen.nan_to_num()):
             self._changes += 1
-        self._seen = param.detach().clone()
+        self._seen = now.detach().clone()
         if self._changes > self._allowed:
             self.stop()
             raise InputError(

@@ -65,6 +65,7 @@ class Method(ABC, Generic[State]):
     label: ClassVar[str]  # the name as people write it: on pages and in tables
     citation: ClassVar[str]  # BibTeX
     ends_dense: ClassVar[bool] = False  # the network it is for is dense; sparsity is a means
+    needs_whole_weights: ClassVar[str] = ""  # why weights must not be sharded, where that is so
 
     schedule: Plan | Schedule
     reset: Reset = "none"  # optimizer state that is cleared when pruned weights come back

@@ -9,6 +9,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor, nn
 
+from acdc import shards
 from acdc.errors import InputError
 from acdc.kinds import weights
 from acdc.layers import Chosen, Layers
@@ -112,7 +113,9 @@ class Given(Method[None]):
             return support if support.is_full else Support.full(weights), None
         if step != phase.start:
             return support, None
-        return Support({n: self.support[n].to(w.device) for n, w in weights.items()}), None
+        return Support(
+            {n: shards.placed(self.support[n], w).to(w.device) for n, w in weights.items()}
+        ), None
 
     def forecast(self, weights: Mapping[str, Tensor]) -> Forecast:
         """Return the supports of a run: exact, because they are given."""

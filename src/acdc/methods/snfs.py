@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
-from acdc import score
+from acdc import score, shards
 from acdc.errors import InputError
 from acdc.layers import Layers
 from acdc.methods.base import Forecast, Reset
@@ -116,11 +117,19 @@ class SNFS(Evolving):
     def _growth(self, momentum: Scores, support: Support, rest: Support) -> dict[str, int]:
         """Share out among the layers as many weights as have left."""
         mean = {
-            name: float((momentum[name] * mask).sum(dtype=momentum.dtype)) / max(1, kept)
+            name: _sum_within(momentum[name], mask, momentum.dtype) / max(1, kept)
             for (name, mask), kept in zip(support.items(), support.counts().values(), strict=True)
         }
         room = {name: mask.numel() - rest.counts()[name] for name, mask in rest.items()}
         return apportion(support.nnz - rest.nnz, mean, room)
+
+
+def _sum_within(values: Tensor, mask: Tensor, dtype: torch.dtype) -> float:
+    """Return the sum of the values that a mask keeps. Collective, if they are sharded."""
+    part = shards.local(values) * shards.local(mask)
+    if not shards.counts_here(values):
+        part = part.new_zeros(1)
+    return float(shards.total(part.sum(dtype=dtype), shards.mesh_of([values])))
 
 
 def apportion(total: int, weight: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:

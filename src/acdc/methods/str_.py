@@ -68,6 +68,7 @@ class STR(Ramped[Thresholds]):
     """
 
     name: ClassVar[str] = "str"
+    needs_whole_weights: ClassVar[str] = "its thresholds are learned by sums over whole weights"
     label: ClassVar[str] = "STR"
     citation: ClassVar[str] = """\
 @inproceedings{kusupati2020str,

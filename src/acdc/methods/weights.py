@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from acdc import shards
 from acdc.errors import InputError
 from acdc.processes import ALONE, Peers
 from acdc.shape import Shape, shapes_of
@@ -85,7 +86,9 @@ class Weights(Mapping[str, Tensor]):
         The gradient is accumulated over batches, reduced over processes, unscaled and clipped.
         """
         grad, scale = self._params[name].grad, self._scale(self._params[name])
-        return grad if grad is None or scale is None else grad / scale
+        if grad is None or scale is None:
+            return grad
+        return shards.like(grad, shards.local(grad) / scale)
 
     def rate(self, name: str) -> float:
         """Return the learning rate of a weight."""

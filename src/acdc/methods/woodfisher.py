@@ -68,6 +68,7 @@ class WoodFisher(Ramped[Memory]):
     """
 
     name: ClassVar[str] = "woodfisher"
+    needs_whole_weights: ClassVar[str] = "it inverts matrices over blocks of whole weights"
     label: ClassVar[str] = "WoodFisher"
     citation: ClassVar[str] = """\
 @inproceedings{singh2020woodfisher,

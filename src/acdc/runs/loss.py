@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from acdc.processes import together
+from acdc.collectives import together
 from acdc.runs.setup import Setup
 
 if TYPE_CHECKING:

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from acdc.collectives import PeerError, has_peers, is_of_peers
 from acdc.errors import InputError
 from acdc.files import alone
 from acdc.hooks.steps import StepHooks
 from acdc.pair import Pair
-from acdc.processes import PeerError, has_peers, is_of_peers
 from acdc.random import seed_of
 from acdc.runs import checkpoint, events
 from acdc.runs.checkpoint import Progress, check_same

@@ -1,0 +1,145 @@
+"""Checks on several ranks whose weights are sharded: gloo on the CPU.
+
+It is a process of its own, which forks the ranks of every check: they cost no imports. Called with
+a folder and the names of checks; prints what each rank of each check said, as JSON. A rank that
+fails says so with its traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch._dynamo  # as the ones below: every rank would import it by itself
+import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard  # noqa: F401
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from support import gloo
+
+PATIENCE = 60.0
+MODULES = ("support.shards_topk", "support.shards_training")
+
+Check = Callable[[], None]
+checks: dict[str, tuple[int, bool, Check]] = {}
+"""Name of a check → ranks, whether it takes long, and the function that every rank calls."""
+
+
+def on(*worlds: int, long: bool = False) -> Callable[[Check], Check]:
+    """Register a check for so many ranks each."""
+
+    def register(check: Check) -> Check:
+        for world in worlds:
+            name = f"{check.__name__}[{world}]"
+            assert name not in checks
+            checks[name] = world, long, check
+        return check
+
+    return register
+
+
+def fork(rank: int, world: int, folder: Path, check: Check) -> int:
+    """Start a rank, and return the number of its process."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    with open(folder / f"{rank}", "w") as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            meeting = dist.FileStore(str(folder / "store"), world)
+            patience = timedelta(seconds=PATIENCE / 2)
+            dist.init_process_group(
+                "gloo", store=meeting, rank=rank, world_size=world, timeout=patience
+            )
+            os.chdir(folder)
+            with warnings.catch_warnings(action="ignore"):
+                check()
+            dist.barrier()
+            dist.destroy_process_group()
+            code = 0
+        except BaseException:
+            said.write(traceback.format_exc())
+        said.flush()
+    os._exit(code)
+
+
+def run(name: str, folder: Path) -> list[str]:
+    """Run a check; return what each rank has to say: nothing, if all is well."""
+    world, _, check = checks[name]
+    folder.mkdir()
+    children = [fork(rank, world, folder, check) for rank in range(world)]
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + PATIENCE
+    while len(codes) < world and time.monotonic() < deadline:
+        for child in set(children) - set(codes):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    for child in set(children) - set(codes):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    said = []
+    for rank, child in enumerate(children):
+        code = codes.get(child)
+        text = (folder / str(rank)).read_text()
+        said.append("" if code == 0 else f"ended with {code}: {text}")
+    return said
+
+
+def report(folder: Path, names: list[str]) -> dict[str, list[str]]:
+    """Run checks in a process of their own; return what their ranks said."""
+    (folder / "names").write_text(json.dumps(names))
+    return json.loads(gloo.run("support.shards", folder))
+
+
+# --- what checks share ---------------------------------------------------------------------------
+
+
+def placed(full: torch.Tensor, mesh: dist.DeviceMesh, *placements: object) -> DTensor:
+    """Return a tensor that every rank holds as a whole, sharded."""
+    return distribute_tensor(full.clone(), mesh, placements, src_data_rank=None)
+
+
+def mesh(*sizes: int) -> dist.DeviceMesh:
+    """Return a device mesh of these sizes."""
+    names = ("replicate", "shard") if len(sizes) == 2 else ("shard",)
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
+def main() -> None:
+    """Run the checks that the folder names, one after the other."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    found = {}
+    for number, name in enumerate(json.loads((folder / "names").read_text())):
+        found[name] = run(name, folder / str(number))
+    print(json.dumps(found))
+
+
+def load() -> None:
+    """Import the modules whose checks are registered."""
+    from importlib import import_module
+
+    for module in MODULES:
+        import_module(module)
+
+
+if __name__ == "__main__":
+    from support import shards
+
+    shards.load()
+    shards.main()
