@@ -36,7 +36,7 @@ ROWS: list[set[str]] = [
     {"methods", "pair", "runtime"},
     {"index", "states"},
     {"pattern", "engine", "cost", "bitmask"},
-    {"topk", "processes", "positions"},
+    {"topk", "transposable", "processes", "positions"},
     {"layers", "support", "schedule", "score"},
     {"kinds"},
     {"random", "shape", "outfile", "schema"},
