@@ -9,6 +9,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from functools import cache
 
 import pytest
@@ -29,6 +30,7 @@ from acdc.schedule import constant, phases
 from acdc.score import Scores
 from acdc.sparsifier import Sparsifier
 from acdc.support import Support, kept
+from acdc.transposable import best_masks, tile_masks
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -100,6 +102,36 @@ def oracle_nm(pattern: NM, scores: Mapping[str, Tensor]) -> Support:
                 group = [float(t[(row, first + i, *position)]) for i in range(pattern.m)]
                 for i in in_order(group)[: pattern.n]:
                     masks[name][(row, first + i, *position)] = True
+    return Support(masks)
+
+
+def oracle_tile(values: list[list[float]], n: int) -> tuple[tuple[int, ...], ...]:
+    """Return the columns that each row keeps: of all matrices of 0 and 1, the best fitting one."""
+    m = len(values)
+    fitting = [
+        rows
+        for rows in itertools.product(itertools.combinations(range(m), n), repeat=m)
+        if all(sum(column in row for row in rows) == n for column in range(m))
+    ]
+
+    def total(rows: tuple[tuple[int, ...], ...]) -> Fraction:
+        return sum((Fraction(values[i][j]) for i, row in enumerate(rows) for j in row), Fraction())
+
+    return max(fitting, key=total)  # max returns the first of several
+
+
+def oracle_transposable(pattern: NM, scores: Mapping[str, Tensor]) -> Support:
+    n, m = pattern.n, pattern.m
+    masks = {name: torch.zeros(t.shape, dtype=torch.bool) for name, t in scores.items()}
+    for name, t in scores.items():
+        kernel = list(itertools.product(*map(range, t.shape[2:])))
+        corners = itertools.product(range(0, t.shape[0], m), range(0, t.shape[1], m), kernel)
+        for row, column, position in corners:
+            at = [[(row + i, column + j, *position) for j in range(m)] for i in range(m)]
+            kept = oracle_tile([[float(t[place]) for place in line] for line in at], n)
+            for i, columns in enumerate(kept):
+                for j in columns:
+                    masks[name][at[i][j]] = True
     return Support(masks)
 
 
@@ -220,11 +252,33 @@ def test_blocks_are_what_a_loop_gives(
     assert pattern.counts(shapes_of(drawn)) in (None, support.counts())
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    scores(st.sampled_from([4, 8])),
+    st.sampled_from([(2, 4), (2, 4), (1, 4), (3, 4), (1, 2)]),
+)
+def test_transposable_tiles_are_the_best_of_all(
+    drawn: dict[str, Tensor], nm: tuple[int, int]
+) -> None:
+    # Sixteenths: the oracle's fractions and sums of doubles are equal.
+    drawn = {n: (t.double().clamp(-4, 4) * 16).round().to(t.dtype) / 16 for n, t in drawn.items()}
+    pattern = NM(*nm, transposable=True)
+    support = pattern.select(drawn)
+    assert support == oracle_transposable(pattern, drawn)
+    assert support.counts() == pattern.counts(shapes_of(drawn))
+    assert support.nnz == pattern.total(shapes_of(drawn)) == support.numel * nm[0] // nm[1]
+    for mask in support.values():
+        for channels in (0, 1):
+            groups = mask.movedim(channels, -1).unflatten(-1, (-1, nm[1]))
+            assert (groups.sum(-1) == nm[0]).all()
+
+
 EVERY = [
     Unstructured(0.7),
     Unstructured(0.7, "uniform"),
     Unstructured(0.7, "erk"),
     NM(2, 4),
+    NM(2, 4, transposable=True),
     Block((4, 1), 0.5),
     Block((2, 2), 0.5, "erk"),
 ]
@@ -567,6 +621,82 @@ class Odd(nn.Module):
         self.odd = nn.Linear(6, 4)
 
 
+def test_tiles_have_all_masks_and_ties_go_to_the_first() -> None:
+    counts = {nm: len(tile_masks(*nm)) for nm in ((1, 2), (1, 3), (2, 3), (1, 4), (2, 4), (3, 4))}
+    assert counts == {(1, 2): 2, (1, 3): 6, (2, 3): 6, (1, 4): 24, (2, 4): 90, (3, 4): 24}
+    masks = tile_masks(2, 4)
+    texts = ["".join("01"[kept] for kept in mask.flatten().tolist()) for mask in masks]
+    assert texts == sorted(set(texts), reverse=True)
+    assert texts[0] == "1100110000110011"
+    equal = NM(2, 4, transposable=True).select({"w": torch.ones(8, 4)})["w"]
+    assert torch.equal(equal, masks[0].repeat(2, 1))
+    # Each mask is the best for scores of its own; of several that are equally good, the first.
+    assert torch.equal(best_masks(masks.double(), 2, 4), masks)
+    either = masks[17] | masks[80]
+    inside = [mask for mask in masks if torch.equal(mask & either, mask)]
+    assert len(inside) > 1
+    assert torch.equal(best_masks(either.float()[None], 2, 4)[0], inside[0])
+
+
+def test_tiles_are_chosen_by_exact_sums() -> None:
+    # In float32 every sum with 2^24 is the same, and the first mask of those would win.
+    tile = torch.zeros(4, 4)
+    tile[0, 0], tile[3, 1] = 2.0**24, 1.0
+    mask = NM(2, 4, transposable=True).select({"w": tile})["w"]
+    assert mask[0, 0]
+    assert mask[3, 1]
+    doubles = torch.rand(8, 8, dtype=torch.float64)
+    close = doubles.float().double() + torch.linspace(0, 1e-9, 64, dtype=torch.float64).view(8, 8)
+    pattern = NM(2, 4, transposable=True)
+    assert pattern.select({"w": close}) == oracle_transposable(pattern, {"w": close})
+    # Infinite scores count before all others, and huge ones do not overflow.
+    for large in (math.inf, torch.finfo(torch.float64).max):
+        tile = torch.rand(4, 4, dtype=torch.float64)
+        tile[1, 2] = tile[2, 3] = large
+        mask = pattern.select({"w": tile})["w"]
+        assert mask[1, 2]
+        assert mask[2, 3]
+    tile = torch.full((4, 4), math.inf)
+    tile[0, 0] = -math.inf
+    assert not pattern.select({"w": tile})["w"][0, 0]
+
+
+def test_transposable_is_close_to_the_best_and_the_text_of_nm_is_as_before() -> None:
+    # A saved state names the pattern by this text.
+    assert repr(NM(2, 4)) == str(NM()) == "NM(n=2, m=4)"
+    assert repr(NM(1, 4, transposable=True)) == "NM(n=1, m=4, transposable=True)"
+    assert NM(2, 4) != NM(2, 4, transposable=True)
+    weights = {"w": torch.rand(64, 64)}
+    both, rows = (NM(2, 4, transposable=t).select(weights)["w"] for t in (True, False))
+    share = weights["w"][both].sum() / weights["w"][rows].sum()
+    assert 0.9 < share < 1
+
+
+def test_transposable_layers_must_divide_both_ways() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good = nn.Conv2d(8, 12, 3, groups=2)  # 12 outputs, but 6 of each group
+            self.fine = nn.Conv2d(8, 8, 3, groups=2)
+            self.up = nn.ConvTranspose2d(8, 12, 2, groups=2)
+            self.rnn = nn.LSTM(8, 6)
+            self.head = nn.Linear(8, 6)
+            self.odd = nn.Linear(6, 8)
+
+    pattern = NM(2, 4, transposable=True)
+    params, why = choose(Both(), pattern, Layers(types=("conv", "linear", "rnn")))
+    assert list(params) == ["fine.weight"]
+    assert why["good.weight"] == "its 6 outputs do not divide into tiles of 4"
+    assert why["up.weight"] == "its 6 outputs do not divide into tiles of 4"
+    assert why["rnn.weight_ih_l0"] == "its 6 outputs do not divide into tiles of 4"
+    assert why["head.weight"] == "its 6 outputs do not divide into tiles of 4"
+    assert why["odd.weight"] == "its 6 inputs do not divide into groups of 4"
+    with pytest.raises(InputError, match=r"layer 'w' cannot be 2:4: its 6 outputs do not divide"):
+        pattern.select({"w": torch.ones(6, 8)})
+    with pytest.raises(InputError, match="The score of 'w' holds NaN"):
+        pattern.select({"w": torch.full((4, 4), math.nan)})
+
+
 def test_layers_that_do_not_divide_stay_dense_and_are_reported() -> None:
     model = Odd()
     before = copy.deepcopy(model)
@@ -676,6 +806,11 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "4 of 4": (lambda: NM(4, 4), r"NM\(4, 4\) is no pattern.*1 <= n < m, such as NM\(2, 4\)"),
     "0 of 4": (lambda: NM(0, 4), r"NM\(0, 4\)"),
+    "tiles of eight": (
+        lambda: NM(4, 8, transposable=True),
+        r"NM\(4, 8, transposable=True\) has tiles of 8 x 8.*m is at most 4",
+    ),
+    "transposable": (lambda: NM(2, 4, "yes"), "transposable is 'yes'. It is True or False"),  # type: ignore[arg-type]
     "half": (lambda: NM(0.5, 4), r"NM\(0.5, 4\)"),  # type: ignore[arg-type]
     "block of zero": (lambda: Block((0, 1)), r"shape=\(0, 1\).*whole numbers from 1 up"),
     "block of three": (lambda: Block((1, 1, 1)), r"shape=\(1, 1, 1\)"),  # type: ignore[arg-type]

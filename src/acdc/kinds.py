@@ -135,7 +135,7 @@ def layer_of(module: nn.Module, key: str, param: Tensor) -> tuple[Kind, Shape] |
         if isinstance(module, _TRANSPOSED):
             return "conv", Shape(sizes, outputs=1, inputs=0, groups=module.groups)
         if isinstance(module, _CONVS) or _like_convolution(module, sizes):
-            return "conv", Shape(sizes)
+            return "conv", Shape(sizes, output_groups=max(1, getattr(module, "groups", 1)))
         if isinstance(module, nn.Linear) or _like_linear(module, sizes):
             return "linear", Shape(sizes)
         if is_conv1d(module):

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -25,6 +25,7 @@ from acdc.score import Scores
 from acdc.shape import Shape
 from acdc.support import Support, check_sparsity, kept
 from acdc.topk import check_floor, largest, largest_with_floor, refuse_nan
+from acdc.transposable import LARGEST, best_masks
 
 Scope = Literal["global", "uniform", "erk"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -214,11 +215,26 @@ class NM(Pattern):
     that is depends on the layer: see :class:`~acdc.shape.Shape`. A layer whose reduction axis ``m``
     does not divide stays dense and is reported.
 
-    Source: Mishra et al. 2021 (2:4); Zhou et al., ICLR 2021 (N:M from scratch).
+    Args:
+        n: Kept weights of every group.
+        m: Weights of a group.
+        transposable: Whether the groups along the output channels keep ``n`` of ``m`` as well, so
+            that the transposed weight has the pattern, too. Weights are then chosen in tiles of
+            ``m`` outputs by ``m`` inputs at one kernel position: of all masks of a tile, the one
+            with the largest sum of scores (:func:`~acdc.transposable.best_masks`). ``m`` is at most
+            4. A layer whose output or input channels ``m`` does not divide stays dense and is
+            reported; no tile crosses the groups of a convolution.
+
+    Raises:
+        InputError: ``n`` and ``m`` are no pattern, or ``m`` is too large for tiles.
+
+    Source: Mishra et al. 2021 (2:4); Zhou et al., ICLR 2021 (N:M from scratch); Hubara et al.,
+    NeurIPS 2021 (transposable masks; there by linear programs and by an approximation).
     """
 
     n: int = 2
     m: int = 4
+    transposable: bool = field(default=False, metadata={"added": True})
 
     def __post_init__(self) -> None:
         if not (isinstance(self.n, int) and isinstance(self.m, int) and 1 <= self.n < self.m):
@@ -226,6 +242,19 @@ class NM(Pattern):
                 f"NM({self.n!r}, {self.m!r}) is no pattern: it keeps n of every m weights, "
                 f"with whole numbers 1 <= n < m, such as NM(2, 4)."
             )
+        if not isinstance(self.transposable, bool):
+            raise InputError(f"transposable is {self.transposable!r}. It is True or False.")
+        if self.transposable and self.m > LARGEST:
+            raise InputError(
+                f"NM({self.n}, {self.m}, transposable=True) has tiles of {self.m} x {self.m} "
+                f"weights, whose masks are too many to compare. m is at most {LARGEST}, such as "
+                f"NM(2, 4, transposable=True)."
+            )
+
+    def __repr__(self) -> str:
+        # Checkpoints hold this text: a field that was added is named where it is used.
+        added = ", transposable=True" if self.transposable else ""
+        return f"NM(n={self.n!r}, m={self.m!r}{added})"
 
     @property
     def target(self) -> float:
@@ -239,6 +268,8 @@ class NM(Pattern):
             return _AXES
         if shape.input_channels % self.m:
             return f"its {shape.input_channels} inputs do not divide into groups of {self.m}"
+        if self.transposable and shape.group_outputs % self.m:
+            return f"its {shape.group_outputs} outputs do not divide into tiles of {self.m}"
         return None
 
     def counts(self, shapes: Shapes) -> dict[str, int]:
@@ -256,16 +287,18 @@ class NM(Pattern):
         """Return the support of the ``n`` largest scores of every group."""
         scores = Scores.of(scores)
         self.counts(scores.shapes)
-        return Support({name: self._mask(name, scores) for name in scores})
+        mask = self._tiled if self.transposable else self._grouped
+        return Support({name: mask(name, scores) for name in scores})
 
     def cut_by_shards(self, shape: Shape, weight: Tensor) -> str | None:
-        """Return why a sharded weight has groups that no rank holds as a whole."""
-        axis = shape.inputs
-        if axis is None or not shards.cuts(weight, axis, self.m):
-            return None
-        return _cut(axis, f"groups of {self.m} inputs")
+        """Return why a sharded weight has groups or tiles that no rank holds as a whole."""
+        axes, what = [shape.inputs], f"groups of {self.m} inputs"
+        if self.transposable:
+            axes, what = [shape.inputs, shape.outputs], f"tiles of {self.m} x {self.m}"
+        cut = next((a for a in axes if a is not None and shards.cuts(weight, a, self.m)), None)
+        return None if cut is None else _cut(cut, what)
 
-    def _mask(self, name: str, scores: Scores) -> Tensor:
+    def _grouped(self, name: str, scores: Scores) -> Tensor:
         score, axis = scores[name], scores.shapes[name].inputs
         assert axis is not None
         refuse_nan(name, score)
@@ -275,6 +308,18 @@ class NM(Pattern):
         mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, largest, True)
         mask = mask.reshape(inputs_last.shape).movedim(-1, axis).contiguous()
         return shards.like(score, mask)
+
+    def _tiled(self, name: str, scores: Scores) -> Tensor:
+        score, shape, m = scores[name], scores.shapes[name], self.m
+        assert shape.inputs is not None
+        refuse_nan(name, score)
+        axes = (shape.outputs, shape.inputs)
+        last = shards.local(score).movedim(axes, (-2, -1))
+        *others, outputs, inputs = last.shape
+        tiles = last.reshape(*others, outputs // m, m, inputs // m, m).transpose(-3, -2)
+        mask = best_masks(tiles.reshape(-1, m, m), self.n, m).view(tiles.shape)
+        whole = mask.transpose(-3, -2).reshape(last.shape)
+        return shards.like(score, whole.movedim((-2, -1), axes).contiguous())
 
 
 @dataclass(frozen=True)

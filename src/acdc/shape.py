@@ -23,6 +23,8 @@ class Shape(tuple[int, ...]):
         outputs: The axis of the output channels.
         inputs: The axis of the input channels, over which a layer sums. ``None``: not known.
         groups: Equal parts of the axis of inputs that are summed apart (transposed convolutions).
+        output_groups: Equal parts of the axis of outputs that are summed over different inputs
+            (convolutions).
         stack: Equal parts of axis 0 that are matrices of their own: the gates of an LSTM, or the
             projections of queries, keys and values. An axis 0 that holds neither outputs nor inputs
             holds as many matrices as it is long: the experts of a mixture.
@@ -31,6 +33,7 @@ class Shape(tuple[int, ...]):
     outputs: int
     inputs: int | None
     groups: int
+    output_groups: int
     stack: int
 
     def __new__(
@@ -40,11 +43,13 @@ class Shape(tuple[int, ...]):
         outputs: int = 0,
         inputs: int | None = 1,
         groups: int = 1,
+        output_groups: int = 1,
         stack: int = 1,
     ) -> Shape:
         """Make the tuple, and set the fields."""
         shape = super().__new__(cls, sizes)
-        shape.outputs, shape.inputs, shape.groups, shape.stack = outputs, inputs, groups, stack
+        shape.outputs, shape.inputs = outputs, inputs
+        shape.groups, shape.output_groups, shape.stack = groups, output_groups, stack
         return shape
 
     @classmethod
@@ -56,6 +61,11 @@ class Shape(tuple[int, ...]):
     def output_channels(self) -> int:
         """Output channels of one matrix."""
         return self[self.outputs] // self.stack
+
+    @property
+    def group_outputs(self) -> int:
+        """Output channels of one matrix that are summed over the same inputs."""
+        return self.output_channels // self.output_groups
 
     @property
     def input_channels(self) -> int:
@@ -77,7 +87,12 @@ class Shape(tuple[int, ...]):
         sizes[self.outputs] //= rows
         sizes[self.inputs] //= columns
         return Shape(
-            sizes, outputs=self.outputs, inputs=self.inputs, groups=self.groups, stack=self.stack
+            sizes,
+            outputs=self.outputs,
+            inputs=self.inputs,
+            groups=self.groups,
+            output_groups=self.output_groups,
+            stack=self.stack,
         )
 
 

@@ -109,6 +109,7 @@ def groups_and_blocks() -> None:
         full = scores(GROUPED, kind)
         check(NM(2, 4), {n: v for n, v in full.items() if n != "tall"})
         check(NM(1, 2), full)
+        check(NM(1, 2, transposable=True), {n: v for n, v in full.items() if v.shape[0] % 16 == 0})
         check(Block((2, 2), 0.7), full)
         check(Block((4, 1), 0.6, "uniform"), {"tall": full["tall"]})
 
@@ -120,6 +121,9 @@ def where_groups_are_cut() -> None:
     weight = placed(torch.zeros(12, 24), over, Shard(0))
     shape = Shape((12, 24))
     assert NM(2, 4).cut_by_shards(shape, weight) is None  # groups lie along the inputs
+    tiles = NM(2, 4, transposable=True).cut_by_shards(shape, weight)
+    assert tiles is not None
+    assert "along axis 0 so that tiles of 4 x 4" in tiles
     assert Block((3, 1), 0.5).cut_by_shards(shape, weight) is None
     why = Block((4, 1), 0.5).cut_by_shards(shape, weight)
     assert why is not None

@@ -7,6 +7,7 @@
 ``watch``       an optimizer whose steps are not seen is noticed
 ``steps``       hooks before and after every optimizer step
 ``masking``     weights and gradients outside the support are zero
+``flat``        zeros in all weights of a GPU by one launch; ``flat_kernel`` is its kernel
 ``store``       the dense weights behind a sparse view
 ``fresh``       what the state of a fresh optimizer is, found out by a trial
 ``reset``       optimizer state is made fresh where weights come back

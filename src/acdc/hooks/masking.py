@@ -19,7 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from acdc import shards
 from acdc.engine.kept import clear, is_one_sweep
 from acdc.errors import InputError
+from acdc.hooks.flat import Flat
 from acdc.hooks.kept_steps import KeptSteps
+from acdc.hooks.steps import refuse_capture
 from acdc.hooks.twin import averaged
 from acdc.processes import ALONE, Peers
 from acdc.support import Support
@@ -59,7 +61,7 @@ class Masking:
         self._copies = copies
         self.support = Support.full(params)
         self.dense_gradient = False
-        self._dropped = _Dropped({}, params)
+        self._dropped, self._flat = _Dropped({}, params), Flat()
         self._hooks: list[RemovableHandle] = []
         self._kept_steps = []
         if engine is not None and not engine.off:
@@ -83,6 +85,7 @@ class Masking:
         self._remove_hooks()
         self.support = support = self.laid_out(support)
         self._dropped = _Dropped({} if support.is_full else support, self._params)
+        self._flat = Flat()  # without the pointers to the masks before
         for name in self._dropped:
             param = self._params[name]
             trained = param.requires_grad
@@ -126,14 +129,12 @@ class Masking:
         Args:
             only: The ids of the parameters that may have changed; ``None``: of all.
         """
-        for name in self._dropped:
-            param = self._params[name]
-            if only is not None and id(param) not in only:
-                continue
-            if not any(steps.left_zeros(param) for steps in self._kept_steps):
-                self._dropped.clear(name, param)
-            for copy in self._copies(name):
-                self._dropped.clear(name, copy)
+        self._clear(
+            (name, tensor)
+            for name in self._dropped
+            if only is None or id(self._params[name]) in only
+            for tensor in self._may_have_moved(name)
+        )
 
     def project_copy(self, model: nn.Module) -> None:
         """Set the weights outside the support to zero in another copy of the model.
@@ -155,10 +156,8 @@ class Masking:
 
     def clear_gradients(self) -> None:
         """Clear the gradients outside the support that were accumulated before now."""
-        for name in self._dropped:
-            grad = self._params[name].grad
-            if grad is not None:
-                self._dropped.clear(name, grad)
+        grads = ((name, self._params[name].grad) for name in self._dropped)
+        self._clear((name, grad) for name, grad in grads if grad is not None)
 
     def tell_engine(self) -> None:
         """Let the engine run the support. A step with a dense gradient runs dense."""
@@ -184,6 +183,23 @@ class Masking:
         if self.engine is not None:
             self.engine.decompress()
 
+    def _may_have_moved(self, name: str) -> Iterator[Tensor]:
+        """Yield a weight, unless a step here left its zeros, and what an optimizer copies of it."""
+        param = self._params[name]
+        if not any(steps.left_zeros(param) for steps in self._kept_steps):
+            yield param
+        yield from self._copies(name)
+
+    def _clear(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Set tensors of the shapes of weights to zero outside the support."""
+        flat = []
+        for name, tensor in tensors:
+            if self._flat.takes(tensor, self.support[name]):
+                flat.append((tensor, self.support[name]))
+            else:
+                self._dropped.clear(name, tensor)
+        self._flat.clear(flat)
+
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -198,6 +214,7 @@ class Masking:
             now = masking()
             if now is None or now.dense_gradient:
                 return
+            refuse_capture("A gradient is masked", "other weights may be pruned then")
             if now.engine is not None and now.engine.kernel_gradients.all_of(param, kept):
                 return  # zero there already
             if param.grad is not None:

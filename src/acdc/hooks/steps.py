@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from acdc.errors import InputError
 from acdc.hooks.binding import Binding
 from acdc.hooks.optimizers import OneOrSeveral, Optimizers, as_optimizers, clear_grads, params_of
 from acdc.shards import anywhere, local, mesh_of
@@ -37,6 +38,8 @@ class StepHooks:
     A step of several optimizers is one call of each. It also ends where one of them is called for
     the second time, or out of turn and with new gradients: a GradScaler skips the call of an
     optimizer whose gradients overflow, and only of that one.
+
+    A step that a CUDA graph captures is refused (:func:`refuse_capture`).
 
     Not counted: a step inside another step of the same optimizer (a class whose ``step`` calls that
     of its base class), and a step that only makes state (:func:`only_makes_state`).
@@ -91,6 +94,7 @@ class StepHooks:
             function(executed, found)
 
         def after(index: int, optimizer: Optimizer) -> None:
+            refuse_capture("The optimizer steps", "steps would not be counted")
             if is_nested(optimizer):
                 return
             for param, grad in self._hidden:
@@ -108,9 +112,11 @@ class StepHooks:
                 between(index)
 
         self._finish = finish
+        # A compiled step calls the hook as it is: what it counts would be compiled anew each time.
+        plain = torch.compiler.disable(after)
         for index, optimizer in enumerate(self._optimizers):
             self._handles.append(
-                optimizer.register_step_post_hook(lambda opt, *_, i=index: after(i, opt))
+                optimizer.register_step_post_hook(lambda opt, *_, i=index: plain(i, opt))
             )
         if self._binding is not None:
             self._binding.claim()
@@ -130,7 +136,7 @@ class StepHooks:
 
     def _register_before(self) -> None:
         for index, optimizer in enumerate(self._optimizers):
-            begin = partial(self._begin, index)
+            begin = torch.compiler.disable(partial(self._begin, index))
             self._handles.append(optimizer.register_step_pre_hook(begin))
 
     def _begin(
@@ -202,6 +208,25 @@ class _Round:
         executed, self._executed = self._executed, False
         self.called, self._last = [], []
         return executed
+
+
+def refuse_capture(what: str, why: str) -> None:
+    """Raise InputError while a CUDA graph is captured on the stream that is used now.
+
+    A replay of the graph calls no hooks, so the masks of this moment would stay in it.
+
+    Args:
+        what: What happens inside the capture, as the beginning of a sentence.
+        why: What would be wrong with a replay beside the masks, as a clause.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            f"{what} while a CUDA graph is captured. A replay of the graph calls no hooks: {why}, "
+            f"and the masks would stay those of this moment when the phase changes. Capture the "
+            f"model alone, by torch.cuda.make_graphed_callables or "
+            f'torch.compile(mode="reduce-overhead"), and call backward() and optimizer.step() '
+            f"outside of the capture."
+        )
 
 
 def _version(tensor: Tensor | None) -> int:
