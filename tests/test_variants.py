@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,8 @@ from acdc import recipes
 from acdc.compare.cells import cells, prepare
 from acdc.compare.grid import Grid, locate
 from acdc.errors import InputError
+from acdc.runs import train
+from support.runs import tiny
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -29,8 +32,9 @@ def modules() -> Iterator[dict[str, ModuleType]]:
         import ablation
         import choose
         import variants
+        import why
 
-        yield {"variants": variants, "choose": choose, "ablation": ablation}
+        yield {"variants": variants, "choose": choose, "ablation": ablation, "why": why}
     finally:
         sys.path.remove(str(EXPERIMENTS))
 
@@ -163,3 +167,80 @@ def test_the_ablation_changes_one_factor_at_a_time(modules: dict[str, Any]) -> N
         assert sum(plan) == pytest.approx(100)
     assert ablation.stretched(-2, 20) == ablation.BASE
     assert ablation.stretched(0, 60) == (60, 5, 5, 5, 10, 15)
+
+
+@pytest.mark.parametrize("task", ["fashion_mnist", "tinyshakespeare"])
+def test_every_test_of_a_cause_has_its_rows(task: str, modules: dict[str, Any]) -> None:
+    why = modules["why"]
+    found = grid("why", f"why_{task}")
+    rows = {method.name for method in found.methods}
+    assert len(set(labels(found))) == len(rows) * len(why.SEEDS)
+    used = set()
+    for cause in why.CAUSES:
+        assert sum(cause.contrast.values()) == 0
+        if found.name in cause.least:
+            assert cause.contrast.keys() <= rows
+            used |= cause.contrast.keys()
+    assert used == rows
+
+
+def test_the_rows_of_a_cause_change_what_they_name(modules: dict[str, Any]) -> None:
+    why = modules["why"]
+    found = grid("why", "why_tinyshakespeare")
+    plain, built = found.task.recipe, {}
+    for method in found.methods:
+        built[method.name] = method.build(found.task, 0.95, 24, 0)
+    paper = built["acdc"].method
+    decay = built["gmp_decay3"].changes["optimizer"].weight_decay
+    assert decay == pytest.approx(3 * plain.optimizer.weight_decay)
+    assert built["acdc_sparse2"].changes["lr"].sparse == 2
+    assert built["acdc_tail"].changes["lr"].curve == plain.lr
+    for name, option in (("ramp", 0.6), ("average", 0.4), ("taper", 2.0), ("reset", "entered")):
+        row = {"reset": "acdc_entered"}.get(name, f"acdc_{name}")
+        assert replace(built[row].method, **{name: getattr(paper, name)}) == paper
+        assert getattr(built[row].method, name) == option
+    assert why.NORMS.build(found.task, 0.95, 24, 0).method.restore_norms
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([], "not run yet"),
+        ([0.3], "undecided"),
+        ([0.3, 0.31, 0.32], "supported"),
+        ([0.05, 0.06, 0.04], "refuted"),
+        ([0.0, 0.3, 0.6], "undecided"),  # the interval reaches below zero
+        ([0.13, 0.14, 0.13], "refuted"),  # it is there, and too small
+        ([0.14, 0.15, 0.14], "undecided"),
+    ],
+)
+def test_a_cause_is_decided_by_its_interval(
+    values: list[float], said: str, modules: dict[str, Any]
+) -> None:
+    assert modules["why"].verdict(values, 0.15).endswith(said)
+
+
+def test_contrasts_are_of_seeds_that_have_all_rows(tmp_path: Path, modules: dict[str, Any]) -> None:
+    why, folder = modules["why"], tmp_path / "why_fashion_mnist"
+    folder.mkdir()
+    rows = [
+        {"method": name, "seed": seed, "sparse_quality": 90 + seed + 0.5 * (name == "acdc_ramp")}
+        for name in ("acdc", "acdc_ramp")
+        for seed in (0, 1, 2)[: 2 if name == "acdc" else 3]
+    ]
+    (folder / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = why.qualities(folder)
+    assert why.contrasts({"acdc_ramp": 1, "acdc": -1}, found) == [0.5, 0.5]
+    assert "+0.500 (+0.500 to +0.500), 2 seeds: supported" in why.table(tmp_path)
+
+
+def test_the_ledger_has_the_losses_at_the_ends_of_phases(
+    tmp_path: Path, modules: dict[str, Any]
+) -> None:
+    settings = {"method__schedule__epochs": "7", "data__train_examples": "128"}
+    train.run(tiny(**settings), tmp_path / "run", device="cpu")
+    lines = modules["why"].ledger(tmp_path / "run").splitlines()
+    kinds = [line.split()[0] for line in lines[1:]]
+    assert kinds == ["dense", "sparse", "dense", "sparse", "dense", "sparse"]
+    assert len(lines[1].split()) == 5  # no jump before the first phase
+    assert len(lines[2].split()) == 6
