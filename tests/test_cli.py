@@ -132,7 +132,8 @@ SURFACE = {
     "cite": [("METHOD", "optional")],
     "compare": [
         ("GRID", "required"),
-        ("--jobs N", "default 1"),
+        ("--jobs N", "default None"),
+        ("--on ADDRESS", "default None"),
         ("--resume", "flag"),
         ("--out DIR", "default runs"),
     ],

@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 from rich.console import Console
 
 from acdc.cli import main
-from acdc.compare import results, work
+from acdc.compare import pool, results, work
 from acdc.compare.cells import Cell, base_recipe, cells, epochs_at_equal_cost, prepare
 from acdc.compare.grid import Grid, Task, locate
 from acdc.compare.results import Outcome
@@ -314,7 +313,7 @@ def test_rows_stand_for_runs_that_are_gone(
         trained.append(run.label)
         return "Not today."
 
-    monkeypatch.setattr(work, "train_cell", refuse)
+    monkeypatch.setattr(pool, "train_cell", refuse)
     compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert not trained
     assert rows(folder) == rows(whole)
@@ -382,7 +381,7 @@ def test_the_page_of_a_long_grid_is_there_before_its_end(
         pages.append((folder / "report.html").exists())
         return "Not today."
 
-    monkeypatch.setattr(work, "train_cell", fails)
+    monkeypatch.setattr(pool, "train_cell", fails)
     monkeypatch.setattr(work, "DRAWN_EVERY", 0.0)
     compare(grid_of("whole"), tmp_path, resume=True, device="cpu")
     assert pages[0] is False
@@ -436,63 +435,8 @@ def test_a_disk_that_fills_while_results_are_written(
     assert {path.name for path in folder.iterdir()} - {".lock", "failed.jsonl"} == set(before)
 
 
-@pytest.mark.slow
-def test_several_jobs_one_killed_and_all_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in _environment(ACDC_TEST_PARENT=str(os.getpid())).items():
-        monkeypatch.setenv(name, value)
-    asked = False
-
-    def watch(progress: Progress) -> None:
-        nonlocal asked
-        shares = [share for cell, share in progress.running if cell.method == "acdc"]
-        if any(shares) and not asked:
-            asked = True
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(train.Interrupted, match="of 3 cells settled") as caught:
-        compare(grid_of("deadly"), tmp_path, jobs=2, device="cpu", watch=watch)
-    assert caught.value.signal == signal.SIGTERM
-    folder = tmp_path / "deadly"
-    reasons = {cell["method"]: cell["reason"] for cell in rows(folder, "failed.jsonl")}
-    assert "killed by SIGKILL" in reasons["killer"]
-    assert reasons["acdc"] == "Not trained yet."
-    assert "still to be trained" in (folder / "report.html").read_text()
-    assert len(list((folder / "runs").glob("*/checkpoint/last.ckpt"))) == 2
-    # With one job this process trains, and no worker is killed.
-    compare(grid_of("deadly"), tmp_path, resume=True, device="cpu")
-    assert len(rows(folder)) == 3
-    assert not rows(folder, "failed.jsonl")
-
-
-@pytest.mark.slow
-def test_processes_end_with_the_command_even_if_it_is_killed(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "acdc", "compare", grid_of("endless"), "--jobs", "2"]
-    process = subprocess.Popen([*words, "--out", str(tmp_path)], env=_environment())
-    runs = tmp_path / "endless" / "runs"
-    _wait(lambda: len(list(runs.glob("*/checkpoint/last.ckpt"))) == 2)
-    process.kill()
-    process.wait()
-    # The lock is held by the command and by every process of a cell.
-    with alone(tmp_path / "endless", "", patience=20):
-        sizes = [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
-        time.sleep(0.3)
-        assert sizes == [path.stat().st_size for path in runs.glob("*/metrics.jsonl")]
-
-
-def _wait(true: Callable[[], bool], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_two_commands_do_not_train_the_same_cells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_commands_do_not_train_the_same_cells(tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
-    monkeypatch.setattr(work, "PATIENCE", 0.3)
     with (
         alone(tmp_path / "small", ""),
         pytest.raises(InputError, match="Another acdc compare is at work"),

@@ -59,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.export": {"onnx", "onnxscript", "numpy"},
     "acdc.runs": {"lightning", "sklearn", "numpy", "torchvision", "PIL"},
     "acdc.runs.supports": {"safetensors"},
+    "acdc.compare.cluster": {"dask", "distributed"},
     "acdc.pages": {"numpy"},
     "acdc.pages.paired": {"scipy"},
     "acdc.integrations.accelerate": {"accelerate"},

@@ -28,8 +28,8 @@ from acdc.processor import affinity, processor_name
 
 NEEDED = ("torch", "numpy", "safetensors")
 OPTIONAL = (
-    "lightning", "scikit-learn", "matplotlib", "jinja2", "rich", "tensorboard", "torchvision",
-    "onnx", "onnxscript", "onnxruntime", "transformers", "accelerate", "timm",
+    "lightning", "scikit-learn", "matplotlib", "jinja2", "rich", "distributed", "tensorboard",
+    "torchvision", "onnx", "onnxscript", "onnxruntime", "transformers", "accelerate", "timm",
 )  # fmt: skip
 SETTINGS = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "ACDC_", "CUDA_VISIBLE_DEVICES")
 

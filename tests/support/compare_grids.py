@@ -6,6 +6,7 @@ the environment.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from dataclasses import dataclass, replace
@@ -127,6 +128,13 @@ def _killer(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
     return replace(_acdc(task, sparsity, epochs, seed), changes={"clip": 5.0})
 
 
+def _crasher(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    """Reads where no memory is in the process of its cell, and not in the one that started it."""
+    if os.environ["ACDC_TEST_PARENT"] != str(os.getpid()):
+        ctypes.string_at(0)
+    return replace(_acdc(task, sparsity, epochs, seed), changes={"clip": 5.0})
+
+
 DENSE = GridMethod("dense", "Dense", _dense, sparsities=(0.0,))
 ACDC_ = GridMethod("acdc", "AC/DC", _acdc)
 ONE_SHOT = GridMethod("one_shot", "One-shot", _one_shot)
@@ -172,7 +180,12 @@ def _long(grid: Grid, epochs: int) -> Grid:
 
 def deadly() -> Grid:
     killer = GridMethod("killer", "Killer", _killer)
-    return _long(_grid("deadly", DENSE, killer, ACDC_, sparsities=(0.5,)), 200)
+    return _long(_grid("deadly", DENSE, killer, ACDC_, sparsities=(0.5,)), 40)
+
+
+def crashing() -> Grid:
+    crasher = GridMethod("crasher", "Crasher", _crasher)
+    return _grid("crashing", crasher, DENSE, ACDC_, sparsities=(0.5,))
 
 
 def slow() -> Grid:

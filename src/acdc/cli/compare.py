@@ -27,9 +27,16 @@ def add(commands: Commands) -> None:
         "--jobs",
         metavar="N",
         type=int,
-        default=1,
-        help="number of cells trained at the same time, each in a process with its share of the "
-        "threads (default: 1, in this process)",
+        help="number of cells trained at the same time, each in a worker, a process with its share "
+        "of the threads (default: 1, in this process; with --on: one in each worker)",
+    )
+    sub.add_argument(
+        "--on",
+        metavar="ADDRESS",
+        help="train on the workers of a Dask scheduler that is running, such as tcp://HOST:8786. "
+        "Each worker ('dask worker ADDRESS --nthreads 1') needs the environment of this command, "
+        "the folder of --out under the same path, the file of the grid if it is one, and the data: "
+        "set ACDC_DATA there as here",
     )
     sub.add_argument(
         "--resume",
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
                 address,
                 args.out,
                 jobs=args.jobs,
+                on=args.on,
                 resume=args.resume,
                 command=args.command_line.replace(str(args.out), args.out.name),
                 watch=watcher,

@@ -2,9 +2,8 @@
 
 Every cell is a run, as ``acdc run`` makes it: a folder under ``runs/``, with checkpoints. Finished
 runs are read, started ones are continued, missing ones are trained. A cell that cannot be trained
-fails with a reason, and the other cells are not affected. With one job the cells are trained in
-this process. With several jobs each cell is trained by a worker, a process with its share of the
-threads. Workers stop when this process does.
+fails with a reason, and the other cells are not affected. This module plans: which cells are
+finished, which run is next, what is written. A pool trains (``pool.py``): this process, or workers.
 
 =====================  ==================================================================
 ``results.jsonl``      a row for each finished cell, written again with every one of them
@@ -19,22 +18,15 @@ threads. Workers stop when this process does.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import queue
 import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from acdc.compare import results
 from acdc.compare.cells import (
@@ -49,8 +41,9 @@ from acdc.compare.cells import (
     prepare,
 )
 from acdc.compare.grid import Grid, locate
+from acdc.compare.pool import Pool, ThisProcess
 from acdc.compare.results import Outcome
-from acdc.errors import AcdcError, InputError
+from acdc.errors import AcdcError, InputError, need
 from acdc.files import alone
 from acdc.runs import train
 from acdc.runs.record import Folder
@@ -61,7 +54,7 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]
 DRAWN_EVERY = 300.0  # seconds between two drawings of the page while the grid is trained
 WATCHED_EVERY = 0.25  # seconds between two reports of the progress of a job
-PATIENCE = 20.0  # seconds that workers of a killed command may take to end
+LOSSES = 2  # processes that may die before their cell fails
 
 
 @dataclass(frozen=True)
@@ -94,7 +87,8 @@ def compare(
     address: str,
     out: Path,
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
+    on: str | None = None,
     resume: bool = False,
     device: str = "auto",
     command: str = "",
@@ -106,7 +100,11 @@ def compare(
     Args:
         address: The grid's function: ``"package.module:function"`` or ``"file.py:function"``.
         out: The folder in which the grid gets its own.
-        jobs: Cells trained at the same time, each with an equal share of the threads.
+        jobs: Cells trained at the same time. More than one: each in a worker, a process with an
+            equal share of the threads. ``None``: one, in this process; with ``on`` as many as the
+            cluster has workers.
+        on: Address of the scheduler of a Dask cluster, ``"tcp://HOST:8786"``, whose workers train
+            the cells. They need this environment, and ``out`` under the same path.
         resume: Keep what is finished, and try failed cells again.
         device: As ``acdc run`` takes it.
         command: The command line, for the records.
@@ -114,11 +112,13 @@ def compare(
         draw: Draws the page: every few minutes, and at the end. ``None``: there is no page.
 
     Raises:
-        InputError: There is no such grid, its folder is taken, or its results cannot be written.
+        InputError: There is no such grid, its folder is taken, its results cannot be written, or
+            the cluster cannot train it.
+        MissingDependency: ``distributed`` is not installed, and there is more than one job.
         Interrupted: Stopped by SIGTERM or SIGINT. Every cell that was being trained has a
             checkpoint.
     """
-    if jobs < 1:
+    if jobs is not None and jobs < 1:
         raise InputError(f"--jobs is {jobs}. It is a whole number from 1 up.")
     grid = locate(address)
     folder = out / grid.name
@@ -127,41 +127,56 @@ def compare(
             f"{folder} already holds runs or results of this grid. Go on with them by --resume, "
             f"or choose another folder with --out."
         )
-    # The workers hold the lock, too: a new command waits until those of a killed one have ended.
     refusal = (
         f"Another acdc compare is at work in {folder}. Wait for it, stop it, or choose another "
         f"folder with --out."
     )
-    with alone(folder, refusal, PATIENCE) as lock:
+    with alone(folder, refusal):
         board = _Board(grid, folder, watch or (lambda _: None), draw)
-        trainer = _Trainer(address, folder, device, command, jobs, lock)
         try:
-            _work(board, trainer, jobs)
+            with closing(_pool(address, folder, device, command, jobs, on)) as pool:
+                _work(board, pool)
         finally:
             board.write()
     return board.outcomes()
 
 
-def _work(board: _Board, trainer: _Trainer, jobs: int) -> None:
+def _pool(
+    address: str, folder: Path, device: str, command: str, jobs: int | None, on: str | None
+) -> Pool:
+    """Return the pool that trains the cells."""
+    if on is None and jobs in (None, 1):
+        return ThisProcess(folder, device, command)
+    try:
+        from acdc.compare import cluster
+    except ImportError as error:
+        raise need("distributed", "lab") from error
+    order = cluster.Order(address, str(folder), device, command)
+    return cluster.Embedded(order, jobs or 1) if on is None else cluster.Running(order, on, jobs)
+
+
+def _work(board: _Board, pool: Pool) -> None:
     """Train until every cell is finished or failed.
 
     Raises:
-        Interrupted: Asked to stop. The workers have ended.
+        Interrupted: Asked to stop. Nothing is being trained any more.
     """
     with stop_signals() as stop:
         try:
             board.update()
-            while True:
-                while not stop and len(board.running()) < jobs and (job := board.start_next()):
-                    trainer.begin(job)
-                if stop or not board.running():
-                    break
-                trainer.take(board)
+            while not stop and board.unfinished():
+                while not stop and pool.free() and (job := board.start_next()):
+                    pool.begin(job.run)
+                pool.wait(board)
         except train.Interrupted as error:  # raised by a run in this process
             stop.append(error.signal)
+        except AcdcError:
+            if not stop:  # Ctrl-C in a terminal may reach a worker that is being started
+                raise
         if stop:
-            trainer.stop()
-            trainer.drain(board)
+            pool.stop()
+            while board.running():
+                pool.wait(board)
             progress = board.progress()
             raise train.Interrupted(
                 f"Stopped ({signal.Signals(stop[0]).name}) with {progress.done} of "
@@ -185,6 +200,7 @@ class Job:
         share: Share of its steps that is done.
         record: Its record, when it is done.
         reason: Why it failed.
+        losses: How many processes died that trained it.
     """
 
     run: Prepared
@@ -193,6 +209,7 @@ class Job:
     share: float = 0.0
     record: Json | None = None
     reason: str = ""
+    losses: int = 0
 
 
 class _Board:
@@ -301,11 +318,18 @@ class _Board:
 
     def running(self) -> list[Job]:
         """Return the jobs that are being trained."""
-        return [job for job in self.jobs.values() if job.state == "running"]
+        return self._in_state("running")
+
+    def unfinished(self) -> bool:
+        """Return whether something is being trained, or is to be trained."""
+        return bool(self._in_state("running") or self._in_state("ready"))
+
+    def _in_state(self, state: State) -> list[Job]:
+        return [job for job in self.jobs.values() if job.state == state]
 
     def start_next(self) -> Job | None:
         """Return the first job to train in the order of the grid, and mark it as running."""
-        ready = [job for job in self.jobs.values() if job.state == "ready"]
+        ready = self._in_state("ready")
         if not ready:
             return None
         job = min(ready, key=lambda job: job.position)
@@ -323,8 +347,17 @@ class _Board:
             self.watch(self.progress())
 
     def stopped(self, label: str) -> None:
-        """Note that a job was stopped by a signal; ``--resume`` continues it."""
-        self.jobs[label].state = "known"
+        """Note that a job was stopped, and wrote a checkpoint: it can go on from there."""
+        self.jobs[label].state = "ready"
+
+    def lost(self, label: str, reason: str) -> None:
+        """Note that the process of a job died. It goes on from its last checkpoint, but once."""
+        job = self.jobs[label]
+        job.losses += 1
+        if job.losses < LOSSES:
+            job.state = "ready"
+        else:
+            self.ended(label, reason)
 
     def ended(self, label: str, reason: str | None) -> None:
         """Note that a job has ended: with a record, or with a reason why it failed."""
@@ -420,161 +453,3 @@ def _asked(cell: Cell) -> Json:
 
 class _FailedError(Exception):
     """Why a cell has no results."""
-
-
-# --- training -----------------------------------------------------------------------------------
-
-
-class _Trainer:
-    """Trains jobs: in this process, or each in a worker."""
-
-    def __init__(
-        self, address: str, folder: Path, device: str, command: str, jobs: int, lock: int
-    ) -> None:
-        self.folder, self.device, self.command = folder, device, command
-        self.jobs, self.lock = jobs, lock
-        self.request = {"grid": address, "folder": str(folder)}
-        self.request |= {"device": device, "command": command}
-        self.local: Job | None = None  # to be trained in this process
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.messages: queue.Queue[tuple[str, Json]] = queue.Queue()
-        self.stopping = False
-
-    def begin(self, job: Job) -> None:
-        """Start a worker; with one job, let the next :meth:`take` train it."""
-        if self.jobs == 1:
-            self.local = job
-            return
-        # The number of epochs may follow from measured FLOPs. It is decided here, and passed to
-        # the worker.
-        run = job.run
-        request = self.request | {"cell": asdict(run.cell), "epochs": run.epochs}
-        threads = str(max(1, torch.get_num_threads() // self.jobs))
-        words = [sys.executable, "-m", "acdc.compare.worker", json.dumps(request)]
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,  # closed when this process ends, which stops the worker
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=os.environ | {"OMP_NUM_THREADS": threads},
-                pass_fds=(self.lock,),
-                start_new_session=True,  # Ctrl-C reaches this process, which stops the workers
-            )
-            self.processes[run.label] = process
-            copy = os.dup(errors.fileno())
-        threading.Thread(target=self._listen, args=(run.label, process, copy), daemon=True).start()
-
-    def _listen(self, label: str, process: subprocess.Popen[bytes], errors: int) -> None:
-        """Put the messages of a worker into the queue, the last one with how it ended."""
-        assert process.stdout is not None
-        end: Json | None = None
-        for line in process.stdout:
-            message = json.loads(line)
-            if "end" in message:
-                end = message
-            else:
-                self.messages.put((label, message))
-        code = process.wait()
-        with os.fdopen(errors, "rb") as file:
-            file.seek(0)
-            errors_text = file.read().decode(errors="replace").strip()
-        if end is None:
-            end = {"end": "failed", "reason": _why_it_died(code, errors_text), "code": code}
-        self.messages.put((label, end))
-
-    def take(self, board: _Board, patience: float = 0.5) -> None:
-        """Wait up to ``patience`` seconds for a message, and pass it to the board.
-
-        With one job: train it.
-
-        Raises:
-            Interrupted: A run in this process was asked to stop.
-        """
-        if self.local is not None:
-            job, self.local = self.local, None
-            board.ended(job.run.label, self._train(job.run, board))
-            return
-        try:
-            label, message = self.messages.get(timeout=patience)
-        except queue.Empty:
-            return
-        if "end" not in message:
-            board.advanced(label, message["share"])
-            return
-        process = self.processes.pop(label)
-        assert process.stdin is not None
-        process.stdin.close()
-        if message["end"] == "stopped" or (self.stopping and "code" in message):
-            board.stopped(label)
-        else:
-            board.ended(label, message.get("reason"))
-
-    def _train(self, run: Prepared, board: _Board) -> str | None:
-        def watch(share: float) -> None:
-            board.advanced(run.label, share)
-
-        return train_cell(run, self.folder, self.device, self.command, watch)
-
-    def stop(self) -> None:
-        """Ask all workers to write a checkpoint and stop."""
-        self.stopping = True
-        for process in self.processes.values():
-            process.terminate()
-
-    def drain(self, board: _Board) -> None:
-        """Wait until all workers have ended."""
-        while self.processes:
-            self.take(board, patience=60)
-
-
-def train_cell(
-    run: Prepared, folder: Path, device: str, command: str, watch: Callable[[float], None]
-) -> str | None:
-    """Train a run, from its last checkpoint if it has one. Return why it failed, or ``None``.
-
-    Args:
-        run: What to train.
-        folder: The folder of the grid.
-        device: As ``acdc run`` takes it.
-        command: The command line, for the record.
-        watch: Called with the share of the steps that is done.
-
-    Raises:
-        Interrupted: The run was asked to stop, and wrote a checkpoint.
-    """
-    run_folder = Folder(folder / "runs" / run.label)
-    total = 1
-
-    def follow(event: Json) -> None:
-        nonlocal total
-        if event["event"] == "start":
-            total = event["total_steps"]
-        elif event["event"] == "step":
-            watch(event["step"] / total)
-
-    try:
-        train.run(
-            run.recipe,
-            run_folder.path,
-            changed=run.changed,
-            resume=run_folder.recipe.exists(),
-            device=device,
-            command=command,
-            watch=follow,
-        )
-    except train.Interrupted:
-        raise
-    except Exception as error:  # any error fails this cell alone
-        return explain(error)
-    return None
-
-
-def _why_it_died(code: int, errors: str) -> str:
-    """Return why a worker ended that sent no last message."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = " The system may have run out of memory." if -code == signal.SIGKILL else ""
-        return f"Its process was killed by {name}.{hint}"
-    last = errors.splitlines()[-1] if errors else "it printed no error"
-    return f"Its process ended with code {code}: {last}"

@@ -20,9 +20,14 @@ class Interrupted(AcdcError):
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that holds the signal, once one asks the process to stop."""
-    caught: list[int] = []
+def stop_signals(caught: list[int] | None = None) -> Iterator[list[int]]:
+    """Yield a list that holds the signal, once one asks the process to stop.
+
+    Args:
+        caught: The list to use. Signals reach the main thread alone: whoever trains in another
+            thread gives a list, and puts the number of a signal into it to stop.
+    """
+    caught = [] if caught is None else caught
 
     def note(number: int, _: FrameType | None) -> None:
         if caught:

@@ -66,6 +66,7 @@ def run(
     download: bool = False,
     command: str = "",
     watch: Watch | None = None,
+    stop: list[int] | None = None,
 ) -> dict[str, Any]:
     """Train ``recipe`` in ``folder`` and return its record.
 
@@ -79,6 +80,8 @@ def run(
         download: Fetch the data if it is not there.
         command: What was typed, for the record.
         watch: Called with every event, as it happens; a resumed run gives its start event again.
+        stop: An empty list, for a run in another thread than the main one: the run stops as by a
+            signal once the list holds the number of one.
 
     Raises:
         InputError: Anything the user can mend. What was trained is in the last checkpoint.
@@ -97,7 +100,7 @@ def run(
             _alone(files, fabric),
             # The generator is the process's own: what the run draws from it is put back.
             torch.random.fork_rng(enabled=True),
-            stop_signals() as stop,
+            stop_signals(stop) as asked,
         ):
             # Again: another process may have begun a run meanwhile.
             checkpoint.check_free(files, recipe, resume)
@@ -105,7 +108,7 @@ def run(
             if recipe.threads is not None:
                 torch.set_num_threads(recipe.threads)
             data = recipe.data.load(root, download)
-            loop = _Loop(recipe, files, fabric, data, stop, watch or (lambda _: None))
+            loop = _Loop(recipe, files, fabric, data, asked, watch or (lambda _: None))
             if fabric.is_global_zero and not resume:
                 # Written only now, so that a run that failed to start leaves no folder behind.
                 files.write(files.recipe, checkpoint.identity(recipe, changed or {}))
