@@ -27,6 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that a test starts
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave long checks on several ranks to ``make test-distributed``."""
+    if "distributed" in config.option.markexpr:
+        return
+    long = [item for item in items if item.get_closest_marker("distributed")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[list[int]]:
     """The segments that the kernels computed. A fallback to PyTorch fails the test."""

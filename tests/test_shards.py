@@ -7,20 +7,24 @@ import pytest
 from support import shards
 
 shards.load()
-SHORT = [name for name, (_, long, _) in shards.checks.items() if not long]
+
+
+def every() -> list[object]:
+    """Return the names of the checks; long ones are for ``make test-distributed``."""
+    marks = {True: pytest.mark.distributed, False: pytest.mark.slow}
+    return [pytest.param(name, marks=marks[long]) for name, (_, long, _) in shards.checks.items()]
 
 
 @pytest.fixture(scope="module")
 def said(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[str]]:
-    """Run the checks that are wanted once, in one process."""
-    wanted = [
-        item.callspec.params["name"] for item in request.session.items if item.path == request.path
-    ]
+    """Run the checks that are wanted, all in one process; return what their ranks said."""
+    items = [item for item in request.session.items if item.path == request.path]
+    wanted = [item.callspec.params["name"] for item in items if hasattr(item, "callspec")]
     return shards.report(tmp_path_factory.mktemp("shards"), wanted)
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", every())
 def test_on_ranks(said: dict[str, list[str]], name: str) -> None:
-    assert said[name] == [""] * len(said[name])
+    assert said[name] == [""] * len(said[name]), "\n".join(said[name])

@@ -828,7 +828,7 @@ FAULTS = [
           "tests/test_peers.py"),
     # --- shards ---------------------------------------------------------------------------------
     Fault("ties between shards go to the last weights", "topk.py",
-          "(-index).masked_fill_(", "index.masked_fill_(",
+          "index.neg_().masked_fill_(", "index.masked_fill_(",
           "tests/test_shards.py -k few_and_many"),
     Fault("weights that two ranks hold are counted twice", "topk.py",
           "if not shards.counts_here(score):\n", "if False:\n",

@@ -85,6 +85,23 @@ class Peers:
         """
         if not self or self._are_equal(support, step):
             return support
+        return self._of_first(support)
+
+    def same_masks(self, support: Support, step: int) -> Support:
+        """Return the masks of the first process, of processes that may keep other numbers of
+        weights: each holds a part of the model, and all hold the same part.
+
+        Args:
+            support: What this process has chosen for the part.
+            step: Executed steps of this process.
+        """
+        if not self:
+            return support
+        ranks = self._compared([_hash(support), 0], step, "", _device(support))
+        return support if all(rank == ranks[0] for rank in ranks) else self._of_first(support)
+
+    def _of_first(self, support: Support) -> Support:
+        """Return the masks of the first process, of the same shapes."""
         packed = support.pack()
         device = _device(support)
         bits = self.from_first(torch.cat([part.to(device) for part in packed.values()])).cpu()
@@ -121,9 +138,8 @@ class Peers:
         sizes may wait forever, or fill a mask with the bytes of another.
         """
         shapes = zlib.crc32(repr([(n, tuple(m.shape)) for n, m in support.items()]).encode())
-        masks = int(support.digest()[:15], 16)  # fits in 64 bits with a sign
         # The number of kept weights, which a seed cannot change: the sparsity that was asked for.
-        mine = [step, shapes, support.nnz, masks, 0]
+        mine = [step, shapes, support.nnz, _hash(support), 0]
         ranks = self._compared(mine, step, "", _device(support))
         if any(rank[:3] != mine[:3] for rank in ranks):
             others = [i for i, rank in enumerate(ranks) if rank[:3] != mine[:3]][:SHOWN]
@@ -205,7 +221,7 @@ class MeshPeers(Peers):
             if not same or self._mesh.size(dim) == 1:
                 continue
             parts = Support({name: local(mask) for name, mask in same.items()})
-            chosen = Peers(self._mesh.get_group(dim)).agreed(parts, step)
+            chosen = Peers(self._mesh.get_group(dim)).same_masks(parts, step)
             if chosen is not parts:
                 changed = {name: like(same[name], part) for name, part in chosen.items()}
                 support = Support({**support, **changed})
@@ -261,6 +277,10 @@ def group_of(model: nn.Module) -> Any:
 
 def _describe(step: int, shapes: int, kept: int) -> str:
     return f"is after step {step} and keeps {kept:,} weights (layers {shapes:08x})"
+
+
+def _hash(support: Support) -> int:
+    return int(support.digest()[:15], 16)  # fits in 64 bits with a sign
 
 
 def _device(support: Support) -> torch.device:

@@ -80,6 +80,11 @@ def placed(tensor: Tensor, target: Tensor) -> Tensor:
     return moved
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole tensor. Collective, if it is sharded."""
+    return placed(tensor, torch.empty(0))
+
+
 def mesh_of(tensors: Iterable[Tensor]) -> Mesh:
     """Return the device mesh of the first sharded tensor, or ``None`` where none is sharded."""
     return next((_spread(tensor)[0] for tensor in tensors if is_sharded(tensor)), None)

@@ -34,7 +34,7 @@ from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpac
 from acdc.hooks.sharded import mesh_peers, refuse_pair, reshard
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
-from acdc.hooks.twin import DenseTwin, on_cpu
+from acdc.hooks.twin import DenseTwin
 from acdc.methods.base import Method
 from acdc.methods.training import Masked
 from acdc.methods.weights import Weights
@@ -319,7 +319,7 @@ class Sparsifier:
         """
         refuse_pair(self.params)
         self._hooks.check()
-        twin, behind = self.dense_twin, on_cpu(self._store.dense)
+        twin, behind = self.dense_twin, self._store.dense
         pair = paired(self.method, self.step, self.support, self.model, twin, behind, facts)
         return pair if average is None else paired_averages(pair, average, twin)
 
@@ -376,6 +376,10 @@ class Sparsifier:
             **self._rescaling.state(),
         }
 
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise InputError unless :meth:`load_state_dict` can load a state."""
+        check_same_run(self.method, self.params, state)
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
@@ -388,7 +392,7 @@ class Sparsifier:
         Raises:
             InputError: The state is of another model, method or schedule. Nothing is changed then.
         """
-        check_same_run(self.method, self.params, state)
+        self.check_state_dict(state)
         reshard(self.model)
         keys = ("support", "last_sparse", "trained")
         support, last_sparse, trained = (unpacked(state[key], self.params) for key in keys)

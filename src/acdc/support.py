@@ -177,7 +177,7 @@ class Support(Mapping[str, Tensor]):
         digest = hashlib.sha256()
         for name, mask in self.items():
             digest.update(f"{name}:{tuple(mask.shape)};".encode())
-            packed = pack_bits(shards.placed(mask, torch.empty(0)))
+            packed = pack_bits(shards.whole(mask))
             digest.update(ctypes.string_at(packed.data_ptr(), packed.numel()))
         return digest.hexdigest()
 

@@ -114,7 +114,8 @@ def _with_ties(
     def by_index(name: str) -> Tensor:
         tied = equal(name)
         index = shards.positions(tied).to(torch.float64)  # exact up to 2⁵³
-        return shards.like(tied, (-index).masked_fill_(~shards.local(tied), _BELOW_EVERY_INDEX))
+        index.neg_().masked_fill_(~shards.local(tied), _BELOW_EVERY_INDEX)
+        return shards.like(tied, index)
 
     tied = Scores(scores.shapes, equal)
     for name, count in shards.counts(tied.items()).items():

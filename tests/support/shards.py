@@ -29,11 +29,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from support import gloo
 
 PATIENCE = 60.0
-MODULES = ("support.shards_topk", "support.shards_training")
+MODULES = ("support.shards_topk", "support.shards_training", "support.shards_checkpoints")
 
 Check = Callable[[], None]
-checks: dict[str, tuple[int, bool, Check]] = {}
-"""Name of a check → ranks, whether it takes long, and the function that every rank calls."""
+checks: dict[str, tuple[tuple[int, ...], bool, Check]] = {}
+"""Name of a check → ranks, whether it takes long, and the function that every rank calls. Several
+numbers of ranks are as many processes after one another, in one folder.
+"""
 
 
 def on(*worlds: int, long: bool = False) -> Callable[[Check], Check]:
@@ -43,7 +45,17 @@ def on(*worlds: int, long: bool = False) -> Callable[[Check], Check]:
         for world in worlds:
             name = f"{check.__name__}[{world}]"
             assert name not in checks
-            checks[name] = world, long, check
+            checks[name] = (world,), long, check
+        return check
+
+    return register
+
+
+def one_after_another(*worlds: int, long: bool = False) -> Callable[[Check], Check]:
+    """Register a check that is run on so many ranks, and then on so many, in one folder."""
+
+    def register(check: Check) -> Check:
+        checks[f"{check.__name__}[{','.join(map(str, worlds))}]"] = worlds, long, check
         return check
 
     return register
@@ -59,7 +71,7 @@ def fork(rank: int, world: int, folder: Path, check: Check) -> int:
         os.dup2(said.fileno(), 2)
         try:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-            meeting = dist.FileStore(str(folder / "store"), world)
+            meeting = dist.FileStore(str(folder / f"store{world}"), world)
             patience = timedelta(seconds=PATIENCE / 2)
             dist.init_process_group(
                 "gloo", store=meeting, rank=rank, world_size=world, timeout=patience
@@ -78,8 +90,13 @@ def fork(rank: int, world: int, folder: Path, check: Check) -> int:
 
 def run(name: str, folder: Path) -> list[str]:
     """Run a check; return what each rank has to say: nothing, if all is well."""
-    world, _, check = checks[name]
+    worlds, _, check = checks[name]
     folder.mkdir()
+    return [said for world in worlds for said in together(world, folder, check)]
+
+
+def together(world: int, folder: Path, check: Check) -> list[str]:
+    """Run a check on so many ranks; return what each of them has to say."""
     children = [fork(rank, world, folder, check) for rank in range(world)]
     codes: dict[int, int] = {}
     deadline = time.monotonic() + PATIENCE

@@ -6,6 +6,8 @@ number of ranks is a power of two.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +29,9 @@ from acdc.errors import InputError
 from acdc.methods import METHODS
 from acdc.methods.base import Method
 from acdc.pattern import NM, Block, Pattern, Unstructured
+from acdc.processes import MeshPeers
 from acdc.schedule import Phase, Schedule
-from acdc.shards import is_sharded, local, placed
+from acdc.shards import is_sharded, local, placed, whole
 from acdc.sparsifier import Sparsifier
 from support.helpers import (
     CUTS,
@@ -43,6 +46,7 @@ from support.helpers import (
     build,
     is_plus_zero,
     sgd,
+    train,
 )
 from support.shards import mesh, on
 
@@ -147,26 +151,90 @@ def hsdp() -> None:
     assert all(mask.placements == (Replicate(), Shard(0)) for mask in sparsifier.support.values())
 
 
+@on(4)
+def replicas_that_differ() -> None:
+    """Ranks that hold the same part of a weight may differ in its last bit, but not in its mask."""
+    model = shard(build(), mesh(2, 2))
+    optimizer = sgd(model)
+
+    @torch.no_grad()
+    def disturb(*_: Any) -> None:
+        for param in model.parameters():
+            part = param.to_local()
+            part.copy_(torch.where(part < 0, -0.125, 0.125))  # all tied, but for the last bit
+            chosen = torch.rand(part.shape, generator=generator) < 0.3
+            part.copy_(torch.where(chosen, torch.nextafter(part, 2 * part), part))
+
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    optimizer.register_step_post_hook(disturb)
+    sparsifier = Sparsifier(acdc_of(Unstructured(0.8)), model, optimizer)
+    for step in range(CUTS[0] + 1):
+        backward(model, step)
+        optimizer.step()
+    mine = torch.cat([local(mask).flatten() for mask in sparsifier.support.values()])
+    others = [torch.empty_like(mine) for _ in range(4)]
+    dist.all_gather(others, mine)
+    rank = dist.get_rank()
+    assert torch.equal(others[rank], others[(rank + 2) % 4])
+    assert not torch.equal(others[rank], others[(rank + 1) % 4])
+
+
+@on(2, long=True)
+def a_rank_ends() -> None:
+    """The others do not wait for it, and say so."""
+    model = shard(build(), mesh(2))
+    optimizer = sgd(model)
+    if dist.get_rank():
+        optimizer.register_step_post_hook(lambda *_: sparsifier.step + 1 in CUTS and os._exit(0))
+    sparsifier = Sparsifier(acdc_of(Unstructured(0.8)), model, optimizer)
+    with pytest.raises(PeerError, match=r"Rank 0 cannot .*: another process has ended"):
+        train(model, optimizer)
+    os._exit(0)
+
+
+@on(2, long=True)
+def nan_in_training() -> None:
+    model = shard(build(), mesh(2))
+    optimizer = sgd(model)
+    Sparsifier(acdc_of(Unstructured(0.8)), model, optimizer)
+    if dist.get_rank():
+        local(model.fc2.weight).fill_(math.nan)
+    with pytest.raises(InputError, match=r"The score of 'conv1.weight' holds NaN"):
+        train(model, optimizer)
+
+
 @on(2)
 def patterns() -> None:
     compare(acdc_of(NM(2, 4)))
     compare(acdc_of(Block((2, 1), 0.75)), adam)
 
 
-def check_cuts(model: nn.Module, optimizer: torch.optim.Optimizer, layers: Any = None) -> None:
-    """Train; assert that every cut keeps what one process would keep of the same weights."""
+def check_cuts(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    layers: Any = None,
+    of_rank: Callable[[int], int] = lambda step: step,
+) -> None:
+    """Train; assert that every cut keeps what one process would keep of the same weights.
+
+    Args:
+        model: Sharded.
+        optimizer: Its optimizer.
+        layers: Which are pruned.
+        of_rank: Step → the number of the batch of this rank.
+    """
     before: dict[str, Tensor] = {}
 
     def gather(*_: Any) -> None:  # registered first, so that it is called before the cut
         params = sparsifier.params.items()
-        before.update({n: placed(p.detach(), torch.empty(0)).clone() for n, p in params})
+        before.update({n: whole(p.detach()).clone() for n, p in params})
 
     optimizer.register_step_post_hook(gather)
     pattern = Unstructured(0.8)
     sparsifier = Sparsifier(acdc_of(pattern, layers=layers), model, optimizer)
     for step in range(TOTAL):
         optimizer.zero_grad()
-        backward(model, step)
+        backward(model, of_rank(step))
         nn.utils.clip_grad_norm_(sparsifier.params.values(), 0.1)
         optimizer.step()
         for name, mask in sparsifier.support.items():
@@ -189,7 +257,7 @@ def foreach(model: nn.Module) -> torch.optim.Optimizer:
 def optimizers() -> None:
     """The fused steps of torch round the last elements of a tensor otherwise."""
     model = shard(build(), mesh(2))
-    check_cuts(model, fused(model))
+    check_cuts(model, fused(model), of_rank=lambda step: 2 * step + dist.get_rank())
     compare(acdc_of(Unstructured(0.8), reset="entered"), foreach)
 
 
@@ -229,6 +297,8 @@ def refused() -> None:
     model = build()
     fully_shard(model.fc1, mesh=over)
     attach(r"1 of the weights to prune are sharded, and 3 are not, 'conv1.weight' first")
+    with pytest.raises(PeerError, match=r"some are after step 3, and others after step 4"):
+        MeshPeers(over).agreed(sparsifier.support, 3 + dist.get_rank())
     model = shard(build(), over)
     other = acdc_of(Unstructured(0.8 if dist.get_rank() else 0.7))
     with pytest.raises(PeerError, match="different methods, schedules or models"):
@@ -253,7 +323,7 @@ def evaluated_before_the_change() -> None:
             found = model(x)
         model.train()
         alone = build()
-        state = {k: placed(v, torch.empty(0)) for k, v in model.state_dict().items()}
+        state = {k: whole(v) for k, v in model.state_dict().items()}
         alone.load_state_dict(state)
         assert torch.equal(alone.eval()(x), found), step
 

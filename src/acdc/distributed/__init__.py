@@ -1,5 +1,7 @@
 """Training on several ranks: what a sparsifier needs beside ``torch.distributed`` itself."""
 
+from acdc.distributed.checkpoints import load, save
 from acdc.distributed.kept import KeptReduction, reduce_kept
+from acdc.distributed.pairs import pair
 
-__all__ = ["KeptReduction", "reduce_kept"]
+__all__ = ["KeptReduction", "load", "pair", "reduce_kept", "save"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,28 +11,27 @@ from acdc.errors import InputError
 from acdc.hooks.twin import DenseTwin, averaged, on_cpu
 from acdc.methods.base import Method
 from acdc.pair import Pair
+from acdc.shards import mesh_of
 from acdc.support import Support
 
 
-def paired(
+def twins(
     method: Method[Any],
     step: int,
-    support: Support,
     model: nn.Module,
     twin: DenseTwin | None,
     behind: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
-) -> Pair:
-    """Return the pair of a network as it is now.
+    copied: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Return the sparse network as it is now, its dense twin, and the step of the latter.
 
     Args:
         method: The method that trained it.
         step: Executed steps.
-        support: The support now.
         model: The network.
         twin: The network at the end of the last dense phase, if that has passed.
         behind: The dense weights behind a sparse view, if there are some.
-        facts: What is kept with the pair.
+        copied: Function from a state dict to copies of its tensors.
 
     Raises:
         InputError: The network is dense now, or there is no dense network.
@@ -47,13 +46,44 @@ def paired(
             + "; the sparse one is the end of the run. A sparse network alone is saved by "
             "acdc.SparseNetwork(model.state_dict(), sparsifier.support).save(folder)."
         )
-    sparse = on_cpu(model.state_dict())
+    sparse = copied(model.state_dict())
     if twin is None or (behind and method.training.is_network):
-        dense, dense_step = sparse | dict(behind), step
-    else:
-        dense, dense_step = dict(twin.model), twin.step
+        return sparse, sparse | copied(behind), step
+    dense = twin.model if mesh_of(twin.model.values()) is None else copied(twin.model)
+    return sparse, dict(dense), twin.step
+
+
+def facts_of(method: Method[Any], step: int, dense_step: int) -> dict[str, Any]:
+    """Return what every pair says about itself."""
     known = {"method": method.name, "step": step, "dense_step": dense_step}
-    known["schedule"] = schedule.to_dict()
+    return {**known, "schedule": method.resolved.to_dict()}
+
+
+def paired(
+    method: Method[Any],
+    step: int,
+    support: Support,
+    model: nn.Module,
+    twin: DenseTwin | None,
+    behind: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> Pair:
+    """Return the pair of a network as it is now: see :func:`twins`.
+
+    Args:
+        method: The method that trained it.
+        step: Executed steps.
+        support: The support now.
+        model: The network.
+        twin: The network at the end of the last dense phase, if that has passed.
+        behind: The dense weights behind a sparse view, if there are some.
+        facts: What is kept with the pair.
+
+    Raises:
+        InputError: The network is dense now, or there is no dense network.
+    """
+    sparse, dense, dense_step = twins(method, step, model, twin, behind, on_cpu)
+    known = facts_of(method, step, dense_step)
     return Pair(sparse, dense, support.to("cpu"), {**known, **facts})
 
 
