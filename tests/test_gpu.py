@@ -11,21 +11,33 @@ import importlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from acdc.errors import InputError
 from acdc.hooks import flat
 from acdc.hooks.flat import Flat
 from acdc.methods.acdc import ACDC
 from acdc.pattern import Unstructured
+from acdc.runs.data.augment import Augment
+from acdc.runs.data.base import Data, Images
+from acdc.runs.data.sources import Digits
+from acdc.runs.data.tensors import Tensors
+from acdc.runs.record import Folder
+from acdc.runs.rounding import computed, moved
+from acdc.runs.setup import make_fabric, set_up
 from acdc.schedule import Kind, constant, phases
 from acdc.sparsifier import Sparsifier
 from support.helpers import is_plus_zero
+from support.runs import tiny
 
 PLAN = phases(1, [("dense", "2st"), ("sparse", "3st"), ("dense", "2st"), ("sparse", "3st")])
 SCHEDULE = PLAN.resolve(10)
@@ -320,3 +332,72 @@ def test_a_compiled_step_runs_the_hooks_and_is_not_compiled_at_every_step() -> N
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
     assert frames <= 3  # of a step that makes state, of one that finds state
+
+
+# --- a run on a GPU ------------------------------------------------------------------------------
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails an operation whose tensors lie on several devices. Copies may."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        devices = {t.device.type for t in tensors if t.dim()}
+        assert len(devices) < 2 or "copy" in str(func), func
+        return func(*args, **(kwargs or {}))
+
+
+def pictures() -> Images:
+    x = torch.randint(0, 256, (20, 2, 6, 6), dtype=torch.uint8)
+    y, rows = torch.arange(20) % 3, torch.tensor([1, 5])
+    moved = (rows, torch.tensor([0, 2]))
+    means = [0.5, 0.25]
+    return Images("toy", (x, y), (x, y), 3, means, means, Augment(2, flip=True), moved)
+
+
+def vectors() -> Tensors:
+    part = torch.rand(20, 3), torch.arange(20) % 3
+    return Tensors("toy", part, part, 3)
+
+
+@pytest.mark.parametrize("build_data", [pictures, vectors])
+def test_batches_are_made_on_the_device_of_the_data(build_data: Callable[[], Data]) -> None:
+    data = build_data()
+    before = [data.train_batch(1, index, 8, seed=0) for index in range(3)]
+    data.keep_on(torch.device("meta"))  # in the place of a GPU
+    with OneDevice():
+        after = [data.train_batch(1, index, 8, seed=0) for index in range(3)]
+        after += list(data.eval_batches("test", 8))
+        after += [(x, y) for x, y, _ in data.relabelled_batches(8)]
+    assert {part.device.type for pair in after for part in pair} == {"meta"}
+    for old, new in zip(before, after, strict=False):
+        assert [(t.shape, t.dtype) for t in old] == [(t.shape, t.dtype) for t in new]
+
+
+def test_a_run_keeps_its_data_on_its_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data, devices = Digits().load(), []
+    monkeypatch.setattr(data, "keep_on", devices.append)
+    recipe, files = tiny(), Folder(tmp_path)
+    set_up(recipe, files, make_fabric(recipe, "cpu", tmp_path), data)
+    assert devices == [torch.device("cpu")]
+
+
+def test_a_run_that_goes_on_on_another_card_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+
+    def on(device: str) -> dict[str, Any]:
+        run = SimpleNamespace(
+            fabric=SimpleNamespace(device=torch.device(device)), engine_start={"kind": "off"}
+        )
+        return computed(run)  # type: ignore[arg-type]
+
+    assert "card" not in on("cpu")
+    assert "the card was 'Card 0' and is 'Card 1'." in str(moved(on("cuda:0"), on("cuda:1")))
+    assert moved(on("cuda:1"), on("cuda:1")) is None
+    text = str(moved(on("cpu"), on("cuda:0")))
+    assert "the device was 'cpu' and is 'cuda'" in text
+    assert "the device was 'cuda' and is 'cpu'" in str(moved(on("cuda:0"), on("cpu")))

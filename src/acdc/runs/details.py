@@ -7,6 +7,7 @@ from typing import Any
 
 from acdc.cost import Ledger
 from acdc.runs.record import machine, peak_memory, versions
+from acdc.runs.rounding import card_name
 from acdc.runs.setup import Setup
 
 
@@ -48,6 +49,7 @@ def details(run: Setup, spent: Ledger, command: str, finetuned: bool) -> dict[st
     """
     support = run.sparsifier.support
     parameters = sum(p.numel() for p in run.net.parameters())
+    device, card = str(run.fabric.device), card_name(run.fabric.device)
     return {
         "recipe": run.recipe.name,
         "method": run.method.name,
@@ -58,7 +60,7 @@ def details(run: Setup, spent: Ledger, command: str, finetuned: bool) -> dict[st
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions(),
-        "device": str(run.fabric.device),
+        "device": device if card is None else f"{device} ({card})",
         "devices": run.fabric.world_size,
         "sparsity_asked": run.method.sparsity,
         "sparsity_all_parameters": (support.numel - support.nnz) / parameters,

@@ -20,12 +20,14 @@ _NAMES = {
     "kernels": "the instruction set of the engine",
     "threads": "the number of threads",
     "device": "the device",
+    "card": "the card",
     "torch": "the version of torch",
 }
 
 
 def computed(run: Setup) -> dict[str, Any]:
     """Return what computes a run now, one plain value for each of its parts."""
+    card = card_name(run.fabric.device)
     return {
         "processor": processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -33,7 +35,13 @@ def computed(run: Setup) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": run.fabric.device.type,
         "torch": str(torch.__version__),
+        **({} if card is None else {"card": card}),
     }
+
+
+def card_name(device: torch.device) -> str | None:
+    """Return the name of a GPU, such as ``"NVIDIA H100"``; ``None`` for other devices."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def moved(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | None:

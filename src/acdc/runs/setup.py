@@ -171,6 +171,7 @@ def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
         )
     optimizer = recipe.optimizer.build(net.parameters())
     model, stepper = fabric.setup(net, optimizer)
+    data.keep_on(fabric.device)
     engine, engine_start = _engine(recipe, fabric, net, method.resolved)
     # The loop lets it change the support: a phase is evaluated before the next one begins.
     # The wrapped network says which processes train it together.

@@ -30,7 +30,7 @@ def crop(images_NCHW: Tensor, top_N: Tensor, left_N: Tensor, padding: int) -> Te
     padded = F.pad(images_NCHW, (padding,) * 4)
     # All windows of all images as a view of the padded batch; one index picks a window of each.
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(n), :, top_N, left_N]
+    return windows[torch.arange(n, device=top_N.device), :, top_N, left_N]
 
 
 def flip(images_NCHW: Tensor, mirrored_N: Tensor) -> Tensor:

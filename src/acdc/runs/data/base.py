@@ -50,6 +50,12 @@ class Data(ABC):
     def digest(self) -> str:
         """Return a sha256 (hex) that changes when the data change."""
 
+    def keep_on(self, device: torch.device) -> None:  # noqa: B027  (not all data lie in memory)
+        """Keep the samples on a device if they lie in memory: batches are then made there.
+
+        Batches are bitwise the same as before. Data that are read from a disk stay where they are.
+        """
+
     @abstractmethod
     def train_batch(
         self, epoch: int, index: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
@@ -204,9 +210,20 @@ class Images(Data):
         sha = hashlib.sha256()
         for x, y in self._splits.values():
             sha.update(repr(tuple(x.shape)).encode())
-            sha.update(x.numpy().tobytes())
-            sha.update(y.numpy().astype("<i8").tobytes())
+            sha.update(x.cpu().numpy().tobytes())
+            sha.update(y.cpu().numpy().astype("<i8").tobytes())
         return sha.hexdigest()
+
+    def keep_on(self, device: torch.device) -> None:
+        """Keep images and labels on a device; see ``Data.keep_on``. What is random is drawn on the
+        CPU.
+        """
+        for split, (images, labels) in self._splits.items():
+            self._splits[split] = images.to(device), labels.to(device)
+        if self._relabelled is not None:
+            rows, own = self._relabelled
+            self._relabelled = rows.to(device), own.to(device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
 
     def train_batch(
         self, epoch: int, index: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
@@ -215,7 +232,8 @@ class Images(Data):
         picked, rows = self._indices(epoch, index, batch_size, seed, rank, world)
         images, labels = self._splits["train"]
         generator = stream("augment", seed, epoch, index)
-        drawn = self.augment.draw(batch_size * world, generator)[rows]
+        drawn = self.augment.draw(batch_size * world, generator)[rows].to(images.device)
+        picked = picked.to(images.device)
         return self._normalised(self.augment.apply(images[picked], drawn)), labels[picked]
 
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:

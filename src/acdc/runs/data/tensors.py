@@ -63,8 +63,12 @@ class Tensors(Data):
         sha = hashlib.sha256()
         for part in (tensor for split in self._splits.values() for tensor in split):
             sha.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            sha.update(part.contiguous().numpy().tobytes())
+            sha.update(part.cpu().contiguous().numpy().tobytes())
         return sha.hexdigest()
+
+    def keep_on(self, device: torch.device) -> None:
+        """Keep inputs and labels on a device; see ``Data.keep_on``."""
+        self._splits = {name: (x.to(device), y.to(device)) for name, (x, y) in self._splits.items()}
 
     def train_batch(
         self, epoch: int, index: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
@@ -72,6 +76,7 @@ class Tensors(Data):
         """Return batch ``index`` of epoch ``epoch``; see ``Data.train_batch``."""
         picked, _ = self._indices(epoch, index, batch_size, seed, rank, world)
         x, y = self._splits["train"]
+        picked = picked.to(x.device)
         return x[picked], y[picked]
 
     def eval_batches(self, split: Split, batch_size: int) -> Iterator[Batch]:
