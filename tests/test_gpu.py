@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
+import json
 import math
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,12 +87,16 @@ def check_zeros(sparsifier: Sparsifier, model: nn.Module) -> None:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let the kernel run on the CPU, by Triton's interpreter."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     importlib.reload(importlib.import_module("acdc.hooks.flat_kernel"))
     monkeypatch.setattr(flat, "DEVICES", ("cpu",))
+    cached = flat.runs_on
+    cached.cache_clear()
+    yield
+    cached.cache_clear()
 
 
 WORST = (-0.0, -1.5, math.inf, -math.inf, math.nan, 0.0, 3.0)
@@ -162,7 +170,7 @@ def test_flat_leaves_what_it_cannot_clear(monkeypatch: pytest.MonkeyPatch) -> No
         assert clear.takes(nn.Parameter(tensor), kept)
     assert not clear.takes(tensor.to_sparse(), kept)
     assert not clear.takes(tensor.to("meta"), kept)
-    monkeypatch.setattr(flat, "has_triton", lambda: False)
+    monkeypatch.setattr(flat, "runs_on", lambda device: False)
     assert not clear.takes(tensor, kept)
 
 
@@ -188,15 +196,27 @@ def test_training_with_flat_is_bitwise_training_without(monkeypatch: pytest.Monk
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(*weights, strict=True))
 
 
-def test_without_triton_every_weight_is_cleared_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flat, "DEVICES", ("cpu",))
-    monkeypatch.setattr(flat, "has_triton", lambda: False)
+def no_compiler(table: object) -> None:
+    raise RuntimeError("Failed to find C compiler")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("missing", ["triton", "a C compiler"])
+def test_where_the_kernel_does_not_run_every_weight_is_cleared_by_itself(
+    missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if missing == "triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(flat._Table, "clear", no_compiler)
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sparsifier = Sparsifier(METHOD, model, optimizer)
     train(model, optimizer, range(4))
     assert not sparsifier.support.is_full
     check_zeros(sparsifier, model)
+    # Once, and not at every step.
+    assert caplog.text.count("Failed to find C compiler") == (missing != "triton")
 
 
 # --- CUDA graphs ---------------------------------------------------------------------------------
@@ -401,3 +421,44 @@ def test_a_run_that_goes_on_on_another_card_says_so(monkeypatch: pytest.MonkeyPa
     text = str(moved(on("cpu"), on("cuda:0")))
     assert "the device was 'cpu' and is 'cuda'" in text
     assert "the device was 'cuda' and is 'cpu'" in str(moved(on("cuda:0"), on("cpu")))
+
+
+# --- the check -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_runs_in_miniature(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    if not benchmarks.exists():
+        pytest.skip("the source distribution has no benchmarks")
+    monkeypatch.syspath_prepend(str(benchmarks / "gpu"))
+    import check
+
+    out = tmp_path / "folder" / "gpu.json"
+    assert check.main(["--device", "cpu", "--quick", "--out", str(out)]) == 0, capsys.readouterr()
+    found = json.loads(out.read_text())
+    assert list(found["sections"]) == list(check.SECTIONS)
+    assert all(section["rows"] for section in found["sections"].values())
+    assert found["card"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert sum(section.seconds for section in check.SECTIONS.values()) + 50 < 8 * 60
+
+    # A section that fails, and one that takes too long, say so, and the next one goes on.
+    def fails(bench: Any) -> Iterator[Any]:
+        yield check.Row("first", ok=True)
+        raise ValueError("a reason")
+
+    def sleeps(bench: Any) -> Iterator[Any]:
+        yield check.Row("second", ok=True)
+        time.sleep(60)
+
+    sections = {"fails": check.Section(fails, 5), "sleeps": check.Section(sleeps, -9.9)}
+    monkeypatch.setattr(check, "SECTIONS", sections)
+    assert check.main(["--device", "cpu", "--out", str(out)]) == 1
+    rows = {n: part["rows"] for n, part in json.loads(out.read_text())["sections"].items()}
+    assert [row["ok"] for part in rows.values() for row in part] == [True, False, True, False]
+    assert rows["fails"][1]["note"] == "ValueError: a reason"
+    assert "TimeoutError: stopped after 0.1 s" in rows["sleeps"][1]["note"]
+    sys.modules.pop("check")

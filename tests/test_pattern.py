@@ -24,6 +24,7 @@ from acdc.errors import InputError
 from acdc.layers import Layers
 from acdc.methods.acdc import ACDC
 from acdc.methods.families import choose
+from acdc.methods.srste import SRSTE
 from acdc.pattern import NM, Block, Pattern, Unstructured, erk
 from acdc.runs.models import CifarResNet, MobileNetV1, Model, ResNet50, WideResNet
 from acdc.schedule import constant, phases
@@ -670,6 +671,25 @@ def test_transposable_is_close_to_the_best_and_the_text_of_nm_is_as_before() -> 
     both, rows = (NM(2, 4, transposable=t).select(weights)["w"] for t in (True, False))
     share = weights["w"][both].sum() / weights["w"][rows].sum()
     assert 0.9 < share < 1
+
+
+@pytest.mark.parametrize("kind", [ACDC, SRSTE])
+def test_networks_are_trained_in_tiles(kind: type[ACDC] | type[SRSTE]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=1), nn.Flatten(), nn.Linear(8 * 4, 12))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = constant("sparse", 1).resolve(4)
+    sparsifier = Sparsifier(kind(NM(2, 4, transposable=True), schedule), model, optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(2, 4, 4, 4)).square().sum().backward()
+        optimizer.step()
+    assert list(sparsifier.support) == ["0.weight", "2.weight"]
+    for name, mask in sparsifier.support.items():
+        weight = model.get_parameter(name)
+        assert torch.equal(weight != 0, mask)
+        for axis in (0, 1):
+            assert (mask.movedim(axis, -1).unflatten(-1, (-1, 4)).sum(-1) == 2).all()
 
 
 def test_transposable_layers_must_divide_both_ways() -> None:

@@ -11,6 +11,7 @@ import torch
 from acdc import recipes
 from acdc.errors import InputError
 from acdc.methods import METHODS
+from acdc.pattern import NM
 from acdc.runs import train
 from acdc.runs.models import SmallResNet
 from acdc.runs.recipe import Recipe, change, encode, label
@@ -130,6 +131,13 @@ def test_the_learning_rate_at_named_epochs(name: str, factors: dict[int, float])
         assert first == pytest.approx(expected, rel=2e-3)
 
 
+def test_a_recipe_holds_an_added_field_of_a_pattern_only_if_it_is_used() -> None:
+    # Labels of runs, and the folders of a grid, are made of this.
+    assert encode(NM(2, 4)) == {"type": "NM", "n": 2, "m": 4}
+    both = {"type": "NM", "n": 2, "m": 4, "transposable": True}
+    assert encode(NM(2, 4, transposable=True)) == both
+
+
 def test_an_unknown_recipe_names_its_neighbours() -> None:
     with pytest.raises(InputError, match="Did you mean fashion_mnist"):
         recipes.get("fashion_minst")
@@ -145,6 +153,11 @@ def test_an_unknown_recipe_names_its_neighbours() -> None:
         ({"method": "dense"}, lambda r: r.method.name, "dense"),
         ({"method": "dense"}, lambda r: r.method.schedule.epochs, 40),
         ({"method.pattern": "nm"}, lambda r: (r.method.pattern.n, r.method.pattern.m), (2, 4)),
+        (
+            {"method.pattern": "nm", "method.pattern.transposable": "true"},
+            lambda r: r.method.pattern,
+            NM(2, 4, transposable=True),
+        ),
         ({"method.pattern": "block"}, lambda r: r.method.pattern.sparsity, 0.9),
         ({"optimizer": "adamw", "optimizer.lr": "0.01"}, lambda r: r.optimizer.lr, 0.01),
         ({"clip": "1.5"}, lambda r: r.clip, 1.5),

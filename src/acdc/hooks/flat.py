@@ -1,18 +1,21 @@
 """Zeros outside the support of many weights on a GPU, by one launch for all of them.
 
 A launch for each weight costs a few microseconds of the CPU's time, and more than the memory
-traffic of a small weight. Where there is no Triton, each weight has its own launch.
+traffic of a small weight. Where the kernel cannot run, each weight has its own launch.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 DEVICES = ("cuda",)
 BLOCK = 4096  # elements of one program of the kernel
@@ -48,7 +51,7 @@ class Flat:
             and kept.device == tensor.device
             and kept.stride() == tensor.stride()
             and _has_no_gaps(tensor)
-            and has_triton()
+            and runs_on(tensor.device)
         )
 
     def clear(self, pairs: Iterable[_Pair]) -> None:
@@ -112,9 +115,20 @@ class _Table:
 
 
 @cache
-def has_triton() -> bool:
-    """Return whether Triton is installed: PyTorch's builds for CUDA bring it."""
-    return importlib.util.find_spec("triton") is not None
+def runs_on(device: torch.device) -> bool:
+    """Return whether the kernel runs on a device: it is tried once.
+
+    It needs Triton, which PyTorch's builds for CUDA bring, and Triton needs a C compiler.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    tensor, kept = torch.ones(2, device=device), torch.tensor([True, False], device=device)
+    try:
+        _Table([(tensor, kept)]).clear()
+    except Exception as error:  # whatever it is, training goes on without
+        log.warning("Triton does not run, so each weight is cleared by a launch: %s", error)
+        return False
+    return tensor.tolist() == [1.0, 0.0]
 
 
 def _has_no_gaps(tensor: Tensor) -> bool:
