@@ -274,6 +274,39 @@ def test_a_masked_gradient_in_a_capture_is_refused(capture: Callable[[bool], Non
         nn.functional.cross_entropy(model(x), y).backward()
 
 
+def replay(model: nn.Module, step: int) -> None:
+    """Put gradients in place without a backward pass that accumulates them, as a graph does."""
+    x, y = batch(step)
+    loss = nn.functional.cross_entropy(model(x), y)
+    params = list(model.parameters())
+    for param, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
+        param.grad = grad
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_a_replay_of_an_old_backward_pass_is_warned_of_once(
+    cuda: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)  # else no graph is replayed
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = Sparsifier(METHOD, model, optimizer)
+    found = []
+    for step in range(10):
+        replayed = step in (1, 3, 8)  # in the dense phase nothing is cleared
+        optimizer.zero_grad()
+        if replayed:
+            replay(model, step)
+        else:
+            x, y = batch(step)
+            nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        check_zeros(sparsifier, model)
+        found.append(sum("no backward pass accumulated" in str(w.message) for w in recwarn))
+    assert found == ([0, 0, 0] + [1] * 7 if cuda else [0] * 10)
+
+
 def test_several_optimizers_in_a_capture_are_refused(capture: Callable[[bool], None]) -> None:
     model = build()
     params = list(model.parameters())

@@ -8,6 +8,7 @@ large weights. In a dense phase there is no hook, and training is bitwise what i
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -67,6 +68,7 @@ class Masking:
         if engine is not None and not engine.off:
             self._kept_steps = [KeptSteps(each, may=engine.keeps_steps) for each in optimizers]
         self._run_by_engine: Support | None = None
+        self._seen_gradients = self._warned = False
         self.average: nn.Module | None = None
 
     @property
@@ -172,6 +174,7 @@ class Masking:
 
     def end_step(self) -> None:
         """Let the engine know that a step is done, and everything that belongs to it."""
+        self._warn_of_replays()
         if self.engine is not None:
             self.engine.end_step()
 
@@ -182,6 +185,23 @@ class Masking:
             steps.remove()
         if self.engine is not None:
             self.engine.decompress()
+
+    def _warn_of_replays(self) -> None:
+        """Warn, once, where a step had gradients on a GPU that came past the hooks."""
+        seen, self._seen_gradients = self._seen_gradients, False
+        if seen or self._warned or not torch.cuda.is_initialized():
+            return
+        if any(self._params[name].grad is not None for name in self._dropped):
+            self._warned = True
+            warnings.warn(
+                "The optimizer took a step of a sparse phase with gradients that no backward pass "
+                "accumulated, so those of pruned weights were not cleared, and moments of the "
+                "optimizer may hold them. A CUDA graph that was captured in a dense phase does "
+                "this: capture the model alone, by torch.cuda.make_graphed_callables, and call "
+                "backward() outside of the capture. If you assign gradients yourself, set them "
+                "to zero outside of sparsifier.support.",
+                stacklevel=2,
+            )
 
     def _may_have_moved(self, name: str) -> Iterator[Tensor]:
         """Yield a weight, unless a step here left its zeros, and what an optimizer copies of it."""
@@ -212,7 +232,10 @@ class Masking:
 
         def clear_gradient(param: Tensor) -> None:
             now = masking()
-            if now is None or now.dense_gradient:
+            if now is None:
+                return
+            now._seen_gradients = True
+            if now.dense_gradient:
                 return
             refuse_capture("A gradient is masked", "other weights may be pruned then")
             if now.engine is not None and now.engine.kernel_gradients.all_of(param, kept):
