@@ -136,10 +136,21 @@ def acdc_of(pattern: Pattern, **options: Any) -> acdc.ACDC:
     return acdc.ACDC(pattern, SCHEDULE, **options)
 
 
-@on(2, 4)
+@on(2)
 def fsdp() -> None:
     compare(acdc_of(Unstructured(0.8)))
-    compare(acdc_of(Unstructured(0.7, "erk"), reset="entered"), adam, Uneven)
+
+
+@on(2, 4)
+def numbers_that_do_not_divide() -> None:
+    compare(acdc_of(Unstructured(0.7), reset="entered"), adam, Uneven)
+
+
+@on(4, long=True)
+def every_scope() -> None:
+    for scope in ("global", "uniform", "erk"):
+        compare(acdc_of(Unstructured(0.7, scope)))
+        compare(acdc_of(Unstructured(0.7, scope, floor=3), reset="none"), adam, Uneven)
 
 
 @on(4)
@@ -393,5 +404,5 @@ on(2, 4, long=True)(every_method)
 @on(2)
 def methods() -> None:
     """Those that need more of a weight than its score."""
-    for name in ("rigl", "set", "snfs", "topkast", "acdc, average"):
+    for name in ("rigl", "set", "topkast"):
         compare(ALL[name]())
