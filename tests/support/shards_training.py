@@ -311,6 +311,9 @@ def refused() -> None:
     with pytest.raises(PeerError, match=r"some are after step 3, and others after step 4"):
         MeshPeers(over).agreed(sparsifier.support, 3 + dist.get_rank())
     model = shard(build(), over)
+    over._device_type, device = "cuda", over._device_type
+    attach(r"'conv1.weight' is on cpu, and its device mesh is of cuda devices")
+    over._device_type = device
     other = acdc_of(Unstructured(0.8 if dist.get_rank() else 0.7))
     with pytest.raises(PeerError, match="different methods, schedules or models"):
         Sparsifier(other, model, sgd(model))
