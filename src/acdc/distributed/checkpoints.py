@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write
 from acdc.errors import InputError
 from acdc.hooks.optimizers import OneOrSeveral
 from acdc.hooks.saved import unpacked
+from acdc.hooks.twin import on_cpu
 from acdc.shards import like, local
 from acdc.sparsifier import Sparsifier
 
@@ -101,13 +102,15 @@ def load(
     tensors = _tensors(outline, sizes, dict(sparsifier.model.named_parameters()))
     read_into({"run": {"tensors": tensors}}, checkpoint_id=folder)
     run = _put_together(outline, tensors)
-    sparsifier.check_state_dict(run["sparsifier"])
+    found = run["sparsifier"]
+    found["dense_twin"] = on_cpu(found["dense_twin"])  # DTensors are made where their mesh is
+    sparsifier.check_state_dict(found)
     weights = get_model_state_dict(model)
     read_into({"model": weights}, checkpoint_id=folder)
     set_model_state_dict(model, weights)
     for each, state in zip(_several(optimizer), run["optimizer"], strict=True):
         each.load_state_dict(state)
-    sparsifier.load_state_dict(run["sparsifier"])
+    sparsifier.load_state_dict(found)
 
 
 def _several(optimizer: OneOrSeveral) -> list[torch.optim.Optimizer]:
@@ -206,7 +209,7 @@ def _read_outline(folder: Folder) -> tuple[Any, dict[str, TensorStorageMetadata]
 def _tensors(
     outline: Any, sizes: Mapping[str, TensorStorageMetadata], params: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return memory for the tensors of an outline on the CPU, placed as their weights are.
+    """Return memory for the tensors of an outline, placed as their weights are.
 
     Raises:
         InputError: The checkpoint is of another model.

@@ -106,6 +106,12 @@ def _check_placements(params: Mapping[str, Tensor]) -> None:
                 f"Shard all weights to prune over one mesh, or leave some out: "
                 f"acdc.Layers(exclude=...)."
             )
+        if param.device.type != mesh.device_type:
+            raise InputError(
+                f"The weight {name!r} is on {param.device}, and its device mesh is of "
+                f"{mesh.device_type} devices (CPUOffloadPolicy). Masks lie where the mesh is. "
+                f"Train without offloading the weights."
+            )
         if any(placement.is_partial() for placement in placements):
             raise InputError(
                 f"The weight {name!r} is placed as {placements}: what the ranks hold must be added "
