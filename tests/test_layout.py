@@ -372,7 +372,7 @@ def test_import_acdc_alone_does_not_load_torch() -> None:
 
 
 def test_the_names_of_acdc_load_torch_and_nothing_else_heavy() -> None:
-    optional = ["lightning", "sklearn", "matplotlib", "jinja2", "rich"]
+    optional = ["lightning", "sklearn", "matplotlib", "jinja2", "rich", "distributed"]
     optional += [
         "tensorboard",
         "onnx",
@@ -413,7 +413,7 @@ def test_acdc_works_without_the_extras() -> None:
         """
         import sys
 
-        for name in ("lightning", "sklearn", "matplotlib", "jinja2", "rich"):
+        for name in ("lightning", "sklearn", "matplotlib", "jinja2", "rich", "distributed"):
             sys.modules[name] = None  # importing it fails, looking for it finds nothing
         import torch, acdc
 
