@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
 from support import shards
@@ -16,15 +18,13 @@ def every() -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def said(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[str]]:
-    """Run the checks that are wanted, all in one process; return what their ranks said."""
-    items = [item for item in request.session.items if item.path == request.path]
-    wanted = [item.callspec.params["name"] for item in items if hasattr(item, "callspec")]
-    return shards.report(tmp_path_factory.mktemp("shards"), wanted)
+def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], list[str]]]:
+    """Run a check; return what its ranks said."""
+    with shards.started(tmp_path_factory.mktemp("shards")) as ask:
+        yield ask
 
 
 @pytest.mark.parametrize("name", every())
-def test_on_ranks(said: dict[str, list[str]], name: str) -> None:
-    assert said[name] == [""] * len(said[name]), "\n".join(said[name])
+def test_on_ranks(check: Callable[[str], list[str]], name: str) -> None:
+    said = check(name)
+    assert said == [""] * len(said), "\n".join(said)

@@ -18,11 +18,21 @@ def run(module: str, folder: Path) -> str:
 
     Skips the test where PyTorch was built without gloo.
     """
+    with start(module, folder) as process:
+        printed, said = process.communicate()
+    assert process.returncode == 0, said
+    return printed
+
+
+def start(module: str, folder: Path) -> subprocess.Popen[str]:
+    """Start a module with a folder as its argument; its input and outputs are pipes.
+
+    Skips the test where PyTorch was built without gloo.
+    """
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("this build of torch has no gloo")
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=environment, **pipes)

@@ -1,8 +1,8 @@
 """Checks on several ranks whose weights are sharded: gloo on the CPU.
 
 It is a process of its own, which forks the ranks of every check: they cost no imports. Called with
-a folder and the names of checks; prints what each rank of each check said, as JSON. A rank that
-fails says so with its traceback.
+a folder; reads the names of checks, and prints what each rank of a check said, as a line of JSON. A
+rank that fails says so with its traceback.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def fork(rank: int, world: int, folder: Path, check: Check) -> int:
         return child
     code = 1
     with open(folder / f"{rank}", "w") as said:
+        os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
         try:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -117,10 +119,20 @@ def together(world: int, folder: Path, check: Check) -> list[str]:
     return said
 
 
-def report(folder: Path, names: list[str]) -> dict[str, list[str]]:
-    """Run checks in a process of their own; return what their ranks said."""
-    (folder / "names").write_text(json.dumps(names))
-    return json.loads(gloo.run("support.shards", folder))
+@contextmanager
+def started(folder: Path) -> Iterator[Callable[[str], list[str]]]:
+    """Start a process that imports everything once; yield what runs a check in it by its name."""
+    with gloo.start("support.shards", folder) as process:
+
+        def ask(name: str) -> list[str]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(f"{name}\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.communicate()
 
 
 # --- what checks share ---------------------------------------------------------------------------
@@ -138,13 +150,10 @@ def mesh(*sizes: int) -> dist.DeviceMesh:
 
 
 def main() -> None:
-    """Run the checks that the folder names, one after the other."""
+    """Run the checks that the standard input names, until it ends."""
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    found = {}
-    for number, name in enumerate(json.loads((folder / "names").read_text())):
-        found[name] = run(name, folder / str(number))
-    print(json.dumps(found))
+    for number, name in enumerate(sys.stdin):
+        print(json.dumps(run(name.strip(), Path(sys.argv[1], str(number)))), flush=True)
 
 
 def load() -> None:
