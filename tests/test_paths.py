@@ -137,16 +137,24 @@ NO_SHARED_MEMORY = "mount -t tmpfs -o ro none /dev/shm && exec "
 
 
 @pytest.mark.slow
-def test_two_jobs_without_shared_memory(tmp_path: Path) -> None:
+def test_jobs_without_shared_memory(tmp_path: Path) -> None:
     """Nothing may be written to /dev/shm: no semaphore of Python, no tensor for a process."""
     private = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     if subprocess.run([*private, NO_SHARED_MEMORY + "true"], capture_output=True).returncode:
         pytest.skip("This user may not mount.")
     grid = Path(compare_grids.__file__)
-    line = shlex.join([*ACDC, "compare", f"{grid}:small", "--jobs", "2", "--out", str(tmp_path)])
-    done = subprocess.run(
-        [*private, NO_SHARED_MEMORY + line], cwd=grid.parent.parent, capture_output=True, text=True
-    )
+
+    def compared(*jobs: str) -> subprocess.CompletedProcess[str]:
+        line = shlex.join([*ACDC, "compare", f"{grid}:small", "--out", str(tmp_path), *jobs])
+        return subprocess.run(
+            [*private, NO_SHARED_MEMORY + line],
+            cwd=grid.parent.parent, capture_output=True, text=True,
+        )  # fmt: skip
+
+    done = compared("--jobs", "2")
+    assert done.returncode == 2
+    assert "Several jobs need semaphores of the system" in " ".join(done.stderr.split())
+    done = compared("--jobs", "1", "--resume")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "small" / "failed.jsonl").read_text()
 

@@ -13,6 +13,7 @@ gone, and at SIGTERM.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import queue
 import signal
@@ -220,6 +221,7 @@ class Embedded(_Workers):
         self.threads = max(1, torch.get_num_threads() // jobs)
 
     def _connect(self) -> Client:
+        _check_shared_memory()
         # For as long as the cluster is there: a worker that died is started again under them.
         self.stack.enter_context(_environment(OMP_NUM_THREADS=str(self.threads)))
         self.stack.enter_context(dask.config.set(_settings()))
@@ -355,6 +357,22 @@ def _settings() -> dict[str, Any]:
 
 def _forks() -> bool:
     return sys.platform == "linux"  # system libraries of macOS do not survive a fork
+
+
+def _check_shared_memory() -> None:
+    """See that processes can share semaphores, which Dask's watch over its workers needs.
+
+    Raises:
+        InputError: They cannot.
+    """
+    try:
+        multiprocessing.get_context("spawn").Semaphore()
+    except OSError as error:
+        raise InputError(
+            f"Several jobs need semaphores of the system, and it makes none ({error.strerror}): "
+            f"/dev/shm may be missing or read-only. Make it writable, or give --jobs 1, or start "
+            f"workers elsewhere and give --on."
+        ) from error
 
 
 def _preload() -> None:
