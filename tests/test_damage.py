@@ -467,7 +467,7 @@ def test_two_fresh_runs_at_once_are_one_run_and_one_refusal(whole: Path, tmp_pat
 def test_a_run_beside_the_worker_of_a_comparison_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from acdc.compare import work
+    from acdc.compare import pool
     from acdc.compare.cells import Cell, prepare
     from support import compare_grids
 
@@ -481,7 +481,7 @@ def test_a_run_beside_the_worker_of_a_comparison_is_refused(
                 train.run(cell.recipe, tmp_path / "runs" / cell.label, device="cpu", resume=True)
             refused.append(str(caught.value))
 
-    assert work.train_cell(cell, tmp_path, "cpu", "", watch) is None
+    assert pool.train_cell(cell, tmp_path, "cpu", "", watch) is None
     assert "Another process trains the run" in refused[0]
 
 

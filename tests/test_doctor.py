@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -66,6 +67,7 @@ def install(folder: Path, name: str, version: str, *files: str) -> None:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    importlib.invalidate_caches()  # two folders within one tick of the file system's clock
 
 
 def test_another_distribution_with_the_name_or_the_folder_is_a_problem(
