@@ -54,6 +54,7 @@ def test_a_sparse_step_sends_what_is_kept_and_no_more(name: str, found: dict[int
         sparse += kept is not None
     expected = {"rigl": 6, "topkast": 0, "str": 9}
     assert sparse == expected.get(name, 5)
+    assert sum(seen["sparse"]) == (5 if name == "engine" else 0)
 
 
 def test_three_ranks_train_the_same_but_for_rounding(found: dict[int, Any]) -> None:

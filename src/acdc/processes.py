@@ -36,7 +36,7 @@ class Peers:
 
     @property
     def group(self) -> Any:
-        """Their process group; ``None``: this process trains alone."""
+        """Their process group; ``None``: this process trains alone, or they are those of a mesh."""
         return self._group
 
     @property
@@ -137,7 +137,7 @@ class Peers:
         It is checked that all change the same layers after the same step. A broadcast of other
         sizes may wait forever, or fill a mask with the bytes of another.
         """
-        shapes = zlib.crc32(repr([(n, tuple(m.shape)) for n, m in support.items()]).encode())
+        shapes = _layers(support)
         # The number of kept weights, which a seed cannot change: the sparsity that was asked for.
         mine = [step, shapes, support.nnz, _hash(support), 0]
         ranks = self._compared(mine, step, "", _device(support))
@@ -241,7 +241,7 @@ class MeshPeers(Peers):
 
     def _check(self, support: Support, step: int, failed: bool) -> None:
         """Raise PeerError unless all ranks change the same layers after the same step."""
-        shapes = zlib.crc32(repr([(n, tuple(m.shape)) for n, m in support.items()]).encode())
+        shapes = _layers(support)
         low, high = extremes([step, shapes, int(failed)], self._mesh)
         if high[2]:
             raise PeerError(
@@ -277,6 +277,11 @@ def group_of(model: nn.Module) -> Any:
 
 def _describe(step: int, shapes: int, kept: int) -> str:
     return f"is after step {step} and keeps {kept:,} weights (layers {shapes:08x})"
+
+
+def _layers(support: Support) -> int:
+    """Return a number that says which layers are pruned, and their shapes."""
+    return zlib.crc32(repr([(n, tuple(m.shape)) for n, m in support.items()]).encode())
 
 
 def _hash(support: Support) -> int:

@@ -31,7 +31,7 @@ from acdc.hooks.rescale import Rescaling
 from acdc.hooks.reset import StateReset
 from acdc.hooks.rows import RowScale
 from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpacked
-from acdc.hooks.sharded import mesh_peers, refuse_pair, reshard
+from acdc.hooks.sharded import fsdp_modules, mesh_peers, refuse_pair, reshard
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin
@@ -99,6 +99,7 @@ class Sparsifier:
         check_can_attach(method, params, optimizers)
         whole = {"engine": engine, "process_group": process_group, "scale_rows": scale_rows or None}
         peers = mesh_peers(method, params, model, whole) or peers_of(model, process_group)
+        self._fsdp_modules = fsdp_modules(self.model)
         self._hooks = StepHooks(optimizers, Binding(self.model, params, optimizers))
         self._reset = StateReset(optimizers, method, params)
         self.step = 0
@@ -156,8 +157,15 @@ class Sparsifier:
 
     @property
     def process_group(self) -> Any:
-        """The processes that share masks with this one; ``None``: this process is alone."""
+        """The processes that share masks with this one; ``None``: this process is alone, or the
+        weights are sharded over a device mesh.
+        """
         return self._weights.peers.group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of the processes that train the model; one alone is."""
+        return self._weights.peers.is_first
 
     @property
     def params(self) -> Mapping[str, Tensor]:
@@ -227,7 +235,7 @@ class Sparsifier:
 
         Call it after every optimizer step if the sparsifier was made with ``automatic=False``.
         """
-        reshard(self.model)
+        reshard(self._fsdp_modules)
         had_dense_gradient = self._masking.dense_gradient
         wanted = self.method.training.wants_dense_gradient(self.step)
         self._masking.dense_gradient = wanted and self.phase.kind == "sparse"
@@ -393,7 +401,7 @@ class Sparsifier:
             InputError: The state is of another model, method or schedule. Nothing is changed then.
         """
         self.check_state_dict(state)
-        reshard(self.model)
+        reshard(self._fsdp_modules)
         keys = ("support", "last_sparse", "trained")
         support, last_sparse, trained = (unpacked(state[key], self.params) for key in keys)
         assert support is not None

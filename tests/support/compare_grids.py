@@ -189,8 +189,8 @@ def crashing() -> Grid:
 
 
 def slow() -> Grid:
-    """Three cells that train long enough for a kill in between."""
-    return _long(_grid("slow", DENSE, ACDC_, sparsities=(0.5, 0.75)), 60)
+    """Three cells that train long enough for a kill in between, and for reports after it."""
+    return _long(_grid("slow", DENSE, ACDC_, sparsities=(0.5, 0.75)), 180)
 
 
 def endless() -> Grid:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,19 @@ def start(module: str, folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", module, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, env=environment, **pipes)
+
+
+def ends(children: list[int], patience: float) -> list[int | None]:
+    """Wait for processes; return their exit codes, and None for one that does not end."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + patience
+    while len(codes) < len(children) and time.monotonic() < deadline:
+        for child in set(children) - set(codes):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    for child in set(children) - set(codes):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return [codes.get(child) for child in children]

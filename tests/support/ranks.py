@@ -12,7 +12,6 @@ import math
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 from pathlib import Path
@@ -25,6 +24,7 @@ import acdc
 from acdc.errors import AcdcError
 from acdc.schedule import Phase, Schedule
 from acdc.sparsifier import Sparsifier
+from support import gloo
 from support.helpers import SCHEDULE, TOTAL, Net, backward, build, sgd
 
 CASES = {
@@ -97,22 +97,6 @@ def fork(rank: int, world: int, folder: Path, what: str) -> int:
     os._exit(code)
 
 
-def ends(children: list[int]) -> list[int | None]:
-    """Wait for processes; return their exit codes, and None for one that does not end."""
-    codes: dict[int, int | None] = {}
-    deadline = time.monotonic() + PATIENCE
-    while len(codes) < len(children) and time.monotonic() < deadline:
-        for child in set(children) - set(codes):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    for child in set(children) - set(codes):
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    return [codes.get(child) for child in children]
-
-
 def main() -> None:
     """Let everything happen, one after the other."""
     torch.set_num_threads(1)
@@ -121,7 +105,8 @@ def main() -> None:
     for what, world in CASES.items():
         folder = Path(sys.argv[1], what)
         folder.mkdir()
-        codes = ends([fork(rank, world, folder, what) for rank in range(world)])
+        children = [fork(rank, world, folder, what) for rank in range(world)]
+        codes = gloo.ends(children, PATIENCE)
         said = [(folder / str(rank)).read_text() for rank in range(world)]
         found[what] = list(zip(codes, said, strict=True))
     print(json.dumps(found))

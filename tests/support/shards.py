@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -100,20 +98,8 @@ def run(name: str, folder: Path) -> list[str]:
 def together(world: int, folder: Path, check: Check) -> list[str]:
     """Run a check on so many ranks; return what each of them has to say."""
     children = [fork(rank, world, folder, check) for rank in range(world)]
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + PATIENCE
-    while len(codes) < world and time.monotonic() < deadline:
-        for child in set(children) - set(codes):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    for child in set(children) - set(codes):
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
     said = []
-    for rank, child in enumerate(children):
-        code = codes.get(child)
+    for rank, code in enumerate(gloo.ends(children, PATIENCE)):
         text = (folder / str(rank)).read_text()
         said.append("" if code == 0 else f"ended with {code}: {text}")
     return said

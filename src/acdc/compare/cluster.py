@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,7 @@ class _Given:
     future: Future[Any]
 
 
-class _Workers:
+class _Workers(ABC):
     """A pool of the workers of a scheduler."""
 
     def __init__(self, order: Order, jobs: int | None) -> None:
@@ -94,11 +95,17 @@ class _Workers:
 
     # --- what a kind of cluster decides ---------------------------------------------------------
 
+    @abstractmethod
     def _connect(self) -> Client:
-        raise NotImplementedError
+        """Return a client of the scheduler."""
 
+    @abstractmethod
     def _why_lost(self, worker: str) -> str:
-        raise NotImplementedError
+        """Return why a worker is gone, as a sentence."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the cluster."""
 
     # --- a pool ---------------------------------------------------------------------------------
 
@@ -205,11 +212,6 @@ class _Workers:
         self.stopping = True
         if self.client is not None and self.given:
             self.client.run(stop_cells, list(self.given), on_error="ignore")
-
-    def close(self) -> None:
-        """Leave the cluster. Cells that are still being trained are stopped by their workers."""
-        if self.client is not None:
-            self.client.close()
 
 
 class Embedded(_Workers):
@@ -325,6 +327,11 @@ class Running(_Workers):
 
     def _why_lost(self, worker: str) -> str:
         return f"The worker {worker} was lost while it trained the cell; its log may say why."
+
+    def close(self) -> None:
+        """Leave the cluster. Cells that are still being trained are stopped by their workers."""
+        if self.client is not None:
+            self.client.close()
 
 
 # --- an embedded cluster ------------------------------------------------------------------------

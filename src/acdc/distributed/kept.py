@@ -52,7 +52,7 @@ class KeptReduction:
     def average(self, bucket: Any) -> Future[Tensor]:
         """Average a ``torch.distributed.GradBucket`` over the ranks."""
         buffer = bucket.buffer()
-        self.whole += _bytes(buffer)
+        self.whole += buffer.nbytes
         positions = self._kept(bucket)
         if positions is None:
             return self._reduced(bucket, buffer, self._inner)
@@ -186,7 +186,3 @@ def _strides(param: Tensor) -> tuple[int, ...]:
 def _ranks(group: Any) -> list[int]:
     """Return the ranks that train one model; of a process alone, its own."""
     return [distributed.get_rank()] if group is None else distributed.get_process_group_ranks(group)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, distributed
+from torch import Tensor
 
-from acdc.collectives import has_peers
 from acdc.hooks.pairing import facts_of, twins
 from acdc.pair import Pair
-from acdc.shards import mesh_of, whole
+from acdc.shards import whole
 from acdc.sparsifier import Sparsifier
 from acdc.support import Support
 
@@ -28,7 +27,7 @@ def pair(sparsifier: Sparsifier, **facts: Any) -> Pair | None:
     Raises:
         InputError: The network is dense now, or there is no dense network.
     """
-    is_first = _is_first(sparsifier)
+    is_first = sparsifier.is_first
 
     def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
@@ -51,10 +50,3 @@ def pair(sparsifier: Sparsifier, **facts: Any) -> Pair | None:
         return None
     known = facts_of(sparsifier.method, sparsifier.step, dense_step)
     return Pair(sparse, dense, Support(masks), {**known, **facts})
-
-
-def _is_first(sparsifier: Sparsifier) -> bool:
-    mesh = mesh_of(sparsifier.params.values())
-    if mesh is None:
-        return not has_peers() or distributed.get_rank() == 0
-    return not any(mesh.get_coordinate())

@@ -73,20 +73,23 @@ def refuse_pair(params: Mapping[str, Tensor]) -> None:
         )
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(modules: Iterable[Any]) -> None:
     """Free the whole weights that FSDP has gathered for a forward pass.
 
     After an evaluation some modules still hold them. They would compute with the weights of before
     a change.
+
+    Args:
+        modules: What :func:`fsdp_modules` returned.
     """
-    for module in fsdp_modules(model):
+    for module in modules:
         module.reshard()
 
 
-def fsdp_modules(model: nn.Module) -> Iterable[Any]:
+def fsdp_modules(model: nn.Module) -> list[Any]:
     """Return the modules to which ``fully_shard`` was applied."""
     fsdp = getattr(getattr(distributed, "fsdp", None), "FSDPModule", None)
-    return () if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp)]
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp)]
 
 
 def _check_placements(params: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from acdc import cost
-from acdc.distributed import reduce_kept
 from acdc.errors import InputError, need
 from acdc.methods.base import Method
 from acdc.result import DenseNetwork, Result, leaves, load
@@ -183,9 +182,12 @@ def set_up(recipe: Recipe, folder: Folder, fabric: Fabric, data: Data) -> Setup:
         automatic=False,
         scale_rows=recipe.optimizer.scale_rows,
     )
-    parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    for ddp in parallel:
-        reduce_kept(ddp, sparsifier)
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            # Imported late: one process does not need it, and it loads torch's checkpoints.
+            from acdc.distributed import reduce_kept
+
+            reduce_kept(module, sparsifier)
     example = recipe.model.example(1).to(fabric.device)
     return Setup(
         recipe=recipe,

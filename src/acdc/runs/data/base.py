@@ -215,8 +215,9 @@ class Images(Data):
         return sha.hexdigest()
 
     def keep_on(self, device: torch.device) -> None:
-        """Keep images and labels on a device; see ``Data.keep_on``. What is random is drawn on the
-        CPU.
+        """Keep images and labels on a device; see ``Data.keep_on``.
+
+        The CPU draws the random numbers of augmentation, and the device applies them.
         """
         for split, (images, labels) in self._splits.items():
             self._splits[split] = images.to(device), labels.to(device)
