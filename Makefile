@@ -12,7 +12,7 @@ DOCTEST := src/acdc/schedule.py src/acdc/support.py src/acdc/layers.py src/acdc/
 	src/acdc/console.py src/acdc/compare/cells.py src/acdc/methods/snfs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit unit-narrow test-zoo test-distributed faults soak sanitize \
+.PHONY: help install demo test lint types unit unit-narrow test-zoo test-distributed test-slurm faults soak sanitize \
 	sanitize-threads check-kernels kernels-aarch64 test-aarch64 wheels format clean
 
 help:  ## show this list
@@ -72,6 +72,9 @@ test-zoo: $(ZOO)/.installed  ## networks of timm and torchvision, optimizers of 
 
 test-distributed: install  ## long checks on 2 and 4 ranks: all methods, ranks that end, checkpoints at many steps
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -m distributed tests/test_shards.py
+
+test-slurm: install  ## comparisons on a controller and a node of Slurm itself: apt install slurm-wlm munge
+	ACDC_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_slurm.py
 
 faults: install  ## do the tests see deliberate faults? (an hour)
 	$(BIN)/python tools/faults.py --jobs 2 --control

@@ -56,12 +56,19 @@ class Line:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         self.ddp = DDP(model, gradient_as_bucket_view=True)
         method = acdc.Static(acdc.Unstructured(sparsity), constant("sparse", 1000).resolve(1))
-        runs = acdc.Engine(model, self.x) if engine else None
-        self.sparsifier = acdc.Sparsifier(method, self.ddp, self.optimizer, engine=runs)
+        self.engine = acdc.Engine(model, self.x) if engine else None
+        self.sparsifier = acdc.Sparsifier(method, self.ddp, self.optimizer, engine=self.engine)
         self.reduction = reduce_kept(self.ddp, self.sparsifier) if kept else None
         self.weights = sum(p.numel() for p in model.parameters())
         support = self.sparsifier.support
         self.share = 1 - (support.numel - support.nnz) / self.weights
+
+    @property
+    def layers_on_engine(self) -> int:
+        """The layers that the engine computes sparsely."""
+        if self.engine is None or not self.engine.active:
+            return 0
+        return sum(choice.sparse for choice in self.engine.choices.values())
 
     def step(self) -> float:
         """Return the seconds of a step; the slower rank counts."""
@@ -100,6 +107,7 @@ def work(rank: int, args: argparse.Namespace, folder: str) -> None:
                 {
                     "sparsity": sparsity,
                     "engine": engine,
+                    "layers_on_engine": lines[1].layers_on_engine,
                     "weights": lines[1].weights,
                     "share_kept_or_not_pruned": lines[1].share,
                     "share_sent": (reduction.sent - sent) / (reduction.whole - whole),

@@ -134,6 +134,7 @@ SURFACE = {
         ("GRID", "required"),
         ("--jobs N", "default None"),
         ("--on ADDRESS", "default None"),
+        ("--slurm KEY=VALUE", "default None"),
         ("--resume", "flag"),
         ("--out DIR", "default runs"),
     ],

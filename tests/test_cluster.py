@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from distributed import Client
 
 from acdc.compare import cluster, pool, work
 from acdc.compare.cells import Cell, prepare
@@ -116,6 +117,23 @@ def test_a_cell_that_crashes_its_process_costs_itself_alone(tmp_path: Path) -> N
     assert reasons(outcomes) == {"crasher": "Its process was killed by SIGSEGV."}
 
 
+def test_workers_are_seen_while_the_client_asks_for_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client itself asks every two seconds, and keeps the answer where others read theirs."""
+    ask = Client._update_scheduler_info
+
+    async def as_if_both_asked(self: Client, n_workers: int = 0) -> None:
+        await ask(self, n_workers)
+        await ask(self)
+
+    monkeypatch.setattr(Client, "_update_scheduler_info", as_if_both_asked)
+    monkeypatch.setattr(cluster, "LOOKED_EVERY", 0.05)
+    monkeypatch.setattr(cluster, "PATIENCE", 5.0)
+    outcomes = compare("small", tmp_path, jobs=2)
+    assert not reasons(outcomes)
+
+
 @pytest.mark.slow
 def test_one_killed_and_all_stopped(tmp_path: Path) -> None:
     asked = False
@@ -147,7 +165,7 @@ def test_a_worker_has_its_share_of_the_threads_and_the_environment_is_left_alone
 ) -> None:
     torch.set_num_threads(4)
     before = dict(os.environ)
-    own = cluster.Embedded(cluster.Order("", str(tmp_path), "cpu", ""), 2)
+    own = cluster.Embedded(pool.Order("", str(tmp_path), "cpu", ""), 2)
     try:
         assert own.free()
         assert own.client is not None
@@ -274,7 +292,7 @@ def test_cells_whose_command_is_gone_stop_after_a_checkpoint(tmp_path: Path) -> 
     folder = tmp_path / "endless" / "runs" / run.label
     (tmp_path / "endless").mkdir()
     with machines(1) as there:
-        order = cluster.Order(f"{GRIDS}:endless", str(tmp_path / "endless"), "cpu", "")
+        order = pool.Order(f"{GRIDS}:endless", str(tmp_path / "endless"), "cpu", "")
         running = cluster.Running(order, there.address, None)
         assert running.free()
         running.begin(run)

@@ -466,6 +466,24 @@ def test_a_failed_cell_has_a_reason_and_the_others_go_on(tmp_path: Path) -> None
     assert str(tmp_path) not in (folder / "failed.jsonl").read_text()
 
 
+def test_an_error_without_a_sentence_leaves_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slips(*_: Any) -> None:
+        raise RecursionError("a slip")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "agreed", slips)  # called in every step
+        outcomes = compare(grid_of("small"), tmp_path, device="cpu")
+    assert all("RecursionError: a slip" in outcome.reason for outcome in outcomes)
+    runs = list((tmp_path / "small" / "runs").iterdir())
+    assert runs
+    assert all("in slips" in (run / "error.txt").read_text() for run in runs)
+    outcomes = compare(grid_of("small"), tmp_path, device="cpu", resume=True)
+    assert all(outcome.row for outcome in outcomes)
+    assert not list(tmp_path.rglob("error.txt"))
+
+
 def test_a_full_disk_fails_a_cell_that_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,8 @@ def add(commands: Commands) -> None:
         metavar="N",
         type=int,
         help="number of cells trained at the same time, each in a worker, a process with its share "
-        "of the threads (default: 1, in this process; with --on: one in each worker)",
+        "of the threads (default: 1, in this process; with --on: one in each worker; with --slurm: "
+        "as many as there are)",
     )
     sub.add_argument(
         "--on",
@@ -37,6 +38,15 @@ def add(commands: Commands) -> None:
         "Each worker ('dask worker ADDRESS --nthreads 1') needs the environment of this command, "
         "the folder of --out under the same path, the file of the grid if it is one, and the data: "
         "set ACDC_DATA there as here",
+    )
+    sub.add_argument(
+        "--slurm",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="train each cell in a job of Slurm. The options are those of sbatch, such as "
+        "partition=gpu gres=gpu:1 cpus-per-task=4 time=2:00:00 (default of time: 60 minutes; a job "
+        "that runs out of its time goes on in the next). The nodes need the environment of this "
+        "command and the folder of --out under the same paths",
     )
     sub.add_argument(
         "--resume",
@@ -72,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
                 args.out,
                 jobs=args.jobs,
                 on=args.on,
+                slurm=args.slurm,
                 resume=args.resume,
                 command=args.command_line.replace(str(args.out), args.out.name),
                 watch=watcher,

@@ -24,7 +24,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from distributed import Client, Future, LocalCluster, Nanny, Worker, WorkerPlugi
 import acdc
 from acdc.compare.cells import Cell, Prepared, explain, prepare
 from acdc.compare.grid import locate
-from acdc.compare.pool import Listener, train_cell
+from acdc.compare.pool import Listener, Order, train_cell
 from acdc.errors import InputError
 from acdc.runs import train
 
@@ -45,30 +45,6 @@ LOOKED_EVERY = 0.5  # seconds between two looks at the workers
 TOLD_EVERY = 0.25  # seconds between two reports of the progress of a cell
 PATIENCE = 60.0  # seconds that a grid waits for a worker when none is left
 CONNECTING = 20.0  # seconds in which the scheduler has to answer
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the workers have to know.
-
-    Args:
-        grid: The grid's function.
-        folder: The folder of the grid.
-        device: As ``acdc run`` takes it.
-        command: The command line, for the records.
-    """
-
-    grid: str
-    folder: str
-    device: str
-    command: str
-
-    def absolute(self) -> Order:
-        """Return the order with absolute paths, for workers that stand in another folder."""
-        source, _, name = self.grid.rpartition(":")
-        if source.endswith(".py"):
-            source = str(Path(source).resolve())
-        return replace(self, grid=f"{source}:{name}", folder=str(Path(self.folder).resolve()))
 
 
 @dataclass
@@ -181,7 +157,7 @@ class _Workers(ABC):
         if self.client.status != "running":
             raise self._gone()
         try:
-            found = self.client.scheduler_info(n_workers=-1)["workers"]
+            found = _workers_of(self.client)
         except OSError as error:
             raise self._gone() from error
         self.workers = {address for address, worker in found.items() if worker["nthreads"] == 1}
@@ -297,7 +273,7 @@ class Running(_Workers):
         Raises:
             InputError: They cannot.
         """
-        workers = client.scheduler_info(n_workers=-1)["workers"]
+        workers = _workers_of(client)
         if not workers:
             raise InputError(f"--on {self.scheduler}: the scheduler has no workers. {start}")
         for address, worker in workers.items():
@@ -332,6 +308,17 @@ class Running(_Workers):
         """Leave the cluster. Cells that are still being trained are stopped by their workers."""
         if self.client is not None:
             self.client.close()
+
+
+def _workers_of(client: Client) -> dict[str, Any]:
+    """Return what the scheduler knows about each worker, by its address.
+
+    ``Client.scheduler_info`` returns the last answer to anyone. The client itself asks for none of
+    the workers every two seconds, and its answer may be the last one.
+    """
+    assert client.scheduler is not None
+    found: dict[str, Any] = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+    return found
 
 
 # --- an embedded cluster ------------------------------------------------------------------------

@@ -6,11 +6,15 @@ runs hold everything, so that a run may begin in one pool and go on in another.
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from acdc.compare.cells import Prepared, explain
+from acdc.errors import AcdcError
 from acdc.files import alone
 from acdc.runs import train
 from acdc.runs.record import Folder
@@ -55,6 +59,30 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """End all processes of the pool."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What processes elsewhere have to know to train cells.
+
+    Args:
+        grid: The grid's function.
+        folder: The folder of the grid.
+        device: As ``acdc run`` takes it.
+        command: The command line, for the records.
+    """
+
+    grid: str
+    folder: str
+    device: str
+    command: str
+
+    def absolute(self) -> Order:
+        """Return the order with absolute paths, for processes that stand in another folder."""
+        source, _, name = self.grid.rpartition(":")
+        if source.endswith(".py"):
+            source = str(Path(source).resolve())
+        return replace(self, grid=f"{source}:{name}", folder=str(Path(self.folder).resolve()))
 
 
 class ThisProcess:
@@ -134,6 +162,7 @@ def train_cell(
 
     try:
         _wait_until_free(run_folder)
+        run_folder.error.unlink(missing_ok=True)
         train.run(
             run.recipe,
             run_folder.path,
@@ -147,6 +176,9 @@ def train_cell(
     except train.Interrupted:
         raise
     except Exception as error:  # any error fails this cell alone
+        if not isinstance(error, AcdcError) and run_folder.path.exists():
+            with contextlib.suppress(OSError):
+                run_folder.error.write_text(traceback.format_exc(), encoding="utf-8")
         return explain(error)
     return None
 

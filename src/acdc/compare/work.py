@@ -41,7 +41,7 @@ from acdc.compare.cells import (
     prepare,
 )
 from acdc.compare.grid import Grid, locate
-from acdc.compare.pool import Pool, ThisProcess
+from acdc.compare.pool import Order, Pool, ThisProcess
 from acdc.compare.results import Outcome
 from acdc.errors import AcdcError, InputError, need
 from acdc.files import alone
@@ -89,6 +89,7 @@ def compare(
     *,
     jobs: int | None = None,
     on: str | None = None,
+    slurm: Sequence[str] | None = None,
     resume: bool = False,
     device: str = "auto",
     command: str = "",
@@ -102,9 +103,11 @@ def compare(
         out: The folder in which the grid gets its own.
         jobs: Cells trained at the same time. More than one: each in a worker, a process with an
             equal share of the threads. ``None``: one, in this process; with ``on`` as many as the
-            cluster has workers.
+            cluster has workers, with ``slurm`` as many as there are.
         on: Address of the scheduler of a Dask cluster, ``"tcp://HOST:8786"``, whose workers train
             the cells. They need this environment, and ``out`` under the same path.
+        slurm: Train each cell in a job of Slurm. Options of ``sbatch`` as ``"KEY=VALUE"`` or
+            ``"KEY"``; none at all is an empty sequence.
         resume: Keep what is finished, and try failed cells again.
         device: As ``acdc run`` takes it.
         command: The command line, for the records.
@@ -114,12 +117,15 @@ def compare(
     Raises:
         InputError: There is no such grid, its folder is taken, its results cannot be written, or
             the cluster cannot train it.
-        MissingDependency: ``distributed`` is not installed, and there is more than one job.
+        MissingDependency: ``distributed`` is not installed, and there is more than one job, or
+            ``submitit``, and ``slurm`` is given.
         Interrupted: Stopped by SIGTERM or SIGINT. Every cell that was being trained has a
             checkpoint.
     """
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs is {jobs}. It is a whole number from 1 up.")
+    if on is not None and slurm is not None:
+        raise InputError("--on and --slurm are both given. Give one: they train cells elsewhere.")
     grid = locate(address)
     folder = out / grid.name
     if not resume and any((folder / name).exists() for name in ("runs", "results.jsonl")):
@@ -133,25 +139,29 @@ def compare(
     )
     with alone(folder, refusal):
         board = _Board(grid, folder, watch or (lambda _: None), draw)
-        try:
-            with closing(_pool(address, folder, device, command, jobs, on)) as pool:
+        order = Order(address, str(folder), device, command)
+        with closing(_pool(order, jobs, on, slurm)) as pool:
+            try:
                 _work(board, pool)
-        finally:
-            board.write()
+            finally:
+                board.write()
     return board.outcomes()
 
 
-def _pool(
-    address: str, folder: Path, device: str, command: str, jobs: int | None, on: str | None
-) -> Pool:
+def _pool(order: Order, jobs: int | None, on: str | None, slurm: Sequence[str] | None) -> Pool:
     """Return the pool that trains the cells."""
+    if slurm is not None:
+        try:
+            from acdc.compare.slurm import SlurmJobs
+        except ImportError as error:
+            raise need("submitit", "slurm") from error
+        return SlurmJobs(order, slurm, jobs)
     if on is None and jobs in (None, 1):
-        return ThisProcess(folder, device, command)
+        return ThisProcess(Path(order.folder), order.device, order.command)
     try:
         from acdc.compare import cluster
     except ImportError as error:
         raise need("distributed", "lab") from error
-    order = cluster.Order(address, str(folder), device, command)
     return cluster.Embedded(order, jobs or 1) if on is None else cluster.Running(order, on, jobs)
 
 

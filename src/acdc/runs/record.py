@@ -119,6 +119,11 @@ class Folder:
         """What came out."""
         return self.path / "record.json"
 
+    @property
+    def error(self) -> Path:
+        """The traceback of an error that nobody expected, when a cell of a grid failed by it."""
+        return self.path / "error.txt"
+
     def find(self, file: Path) -> dict[str, Any] | None:
         """Return one of the JSON files, or ``None`` if the run has not written it.
 
