@@ -134,7 +134,7 @@ SURFACE = {
         ("GRID", "required"),
         ("--jobs N", "default None"),
         ("--on ADDRESS", "default None"),
-        ("--slurm KEY=VALUE", "default None"),
+        ("--slurm KEY=VALUE", "any number, or none"),
         ("--resume", "flag"),
         ("--out DIR", "default runs"),
     ],
@@ -204,7 +204,7 @@ def surface(commands: argparse.ArgumentParser) -> dict[str, list[tuple[str, str]
         if action.nargs == "+":
             return name, "any number"
         if action.nargs == "*":
-            return str(action.metavar), "any number, or none"
+            return name or str(action.metavar), "any number, or none"
         if action.nargs == "?":
             return str(action.metavar), "optional"
         required = action.required or not action.option_strings

@@ -57,6 +57,18 @@ def test_a_sparse_step_sends_what_is_kept_and_no_more(name: str, found: dict[int
     assert sum(seen["sparse"]) == (5 if name == "engine" else 0)
 
 
+def test_a_segment_sends_its_gradients_before_the_one_before_it_is_computed(
+    found: dict[int, Any],
+) -> None:
+    for rank in found[2]:
+        seen = rank["overlapped"]
+        assert seen["active"]
+        assert len(seen["layers"]) == 4
+        at = seen["order"].index("passed")
+        assert "reduced" in seen["order"][:at]
+        assert "reduced" in seen["order"][at:]
+
+
 def test_three_ranks_train_the_same_but_for_rounding(found: dict[int, Any]) -> None:
     for rank in found[3]:
         torch.testing.assert_close(

@@ -60,6 +60,10 @@ class Job:
 
 def sbatch(folder: Path, script: str) -> int:
     text = Path(script).read_text()
+    if (folder / "away").exists():
+        print("sbatch: error: Batch job submission failed: Unable to contact slurm controller",
+              file=sys.stderr)  # fmt: skip
+        return 1
     if (folder / "refuses").exists():
         print("sbatch: error: Batch job submission failed: " + (folder / "refuses").read_text(),
               file=sys.stderr)  # fmt: skip

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -167,6 +167,68 @@ def removed() -> Seen:
     return {"outside": int(torch.cat(outside).count_nonzero())}
 
 
+class Passed(torch.autograd.Function):
+    """The identity. It notes that the backward pass goes through it."""
+
+    noted: ClassVar[list[str]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        Passed.noted.append("passed")
+        return grad.clone()
+
+
+class Between(nn.Module):
+    """What the engine does not know: one segment ends before it, and another one begins after."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Passed.apply(x)  # type: ignore[no-any-return]
+
+
+class Halves(nn.Module):
+    """Two segments, and the gradients of each are a bucket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        self.between = Between()
+        self.second = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(x)))  # type: ignore[no-any-return]
+
+
+def overlapped() -> Seen:
+    """Return the order of reductions and backward passes in a sparse step with the engine."""
+    model, x = Halves(), torch.randn(8, 32)
+    optimizer = sgd(model)
+    wrapped = DDP(model, bucket_cap_mb=0.006)  # 6,291 bytes: a layer has 4,224
+    method = acdc.Static(PATTERN, constant("sparse", 9).resolve(1))
+    engine = acdc.Engine(model, x)
+    sparsifier = Sparsifier(method, wrapped, optimizer, engine=engine)
+    distributed.reduce_kept(wrapped, sparsifier)
+    reduce = dist.all_reduce
+
+    def noted(tensor: torch.Tensor, *args: Any, **more: Any) -> Any:
+        Passed.noted.append("reduced")
+        return reduce(tensor, *args, **more)
+
+    for step in range(3):  # DDP makes its buckets anew after the first step
+        if step == 2:
+            Passed.noted.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_reduce", noted)
+            wrapped(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layers = [name for name, chosen in engine.choices.items() if chosen.sparse]
+    return {"order": list(Passed.noted), "layers": layers, "active": engine.active}
+
+
 def uneven() -> Seen:
     """Let the last rank have fewer batches, within a sparse phase."""
     found = []
@@ -242,6 +304,7 @@ def see(rank: int, world: int, folder: Path) -> None:
         with pinned():
             found = {(name, on): train(on=on, **case) for name, case in CASES.items()
                      for on in (False, True)}  # fmt: skip
+            found["overlapped"] = overlapped()
         found |= {"removed": removed(), "uneven": uneven(), "refused": refused(), "power": power()}
     torch.save(found, folder / f"{world}.{rank}.pt")
     dist.barrier()

@@ -19,6 +19,7 @@ at SIGTERM, for which Slurm leaves it ``KillWait``, 30 seconds unless the cluste
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -39,6 +40,8 @@ from acdc.compare.grid import locate
 from acdc.compare.pool import Listener, Order, train_cell
 from acdc.errors import InputError
 from acdc.runs import train
+
+log = logging.getLogger(__name__)
 
 LOOKED_EVERY = 10.0  # seconds between two calls of squeue, which the whole cluster shares
 HEARD_EVERY = 1.0  # seconds between two looks at the folder
@@ -111,6 +114,7 @@ class SlurmJobs:
         )
         self.given: dict[str, _Given] = {}  # by the label of the run
         self.waiting: Prepared | None = None  # Slurm takes no more jobs for now
+        self.refused: str | None = None  # why the last job was; "" if it was taken, None before
         self.states: dict[str, str] = {}  # by the number of the job
         self.asked = self.looked = float("-inf")  # when squeue was called, and when it answered
         self.stopping = False
@@ -142,10 +146,15 @@ class SlurmJobs:
                 f"The job of {run.label} could not be written to {self.folder}: {error.strerror}."
             ) from error
         except (submitit.core.utils.FailedJobError, subprocess.SubprocessError) as error:
-            if self.given:  # a limit of the cluster, most probably: try again when a job has ended
-                self.waiting = run
-                return
-            raise InputError(f"Slurm refused the job of {run.label}: {_said(error)}") from error
+            said = _said(error)
+            if self.refused is None:  # the first job of all: its options may be wrong
+                raise InputError(f"Slurm refused the job of {run.label}: {said}") from error
+            # A limit of the cluster, or its controller is away: try again later.
+            if said != self.refused:
+                log.warning("Slurm takes no more jobs for now (%s). The next try is soon.", said)
+            self.waiting, self.refused = run, said
+            return
+        self.refused = ""
         with self._numbers(run.label).open("a") as file:
             file.write(f"{job.job_id}\n")
         self.given[run.label] = _Given(job, time.monotonic())
@@ -175,7 +184,7 @@ class SlurmJobs:
             with contextlib.suppress(OSError, ValueError):  # not there yet, or being written
                 if label in self.given:
                     listener.advanced(label, float(self._share(label).read_text()))
-        if self.waiting is not None and (looks or not self.given):
+        if self.waiting is not None and looks:
             run, self.waiting = self.waiting, None
             if self.stopping:
                 listener.stopped(run.label)
