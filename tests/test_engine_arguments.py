@@ -231,6 +231,40 @@ def test_ever_new_values_are_computed_in_parts_and_said_once(
     assert len(caplog.records) == 1
 
 
+class TracedInTraining(Layers):
+    """In evaluation mode it looks at values, as no graph can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and bool(x.isnan().any()):
+            raise ValueError("the input is not a number")
+        return self.layers(x)
+
+
+def test_a_whole_model_without_a_graph_in_evaluation_runs_in_parts(
+    ran: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the parts are called with is found by a call of the model, which has no graph either."""
+    caplog.set_level(logging.WARNING, "acdc.engine")
+    torch.manual_seed(0)
+    model = TracedInTraining()
+    plain = copy.deepcopy(model)
+    engine = acdc.Engine(model, x_of(), choose=False)
+    full = {n: torch.ones_like(w, dtype=torch.bool) for n, w in model.named_parameters()}
+    engine.compress({name: mask for name, mask in full.items() if mask.dim() > 1})
+    for step in range(3):
+        for net in (model, plain):
+            net.train(step != 1)
+        ran.clear()
+        with torch.set_grad_enabled(step != 1):
+            same(model(x_of(step)), plain(x_of(step)))
+        assert ran
+        assert engine.active
+    (message,) = {record.getMessage() for record in caplog.records}
+    assert "runs in parts" in message
+    engine.decompress()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 class Collects(Layers):
     """It hands its result over in a list that it is given."""
 

@@ -141,9 +141,12 @@ class SlurmJobs:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._share(run.label).unlink(missing_ok=True)
             job = self.executor.submit(cell)
+            with self._numbers(run.label).open("a") as file:
+                file.write(f"{job.job_id}\n")
         except OSError as error:
             raise InputError(
-                f"The job of {run.label} could not be written to {self.folder}: {error.strerror}."
+                f"The job of {run.label} could not be written to {self.folder}: "
+                f"{error.strerror or error}."
             ) from error
         except (submitit.core.utils.FailedJobError, subprocess.SubprocessError) as error:
             said = _said(error)
@@ -155,8 +158,6 @@ class SlurmJobs:
             self.waiting, self.refused = run, said
             return
         self.refused = ""
-        with self._numbers(run.label).open("a") as file:
-            file.write(f"{job.job_id}\n")
         self.given[run.label] = _Given(job, time.monotonic())
 
     def _in_queue(self, label: str) -> str | None:
@@ -216,7 +217,7 @@ class SlurmJobs:
                 self._forget(label)
             listener.ended(label, reason)
         else:  # the job's own process failed before or after the training
-            listener.lost(label, self._why(label, job, "FAILED"))
+            listener.lost(label, self._why(job, "FAILED"))
 
     def _judge(self, label: str, given: _Given, listener: Listener) -> None:
         """Give up a job that is not in the queue any more and leaves no result."""
@@ -232,13 +233,13 @@ class SlurmJobs:
         elif now - given.ended > PATIENCE:
             del self.given[label]
             if state == "CANCELLED":
-                listener.ended(label, self._why(label, given.job, state))
+                listener.ended(label, self._why(given.job, state))
             elif state in NOT_ITS_FAULT:
                 listener.stopped(label)
             else:
-                listener.lost(label, self._why(label, given.job, state))
+                listener.lost(label, self._why(given.job, state))
 
-    def _why(self, label: str, job: submitit.Job[Any], state: str) -> str:
+    def _why(self, job: submitit.Job[Any], state: str) -> str:
         """Return why a job has no result, as a sentence."""
         number = job.job_id
         sentence = {
@@ -277,11 +278,12 @@ class SlurmJobs:
 
     def _forget(self, label: str) -> None:
         """Remove the files of all jobs of a run that has a record."""
-        for number in self._numbers(label).read_text().split():
-            for path in self.folder.glob(f"{number}_*"):
-                path.unlink(missing_ok=True)
-        self._numbers(label).unlink(missing_ok=True)
-        self._share(label).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # they are of no use, and do no harm
+            for number in self._numbers(label).read_text().split():
+                for path in self.folder.glob(f"{number}_*"):
+                    path.unlink(missing_ok=True)
+            self._numbers(label).unlink()
+            self._share(label).unlink(missing_ok=True)
 
 
 # --- in a job -----------------------------------------------------------------------------------
@@ -326,7 +328,8 @@ class _TrainCell:
             nonlocal told
             if time.monotonic() - told > TOLD_EVERY:
                 told = time.monotonic()
-                (folder / "slurm" / f"{self.label}.share").write_text(f"{share:.5f}")
+                with contextlib.suppress(OSError):  # a full disk: the run itself says so
+                    (folder / "slurm" / f"{self.label}.share").write_text(f"{share:.5f}")
 
         try:
             run = prepare(locate(self.order.grid), Cell(**self.cell), self.epochs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ from acdc.engine.contract import Kernels
 from acdc.engine.example import Call, Example, arguments_of, calls_of
 from acdc.engine.gradients import KernelGradients
 from acdc.engine.graph import is_layer
-from acdc.engine.host import UNREACHED, Host
+from acdc.engine.host import UNREACHED, Host, own_forward_of
 from acdc.engine.judge import Judge
 from acdc.engine.memory import Workspace
 from acdc.engine.native import Native, give_memory_back
@@ -320,12 +320,15 @@ class Engine:
 
     @cached_property
     def _calls(self) -> dict[nn.Module, Call]:
-        """What the modules are called with.
+        """What the modules are called with, found by a call on PyTorch alone.
 
-        Models of ``transformers`` fill no cache of keys and values: training has no use for one,
-        and a call with a cache, if there is one, is computed in parts.
+        A call of the model that no graph holds may need them in a sparse phase. Models of
+        ``transformers`` fill no cache of keys and values: training has no use for one, and a call
+        with a cache, if there is one, is computed in parts.
         """
-        with _no_cache(self.model):
+        with _no_cache(self.model), ExitStack() as stack:
+            for host in self._hosts:
+                stack.enter_context(own_forward_of(host.module))
             return calls_of(self.model, *self._example)
 
 
