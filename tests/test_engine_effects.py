@@ -7,6 +7,11 @@ the same network in plain PyTorch: outputs, gradients, buffers and attributes, s
 from __future__ import annotations
 
 import copy
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -577,3 +582,86 @@ def test_a_forward_that_catches_the_error_of_tracing_is_not_traced() -> None:
     pair = Pair(Caught)
     pair.engine.compress(pair.masks)
     pair.steps(range(2))
+
+
+# --- random numbers -----------------------------------------------------------------------------
+
+
+class DrawsInPython(Noting):
+    def note(self, x: Tensor) -> Tensor:
+        return x * (1 + random.random())
+
+
+class DrawsFromRange(Noting):
+    def note(self, x: Tensor) -> Tensor:
+        return x * random.randint(1, 3)
+
+
+class DrawsInPyTorch(Noting):
+    def note(self, x: Tensor) -> Tensor:
+        torch.rand(3)
+        return x
+
+
+class SeedsPyTorch(Noting):
+    def note(self, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return x
+
+
+class LooksAtStates(Noting):
+    def note(self, x: Tensor) -> Tensor:
+        random.getstate()
+        torch.random.get_rng_state()
+        return x
+
+
+@contextmanager
+def another_thread_draws() -> Iterator[None]:
+    """Let another thread draw all the time, as the heartbeat of a worker of Dask does."""
+    ends = threading.Event()
+
+    def draw() -> None:
+        while not ends.wait(0.0005):
+            random.random()
+            torch.rand(1)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        yield
+    finally:
+        ends.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [(Noting, True), (LooksAtStates, True), (DrawsInPython, False), (DrawsFromRange, False),
+     (DrawsInPyTorch, False), (SeedsPyTorch, False)],
+)  # fmt: skip
+def test_a_forward_that_draws_has_no_graph_whatever_other_threads_draw(
+    kind: type[nn.Module], whole: bool, busy: bool
+) -> None:
+    model = built(kind)
+    with another_thread_draws() if busy else nullcontext():
+        engine = acdc.Engine(model, batch(0), choose=False)
+    assert ([host.name for host in engine._hosts] == [""]) == whole
+    assert sys.getprofile() is None
+
+
+def test_a_profiler_sees_the_trace_and_stays() -> None:
+    seen: list[str] = []
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        seen.append(frame.f_code.co_name)
+
+    with another_thread_draws():
+        sys.setprofile(profile)
+        try:
+            acdc.Engine(built(Noting), batch(0), choose=False)
+            assert sys.getprofile() is profile
+        finally:
+            sys.setprofile(None)
+    assert "note" in seen

@@ -2,15 +2,18 @@
 
 A graph holds the operations on traced values. Everything else happens while the forward is traced,
 and never again. ``Attributes`` finds changes of the modules and undoes them. ``Watch`` stops
-operations that write into tensors, or read their values, outside of the graph.
+operations that write into tensors, or read their values, outside of the graph. ``Draws`` sees calls
+of generators of random numbers.
 """
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
+from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _PLAIN = (bool, int, float, complex, str, bytes)
+_PYTHONS = random.random.__self__  # type: ignore[attr-defined]
+_READING = {"getstate", "get_state", "initial_seed"}  # of a generator
 _NOT_OPENED = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
 _CONTAINERS = (list, dict, set, deque)
 
@@ -176,6 +181,36 @@ def _fill(container: Any, entries: Any) -> None:
 _READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
 
 
+class Draws:
+    """Sees whether this thread calls a generator of the process: Python's, or PyTorch's.
+
+    Operations that draw from PyTorch's generator are not calls of it: ``Watch`` sees them.
+
+    Attributes:
+        seen: Whether a call was seen that changes a generator.
+
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._before: Any = None
+
+    def __enter__(self) -> Draws:
+        self._before = sys.getprofile()  # a profiler may be at work
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._before)
+
+    def _see(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event == "c_call" and arg.__name__ not in _READING:
+            owner = getattr(arg, "__self__", None)
+            self.seen = self.seen or owner is _PYTHONS or owner is torch.default_generator
+        if self._before is not None:
+            self._before(frame, event, arg)
+
+
 class Watch(TorchDispatchMode):
     """Stops operations on tensors that a graph would not hold, before they are executed.
 
@@ -183,12 +218,14 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         reason: What the first of these operations would have done, or None.
+        draws: Whether an operation has drawn from the generator of the process.
 
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reason: str | None = None
+        self.draws = False
         self._own: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(
@@ -200,6 +237,8 @@ class Watch(TorchDispatchMode):
         if foreign:
             self._check(func, args, kwargs)
         result = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            self.draws = True
         if not foreign:
             for tensor in _tensors(result):
                 if (memory := _memory_of(tensor)) is not None:

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import fields, is_dataclass
 from io import StringIO
 from typing import Any
@@ -31,11 +31,9 @@ from torch.utils._pytree import tree_leaves
 from acdc.engine.arguments import Arguments, fake
 from acdc.engine.attention import AsAWhole, InProjection, parts_of
 from acdc.engine.calls import as_modules
-from acdc.engine.effects import Attributes, Change, SideEffect, Watch
+from acdc.engine.effects import Attributes, Change, Draws, SideEffect, Watch
 from acdc.engine.known import is_known
 from acdc.engine.locks import Lock
-
-ATTEMPTS = 8  # to trace a module, if random numbers are drawn meanwhile
 
 
 class Untraceable(Exception):
@@ -486,14 +484,23 @@ def _with_added(tracer: _Tracer, graph: fx.Graph) -> nn.Module:
 
 
 def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
-    """Trace without an effect that lasts. Another thread may draw random numbers meanwhile."""
+    """Trace without an effect that lasts. Other threads may draw random numbers meanwhile.
+
+    The generators are the process's own. If they change, a second trace sees whether it was this
+    thread that drew from them: that costs time, because all calls of this thread are seen.
+    """
     title = f"{type(root).__name__}.forward"
     first = _random_state()
-    for _ in range(ATTEMPTS):
+    for draws in (None, Draws()):
         attributes, numbers = Attributes(root), _random_state()
         tracer, watch = _Tracer(root, arguments), Watch()
         try:
-            with _proxies_pass_for_tensors(), _attention_is_one_call(), watch:
+            with (
+                _proxies_pass_for_tensors(),
+                _attention_is_one_call(),
+                watch,
+                draws or nullcontext(),
+            ):
                 graph = tracer.trace(root)
             why = watch.reason or _why_wrong(root, graph, list(attributes.changes()))
         except SideEffect as error:
@@ -509,7 +516,9 @@ def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
         if why is not None:
             _set_random_state(numbers)
             raise Untraceable(f"{title} {why}")
-        if numbers == _random_state():
+        if draws is None and numbers == _random_state():
+            return tracer, graph
+        if draws is not None and not (draws.seen or watch.draws):
             return tracer, graph
     _set_random_state(first)
     raise Untraceable(f"{title} draws random numbers or counts in Python as it runs")
