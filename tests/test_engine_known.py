@@ -238,7 +238,7 @@ def test_a_batch_norm_function_that_is_used_twice_stays_with_pytorch(runs: list[
     layers = {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(8, 8, 1), "norm": BatchNormAct(8)}
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
     both = Beside(Written(forward, **layers).double(), x)
-    both.check(x, least=0.1)  # each BatchNorm takes the bias before it away
+    both.check(x, least=1.0)  # each BatchNorm takes the bias before it away
     assert len(runs) == 2  # each convolution by itself
 
 
