@@ -50,6 +50,15 @@ class Cluster:
     def alive(self) -> list[str]:
         return [number for number, state in self.states().items() if state not in slurm.ENDED]
 
+    def take_jobs(self, takes: bool) -> None:
+        """Let the cluster take jobs or refuse them; those in the queue are not affected."""
+        if self.node is None:
+            refusals = self.folder / "refuses"
+            refusals.unlink() if takes else refusals.write_text("the partition takes no jobs")
+        else:
+            state = f"State={'UP' if takes else 'DRAIN'}"
+            subprocess.run(["scontrol", "update", "PartitionName=test", state], check=True)
+
     def cancel(self, *words: str) -> None:
         subprocess.run(["scancel", *words], check=True)
 
@@ -101,11 +110,11 @@ def wait(true: Callable[[], Any], seconds: float = 120) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of the grid ``slow``, trained in this process by nothing but calls."""
+    """The runs of the grid ``two``, trained in this process by nothing but calls."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("straight")
-    work.compare(f"{GRIDS}:slow", out, device="cpu")
-    return out / "slow" / "runs"
+    work.compare(f"{GRIDS}:two", out, device="cpu")
+    return out / "two" / "runs"
 
 
 def assert_same_runs(folder: Path, straight: Path) -> None:
@@ -137,7 +146,7 @@ class Once:
                 self.do(file.with_suffix(".jobs").read_text().split()[-1])
 
 
-def task_of(cluster: Cluster, number: str) -> int:
+def task_of(number: str) -> int:
     """Return the process that trains in a job."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -154,23 +163,23 @@ def test_a_killed_cell_and_one_whose_time_runs_out_go_on_from_their_checkpoints(
     cluster: Cluster, tmp_path: Path, straight: Path
 ) -> None:
     """The first cell is killed, the second one gets the signal at which submitit requeues."""
-    kill = Once(tmp_path, lambda number: os.kill(task_of(cluster, number), signal.SIGKILL))
+    kill = Once(tmp_path, lambda number: os.kill(task_of(number), signal.SIGKILL))
     renew = Once(tmp_path, lambda number: cluster.cancel("--signal=USR2", number))
     before = set(cluster.states())
 
     def watch(progress: Progress) -> None:
         (kill if progress.done == 0 else renew)(progress)
 
-    outcomes = compare("slow", tmp_path, "cpus-per-task=1", jobs=1, watch=watch)
+    outcomes = compare("two", tmp_path, "cpus-per-task=1", jobs=1, watch=watch)
     assert kill.done
     assert renew.done
     assert not reasons(outcomes)
     for once in (kill, renew):
         again = next(iter(once.shares.values()))
         assert min(again) > 0.05  # no cell began anew
-    assert len(set(cluster.states()) - before) == 4  # only the killed cell took another job
-    assert_same_runs(tmp_path / "slow" / "runs", straight)
-    assert not (tmp_path / "slow" / "slurm").exists()
+    assert len(set(cluster.states()) - before) == 3  # only the killed cell took another job
+    assert_same_runs(tmp_path / "two" / "runs", straight)
+    assert not (tmp_path / "two" / "slurm").exists()
 
 
 def test_errors_of_cells_are_the_sentences_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
@@ -203,28 +212,28 @@ def test_a_cancelled_job_fails_its_cell_until_it_is_asked_for_again(
     cluster: Cluster, tmp_path: Path, straight: Path
 ) -> None:
     watch = Once(tmp_path, cluster.cancel)
-    outcomes = compare("slow", tmp_path, jobs=1, watch=watch)
+    outcomes = compare("two", tmp_path, jobs=1, watch=watch)
     (sentence,) = reasons(outcomes).values()
     assert "of Slurm was cancelled" in sentence
-    assert not reasons(compare("slow", tmp_path, resume=True))
-    assert_same_runs(tmp_path / "slow" / "runs", straight)
+    assert not reasons(compare("two", tmp_path, resume=True))
+    assert_same_runs(tmp_path / "two" / "runs", straight)
 
 
 def test_jobs_outlive_a_killed_command_and_the_next_one_takes_them_over(
     cluster: Cluster, tmp_path: Path, straight: Path
 ) -> None:
-    words = [sys.executable, "-m", "acdc", "compare", f"{GRIDS}:slow", "--out", str(tmp_path)]
-    command = subprocess.Popen([*words, "--jobs", "2", "--slurm", "cpus-per-task=1"])
-    folder = tmp_path / "slow" / "slurm"
+    words = [sys.executable, "-m", "acdc", "compare", f"{GRIDS}:two", "--out", str(tmp_path)]
+    command = subprocess.Popen([*words, "--jobs", "1", "--slurm", "cpus-per-task=1"])
+    folder = tmp_path / "two" / "slurm"
     try:
-        wait(lambda: len(list(folder.glob("*.jobs"))) == 2)
+        wait(lambda: list(folder.glob("*.jobs")))
     finally:
         command.kill()
         command.wait()
     before = set(cluster.states())
-    assert not reasons(compare("slow", tmp_path, resume=True))
-    assert len(set(cluster.states()) - before) == 1  # the third cell alone took a job
-    assert_same_runs(tmp_path / "slow" / "runs", straight)
+    assert not reasons(compare("two", tmp_path, resume=True))
+    assert len(set(cluster.states()) - before) == 1  # the second cell alone took a job
+    assert_same_runs(tmp_path / "two" / "runs", straight)
 
 
 def test_the_controller_may_be_away_for_a_while(
@@ -259,9 +268,9 @@ def test_the_controller_may_be_away_for_a_while(
 
     monkeypatch.setattr(slurm.submitit.SlurmExecutor, "submit", note)
     watch = Once(tmp_path, away)
-    assert not reasons(compare("slow", tmp_path, jobs=1, watch=watch))
+    assert not reasons(compare("two", tmp_path, jobs=1, watch=watch))
     assert "Unable to contact slurm controller" in refused[0]
-    assert_same_runs(tmp_path / "slow" / "runs", straight)
+    assert_same_runs(tmp_path / "two" / "runs", straight)
 
 
 # --- what Slurm and acdc refuse -----------------------------------------------------------------
@@ -280,9 +289,9 @@ def test_what_slurm_refuses_is_its_sentence(cluster: Cluster, tmp_path: Path) ->
     assert cluster.states().keys() == before.keys()
 
 
-@pytest.mark.skipif(REAL, reason="a limit of Slurm needs accounting")
-def test_a_limit_of_jobs_in_the_queue_makes_cells_wait(cluster: Cluster, tmp_path: Path) -> None:
-    refusals = cluster.folder / "refuses"
+def test_a_cluster_that_takes_no_more_jobs_makes_cells_wait(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     pool = slurm.SlurmJobs(work.Order(f"{GRIDS}:small", str(tmp_path), "cpu", ""), [], None)
     grid = compare_grids.small()
     runs = [work.prepare(grid, cell, grid.task.epochs) for cell in work.cells(grid)]
@@ -297,13 +306,13 @@ def test_a_limit_of_jobs_in_the_queue_makes_cells_wait(cluster: Cluster, tmp_pat
 
     pool.begin(runs[0])
     assert pool.free()
-    refusals.write_text("QOSMaxSubmitJobPerUserLimit")
+    cluster.take_jobs(False)
     try:
         pool.begin(runs[1])
         assert not pool.free()
         assert list(pool.given) == [runs[0].label]
     finally:
-        refusals.unlink()
+        cluster.take_jobs(True)
     while len(heard) < 2:
         pool.wait(Hears())
     pool.close()

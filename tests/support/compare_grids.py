@@ -193,6 +193,11 @@ def slow() -> Grid:
     return _long(_grid("slow", DENSE, ACDC_, sparsities=(0.5, 0.75)), 180)
 
 
+def two() -> Grid:
+    """Two cells as long as those of ``slow``."""
+    return _long(_grid("two", DENSE, ACDC_, sparsities=(0.5,)), 180)
+
+
 def endless() -> Grid:
     return _long(_grid("endless", DENSE, ACDC_, sparsities=(0.5,)), 100_000)
 

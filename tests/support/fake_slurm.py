@@ -1,10 +1,9 @@
 """The commands of Slurm that ``acdc compare --slurm`` uses, for machines without Slurm.
 
-    python fake_slurm.py install FOLDER
-
-writes ``sbatch``, ``squeue``, ``scancel``, ``scontrol`` and ``srun`` into FOLDER/bin. A job is a
-process with its own group, and a folder of FOLDER/jobs with its state. ``make test-slurm`` runs the
-same tests with the programs themselves.
+``install`` writes ``sbatch``, ``squeue``, ``scancel``, ``scontrol`` and ``srun`` into the folder
+``bin`` of a cluster; each calls the function of its name here. A job is a process with its own
+group, and a folder in ``jobs`` with its state. ``make test-slurm`` runs the same tests with the
+programs themselves.
 """
 
 from __future__ import annotations

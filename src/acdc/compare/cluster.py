@@ -35,11 +35,9 @@ import torch
 from distributed import Client, Future, LocalCluster, Nanny, Worker, WorkerPlugin
 
 import acdc
-from acdc.compare.cells import Cell, Prepared, explain, prepare
-from acdc.compare.grid import locate
-from acdc.compare.pool import Listener, Order, train_cell
+from acdc.compare.cells import Prepared, explain
+from acdc.compare.pool import Listener, Order, train_ordered
 from acdc.errors import InputError
-from acdc.runs import train
 
 LOOKED_EVERY = 0.5  # seconds between two looks at the workers
 TOLD_EVERY = 0.25  # seconds between two reports of the progress of a cell
@@ -101,7 +99,6 @@ class _Workers(ABC):
         assert self.client is not None
         key = f"{run.label}-{uuid.uuid4().hex}"
         worker = self._idle()[0]
-        # The number of epochs may follow from measured FLOPs: it is decided here.
         cell, epochs = asdict(run.cell), run.epochs
         future = self.client.submit(
             train_on_worker, self.order, cell, epochs, self.topic, key, key=key, workers=[worker]
@@ -434,15 +431,9 @@ def train_on_worker(
             worker.log_event(topic, (key, share))
 
     try:
-        run = prepare(locate(order.grid), Cell(**cell), epochs)
-        reason = train_cell(run, Path(order.folder), order.device, order.command, watch, stop)
-    except train.Interrupted:
-        return "stopped", None
-    except Exception as error:  # raised by the file of the grid, or the method's own code
-        return "failed", explain(error)
+        return train_ordered(order, cell, epochs, watch, stop)
     finally:
         del _stops[key]
-    return ("failed", reason) if reason else ("done", None)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from acdc.compare.cells import Prepared, explain
+from acdc.compare.cells import Cell, Prepared, explain, prepare
+from acdc.compare.grid import locate
 from acdc.errors import AcdcError
 from acdc.files import alone
 from acdc.runs import train
@@ -181,6 +182,32 @@ def train_cell(
                 run_folder.error.write_text(traceback.format_exc(), encoding="utf-8")
         return explain(error)
     return None
+
+
+def train_ordered(
+    order: Order,
+    cell: Mapping[str, Any],
+    epochs: int,
+    watch: Callable[[float], None],
+    stop: list[int],
+) -> tuple[str, str | None]:
+    """Train a cell elsewhere than in the command, and return how it ended: ``"done"``, ``"failed"``
+    and why, or ``"stopped"``.
+
+    Args:
+        order: What all cells have in common.
+        cell: The fields of the cell.
+        epochs: Its length. It may follow from measured FLOPs: the command decides.
+        watch, stop: As ``train_cell`` takes them.
+    """
+    try:
+        run = prepare(locate(order.grid), Cell(**cell), epochs)
+        reason = train_cell(run, Path(order.folder), order.device, order.command, watch, stop)
+    except train.Interrupted:
+        return "stopped", None
+    except Exception as error:  # raised by the file of the grid, or the method's own code
+        return "failed", explain(error)
+    return ("failed", reason) if reason else ("done", None)
 
 
 def _wait_until_free(folder: Folder) -> None:

@@ -35,11 +35,9 @@ from typing import Any
 import submitit
 import torch
 
-from acdc.compare.cells import Cell, Prepared, explain, prepare
-from acdc.compare.grid import locate
-from acdc.compare.pool import Listener, Order, train_cell
+from acdc.compare.cells import Prepared
+from acdc.compare.pool import Listener, Order, train_ordered
 from acdc.errors import InputError
-from acdc.runs import train
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +48,7 @@ PATIENCE = 20.0  # seconds until the result of a job has come through a shared f
 MINUTES = 60  # of a job, unless --slurm says otherwise
 RENEWED = 10_000  # times that a job may run out of its time: every time it has gone on meanwhile
 COMMANDS = ("sbatch", "squeue", "scancel", "srun")
-OURS = (  # options of sbatch that would give a cell no task, or several
+OURS = (  # options of sbatch that acdc and submitit need for themselves
     "array",
     "dependency",
     "error",
@@ -298,7 +296,7 @@ class _TrainCell:
     epochs: int
     label: str
     stop: list[int] = field(default_factory=list)
-    outcome: list[tuple[str, str | None]] = field(default_factory=list)
+    outcome: tuple[str, str | None] = ("failed", "The thread that trains it ended early.")
 
     def __call__(self) -> tuple[str, str | None]:
         """Return how the cell ended: ``"done"`` or ``"failed"``, and why."""
@@ -308,10 +306,9 @@ class _TrainCell:
         self.thread.start()
         while self.thread.is_alive():
             self.thread.join(0.1)  # signals are heard between two joins
-        (how, reason) = self.outcome[0]
-        if how == "stopped":  # without a result: what becomes of the job, Slurm decides
+        if self.outcome[0] == "stopped":  # without a result: what becomes of the job, Slurm decides
             raise SystemExit(128 + self.stop[0])
-        return how, reason
+        return self.outcome
 
     def checkpoint(self) -> submitit.core.utils.DelayedSubmission:
         """Stop after a checkpoint, and go on later: submitit calls this when the time runs out."""
@@ -331,15 +328,7 @@ class _TrainCell:
                 with contextlib.suppress(OSError):  # a full disk: the run itself says so
                     (folder / "slurm" / f"{self.label}.share").write_text(f"{share:.5f}")
 
-        try:
-            run = prepare(locate(self.order.grid), Cell(**self.cell), self.epochs)
-            device, command = self.order.device, self.order.command
-            reason = train_cell(run, folder, device, command, watch, self.stop)
-            self.outcome.append(("failed", reason) if reason else ("done", None))
-        except train.Interrupted:
-            self.outcome.append(("stopped", None))
-        except Exception as error:  # raised by the file of the grid, or the method's own code
-            self.outcome.append(("failed", explain(error)))
+        self.outcome = train_ordered(self.order, self.cell, self.epochs, watch, self.stop)
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -362,8 +351,8 @@ def _read(options: Sequence[str]) -> tuple[int, dict[str, str | bool]]:
             )
         if key in OURS:
             raise InputError(
-                f"--slurm {option}: acdc sets {key} itself, because every cell is a job of one "
-                f"task. Leave it out."
+                f"--slurm {option}: acdc sets {key} itself. Every cell is a job of one task, "
+                f"and acdc reads what the job writes. Leave the option out."
             )
         if "\n" in value:
             raise InputError(f"--slurm {option!r} has more than one line. Give it in one.")

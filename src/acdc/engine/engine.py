@@ -22,7 +22,7 @@ from acdc.engine.contract import Kernels
 from acdc.engine.example import Call, Example, arguments_of, calls_of
 from acdc.engine.gradients import KernelGradients
 from acdc.engine.graph import is_layer
-from acdc.engine.host import UNREACHED, Host, own_forward_of
+from acdc.engine.host import UNREACHED, Host, with_own_forward
 from acdc.engine.judge import Judge
 from acdc.engine.memory import Workspace
 from acdc.engine.native import Native, give_memory_back
@@ -328,7 +328,7 @@ class Engine:
         """
         with _no_cache(self.model), ExitStack() as stack:
             for host in self._hosts:
-                stack.enter_context(own_forward_of(host.module))
+                stack.enter_context(with_own_forward(host.module))
             return calls_of(self.model, *self._example)
 
 

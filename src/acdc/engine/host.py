@@ -321,7 +321,7 @@ class Host:
         return self.name or type(self.module).__name__
 
     def _trace(self, arguments: Arguments) -> fx.GraphModule:
-        with own_forward_of(self.module):
+        with with_own_forward(self.module):
             graph = trace(self._root, arguments)
         propagate(graph, arguments.tensors)
         return graph
@@ -464,7 +464,7 @@ class Single(nn.Module):
 
 
 @contextmanager
-def own_forward_of(module: nn.Module) -> Iterator[None]:
+def with_own_forward(module: nn.Module) -> Iterator[None]:
     """Give a module its own forward back inside this context."""
     replaced = vars(module).pop("forward", None)
     try:
