@@ -61,7 +61,10 @@ def test_json_is_one_line_of_the_same_facts(capsys: pytest.CaptureFixture[str]) 
 
 
 def install(folder: Path, name: str, version: str, *files: str) -> None:
-    """Write what an installer writes about a distribution."""
+    """Write what an installer writes: files, and what it knows about the distribution."""
+    for file in files:  # some versions of importlib.metadata list those alone that are there
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
