@@ -124,9 +124,37 @@ def test_memory_goes_back_after_each_block_of_judged_steps(
         steps += 1
     assert 2 <= len(calls) <= steps / 5
     calls.clear()
-    net(x).sum().backward()
-    optimizer.step()
-    assert not calls
+    for _ in range(4):
+        net(x).sum().backward()
+        optimizer.step()
+    assert calls == ["back"] * 2  # of the first steps after the verdict
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_memory_of_the_first_sparse_steps_goes_back(
+    monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """They free dense gradients and moments, which were alive when the support changed."""
+    net, x = tokens()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    engine = acdc.Engine(net, x, choose=False)
+    plan = acdc.constant("sparse", epochs=1).resolve(1000)
+    acdc.Sparsifier(acdc.ACDC(acdc.Unstructured(0.6), plan), net, optimizer, engine=engine)
+    if again:
+        engine.decompress()
+    calls: list[int] = []
+    steps = 0
+    monkeypatch.setattr(engine_module, "give_memory_back", lambda: calls.append(steps))
+    if again:
+        masks = {f"{i}.weight": net[i].weight != 0 for i in (0, 4)}
+        engine.compress(masks)
+        assert calls == [0]
+        calls.clear()
+    for _ in range(5):
+        steps += 1
+        net(x).sum().backward()
+        optimizer.step()
+    assert calls == [1, 2]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")

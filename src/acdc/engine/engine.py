@@ -84,6 +84,7 @@ class Engine:
         self._policy = Policy(self._plans, choose)
         self._judge = Judge(choose)
         self._sparse_now = False
+        self._first_steps = 0  # that are left, of those computed in a new way
         self._hosts: list[Host] = []
         if self.off is not None:
             log.info("The engine stays off: %s.", self.off)
@@ -191,6 +192,7 @@ class Engine:
                 self._policy.compressing = False
         if was_dense:
             give_memory_back()  # of dense steps, and of the layers that were timed
+            self._first_steps = 0 if self.judges else 2
         if self.choices != before:
             log.info("Layers, dense and sparse:\n%s", self.table())
 
@@ -230,6 +232,11 @@ class Engine:
             if trial.off:
                 self._free()
             give_memory_back()  # of the steps before, which were computed in another way
+            self._first_steps = 2 if trial.settled else 0
+        elif self._first_steps:
+            self._first_steps -= 1
+            # Until now the gradients and the moments of the way before were alive.
+            give_memory_back()
         if trial is not None and trial.settled:
             log.info("Whole steps: %s.", "; ".join(map(str, self.verdicts)))
 
@@ -243,7 +250,7 @@ class Engine:
 
     def decompress(self) -> None:
         """Run everything on plain PyTorch from now on, and free all buffers."""
-        self._sparse_now = False
+        self._sparse_now, self._first_steps = False, 0
         self._judge.drop()
         with self.workspace.lock:
             for host in self._hosts:
