@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import acdc
-from acdc.engine import choice, native
+from acdc.engine import choice, memory, native, segment
 from acdc.engine import engine as engine_module
+from acdc.engine.layout import Shape
 from acdc.engine.timing import LayerTimes
 from acdc.runs.models import SmallResNet
-from support.engine_nets import cut
+from support.engine_nets import BACKENDS, NETWORKS, Pair, cut
 
 
 @pytest.fixture
@@ -199,3 +202,98 @@ def test_large_masks_are_held_once() -> None:
         assert param.grad is not None
         assert not param.grad[~mask].any()
         assert param.grad[mask].any()
+
+
+# --- shared memory --------------------------------------------------------------------------------
+
+
+def spoil(pieces: memory._Pieces) -> None:
+    """Write NaN wherever another buffer of these pieces of memory may write."""
+    for (grid, _), piece in zip(pieces.wanted, pieces.given, strict=True):
+        if grid.halos is None:
+            piece.data.fill_(float("nan"))
+            continue
+        height, width, halo, lanes = grid.halos
+        shape = Shape(1, 1, height, width, lanes, halo, False, grid.dtype)
+        whole = piece.data[: piece.data.numel() // shape.channel * shape.channel]
+        rows = whole.view(-1, shape.channel)[:, : (height + 2 * halo) * shape.row]
+        rows = rows.view(-1, height + 2 * halo, width + 2 * halo, lanes)
+        rows[:, halo : halo + height, halo : halo + width] = float("nan")
+
+
+@pytest.mark.parametrize("samples", [16, 3])
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_buffer_may_hold_anything_at_first(
+    network: str, backend: str, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another buffer was in its memory before, of another shape."""
+    arenas: dict[memory.Frame, memory.Arena] = {}
+    frame_of, back = memory.Arena.frame, segment.compute_backward
+
+    def frame(arena: memory.Arena, samples: int) -> memory.Frame:
+        found = frame_of(arena, samples)
+        arenas[found] = arena
+        for pieces, *_ in arena._piece_of.values():
+            spoil(pieces)
+        return found
+
+    def backward(lease: memory.Lease, *args: Any) -> Any:
+        spoil(arenas[lease.frame]._shared)
+        return back(lease, *args)
+
+    monkeypatch.setattr(memory.Arena, "frame", frame)
+    monkeypatch.setattr(segment, "compute_backward", backward)
+    torch.manual_seed(1)
+    net = NETWORKS[network]
+    pair = Pair(net.build(), net.shape, samples, backend_name=backend, zero=net.zero)
+    for seed in range(2):
+        pair.step(samples, seed)
+    assert arenas
+
+
+def arenas_of(engine: acdc.Engine) -> list[memory.Arena]:
+    found = [segment for host in engine._hosts for segment in host.segments()]
+    return [arena for s in found for free in s._free.values() for arena in free]
+
+
+def sizes_of(pieces: Iterable[tuple[memory.Grid, int]]) -> dict[memory.Grid, list[int]]:
+    """Return the sizes of pieces of memory by grid, the largest first."""
+    found: dict[memory.Grid, list[int]] = {}
+    for grid, size in sorted(pieces, key=lambda piece: -piece[1]):
+        found.setdefault(grid, []).append(size)
+    return found
+
+
+@pytest.mark.parametrize("network", ["DenseNet", "MobileNet", "squeeze-and-excitation"])
+def test_buffers_of_different_shapes_share_memory(network: str) -> None:
+    """The shared memory is little more than what is in use at the same time."""
+    net = NETWORKS[network]
+    pair = Pair(net.build(), net.shape, backend_name="reference")  # not block by block
+    pair.step(3)
+    (arena,) = arenas_of(pair.engine)
+    shapes = {s: arena._whole_shape(s) for s in arena.tape.slots if not arena.tape.is_kept(s)}
+    assert len({shape.numel for shape in shapes.values()}) > 2
+    for grid, sizes in sizes_of(arena._shared.wanted).items():
+        slots = [s for s, shape in shapes.items() if (shape.dtype, shape.halos) == grid]
+        in_use = [
+            sum(shapes[s].numel for s in slots if s.first <= now <= s.last)
+            for now in range(max(s.last for s in slots) + 1)
+        ]
+        assert sum(sizes) <= 1.5 * max(in_use)
+
+
+@pytest.mark.parametrize("network", ["branching", "towers", "unlike towers", "bottleneck"])
+def test_segments_share_memory(network: str) -> None:
+    """All together need as many pieces, and as large ones, as the one that needs most."""
+    net = NETWORKS[network]
+    pair = Pair(net.build(), net.shape)
+    for seed in range(3):
+        pair.step(3, seed)
+    wanted = [sizes_of(arena._shared.wanted) for arena in arenas_of(pair.engine)]
+    assert len(wanted) > 1
+    have = pair.engine.workspace._pieces
+    for grid in set().union(*wanted):
+        columns = zip_longest(*(sizes.get(grid, []) for sizes in wanted), fillvalue=0)
+        most = [max(column) for column in columns]
+        assert sorted((p.data.numel() for p in have[grid]), reverse=True) == most

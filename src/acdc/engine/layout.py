@@ -16,6 +16,9 @@ from acdc.errors import InputError
 LINE = 64  # bytes in a cache line, and the alignment of every buffer
 TOKEN_COLUMNS = 8  # registers of tokens in a block: one register tile of a linear layer
 
+Halos = tuple[int, int, int, int] | None
+"""Height, width, halo and lanes."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -99,6 +102,14 @@ class Shape:
         return self.halo * (self.row + self.lanes)
 
     @property
+    def halos(self) -> Halos:
+        """Where in memory the halos are: the same for buffers that differ in channels or samples.
+
+        None if there are none.
+        """
+        return (self.height, self.width, self.halo, self.lanes) if self.halo else None
+
+    @property
     def numel(self) -> int:
         """Elements of memory."""
         return self.block * self.blocks
@@ -127,7 +138,7 @@ class Buffer:
     @staticmethod
     def zeros(shape: Shape) -> Buffer:
         """Allocate a buffer, all zeros, aligned to a cache line."""
-        return allocate([shape])[0]
+        return Buffer(shape, allocate([shape.numel], shape.dtype)[0])
 
     def part(self, first: int, channels: int) -> Buffer:
         """Return some channels of this buffer, in the same memory."""
@@ -146,26 +157,22 @@ class Buffer:
 
 
 def allocate(
-    shapes: Sequence[Shape], prepare: Callable[[torch.Tensor], None] | None = None
-) -> list[Buffer]:
-    """Return buffers of these shapes, all of one dtype, in one allocation.
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    prepare: Callable[[torch.Tensor], None] | None = None,
+) -> list[torch.Tensor]:
+    """Return vectors of zeros in one allocation, each aligned to a cache line.
 
     Args:
-        shapes: The shapes.
+        sizes: Elements of each vector, in whole cache lines.
+        dtype: Of the elements.
         prepare: Called with the memory before it is first written.
 
     """
-    if not shapes:
-        return []
-    dtype = shapes[0].dtype
     spare = LINE // dtype.itemsize
-    data = torch.empty(sum(shape.numel for shape in shapes) + spare, dtype=dtype, device="cpu")
+    data = torch.empty(sum(sizes) + spare, dtype=dtype, device="cpu")
     if prepare is not None:
         prepare(data)
     data.zero_()
     start = (-data.data_ptr() % LINE) // dtype.itemsize
-    buffers = []
-    for shape in shapes:
-        buffers.append(Buffer(shape, data[start : start + shape.numel]))
-        start += shape.numel
-    return buffers
+    return list(data[start : start + sum(sizes)].split(list(sizes)))

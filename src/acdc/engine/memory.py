@@ -7,13 +7,13 @@ from a workspace that the segments of a network share.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar, cast
-from weakref import WeakValueDictionary
+from typing import NamedTuple, TypeVar, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch._C._autograd import SavedTensor
 from acdc.engine.contract import Call, KernelPlan, Kernels, Step, WeightGradCall
 from acdc.engine.gradients import LARGE
 from acdc.engine.graph import ConvSpec
-from acdc.engine.layout import LINE, Buffer, Shape, allocate
+from acdc.engine.layout import LINE, Buffer, Halos, Shape, allocate
 from acdc.engine.locks import Lock
 from acdc.engine.native import advise_huge_pages
 from acdc.engine.tape import Around, Instruction, Op, Slot, Tape
@@ -37,32 +37,38 @@ class Workspace:
 
     Attributes:
         lock: Held while a segment computes, and while graphs, index lists or buffers change.
+        changes: How often a piece of memory was added.
 
     """
 
     def __init__(self) -> None:
         self.lock = Lock()
-        self._buffers: WeakValueDictionary[tuple[Shape, int], Buffer] = WeakValueDictionary()
+        self.changes = 0
+        self._pieces: dict[Grid, WeakSet[Piece]] = defaultdict(WeakSet)
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}  # by id of the parameter
 
-    def buffers(self, shapes: Sequence[Shape]) -> list[Buffer]:
-        """Return a buffer for each shape.
+    def pieces(self, wanted: Sequence[tuple[Grid, int]]) -> list[Piece]:
+        """Return a piece of memory for each grid and size.
 
-        Equal shapes get different buffers, and every caller gets the same ones in the same order.
-        A buffer lives as long as some caller uses it.
+        The largest one that is wanted gets the largest one that there is, and so on, so that the
+        segments of a network need little more than the one that needs most. A piece lives as long
+        as some caller uses it.
         """
-        seen: Counter[Shape] = Counter()
-        keys = []
-        for shape in shapes:
-            keys.append((shape, seen[shape]))
-            seen[shape] += 1
-        found = {key: self._buffers[key] for key in keys if key in self._buffers}
-        new = [key for key in keys if key not in found]
-        made = allocate([shape for shape, _ in new], advise_huge_pages)
-        found |= zip(new, made, strict=True)
-        self._buffers.update(found)
-        return [found[key] for key in keys]
+        found: dict[int, Piece] = {}
+        for grid in dict.fromkeys(grid for grid, _ in wanted):
+            numbers = [n for n, (g, _) in enumerate(wanted) if g == grid]
+            have = sorted(self._pieces[grid], key=lambda piece: -piece.data.numel())
+            for number in sorted(numbers, key=lambda n: -wanted[n][1]):
+                size = wanted[number][1]
+                if have and have[0].data.numel() >= size:
+                    found[number] = have.pop(0)
+                else:
+                    (data,) = allocate([size], grid.dtype, advise_huge_pages)
+                    found[number] = Piece(data)
+                    self._pieces[grid].add(found[number])
+                    self.changes += 1
+        return [found[number] for number in range(len(wanted))]
 
     def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
         """Return memory for partial sums, aligned to a cache line."""
@@ -173,37 +179,76 @@ class Frame:
         return self.backend.sequence(steps, blocks)
 
 
-class _Pieces:
-    """Pieces of memory. Slots of one shape that are never alive together share a piece."""
+class Grid(NamedTuple):
+    """What buffers in one piece of memory have in common: the halos, which stay zero."""
 
-    def __init__(self) -> None:
-        self.shapes: list[Shape] = []
-        self.buffers: list[Buffer] = []
-        self._slots: list[list[Slot]] = []  # of each piece
+    dtype: torch.dtype
+    halos: Halos
+
+
+@dataclass(eq=False)
+class Piece:
+    """A piece of memory."""
+
+    data: Tensor
+
+
+class _Pieces:
+    """Pieces of memory that are wanted, and the slots in each. These are never alive together.
+
+    Args:
+        by_block: Kernels may go block by block.
+
+    Attributes:
+        wanted: The grid and the size of each piece.
+        given: The memory of each.
+
+    """
+
+    def __init__(self, by_block: bool) -> None:
+        self.wanted: list[tuple[Grid, int]] = []
+        self.given: list[Piece] = []
+        self._by_block = by_block
+        self._slots: list[list[tuple[Slot, Shape]]] = []  # of each piece
 
     def free(self, shape: Shape, slot: Slot) -> int | None:
         """Return the number of a piece that is free while the slot is alive, or None."""
-        for number, (have, slots) in enumerate(zip(self.shapes, self._slots, strict=True)):
-            if have == shape and all(s.last < slot.first or slot.last < s.first for s in slots):
-                return number
-        return None
+        grid = Grid(shape.dtype, shape.halos)
+        found = [
+            (size, number)
+            for number, (has, size) in enumerate(self.wanted)
+            if has == grid
+            and size >= shape.numel
+            and all(self._part(slot, shape, *other) for other in self._slots[number])
+        ]
+        return min(found)[1] if found else None
 
     def take(self, shape: Shape, slot: Slot) -> int:
         """Return the number of a piece for a slot; add a piece if none is free."""
         piece = self.free(shape, slot)
         if piece is None:
-            piece = len(self.shapes)
-            self.shapes.append(shape)
+            piece = len(self.wanted)
+            self.wanted.append((Grid(shape.dtype, shape.halos), shape.numel))
             self._slots.append([])
-        self._slots[piece].append(slot)
+        self._slots[piece].append((slot, shape))
         return piece
+
+    def _part(self, slot: Slot, shape: Shape, other: Slot, of_other: Shape) -> bool:
+        """Return whether two slots may have the same memory.
+
+        Where kernels go block by block, one thread writes a block while another one still reads the
+        block before it. Equal shapes have their blocks at the same places.
+        """
+        if not (other.last < slot.first or slot.last < other.first):
+            return False
+        return shape == of_other or not self._by_block or slot.groups.isdisjoint(other.groups)
 
 
 class Arena:
     """The buffers of a tape, and its frames by batch size. It serves one forward pass at a time.
 
     Buffers that must survive from the forward to the backward pass belong to the arena. All others
-    come from the shared workspace, unless a buffer of the right shape is free here. The arena is
+    come from the shared workspace, unless a piece that is large enough is free here. The arena is
     sized for ``samples``; a smaller batch uses the first blocks.
 
     Attributes:
@@ -226,18 +271,28 @@ class Arena:
         self.by_block = backend.by_block and self._enough_blocks()
         self._frames: dict[int, Frame] = {}
         self._piece_of: dict[Slot, tuple[_Pieces, int, bool]] = {}  # and whether it is transient
-        own, shared = _Pieces(), _Pieces()
-        for slot in sorted(tape.slots, key=lambda s: (not tape.is_kept(s), s.first)):
-            transient = self.by_block and slot.is_transient
-            shape = self._shape(slot, samples)
-            if transient:
-                shape = replace(shape, samples=self.threads * shape.per_block)
-            fits = tape.is_kept(slot) or own.free(shape, slot) is not None
-            pieces = own if fits else shared
-            self._piece_of[slot] = (pieces, pieces.take(shape, slot), transient)
-        own.buffers = allocate(own.shapes, advise_huge_pages)
-        shared.buffers = workspace.buffers(shared.shapes)
-        self.kept = [buffer.data for buffer in own.buffers]
+        own, self._shared = _Pieces(self.by_block), _Pieces(self.by_block)
+        shapes = {slot: self._whole_shape(slot) for slot in tape.slots}
+        # The largest first: smaller ones then find room in them.
+        for slot in sorted(
+            tape.slots, key=lambda s: (not tape.is_kept(s), -shapes[s].numel, s.first)
+        ):
+            fits = tape.is_kept(slot) or own.free(shapes[slot], slot) is not None
+            pieces = own if fits else self._shared
+            number = pieces.take(shapes[slot], slot)
+            self._piece_of[slot] = (pieces, number, self._is_transient(slot))
+        dtype = tape.inputs[0].value.dtype
+        self.kept = allocate([size for _, size in own.wanted], dtype, advise_huge_pages)
+        own.given = [Piece(data) for data in self.kept]
+        self._share()
+
+    def _share(self) -> None:
+        """Take pieces of the workspace, and drop all frames if these are others."""
+        given = self.workspace.pieces(self._shared.wanted)
+        self._changes = self.workspace.changes
+        if given != self._shared.given:
+            self._shared.given = given
+            self._frames.clear()
 
     def restart(self, plans: Mapping[Op, KernelPlan]) -> None:
         """Drop all frames. New frames use these index lists."""
@@ -246,12 +301,24 @@ class Arena:
 
     def frame(self, samples: int) -> Frame:
         """Return the frame for a batch of this size, which must fit."""
+        if self._changes != self.workspace.changes:
+            self._share()
         if samples not in self._frames:
             buffers = {slot: self._buffer(slot, samples) for slot in self.tape.slots}
             self._frames[samples] = Frame(
                 self.tape, buffers, self.backend, self.plans, self.by_block, self.workspace
             )
         return self._frames[samples]
+
+    def _is_transient(self, slot: Slot) -> bool:
+        return self.by_block and slot.is_transient
+
+    def _whole_shape(self, slot: Slot) -> Shape:
+        """Return the shape of a slot for the batch that the arena is sized for."""
+        shape = self._shape(slot, self.samples)
+        if self._is_transient(slot):
+            shape = replace(shape, samples=self.threads * shape.per_block)
+        return shape
 
     def _shape(self, slot: Slot, samples: int) -> Shape:
         return slot.value.shape(samples, self.backend.lanes, slot.halo)
@@ -268,7 +335,7 @@ class Arena:
         """Return the memory of a slot for a batch of this size."""
         pieces, piece, transient = self._piece_of[slot]
         shape = self._shape(slot, samples)
-        return Buffer(shape, pieces.buffers[piece].data[: shape.numel], transient)
+        return Buffer(shape, pieces.given[piece].data[: shape.numel], transient)
 
 
 class Lease:
