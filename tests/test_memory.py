@@ -19,6 +19,7 @@ import acdc
 from acdc.engine import choice, memory, native, segment
 from acdc.engine import engine as engine_module
 from acdc.engine.layout import Shape
+from acdc.engine.pieces import Grid, Pieces
 from acdc.engine.timing import LayerTimes
 from acdc.runs.models import SmallResNet
 from support.engine_nets import BACKENDS, NETWORKS, Network, Pair, cut
@@ -112,6 +113,7 @@ def test_memory_goes_back_after_each_block_of_judged_steps(
 ) -> None:
     calls: list[str] = []
     monkeypatch.setattr(choice, "time_layer", lambda *_: LayerTimes(1.0, 0.1, 0.01))
+    monkeypatch.setattr(choice, "conversion_ms", lambda *_: 0.01)
     net, x = tokens()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     engine = acdc.Engine(net, x)
@@ -207,7 +209,7 @@ def test_large_masks_are_held_once() -> None:
 # --- shared memory --------------------------------------------------------------------------------
 
 
-def spoil(pieces: memory._Pieces) -> None:
+def spoil(pieces: Pieces) -> None:
     """Write NaN wherever another buffer of these pieces of memory may write."""
     for (grid, _), piece in zip(pieces.wanted, pieces.given, strict=True):
         if grid.halos is None:
@@ -234,7 +236,7 @@ def test_a_buffer_may_hold_anything_at_first(
     def frame(arena: memory.Arena, samples: int) -> memory.Frame:
         found = frame_of(arena, samples)
         arenas[found] = arena
-        for pieces, *_ in arena._piece_of.values():
+        for pieces in {pieces for pieces, *_ in arena._piece_of.values()}:
             spoil(pieces)
         return found
 
@@ -257,9 +259,9 @@ def arenas_of(engine: acdc.Engine) -> list[memory.Arena]:
     return [arena for s in found for free in s._free.values() for arena in free]
 
 
-def sizes_of(pieces: Iterable[tuple[memory.Grid, int]]) -> dict[memory.Grid, list[int]]:
+def sizes_of(pieces: Iterable[tuple[Grid, int]]) -> dict[Grid, list[int]]:
     """Return the sizes of pieces of memory by grid, the largest first."""
-    found: dict[memory.Grid, list[int]] = {}
+    found: dict[Grid, list[int]] = {}
     for grid, size in sorted(pieces, key=lambda piece: -piece[1]):
         found.setdefault(grid, []).append(size)
     return found

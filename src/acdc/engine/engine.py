@@ -30,7 +30,7 @@ from acdc.engine.plans import Plans
 from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
 from acdc.engine.tracing import Untraceable
-from acdc.engine.verdict import Verdict
+from acdc.engine.verdict import IGNORED, Verdict
 from acdc.errors import InputError
 from acdc.layers import unwrapped
 from acdc.processes import Peers
@@ -84,7 +84,7 @@ class Engine:
         self._policy = Policy(self._plans, choose)
         self._judge = Judge(choose)
         self._sparse_now = False
-        self._first_steps = 0  # that are left, of those computed in a new way
+        self._first_steps = 0  # that are still to come, of those that give memory back
         self._hosts: list[Host] = []
         if self.off is not None:
             log.info("The engine stays off: %s.", self.off)
@@ -192,7 +192,7 @@ class Engine:
                 self._policy.compressing = False
         if was_dense:
             give_memory_back()  # of dense steps, and of the layers that were timed
-            self._first_steps = 0 if self.judges else 2
+            self._first_steps = 0 if self.judges else IGNORED
         if self.choices != before:
             log.info("Layers, dense and sparse:\n%s", self.table())
 
@@ -232,7 +232,7 @@ class Engine:
             if trial.off:
                 self._free()
             give_memory_back()  # of the steps before, which were computed in another way
-            self._first_steps = 2 if trial.settled else 0
+            self._first_steps = IGNORED if trial.settled else 0
         elif self._first_steps:
             self._first_steps -= 1
             # Until now the gradients and the moments of the way before were alive.

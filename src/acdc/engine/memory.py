@@ -10,9 +10,9 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar, cast
+from typing import TypeVar, cast
 from weakref import WeakSet
 
 import torch
@@ -22,9 +22,10 @@ from torch._C._autograd import SavedTensor
 from acdc.engine.contract import Call, KernelPlan, Kernels, Step, WeightGradCall
 from acdc.engine.gradients import LARGE
 from acdc.engine.graph import ConvSpec
-from acdc.engine.layout import LINE, Buffer, Halos, Shape, allocate
+from acdc.engine.layout import LINE, Buffer, Shape, allocate
 from acdc.engine.locks import Lock
 from acdc.engine.native import advise_huge_pages
+from acdc.engine.pieces import Grid, Piece, Pieces
 from acdc.engine.tape import Around, Instruction, Op, Slot, Tape
 
 T = TypeVar("T")
@@ -179,71 +180,6 @@ class Frame:
         return self.backend.sequence(steps, blocks)
 
 
-class Grid(NamedTuple):
-    """What buffers in one piece of memory have in common: the halos, which stay zero."""
-
-    dtype: torch.dtype
-    halos: Halos
-
-
-@dataclass(eq=False)
-class Piece:
-    """A piece of memory."""
-
-    data: Tensor
-
-
-class _Pieces:
-    """Pieces of memory that are wanted, and the slots in each. These are never alive together.
-
-    Args:
-        by_block: Kernels may go block by block.
-
-    Attributes:
-        wanted: The grid and the size of each piece.
-        given: The memory of each.
-
-    """
-
-    def __init__(self, by_block: bool) -> None:
-        self.wanted: list[tuple[Grid, int]] = []
-        self.given: list[Piece] = []
-        self._by_block = by_block
-        self._slots: list[list[tuple[Slot, Shape]]] = []  # of each piece
-
-    def free(self, shape: Shape, slot: Slot) -> int | None:
-        """Return the number of a piece that is free while the slot is alive, or None."""
-        grid = Grid(shape.dtype, shape.halos)
-        found = [
-            (size, number)
-            for number, (has, size) in enumerate(self.wanted)
-            if has == grid
-            and size >= shape.numel
-            and all(self._part(slot, shape, *other) for other in self._slots[number])
-        ]
-        return min(found)[1] if found else None
-
-    def take(self, shape: Shape, slot: Slot) -> int:
-        """Return the number of a piece for a slot; add a piece if none is free."""
-        piece = self.free(shape, slot)
-        if piece is None:
-            piece = len(self.wanted)
-            self.wanted.append((Grid(shape.dtype, shape.halos), shape.numel))
-            self._slots.append([])
-        self._slots[piece].append((slot, shape))
-        return piece
-
-    def _part(self, slot: Slot, shape: Shape, other: Slot, of_other: Shape) -> bool:
-        """Return whether two slots may have the same memory.
-
-        Where kernels go block by block, one thread writes a block while another one still reads the
-        block before it. Equal shapes have their blocks at the same places.
-        """
-        if not (other.last < slot.first or slot.last < other.first):
-            return False
-        return shape == of_other or not self._by_block or slot.groups.isdisjoint(other.groups)
-
-
 class Arena:
     """The buffers of a tape, and its frames by batch size. It serves one forward pass at a time.
 
@@ -270,16 +206,19 @@ class Arena:
         self.workspace, self.threads = workspace, torch.get_num_threads()
         self.by_block = backend.by_block and self._enough_blocks()
         self._frames: dict[int, Frame] = {}
-        self._piece_of: dict[Slot, tuple[_Pieces, int, bool]] = {}  # and whether it is transient
-        own, self._shared = _Pieces(self.by_block), _Pieces(self.by_block)
+        self._piece_of: dict[Slot, tuple[Pieces, int, bool]] = {}  # and whether it is transient
+        own, self._shared = Pieces(self.by_block), Pieces(self.by_block)
         shapes = {slot: self._whole_shape(slot) for slot in tape.slots}
         # The largest first: smaller ones then find room in them.
         for slot in sorted(
             tape.slots, key=lambda s: (not tape.is_kept(s), -shapes[s].numel, s.first)
         ):
-            fits = tape.is_kept(slot) or own.free(shapes[slot], slot) is not None
-            pieces = own if fits else self._shared
-            number = pieces.take(shapes[slot], slot)
+            shape, pieces = shapes[slot], own
+            if tape.is_kept(slot):
+                free = None  # all of these are alive between the passes
+            elif (free := own.free(shape, slot)) is None:
+                pieces, free = self._shared, self._shared.free(shape, slot)
+            number = pieces.put(shape, slot, free)
             self._piece_of[slot] = (pieces, number, self._is_transient(slot))
         dtype = tape.inputs[0].value.dtype
         self.kept = allocate([size for _, size in own.wanted], dtype, advise_huge_pages)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from acdc.engine.caches import caches
-from acdc.engine.layout import LINE
+from acdc.engine.layout import allocate
 from acdc.engine.native import advise_huge_pages
 from acdc.runtime.lists import Taps
 from acdc.runtime.points import Buffer, Grid, Reach
@@ -220,20 +220,13 @@ def _allocated(
     grids: Sequence[Grid],
     dtype: torch.dtype,
 ) -> tuple[list[Buffer], int]:
-    spare = LINE // dtype.itemsize
-    sizes = [piece.numbers for piece in pieces]
-    arena = torch.empty(sum(sizes) + spare, dtype=dtype)
-    advise_huge_pages(arena)
-    arena.zero_()
-    start = -arena.data_ptr() % LINE // dtype.itemsize
-    starts = [start + sum(sizes[:number]) for number in range(len(pieces))]
+    memory = allocate([piece.numbers for piece in pieces], dtype, advise_huge_pages)
     masks: dict[Grid, Tensor | None] = {
         grid: grid.live(dtype) if grid.has_gaps else None for grid in set(grids)
     }
     buffers = []
     for number, value in enumerate(steps.values):
-        piece = piece_of[number]
-        memory = arena[starts[piece] : starts[piece] + sizes[piece]]
-        buffers.append(Buffer(grids[number], value.channels, memory, masks[grids[number]]))
+        grid = grids[number]
+        buffers.append(Buffer(grid, value.channels, memory[piece_of[number]], masks[grid]))
     held = sum(mask.numel() * mask.element_size() for mask in masks.values() if mask is not None)
-    return buffers, arena.numel() * dtype.itemsize + held
+    return buffers, memory[0].untyped_storage().nbytes() + held
