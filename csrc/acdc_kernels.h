@@ -272,11 +272,22 @@ typedef struct acdc_pool_args {
     row(avg_pool, acdc_pool_args)                   \
     row(avg_pool_grad, acdc_pool_args)
 
+/* The first bytes of what `torch.Generator.get_state()` returns on the CPU. */
+#define ACDC_GENERATOR_WORDS 624
+typedef struct acdc_generator {
+    uint64_t seed;
+    int32_t left, seeded; /* left: words of the state that were not drawn yet, and one more */
+    uint64_t next;        /* the word that is drawn next */
+    uint64_t state[ACDC_GENERATOR_WORDS];
+} acdc_generator;
+
 /* One table for each compiled instruction set. `f64` serves gradient checks, not speed. */
 typedef struct acdc_table {
     const char* isa;
     int32_t lanes;
     int32_t (*supported)(void);
+    /* out[i] [count] = `one` with probability p, else 0, as `Tensor.bernoulli_(p)` draws; the generator moves on. */
+    void (*bernoulli)(acdc_generator*, double p, double one, void* out, int64_t count, int32_t is_double);
 #define ACDC_FIELD(name, args)                            \
     void (*name##_f32)(const args*, const acdc_share*);   \
     void (*name##_f64)(const args*, const acdc_share*);

@@ -3,6 +3,7 @@
 #include "activation.h"
 #include "convert.h"
 #include "conv.h"
+#include "draws.h"
 #include "gate.h"
 #include "layer_norm.h"
 #include "norm.h"
@@ -30,4 +31,5 @@ int32_t supported() {
 #define ACDC_ENTRY(name, args) ACDC_ISA::name<float>, ACDC_ISA::name<double>,
 
 extern "C" const acdc_table ACDC_JOIN(acdc_table_, ACDC_ISA) = {
-    ACDC_STRING(ACDC_ISA), ACDC_LANES, ACDC_ISA::supported, ACDC_KERNELS(ACDC_ENTRY)};
+    ACDC_STRING(ACDC_ISA), ACDC_LANES, ACDC_ISA::supported, ACDC_ISA::any_bernoulli,
+    ACDC_KERNELS(ACDC_ENTRY)};

@@ -82,7 +82,6 @@ struct Plan {
     }
 };
 
-// Whole pages inside of [address, address + bytes).
 // Memory that was freed, and that the C library holds for later. Only glibc has the call, and it takes some
 // milliseconds for each hundred megabytes.
 void give_memory_back() {
@@ -91,6 +90,7 @@ void give_memory_back() {
 #endif
 }
 
+// Whole pages inside of [address, address + bytes).
 void advise_huge_pages(Address address, Address bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const Address page = Address(sysconf(_SC_PAGESIZE));
@@ -317,6 +317,12 @@ NB_MODULE(_kernels, m) {
         nb::gil_scoped_release release;
         acdc_adam(&kept, &args, threads);
     });
+    m.def("bernoulli", [](int index, Address generator, double p, double one, Address out, int64_t count,
+                          bool is_double) {
+        nb::gil_scoped_release release;
+        table(index).bernoulli(pointer<acdc_generator>(generator), p, one, pointer(out), count, is_double);
+    });
+    m.attr("GENERATOR_BYTES") = sizeof(acdc_generator);
     {
         using Struct = acdc_points;
         nb::class_<Struct> cls(m, "Points");

@@ -10,6 +10,7 @@
 
 #include "between.h"
 #include "conversions.h"
+#include "draws.h"
 #include "kept.h"
 #include "layers.h"
 #include "norms.h"
@@ -60,6 +61,7 @@ template <class real> void check_example(const acdc_table& table, std::set<std::
     check_gates<real>(k, random);
     check_pools<real>(k, random);
     check_sequences<real>(k, random);
+    check_draws<real>(table, random);
 }
 
 // Returns what the checks of a table found; empty: nothing.
@@ -122,6 +124,9 @@ bool self_test(const acdc_table& table, const Options& options) {
     }
     ACDC_KERNELS(ACDC_ROW)
 #undef ACDC_ROW
+    acdc_table broken = table;
+    broken.bernoulli = [](acdc_generator*, double, double, void*, int64_t, int32_t) {};
+    test("bernoulli", broken);
     if (all) std::printf("%s: each of %d kernels is checked\n", table.isa, int(rows.size()));
     return all;
 }

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from acdc.engine.dropout import attention
+from acdc.engine.dropout import dropout as drop
 
 
 class InProjection(nn.Linear):
@@ -160,7 +162,7 @@ def attend(
     _check_mask(attn_mask, is_causal)
     causal = is_causal and key_padding_mask is None
     mask = None if causal else _mask(attn_mask, key_padding_mask, q)
-    seen = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+    seen = attention(q, k, v, mask, dropout, causal)
     return _side_by_side(seen, qkv, batch_first)
 
 
@@ -184,7 +186,7 @@ def attend_with_weights(
     scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(-2, -1)
     mask = _mask(attn_mask, key_padding_mask, q)
     weights = torch.softmax(scores if mask is None else scores + mask, -1)
-    weights = F.dropout(weights, dropout) if dropout > 0 else weights
+    weights = drop(weights, dropout) if dropout > 0 else weights
     shown = weights.mean(1) if average else weights
     return _side_by_side(weights @ v, qkv, batch_first), shown if qkv.dim() == 3 else shown[0]
 

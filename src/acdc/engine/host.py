@@ -23,6 +23,7 @@ from acdc.engine.arguments import Arguments, NoFixedArguments
 from acdc.engine.attention import has_in_projection
 from acdc.engine.choice import Policy
 from acdc.engine.contract import KernelPlan
+from acdc.engine.dropout import replace_in
 from acdc.engine.gradients import KernelGradients
 from acdc.engine.graph import ConvSpec, Recognised, is_layer, recognise
 from acdc.engine.judge import Judge, Pass
@@ -40,6 +41,7 @@ from acdc.engine.tracing import (
     follow_buffers,
     has_other_forward,
     hooks_of,
+    is_opaque,
     propagate,
     trace,
 )
@@ -339,6 +341,7 @@ class Host:
             self.refused.pop(name, None)
         for name, plain in fuse(graph, recognised, segments).items():
             setattr(graph, name, self._segment(plain))
+        replace_in(graph, is_opaque)
         graph.recompile()
         return graph
 

@@ -135,6 +135,34 @@ def clear(tensor: Tensor, mask: Tensor, where: bool) -> None:
     )
 
 
+def generator_bytes() -> int:
+    """Return how many bytes of a generator's state :func:`bernoulli` reads."""
+    return int(_kernels.GENERATOR_BYTES)
+
+
+def bernoulli(state: Tensor, out: Tensor, p: float, one: float, isa: str | None = None) -> None:
+    """Draw as ``out.bernoulli_(p)`` does on the CPU, in the order of memory.
+
+    Args:
+        state: What ``torch.Generator.get_state`` returned. It becomes the state after the draws.
+        out: Where the draws go: float32 or float64, without gaps in memory.
+        p: The probability of a one.
+        one: What is written for a one.
+        isa: The instruction set; the widest one that this machine has by default. All draw the
+            same numbers.
+
+    """
+    _kernels.bernoulli(
+        _index_of(isa or instruction_sets()[-1]),
+        state.data_ptr(),
+        p,
+        one,
+        out.data_ptr(),
+        out.numel(),
+        out.dtype == torch.float64,
+    )
+
+
 def optimizer_step(kernel: str, kept: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Call ``acdc_sgd`` or ``acdc_adam`` of ``csrc/kept.cpp``.
 

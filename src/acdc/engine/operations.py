@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from acdc.engine.calls import NormCall
 from acdc.engine.contract import Call, Fold, Pointwise, WeightGradCall
+from acdc.engine.dropout import draw
 from acdc.engine.graph import ActivationSpec, ConvSpec, LayerNormSpec, PoolSpec
 from acdc.engine.layout import Buffer
 from acdc.engine.tape import Binder, GradientRequest, Op, Slot, Tape, Value
@@ -693,7 +694,7 @@ class Gate(Op):
 
 @dataclass(eq=False)
 class Dropout(Op):
-    """A dropout in training. PyTorch draws its mask before the first instruction.
+    """A dropout in training. Its mask is drawn before the first instruction.
 
     Args:
         p: The probability of a zero.
@@ -732,7 +733,7 @@ class Dropout(Op):
         lies = torch.channels_last if self.last else f.memory_format
         lies = torch.contiguous_format if s.tokens else lies
         noise = torch.empty(size, dtype=s.dtype, device="cpu", memory_format=lies)
-        f.backend.to_layout(noise.bernoulli_(1 - self.p).div_(1 - self.p), mask)
+        f.backend.to_layout(draw(noise, self.p), mask)
 
     def recompute(self, tape: Tape) -> Slot:
         x, out = tape.value_in_backward(self.x), tape.new(self.out, self.out.halo)

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from acdc.engine.arguments import Arguments, fake
 from acdc.engine.attention import AsAWhole, InProjection, parts_of
 from acdc.engine.calls import as_modules
+from acdc.engine.dropout import replaced
 from acdc.engine.effects import Attributes, Change, Draws, SideEffect, Watch
 from acdc.engine.known import is_known
 from acdc.engine.locks import Lock
@@ -155,7 +156,8 @@ def _attention_is_one_call() -> Iterator[None]:
 def _as_one_call(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(module: nn.Module, query: Any, *args: Any, **kwargs: Any) -> Any:
         def attention(*args: Any, **kwargs: Any) -> Any:
-            return function(module, *args, **kwargs)
+            called = replaced(function) if kwargs.get("dropout", True) else function
+            return called(module, *args, **kwargs)
 
         if not isinstance(query, fx.Proxy):
             return attention(query, *args, **kwargs)

@@ -1,0 +1,203 @@
+"""Dropout with the numbers that PyTorch draws, many of them at a time.
+
+PyTorch draws each number of a mask with a call and a branch. In a transformer whose layers run
+sparse, that takes longer than most of the layers. ``csrc/draws.h`` draws the same numbers from the
+same generator. A build of PyTorch that draws in another way keeps its own functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from acdc.engine import native
+
+log = logging.getLogger(__name__)
+
+KINDS = (torch.float32, torch.float64)
+
+
+def draw(mask: Tensor, p: float) -> Tensor:
+    """Fill a mask with zeros, and with ``1 / (1 - p)`` with probability ``1 - p``.
+
+    Args:
+        mask: A tensor on the CPU without gaps in memory, as ``torch.empty_like`` returns it. The
+            numbers are drawn in the order of memory.
+        p: The probability of a zero.
+
+    Returns:
+        The mask.
+
+    """
+    if not (mask.dtype in KINDS and draws_as_pytorch()):
+        return mask.bernoulli_(1 - p).div_(1 - p)
+    generator = torch.default_generator
+    while True:
+        before = generator.get_state()
+        after = before.clone()
+        native.bernoulli(after, mask, 1 - p, _scale(p, mask.dtype))
+        if torch.equal(generator.get_state(), before):  # no other thread has drawn meanwhile
+            generator.set_state(after)
+            return mask
+
+
+@cache
+def _scale(p: float, dtype: torch.dtype) -> float:
+    """Return the factor of kept elements, rounded as PyTorch rounds it."""
+    return float(torch.ones((), dtype=dtype, device="cpu").div_(1 - p))
+
+
+@cache
+def draws_as_pytorch() -> bool:
+    """Return whether the kernels draw the numbers that this build of PyTorch draws."""
+    if not native.available():
+        return False
+    agrees = all(_same_draws(count, dtype) for count in (1, 700) for dtype in KINDS)
+    if not agrees:
+        log.info("This build of PyTorch draws random numbers in its own way: dropout is PyTorch's.")
+    return agrees
+
+
+def _same_draws(count: int, dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(count)
+    state = generator.get_state()
+    if state.numel() < native.generator_bytes():
+        return False
+    want, got = (torch.empty(count, dtype=dtype, device="cpu") for _ in range(2))
+    want.bernoulli_(0.7, generator=generator)
+    native.bernoulli(state, got, 0.7, 1.0)
+    return torch.equal(got, want) and torch.equal(state, generator.get_state())
+
+
+# --- functions of PyTorch, with these numbers -----------------------------------------------------
+
+
+def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """Compute ``torch.nn.functional.dropout``, with the same arguments."""
+    if inplace or not (training and 0 < p < 1 and input.numel() and _fit(input)):
+        return F.dropout(input, p, training, inplace)
+    return input * draw(torch.empty_like(input), p)
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Compute ``torch.nn.functional.scaled_dot_product_attention``, with the same arguments.
+
+    Without dropout this is PyTorch's own function. With dropout PyTorch has no fused kernel on the
+    CPU: this function does the operations that it does there, in the same order.
+    """
+    if (
+        not 0 < dropout_p < 1
+        or enable_gqa
+        or (is_causal and attn_mask is not None)
+        or (scale is not None and scale <= 0)
+        or not _fit(query, key, value)
+        or not query.dim() == key.dim() == value.dim() >= 2
+        or not query.numel() * key.numel() * value.numel()
+    ):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    root = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = (query * root) @ (key.transpose(-2, -1) * root)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device="cpu").tril()
+    if attn_mask is not None:
+        scores.add_(_added(attn_mask, scores.dtype))
+    weights = torch._safe_softmax(scores, -1)
+    return dropout(weights, dropout_p) @ value
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask that is added: minus infinity where a bool mask is False."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -math.inf)
+
+
+def _fit(*tensors: Any) -> bool:
+    """Return whether these are plain tensors on the CPU of one dtype that the kernels know."""
+    return (
+        all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+        and len({t.dtype for t in tensors}) == 1
+        and tensors[0].dtype in KINDS
+        and tensors[0].layout == torch.strided
+        and draws_as_pytorch()
+    )
+
+
+# --- in place of PyTorch's ------------------------------------------------------------------------
+
+
+def _torch_dropout(input: Any, p: float, train: bool) -> Any:
+    """Compute ``torch.dropout``."""
+    return dropout(input, p, train)
+
+
+REPLACED: Mapping[Any, Callable[..., Any]] = {
+    F.dropout: dropout,
+    torch.dropout: _torch_dropout,
+    F.scaled_dot_product_attention: attention,
+}
+"""Function of PyTorch -> the function here that computes the same."""
+
+
+class _Replacing(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return REPLACED.get(func, func)(*args, **(kwargs or {}))
+
+
+def replaced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose calls of dropout and of attention are those of this module."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _Replacing():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def replace_in(graph: fx.GraphModule, is_opaque: Callable[[nn.Module], bool]) -> None:
+    """Call the functions of this module in a graph, where PyTorch computes a node.
+
+    Args:
+        graph: The graph.
+        is_opaque: Whether a module must be called as it is.
+
+    """
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function":
+            node.target = REPLACED.get(node.target, node.target)
+        elif node.op == "call_module":
+            module = graph.get_submodule(node.target)
+            if type(module) is not nn.Dropout or is_opaque(module):
+                continue
+            with graph.graph.inserting_before(node):
+                new = graph.graph.call_function(_of_module(module), node.args, node.kwargs)
+            node.replace_all_uses_with(new)
+            graph.graph.erase_node(node)
+
+
+def _of_module(module: nn.Dropout) -> Callable[..., Any]:
+    def dropout_module(input: Any) -> Any:
+        return dropout(input, module.p, module.training, module.inplace)
+
+    return dropout_module
