@@ -85,14 +85,17 @@ typedef struct acdc_conv_args {
     int32_t threads;
 } acdc_conv_args;
 
-/* target[source[k]] (+)= sum over pixels of dy * x at the offset of entry k: only the support. */
+/* target[source[k]] (+)= sum over pixels of dy * x at the offset of entry k: only the support. With `size`, every
+ * other element of the target becomes zero. */
 typedef struct acdc_weight_grad_args {
     acdc_image x, dy;
     const acdc_list* list; /* of the forward pass */
     int32_t in_row_step, in_column_step;
     int32_t tile_rows, tile_columns;
     int32_t accumulate;
-    void* target;          /* as large as the dense weight; only the support is written */
+    void* target;          /* as large as the dense weight */
+    int64_t size;          /* elements of the target, if it holds anything; 0: zeros, or something to add to */
+    int64_t row;           /* elements of an output channel, if these follow each other in the target; else 0 */
     void* workspace;       /* threads * acdc_grad_pitch(nnz) elements, 64-B aligned */
     int32_t threads;
 } acdc_weight_grad_args;

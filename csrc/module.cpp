@@ -162,7 +162,7 @@ NB_MODULE(_kernels, m) {
         nb::class_<Struct> cls(m, "weight_grad_args");
         cls.def(nb::init<>());
         FIELD(x); FIELD(dy); FIELD(in_row_step); FIELD(in_column_step); FIELD(tile_rows); FIELD(tile_columns);
-        FIELD(accumulate); FIELD(target); FIELD(workspace); FIELD(threads);
+        FIELD(accumulate); FIELD(target); FIELD(size); FIELD(row); FIELD(workspace); FIELD(threads);
         cls.def("set_plan", [](Struct& self, const Plan& plan) { self.list = acdc_plan_forward(plan.plan); });
     }
     {

@@ -184,16 +184,39 @@ template <class real> struct WeightGradKernel {
         mine.run(grads(thread), first, last);
     }
 
-    void end() const {
+    void write(int64_t first, int64_t last) const {
         real* target = static_cast<real*>(a.target);
         const int32_t* source = a.list->source;
-        split(a.list->nnz, a.threads, [&](int, int64_t first, int64_t last) {
-            for (int64_t k = first; k < last; ++k) {
-                real sum = 0;
-                for (int thread = 0; thread < a.threads; ++thread) sum += grads(thread)[k];
-                target[source[k]] = a.accumulate ? target[source[k]] + sum : sum;
+        for (int64_t k = first; k < last; ++k) {
+            real sum = 0;
+            for (int thread = 0; thread < a.threads; ++thread) sum += grads(thread)[k];
+            target[source[k]] = a.accumulate ? target[source[k]] + sum : sum;
+        }
+    }
+
+    // Clears an output channel of the target and writes its gradients while it is in the cache. The first tile
+    // has a row for every output channel. Returns the number of gradients that are written.
+    int64_t write_first_tile() const {
+        const acdc_list& list = *a.list;
+        split(list.tile_rows[1], a.threads, [&](int, int64_t first, int64_t last) {
+            for (int64_t row = first; row < last; ++row) {
+                clear(static_cast<real*>(a.target) + list.channel[row] * a.row, a.row);
+                write(list.begin[row], list.begin[row + 1]);
             }
         });
+        return list.begin[list.tile_rows[1]];
+    }
+
+    void end() const {
+        int64_t done = 0;
+        if (a.size && a.row)
+            done = write_first_tile();
+        else if (a.size)
+            split(a.size, a.threads, [&](int, int64_t first, int64_t last) {
+                clear(static_cast<real*>(a.target) + first, last - first);
+            });
+        if (const int64_t left = a.list->nnz - done)
+            split(left, a.threads, [&](int, int64_t first, int64_t last) { write(done + first, done + last); });
     }
 };
 

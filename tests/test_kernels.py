@@ -23,6 +23,7 @@ from acdc.engine.geometry import ConvGeometry
 from acdc.engine.layout import Buffer, Shape
 from acdc.engine.native import Native
 from acdc.engine.reference import Reference
+from acdc.engine.tile import Tiling
 from acdc.errors import InputError
 from support.kernel_calls import CALLED, verdict
 
@@ -264,6 +265,38 @@ def test_a_plan_reads_and_writes_weights_by_their_strides(name, dtype, kernel):
     if name != "reference" and kernel != (1, 1):
         with pytest.raises(InputError, match="plan's strides"):
             k.conv_weight_grad(plan, x_buffer, y, torch.zeros_like(weight))
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("panel", [1024, 2**20])
+@pytest.mark.parametrize("kernel", [(3, 2), (1, 1)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3)], ids=str)
+def test_a_weight_gradient_with_zeros_beside_it(name, dtype, panel, kernel, order):
+    """The memory may hold anything, and may lie in any order. A second call adds."""
+    torch.manual_seed(0)
+    g, k = ConvGeometry(48, 8, kernel, padding=(1, 0)), backend(name)
+    x, weight = torch.randn(5, 48, 7, 7, dtype=dtype), torch.randn(g.weight_shape, dtype=dtype)
+    support = torch.rand(g.weight_shape) < 0.3
+    support[3] = False
+    masked = (weight * support).requires_grad_()
+    want = F.conv2d(x, masked, None, 1, (1, 0))
+    grad = torch.randn_like(want)
+    want.backward(grad)
+    x_shape = Shape.of_images(x.shape, k.lanes, g.halo, dtype)
+    y_shape = Shape.of_images(want.shape, k.lanes, g.grad_halo(7, 7), dtype)
+    found = strided(torch.full_like(weight, math.nan), order)
+    kept = support.reshape(-1).nonzero()[:, 0]
+    plan = k.plan(g, kept, x_shape, y_shape, strides=found.stride(), tiling=Tiling(panel))
+    dy = k.to_layout(grad, Buffer.zeros(y_shape))
+    call = k.weight_grad_call(plan, k.to_layout(x, Buffer.zeros(x_shape)), dy, accumulate=True)
+    scratch = torch.empty(call.scratch + 16, dtype=dtype)
+    scratch = scratch[-scratch.data_ptr() % 64 // dtype.itemsize :]
+    for times in (1, 2):
+        call.into(found, scratch, whole=times == 1)
+        call()
+        assert not found[~support].any()
+        close(found, times * masked.grad * support, dtype)
 
 
 class Layer:

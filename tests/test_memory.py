@@ -267,6 +267,51 @@ def sizes_of(pieces: Iterable[tuple[Grid, int]]) -> dict[Grid, list[int]]:
     return found
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_memory_of_gradients_may_hold_anything(
+    network: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are zero outside of the support, whatever was written into the memory before."""
+    monkeypatch.setattr(memory, "LARGE", 0)
+    net = NETWORKS[network]
+    pair = Pair(net.build(), net.shape, backend_name=backend, zero=net.zero)
+    pair.step(3)
+    params, compare = dict(pair.model.named_parameters()), pair.same_gradients
+    sparse = {name for name, chosen in pair.engine.choices.items() if chosen.sparse}
+    seen = []
+
+    def same_gradients(limit: float) -> None:
+        for name, support in pair.support.items():
+            if (grad := params[name].grad) is not None and name.rpartition(".")[0] in sparse:
+                assert not grad[~support].any(), name
+                seen.append(name)
+        compare(limit)
+
+    monkeypatch.setattr(pair, "same_gradients", same_gradients)
+    for seed in range(1, 3):
+        held = list(pair.engine.workspace._gradients.values())
+        assert held
+        for grad in held:
+            grad.fill_(float("nan"))
+        pair.step(5, seed)
+    assert seen
+
+
+def test_a_gradient_that_no_kernel_writes_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LARGE", 0)
+    pair = Pair(nn.Linear(8, 8), (8,))
+    pair.step(3)
+    (arena,) = arenas_of(pair.engine)
+    (frame,) = arena._frames.values()
+    (held,) = (g for g in pair.engine.workspace._gradients.values() if g.dim() == 2)
+    held.fill_(float("nan"))
+    pair.model.zero_grad()
+    frame.targets.clear()
+    frame.make_results([pair.model.weight], pair.engine.workspace)
+    assert not frame.results[id(pair.model.weight)].any()
+
+
 @pytest.mark.parametrize("network", ["DenseNet", "MobileNet", "squeeze-and-excitation"])
 def test_buffers_of_different_shapes_share_memory(network: str) -> None:
     """The shared memory is little more than what is in use at the same time."""

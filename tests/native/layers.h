@@ -253,6 +253,12 @@ template <class real> class LayerCheck {
             close<real>("the weight gradient", values_of(target), want, times * dy.norm_of_a_channel());
             a.accumulate = 1;
         }
+        target.fill(std::numeric_limits<real>::quiet_NaN());
+        a.size = target.count, a.row = random.chance(0.7) ? weights.out_stride : 0;
+        k.weight_grad(a, dy_buffer.blocks());
+        std::vector<double> want(sums.size(), 0.0);
+        for (const KeptWeight& w : weights.kept) want[std::size_t(w.source)] = sums[std::size_t(w.source)];
+        close<real>("the weight gradient beside zeros", values_of(target), want, dy.norm_of_a_channel());
     }
 
     void bias_grad() {

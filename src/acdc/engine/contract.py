@@ -58,8 +58,7 @@ class KernelPlan(ABC):
         support: int64 flat indices of the kept weights, strictly ascending.
         x, dy: Shapes of the input's buffer and of the output gradient's buffer.
         strides: Strides of the dense weight ``[out, in, row, column]`` and of its gradient. Both
-        fill
-            their memory without gaps. The default is contiguous.
+            fill their memory without gaps. The default is contiguous.
 
     Attributes:
         nnz: The number of kept weights.
@@ -100,12 +99,13 @@ class WeightGradCall(Protocol):
 
     scratch: int
 
-    def into(self, grad: Tensor, scratch: Tensor) -> None:
+    def into(self, grad: Tensor, scratch: Tensor, *, whole: bool = False) -> None:
         """Write to these tensors from now on. The caller keeps both alive.
 
         Args:
             grad: Receives the gradients of the kept weights.
             scratch: Receives the partial sums. It is aligned to a cache line.
+            whole: ``grad`` holds anything: write zeros beside the kept weights.
 
         """
 

@@ -80,24 +80,25 @@ class Workspace:
         start = -self._scratch[dtype].data_ptr() % LINE // dtype.itemsize
         return self._scratch[dtype][start : start + count]
 
-    def zeros_like(self, param: Tensor) -> Tensor:
-        """Return zeros for a gradient.
+    def gradient(self, param: Tensor) -> tuple[Tensor, bool]:
+        """Return memory for a gradient, and whether it holds only zeros.
 
         A large gradient reuses the memory of the step before, if no tensor uses that any more. New
         memory from the system would cost as much as clearing the old one, and memory that is freed
-        in between is split up by the activations of the next step.
+        in between is split up by the activations of the next step. It is not cleared: the kernel
+        that writes the gradient writes the zeros, too.
         """
         if param.numel() < LARGE:
-            return torch.zeros_like(param)
+            return torch.zeros_like(param), True
         reused = self._gradients.get(id(param))
         if reused is None:
             reused = self._gradients[id(param)] = torch.empty_like(param)
             advise_huge_pages(reused)
         elif _users(reused) > 1:
-            return torch.zeros_like(param)
+            return torch.empty_like(param), False
         # `.data` is a tensor with a version counter of its own: later writes here must not count as
         # changes of the gradient that was handed out.
-        return reused.zero_().data
+        return reused.data, False
 
     def clear(self) -> None:
         """Free the memory for partial sums and gradients."""
@@ -163,10 +164,18 @@ class Frame:
             self._made[key] = make()
         return cast(T, self._made[key])
 
-    def set_targets(self, workspace: Workspace) -> None:
-        """Direct the weight gradients into ``results``, and their partial sums into scratch."""
+    def make_results(self, takes: Sequence[Tensor], workspace: Workspace) -> None:
+        """Allocate the gradients of these parameters, and direct the weight gradients into them."""
+        made = {id(p): workspace.gradient(p) for p in takes}
+        self.results = {key: grad for key, (grad, _) in made.items()}
+        unwritten = {key for key, (_, is_zero) in made.items() if not is_zero}
         for (call, layer), part in zip(self.targets, self._scratch_of(workspace), strict=True):
-            call.into(layer.by_output(self.results[id(layer.weight)]), part)
+            key = id(layer.weight)
+            # A weight that is used twice has two calls: the second one adds.
+            call.into(layer.by_output(self.results[key]), part, whole=key in unwritten)
+            unwritten.discard(key)
+        for key in unwritten:
+            self.results[key].zero_()
 
     def _scratch_of(self, workspace: Workspace) -> Sequence[Tensor]:
         """Return the memory for the partial sums of each weight gradient."""

@@ -283,6 +283,7 @@ class NativePlan(KernelPlan):
     Attributes:
         tile, grad_tile, weight_tile: How the forward pass, the input gradient and the weight
             gradient are cut. The weight gradient shares the panels of the forward pass.
+        row: The elements of an output channel, if these follow each other in the weight; else 0.
 
     """
 
@@ -302,6 +303,12 @@ class NativePlan(KernelPlan):
         self.tile = Tile.forward(geometry, dy, density, tiling)
         self.grad_tile = Tile.input_grad(geometry, x, density, tiling)
         self.weight_tile = self.tile.weight_grad(geometry, tiling)
+        row = numel(geometry) // geometry.out_channels
+        self.row = row if geometry.out_channels == 1 or self.strides[0] == row else 0
+        shape, strides = torch.Size(geometry.weight_shape), self.strides
+        self._same: list[tuple[torch.Size, tuple[int, ...]]] = [(shape, strides)]
+        if geometry.kernel == (1, 1):
+            self._same.append((shape[:2], strides[:2]))
         a = _kernels.plan_args()
         a.out_channels, a.in_channels = geometry.out_channels, geometry.in_channels
         a.kernel_rows, a.kernel_columns = geometry.kernel
@@ -337,6 +344,8 @@ class NativePlan(KernelPlan):
 
     def has_strides_of(self, weight: Tensor) -> bool:
         """Return whether a dense weight, or its gradient, has the strides of this plan."""
+        if (weight.shape, weight.stride()) in self._same:
+            return True
         shape = self.geometry.weight_shape
         if weight.dim() == 2:
             weight = weight[:, :, None, None]
@@ -379,7 +388,7 @@ class NativeWeightGradCall(NativeCall):
     plan: NativePlan | None = None
     scratch: int = 0
 
-    def into(self, grad: Tensor, scratch: Tensor) -> None:
+    def into(self, grad: Tensor, scratch: Tensor, *, whole: bool = False) -> None:
         """Write to these tensors from now on."""
         assert self.plan is not None
         assert scratch.numel() >= self.scratch
@@ -391,6 +400,7 @@ class NativeWeightGradCall(NativeCall):
                 f"strides {grad.stride()}."
             )
         self.args.target, self.args.workspace = grad.data_ptr(), scratch.data_ptr()
+        self.args.size = grad.numel() if whole else 0
 
 
 class Native(Kernels):
@@ -563,6 +573,7 @@ class Native(Kernels):
         a.in_row_step, a.in_column_step = plan.geometry.stride
         a.tile_rows, a.tile_columns = plan.weight_tile.rows, plan.weight_tile.columns
         a.accumulate, a.threads = accumulate, torch.get_num_threads()
+        a.row = plan.row
         pitch = (plan.nnz + 31) // 16 * 16
         is_double = x.shape.dtype == torch.float64
         return NativeWeightGradCall(

@@ -54,11 +54,13 @@ class _WeightGradCall:
     def __init__(self, call: Callable[[Tensor], None]) -> None:
         self.call = call
 
-    def into(self, grad: Tensor, scratch: Tensor) -> None:
+    def into(self, grad: Tensor, scratch: Tensor, *, whole: bool = False) -> None:
         """Write to this tensor from now on."""
-        self.grad = grad
+        self.grad, self.whole = grad, whole
 
     def __call__(self) -> None:
+        if self.whole:
+            self.grad.zero_()
         self.call(self.grad)
 
 

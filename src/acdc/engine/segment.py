@@ -359,8 +359,7 @@ def compute_backward(
     """
     assert lease.workspace.lock.is_mine
     frame, tape = lease.frame, lease.tape
-    frame.results = {id(p): lease.workspace.zeros_like(p) for p in takes}
-    frame.set_targets(lease.workspace)
+    frame.make_results(takes, lease.workspace)
     totals: dict[Slot, Tensor] = {}
     for grad, slot in zip(grads, tape.output_grads, strict=True):
         totals[slot] = totals[slot] + grad if slot in totals else grad
