@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from acdc.engine import dropout, native
 from support.beside import Beside
@@ -129,6 +132,28 @@ def test_another_thread_draws_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(got, want)
 
 
+def test_threads_draw_one_after_the_other() -> None:
+    """No two threads draw the same numbers, and all draws together leave the state they should."""
+    counts, drawn = 300, ([], [])
+
+    def work(into: list[bytes]) -> None:
+        for _ in range(counts):
+            into.append(dropout.draw(torch.empty(500), 0.4).numpy().tobytes())
+
+    dropout.draws_as_pytorch()
+    torch.manual_seed(0)
+    threads = [threading.Thread(target=work, args=(into,)) for into in drawn]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    want = {torch.empty(500).bernoulli_(0.6).div_(0.6).numpy().tobytes() for _ in range(2 * counts)}
+    assert set(drawn[0]) | set(drawn[1]) == want
+    assert torch.equal(after, torch.rand(3))
+
+
 # --- functions ------------------------------------------------------------------------------------
 
 
@@ -158,6 +183,35 @@ def test_dropout_of_nothing_draws_nothing() -> None:
         lambda: F.dropout(torch.ones(0, 3)), lambda: dropout.dropout(torch.ones(0, 3))
     )
     assert got.shape == want.shape
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_probability_of_numpy(kind: type) -> None:
+    x = torch.randn(50, 40)
+    want, got = beside_pytorch(
+        lambda: F.dropout(x, kind(0.3)), lambda: dropout.dropout(x, kind(0.3))
+    )
+    assert torch.equal(got, want)
+
+
+class Seen(TorchFunctionMode):
+    """A mode of the user, which sees the functions of PyTorch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_of_the_user_sees_the_functions_of_pytorch() -> None:
+    x = torch.randn(2, 3, 5, 4)
+    with Seen() as seen:
+        dropout.dropout(x, 0.3)
+        dropout.attention(x, x, x, dropout_p=0.3)
+    assert {F.dropout, F.scaled_dot_product_attention} <= set(seen.calls)
 
 
 @pytest.mark.parametrize("function", [F.dropout, dropout.dropout])
@@ -215,6 +269,11 @@ def test_attention_is_that_of_pytorch(dtype: torch.dtype, p: float, more: dict[s
         (((5,), (5,), (5,)), {}),
         (((2, 3, 5, 4),) * 3, {"attn_mask": torch.zeros(5, 5), "is_causal": True}),
         (((2, 3, 5, 4),) * 3, {"attn_mask": torch.zeros(4, 4)}),
+        (((2, 3, 5, 4),) * 3, {"attn_mask": torch.zeros(5, 5, dtype=torch.long)}),
+        (((2, 3, 5, 4),) * 3, {"attn_mask": torch.zeros(5, 5, dtype=torch.float16)}),
+        (((2, 3, 5, 4),) * 3, {"attn_mask": torch.zeros(5, 5, dtype=torch.float64)}),
+        (((2, 3, 5, 4),) * 3, {"attn_mask": [[0.0]]}),
+        (((2, 3, 5, 4),) * 3, {"scale": torch.tensor(0.3, requires_grad=True)}),
     ],
 )
 def test_attention_refuses_what_pytorch_refuses(
@@ -225,7 +284,7 @@ def test_attention_refuses_what_pytorch_refuses(
     for function in (F.scaled_dot_product_attention, dropout.attention):
         try:
             results.append(tuple(function(*tensors, dropout_p=0.5, **more).shape))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             results.append(type(error))
     assert results[0] == results[1]
 

@@ -135,6 +135,60 @@ def test_a_second_derivative_has_the_masks_of_the_forward_pass(runs: list[int]) 
     assert runs
 
 
+class FromEachOther(nn.Module):
+    """The inputs of a segment depend on each other, and on its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(torch.relu(x.sin() + self.a(x)))
+        return self.a(self.a(x).sin() + x.cos())
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(6, 2, 12, 0.0, batch_first=True, norm_first=True)
+
+
+class TwoEncoders(nn.Module):
+    """An encoder that is called twice: weights of an attention, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = encoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).sin())
+
+
+@pytest.mark.parametrize("build", [FromEachOther, encoder, TwoEncoders])
+@pytest.mark.parametrize("way", ["create_graph", "threads"])
+def test_pytorch_differentiates_a_segment_alone(
+    build: Callable[[], nn.Module], way: str, runs: list[int]
+) -> None:
+    """A history that inputs and weights of a segment share counts once."""
+    torch.manual_seed(0)
+    pair = Pair(build(), (5, 6))
+    threads = torch.get_num_threads()
+    found = []
+    for net in (pair.plain, pair.model):
+        x = pair.batch(3, 3).requires_grad_()
+        weights = [p for p in net.parameters() if p.dim() == 1]
+        out = net(x).square().sum()
+        try:
+            torch.set_num_threads(threads + (way == "threads"))
+            grads = torch.autograd.grad(out, [x, *weights], create_graph=way == "create_graph")
+        finally:
+            torch.set_num_threads(threads)
+        found.append(grads)
+        if way == "create_graph" and build is FromEachOther:  # PyTorch has none of its attention
+            found[-1] += torch.autograd.grad(grads[0].square().sum(), [x], allow_unused=True)
+    for want, got in zip(*found, strict=True):
+        close(got, want, least=1e-3)
+    assert runs
+
+
 def frames(pair: Pair) -> list[memory.Frame]:
     """Return the frames of all segments, each of one batch size."""
     arenas = [a for run in segments(pair.engine) for free in run._free.values() for a in free]

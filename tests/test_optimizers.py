@@ -190,6 +190,11 @@ class Nested(O.SGD):
         return super().step(closure)
 
 
+def nested(model: nn.Module) -> Optimizer:
+    O.SGD(model.parameters(), lr=0.1)  # torch wraps the step of a class when it makes an object
+    return Nested(model.parameters(), lr=0.1, momentum=0.9, dampening=0.1)
+
+
 class Lookahead(Optimizer):
     """As of timm: it does not call ``__init__`` of its base, and acts after the inner step."""
 
@@ -237,7 +242,7 @@ FACTORIES: dict[str, Callable[[nn.Module], Any]] = {
     for cls in (MADGRAD, RMSpropTF, Lamb, EightBit, ApexLike, Averaging)
 }
 FACTORIES |= {
-    "Nested": lambda model: Nested(model.parameters(), lr=0.1, momentum=0.9, dampening=0.1),
+    "Nested": nested,
     "Lookahead": slow_sgd,
     "Lookahead-Lamb": slow_lamb,
     "copied": lambda model: type("Mine", (O.AdamW,), {})(model.parameters(), lr=0.01),

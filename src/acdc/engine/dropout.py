@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from acdc.engine import native
+from acdc.engine.locks import Lock
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +41,22 @@ def draw(mask: Tensor, p: float) -> Tensor:
     if not (mask.dtype in KINDS and draws_as_pytorch()):
         return mask.bernoulli_(1 - p).div_(1 - p)
     generator = torch.default_generator
-    while True:
-        before = generator.get_state()
-        after = before.clone()
-        native.bernoulli(after, mask, 1 - p, _scale(p, mask.dtype))
-        if torch.equal(generator.get_state(), before):  # no other thread has drawn meanwhile
-            generator.set_state(after)
-            return mask
+    with _drawing:
+        while True:
+            before = generator.get_state()
+            after = before.clone()
+            native.bernoulli(after, mask, 1 - p, _scale(p, mask.dtype))
+            # Another thread may have drawn by PyTorch meanwhile. None can between these two lines:
+            # NumPy compares, because torch.equal lets other threads run.
+            if generator.get_state().numpy().tobytes() == before.numpy().tobytes():
+                generator.set_state(after)
+                return mask
 
 
-@cache
+_drawing = Lock(rank=3)  # two threads must not draw from one state
+
+
+@lru_cache(maxsize=256)
 def _scale(p: float, dtype: torch.dtype) -> float:
     """Return the factor of kept elements, rounded as PyTorch rounds it."""
     return float(torch.ones((), dtype=dtype, device="cpu").div_(1 - p))
@@ -82,9 +89,9 @@ def _same_draws(count: int, dtype: torch.dtype) -> bool:
 
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Compute ``torch.nn.functional.dropout``, with the same arguments."""
-    if inplace or not (training and 0 < p < 1 and input.numel() and _fit(input)):
+    if inplace or training is not True or not _fit(input) or not (0 < p < 1 and input.numel()):
         return F.dropout(input, p, training, inplace)
-    return input * draw(torch.empty_like(input), p)
+    return input * draw(torch.empty_like(input), float(p))
 
 
 def attention(
@@ -105,9 +112,11 @@ def attention(
     if (
         not 0 < dropout_p < 1
         or enable_gqa
+        or is_causal not in (True, False)
         or (is_causal and attn_mask is not None)
-        or (scale is not None and scale <= 0)
+        or not (scale is None or (type(scale) is float and scale > 0))
         or not _fit(query, key, value)
+        or not _fits_as_mask(attn_mask, query)
         or not query.dim() == key.dim() == value.dim() >= 2
         or not query.numel() * key.numel() * value.numel()
     ):
@@ -131,10 +140,22 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -math.inf)
 
 
+def _fits_as_mask(mask: Any, query: Tensor) -> bool:
+    """Return whether PyTorch takes a mask, and adds or converts it as ``attention`` does."""
+    if mask is None:
+        return True
+    plain = type(mask) in (Tensor, nn.Parameter) and mask.device.type == "cpu"
+    return plain and mask.dtype in (torch.bool, query.dtype)
+
+
 def _fit(*tensors: Any) -> bool:
-    """Return whether these are plain tensors on the CPU of one dtype that the kernels know."""
+    """Return whether these are plain tensors on the CPU of one dtype that the kernels know.
+
+    A mode of the user sees the functions of PyTorch.
+    """
     return (
-        all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
+        not torch._C._len_torch_function_stack()
+        and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
         and len({t.dtype for t in tensors}) == 1
         and tensors[0].dtype in KINDS
         and tensors[0].layout == torch.strided
@@ -147,7 +168,8 @@ def _fit(*tensors: Any) -> bool:
 
 def _torch_dropout(input: Any, p: float, train: bool) -> Any:
     """Compute ``torch.dropout``."""
-    return dropout(input, p, train)
+    fits = train is True and _fit(input) and 0 < p < 1
+    return dropout(input, p, train) if fits else torch.dropout(input, p, train)
 
 
 REPLACED: Mapping[Any, Callable[..., Any]] = {

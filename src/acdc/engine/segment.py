@@ -10,7 +10,8 @@ frame to the end of the pass, since frames, index lists and the workspace serve 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,18 +72,30 @@ class Segment(nn.Module):
         """The layers as a program."""
         return self._held[1]
 
-    def plain(self, lease: Lease, *inputs: Tensor) -> Any:
-        """Compute a forward pass once more on PyTorch, with the parameters of the program.
+    def plain(self, lease: Lease, inputs: Sequence[Tensor], params: Mapping[int, Tensor]) -> Any:
+        """Compute a forward pass once more on PyTorch.
 
         Buffers stay as they are: a BatchNorm has counted this batch already. Dropout has the masks
         of that forward pass.
+
+        Args:
+            lease: Of that forward pass.
+            inputs: Its inputs.
+            params: By the id of a parameter of the program: what is computed with in its place.
+
         """
         # The lock: meanwhile these tensors are in the network's own modules.
-        with self.workspace.lock, torch.autocast("cpu", enabled=False):
-            held: dict[str, Tensor] = {f"plain.{name}": p for name, p in self._params.items()}
+        with (
+            self.workspace.lock,
+            torch.autocast("cpu", enabled=False),
+            _in_place_of_parameters(_holders(self._held[0]), params),
+        ):
+            held: dict[str, Tensor] = {
+                f"plain.{name}": params.get(id(p), p) for name, p in self._params.items()
+            }
             held |= {f"plain.{name}": b.clone() for name, b in self._held[0].named_buffers()}
             masks = self._masks(lease, inputs[0])
-            return torch.func.functional_call(_Again(self._held[0], masks), held, inputs)
+            return torch.func.functional_call(_Again(self._held[0], masks), held, tuple(inputs))
 
     def _masks(self, lease: Lease, first: Tensor) -> dict[fx.Node, Tensor]:
         """Return the masks of a forward pass by the node of their dropout."""
@@ -242,6 +255,28 @@ class _WithMasks(fx.Interpreter):
         return super().run_node(n)
 
 
+def _holders(plain: nn.Module) -> list[nn.Module]:
+    """Return the modules of the network whose parameters modules of a graph read from there."""
+    held = (vars(module).get("held", ()) for module in plain.modules())
+    return [module for modules in held for module in modules]
+
+
+@contextmanager
+def _in_place_of_parameters(
+    modules: Sequence[nn.Module], params: Mapping[int, Tensor]
+) -> Iterator[None]:
+    """Let modules hold other tensors inside this context, given by the id of the parameter."""
+    own: list[dict[str, Any]] = [module._parameters for module in dict.fromkeys(modules)]
+    found = [(held, name, p) for held in own for name, p in held.items() if id(p) in params]
+    for held, name, p in found:
+        held[name] = params[id(p)]
+    try:
+        yield
+    finally:
+        for held, name, p in found:
+            held[name] = p
+
+
 class _NoFrame(Exception):
     """There is no frame. The message says why, if that is worth a warning."""
 
@@ -303,9 +338,14 @@ def plain_backward(
     The kernels have no derivatives of second order, so the forward pass is computed again.
     """
     with torch.enable_grad():
-        outs = ctx.segment.plain(ctx.lease, *inputs)
+        # Views: an input may depend on another input or on a weight, and so may a weight. These are
+        # the derivatives of the segment alone.
+        inputs = [x.view_as(x) for x in inputs]
+        params = [p.view_as(p) for p in ctx.params]
+        stand_ins = {id(p): view for p, view in zip(ctx.params, params, strict=True)}
+        outs = ctx.segment.plain(ctx.lease, inputs, stand_ins)
     needed = ctx.needs_input_grad[2:]
-    wanted = [t for t, need in zip((*inputs, *ctx.params), needed, strict=True) if need]
+    wanted = [t for t, need in zip((*inputs, *params), needed, strict=True) if need]
     found = iter(
         torch.autograd.grad(
             outs, wanted, grads, create_graph=torch.is_grad_enabled(), allow_unused=True
