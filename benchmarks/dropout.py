@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from acdc.bench.race import Workload, quartiles, race
 from acdc.bench.step import OnEngine, Training
 from acdc.bench.zoo import find
 from acdc.engine import dropout, native
@@ -88,28 +88,18 @@ def steps(name: str, sparsity: float) -> Contenders:
 
 def measure(contenders: Contenders, rounds: int, seconds: float) -> dict[str, Any]:
     """Time all in turn, and return the medians and the ratios to the first."""
-    for call in contenders.values():
-        call()
-    began = time.perf_counter()
-    for call in contenders.values():
-        call()
-    each = max(1, round(seconds * len(contenders) / (time.perf_counter() - began)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
-    for _ in range(rounds):
-        for name in order:
-            began = time.perf_counter()
-            for _ in range(each):
-                contenders[name]()
-            times[name].append((time.perf_counter() - began) / each)
-        order = order[1:] + order[:1]
-    first = next(iter(contenders))
+    once = {name: Workload((call,)) for name, call in contenders.items()}
+    race(once, 1)  # to warm up
+    mean = statistics.mean(found[0] for found in race(once, 1).values())
+    calls = max(1, round(seconds / mean))
+    turns = race({name: Workload((call,) * calls) for name, call in contenders.items()}, rounds)
+    times = {name: [turn / calls for turn in found] for name, found in turns.items()}
     row: dict[str, Any] = {name: spread(found) for name, found in times.items()}
-    for name in order:
-        if name != first:
-            ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            row[f"{name}_ratio"], row[f"{name}_ratio_q1_q3"] = middle, [low, high]
+    first, *others = times
+    for name in others:
+        ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
+        row[f"{name}_ratio"] = statistics.median(ratios)
+        row[f"{name}_ratio_q1_q3"] = quartiles(ratios)
     return row
 
 

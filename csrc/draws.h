@@ -1,5 +1,5 @@
 // Bernoulli draws from a generator of PyTorch: the same numbers, many words at a time. PyTorch draws each with
-// a call and a branch, which takes longer than the layers around a dropout.
+// a call and a branch.
 //
 // The generator is the Mersenne Twister MT19937 of Matsumoto and Nishimura (1998). The loops here have no branches,
 // so that a compiler makes vectors of them.

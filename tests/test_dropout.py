@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from acdc.engine import dropout, native
+from acdc.engine.contract import DTYPES
 from support.beside import Beside
 from support.engine_nets import Pair, Written
 
-DTYPES = (torch.float32, torch.float64)
 needs_kernels = pytest.mark.skipif(not native.available(), reason="needs the compiled kernels")
 
 

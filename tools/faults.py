@@ -893,7 +893,7 @@ FAULTS = [
           "if type(module) is not nn.Dropout:",
           "tests/test_dropout.py -k hook"),
     Fault("the dropout of transformers' attention is PyTorch's", "engine/tracing.py",
-          'replaced(function) if kwargs.get("dropout", True) else function', "function",
+          'drops if kwargs.get("dropout", True) else function', "function",
           "tests/test_dropout.py -k transformer"),
     Fault("a gradient that no kernel writes holds anything", "engine/memory.py",
           "self.results[key].zero_()", "pass",

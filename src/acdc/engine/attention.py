@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acdc.engine.dropout import attention
+from acdc.engine.dropout import added, attention
 from acdc.engine.dropout import dropout as drop
 
 
@@ -220,17 +220,10 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) 
     samples, heads, tokens, _ = q.shape
     mask = None
     if attn_mask is not None:
-        mask = _added(attn_mask, q)
+        mask = added(attn_mask, q)
         if mask.dim() == 3:
             mask = mask.view(samples, heads, *mask.shape[1:])
     if key_padding_mask is not None:
-        padded = _added(key_padding_mask, q).view(samples, 1, 1, tokens)
+        padded = added(key_padding_mask, q).view(samples, 1, 1, tokens)
         mask = padded if mask is None else mask + padded
-    return mask
-
-
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """Return a mask that is added: minus infinity where a bool mask is True."""
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
     return mask

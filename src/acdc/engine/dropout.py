@@ -1,7 +1,7 @@
 """Dropout with the numbers that PyTorch draws, many of them at a time.
 
-PyTorch draws each number of a mask with a call and a branch. In a transformer whose layers run
-sparse, that takes longer than most of the layers. ``csrc/draws.h`` draws the same numbers from the
+PyTorch draws each number of a mask with a call and a branch. In a sparse step of a transformer that
+is a large part of the time (``docs/engine.md``). ``csrc/draws.h`` draws the same numbers from the
 same generator. A build of PyTorch that draws in another way keeps its own functions.
 """
 
@@ -19,11 +19,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from acdc.engine import native
+from acdc.engine.contract import DTYPES
 from acdc.engine.locks import Lock
 
 log = logging.getLogger(__name__)
-
-KINDS = (torch.float32, torch.float64)
 
 
 def draw(mask: Tensor, p: float) -> Tensor:
@@ -38,7 +37,7 @@ def draw(mask: Tensor, p: float) -> Tensor:
         The mask.
 
     """
-    if not (mask.dtype in KINDS and draws_as_pytorch()):
+    if not (mask.dtype in DTYPES and draws_as_pytorch()):
         return mask.bernoulli_(1 - p).div_(1 - p)
     generator = torch.default_generator
     with _drawing:
@@ -67,7 +66,7 @@ def draws_as_pytorch() -> bool:
     """Return whether the kernels draw the numbers that this build of PyTorch draws."""
     if not native.available():
         return False
-    agrees = all(_same_draws(count, dtype) for count in (1, 700) for dtype in KINDS)
+    agrees = all(_same_draws(count, dtype) for count in (1, 700) for dtype in DTYPES)
     if not agrees:
         log.info("This build of PyTorch draws random numbers in its own way: dropout is PyTorch's.")
     return agrees
@@ -89,8 +88,22 @@ def _same_draws(count: int, dtype: torch.dtype) -> bool:
 
 def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Compute ``torch.nn.functional.dropout``, with the same arguments."""
-    if inplace or training is not True or not _fit(input) or not (0 < p < 1 and input.numel()):
+    if inplace or not _drops(input, p, training):
         return F.dropout(input, p, training, inplace)
+    return _dropped(input, p)
+
+
+def _torch_dropout(input: Any, p: float, train: bool) -> Any:
+    """Compute ``torch.dropout``, with the same arguments."""
+    return _dropped(input, p) if _drops(input, p, train) else torch.dropout(input, p, train)
+
+
+def _drops(input: Any, p: float, training: bool) -> bool:
+    """Return whether a dropout draws a mask, and the kernels can draw it."""
+    return training is True and _fit(input) and 0 < p < 1 and input.numel() > 0
+
+
+def _dropped(input: Tensor, p: float) -> Tensor:
     return input * draw(torch.empty_like(input), float(p))
 
 
@@ -112,7 +125,7 @@ def attention(
     if (
         not 0 < dropout_p < 1
         or enable_gqa
-        or is_causal not in (True, False)
+        or type(is_causal) is not bool
         or (is_causal and attn_mask is not None)
         or not (scale is None or (type(scale) is float and scale > 0))
         or not _fit(query, key, value)
@@ -128,16 +141,16 @@ def attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device="cpu").tril()
     if attn_mask is not None:
-        scores.add_(_added(attn_mask, scores.dtype))
-    weights = torch._safe_softmax(scores, -1)
-    return dropout(weights, dropout_p) @ value
+        hides = attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask
+        scores.add_(added(hides, scores))
+    return _dropped(torch._safe_softmax(scores, -1), dropout_p) @ value
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask that is added: minus infinity where a bool mask is False."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), -math.inf)
+def added(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask that is added: minus infinity where a bool mask is True."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
+    return mask
 
 
 def _fits_as_mask(mask: Any, query: Tensor) -> bool:
@@ -157,19 +170,13 @@ def _fit(*tensors: Any) -> bool:
         not torch._C._len_torch_function_stack()
         and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
         and len({t.dtype for t in tensors}) == 1
-        and tensors[0].dtype in KINDS
+        and tensors[0].dtype in DTYPES
         and tensors[0].layout == torch.strided
         and draws_as_pytorch()
     )
 
 
 # --- in place of PyTorch's ------------------------------------------------------------------------
-
-
-def _torch_dropout(input: Any, p: float, train: bool) -> Any:
-    """Compute ``torch.dropout``."""
-    fits = train is True and _fit(input) and 0 < p < 1
-    return dropout(input, p, train) if fits else torch.dropout(input, p, train)
 
 
 REPLACED: Mapping[Any, Callable[..., Any]] = {

@@ -306,6 +306,7 @@ class NativePlan(KernelPlan):
         row = numel(geometry) // geometry.out_channels
         self.row = row if geometry.out_channels == 1 or self.strides[0] == row else 0
         shape, strides = torch.Size(geometry.weight_shape), self.strides
+        # Each step asks several times for each layer: the usual answers are ready.
         self._same: list[tuple[torch.Size, tuple[int, ...]]] = [(shape, strides)]
         if geometry.kernel == (1, 1):
             self._same.append((shape[:2], strides[:2]))

@@ -154,9 +154,11 @@ def _attention_is_one_call() -> Iterator[None]:
 
 
 def _as_one_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    drops = replaced(function)
+
     def call(module: nn.Module, query: Any, *args: Any, **kwargs: Any) -> Any:
         def attention(*args: Any, **kwargs: Any) -> Any:
-            called = replaced(function) if kwargs.get("dropout", True) else function
+            called = drops if kwargs.get("dropout", True) else function
             return called(module, *args, **kwargs)
 
         if not isinstance(query, fx.Proxy):
