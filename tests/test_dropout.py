@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from acdc.engine import dropout, native
@@ -355,3 +356,13 @@ def test_a_transformer(kind: str, runs: list[int], drawn: list[tuple[int, ...]])
         beside.check(input_ids=tokens, **more)
         assert [s for s in drawn if len(s) == 4] == [(3, 4, 5, 5)] * 2
     assert runs
+
+
+@needs_kernels
+def test_an_attention_without_the_one_kernel_that_has_dropout() -> None:
+    """PyTorch refuses it: the user has asked for another one."""
+    q = torch.randn(2, 2, 5, 8)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        for function in (F.scaled_dot_product_attention, dropout.attention):
+            with pytest.raises(RuntimeError, match="No available kernel"):
+                function(q, q, q, dropout_p=0.2)

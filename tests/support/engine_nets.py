@@ -646,8 +646,7 @@ def close(
 
 def segments(engine: acdc.Engine) -> list[Segment]:
     """Return the segments that exist now."""
-    graphs = [g for host in engine._hosts for g in host._graphs.values() if g is not None]
-    return [m for g in graphs for m in g.children() if isinstance(m, Segment)]
+    return [segment for host in engine._hosts for segment in host._own_segments()]
 
 
 class Outer(nn.Module):

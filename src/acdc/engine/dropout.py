@@ -132,6 +132,7 @@ def attention(
         or not _fits_as_mask(attn_mask, query)
         or not query.dim() == key.dim() == value.dim() >= 2
         or not query.numel() * key.numel() * value.numel()
+        or not torch.backends.cuda.math_sdp_enabled()  # by `torch.nn.attention.sdpa_kernel`
     ):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

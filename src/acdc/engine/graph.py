@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from acdc.engine.attention import InProjection
 from acdc.engine.calls import FunctionCall, LayerCall, NormCall
 from acdc.engine.geometry import ConvGeometry, Size2
+from acdc.engine.guards import Guards
 from acdc.engine.known import activation_of, is_transposed, rms_norm_eps
 from acdc.engine.tracing import (
     NEW,
@@ -141,9 +142,19 @@ class ConcatSpec:
 
 @dataclass(frozen=True)
 class DropoutSpec:
-    """A dropout with this probability, in training."""
+    """A dropout in training.
 
-    p: float
+    Args:
+        of: The module that holds its probability, or the probability.
+
+    """
+
+    of: nn.Dropout | float
+
+    @property
+    def p(self) -> float:
+        """The probability of a zero, which is between 0 and 1."""
+        return self.of.p if isinstance(self.of, nn.Dropout) else self.of
 
 
 @dataclass(frozen=True)
@@ -497,7 +508,7 @@ def _module_spec(module: nn.Module, name: str, dtype: torch.dtype) -> Spec:
     if kind is nn.Identity:
         return IdentitySpec()
     if kind is nn.Dropout:
-        return _dropout(module.p, module.training)  # type: ignore[arg-type]
+        return _dropout(module.p, module.training, of=module)  # type: ignore[arg-type]
     if kind is nn.Dropout2d and (module.p == 0 or not module.training):
         return IdentitySpec()
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and kind in (nn.LayerNorm, nn.RMSNorm):
@@ -521,6 +532,19 @@ def _norm_call(module: NormCall, dtype: torch.dtype) -> Spec:
     if (module.running_mean is None) != (module.running_var is None):
         raise InputError("a BatchNorm has both running statistics, or neither")
     return NormSpec(module)
+
+
+def note_settings(guards: Guards, module: nn.Module, spec: Spec) -> None:
+    """Note what an operation was made of, except what the kernels read in every step."""
+    live: tuple[str, ...] = ()
+    if isinstance(spec, NormSpec):
+        live = ("eps", "momentum")
+    elif isinstance(spec, LayerNormSpec):
+        live = (spec.eps_name,)
+    elif type(module) is nn.Dropout:
+        live = ("p",)
+        guards.note_condition(lambda: 0 < module.p < 1, "p")
+    guards.note_all(module, live)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -628,12 +652,12 @@ def _product(node: fx.Node) -> Spec:
     raise InputError("a product of tensors of different shapes")
 
 
-def _dropout(p: float = 0.5, training: bool = True, **_: Any) -> Spec:
+def _dropout(p: float = 0.5, training: bool = True, of: Any = None, **_: Any) -> Spec:
     if p == 0 or not training:
         return IdentitySpec()
     if not 0 < p < 1:
         raise InputError(f"a dropout with p={p}")
-    return DropoutSpec(p)
+    return DropoutSpec(p if of is None else of)
 
 
 def _permute(node: fx.Node) -> Spec:

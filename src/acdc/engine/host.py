@@ -12,6 +12,7 @@ import logging
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -25,7 +26,8 @@ from acdc.engine.choice import Policy
 from acdc.engine.contract import KernelPlan
 from acdc.engine.dropout import replace_in
 from acdc.engine.gradients import KernelGradients
-from acdc.engine.graph import ConvSpec, Recognised, is_layer, recognise
+from acdc.engine.graph import ConvSpec, Recognised, is_layer, note_settings, recognise
+from acdc.engine.guards import Guards, Variants
 from acdc.engine.judge import Judge, Pass
 from acdc.engine.lowering import lower
 from acdc.engine.memory import Workspace
@@ -38,7 +40,8 @@ from acdc.engine.shape_reads import read_from_stand_ins
 from acdc.engine.tape import Op
 from acdc.engine.tracing import (
     Untraceable,
-    follow_buffers,
+    any_hook_of_all_modules,
+    follow_tensors,
     has_other_forward,
     hooks_of,
     is_opaque,
@@ -54,6 +57,15 @@ UNREACHED = (
 )
 
 ARGUMENTS = 4  # for so many kinds of calls a module is traced; PyTorch computes the others
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A graph as it was traced, when it holds, and what its nodes are."""
+
+    graph: fx.GraphModule
+    guards: Guards
+    found: dict[fx.Node, Recognised | str]
 
 
 class Host:
@@ -107,15 +119,15 @@ class Host:
         self._example = self._arguments(args, kwargs)
         if not name and _takes_any(self._example.signature):
             raise Untraceable("its forward takes any number of arguments")
-        # By modes and arguments: a graph, or why there is none.
-        self._graphs: dict[tuple[Hashable, Hashable], fx.GraphModule | str] = {}
+        # By modes and arguments.
+        self._graphs: dict[tuple[Hashable, Hashable], Variants] = {}
         self._sparse: set[str] = set()  # the layers that the graphs run sparse
         self._chosen: set[str] = set()  # the layers that had a choice when the graphs were built
         self._note_modules()
         # The first graph is built from this trace, if the modes are still the same.
-        self._traced: tuple[Hashable, fx.GraphModule] | None
+        self._traced: tuple[Hashable, _Traced] | None
         self._traced = (self._modes(), self._trace(self._example))
-        self._note_refused(self._traced[1])
+        self._note_refused(self._traced[1].found)
 
     @property
     def active(self) -> bool:
@@ -176,14 +188,19 @@ class Host:
         return self._own_segments() + of_parts
 
     def _own_segments(self) -> list[Segment]:
-        graphs = [g for g in self._graphs.values() if isinstance(g, fx.GraphModule)]
-        return [m for graph in graphs for m in graph.children() if isinstance(m, Segment)]
+        graphs = [graph for variants in self._graphs.values() for graph in variants.graphs]
+        return [segment for graph in graphs for segment in _segments_of(graph)]
 
     def _note_modules(self) -> None:
         """Note the modules and parameters that graphs are built for."""
         self._modules = list(self.module.modules())
         self._params = list(self.module.parameters())
         self._hooks = [hooks for m in self._modules[1:] for hooks in hooks_of(m)]
+
+    def _follow_modules(self) -> None:
+        """Note modules that took the place of others, unless they bring parameters."""
+        if self._modules != list(self.module.modules()) and self._has_own_params():
+            self._note_modules()
 
     def _has_own_params(self) -> bool:
         """Return whether the modules hold the parameters that graphs are built for."""
@@ -202,6 +219,7 @@ class Host:
 
     def begin(self, *args: Any, **kwargs: Any) -> Pass:
         """Return how a call is computed."""
+        self._hide_parts()
         values = (*args, *kwargs.values())
         if why_plain(values) is not None:
             return Pass()
@@ -216,6 +234,8 @@ class Host:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module."""
         reason = why_not_kernels(args, kwargs)
+        if any_hook_of_all_modules():
+            reason = "a hook of all modules must see every call"
         if reason is not None:
             self._warn(reason)
             return self.original(*args, **kwargs)
@@ -225,9 +245,11 @@ class Host:
             return self._in_parts(str(error), args, kwargs)
         graph = self._graph(arguments)
         if isinstance(graph, str):
+            if not graph and self._started:
+                self._warn("a parameter was replaced by another")
             return self._in_parts(graph, args, kwargs)
-        if not follow_buffers(graph, self._root):
-            self._warn("a buffer has another shape or dtype than when it was traced")
+        if not follow_tensors(graph, self._root):
+            self._warn("a tensor has another shape or dtype than when it was traced")
             return self.original(*args, **kwargs)
         return graph.forward(*arguments.tensors)  # the graph has names of its own for them
 
@@ -254,13 +276,15 @@ class Host:
                 parts = [p for p in self._parts if not has_other_forward(p.module)]
         if reason:
             self._warn(reason, parts)
-        for part in parts:
+        for part in parts:  # until the next call of the whole: checkpointing calls a part once more
             part._replace_forward()
-        try:
-            return self.original(*args, **kwargs)
-        finally:
-            for part in parts:
-                part._hide()
+        return self.original(*args, **kwargs)
+
+    def _hide_parts(self) -> None:
+        """Give the parts their own forwards back, and their parts."""
+        for part in self._parts or ():
+            part._hide()
+            part._hide_parts()
 
     def _hide(self) -> None:
         """Give the module its own forward back, and stay ready."""
@@ -291,22 +315,37 @@ class Host:
 
         Or return why there is none. The reason is empty if there may be one at another time.
         """
-        key = (self._modes(), arguments.key)
-        if (graph := self._graphs.get(key)) is not None:
-            return graph
+        if (known := self._known(arguments)) is not None:
+            return known
         with self.workspace.lock:
-            if key not in self._graphs:
-                # `functional_call` puts other parameters into the modules for the time of a call.
-                if not (self._started and self._has_own_params()):
-                    return ""
-                if self._is_one_too_many(arguments):
-                    self._difference = self._difference or arguments.difference(self._example)
-                    return self._difference
-                try:
-                    self._graphs[key] = self._build(key, arguments)
-                except Untraceable as error:
-                    self._graphs[key] = str(error)
-            return self._graphs[key]
+            self._follow_modules()
+            if (known := self._known(arguments)) is not None:
+                return known
+            # `functional_call` puts other parameters into the modules for the time of a call.
+            if not (self._started and self._has_own_params()):
+                return ""
+            if self._is_one_too_many(arguments):
+                self._difference = self._difference or arguments.difference(self._example)
+                return self._difference
+            return self._add(arguments)
+
+    def _known(self, arguments: Arguments) -> fx.GraphModule | str | None:
+        """Return a graph that was made before, or why there is none. None: it may be made."""
+        variants = self._graphs.get((self._modes(), arguments.key))
+        return None if variants is None else variants.find()
+
+    def _add(self, arguments: Arguments) -> fx.GraphModule | str:
+        """Make a graph for these arguments, or return why there is none."""
+        key = (self._modes(), arguments.key)
+        variants = self._graphs.setdefault(key, Variants())
+        for segment in _segments_of(variants.make_room()):
+            segment.stop()
+        if variants.refused is None:
+            try:
+                variants.add(*self._build(key, arguments))
+            except Untraceable as error:
+                variants.refused = str(error)
+        return variants.refused or variants.graphs[-1]
 
     def _is_one_too_many(self, arguments: Arguments) -> bool:
         """Return whether the module is called with ever new values: each would be traced again."""
@@ -322,17 +361,33 @@ class Host:
     def _title(self) -> str:
         return self.name or type(self.module).__name__
 
-    def _trace(self, arguments: Arguments) -> fx.GraphModule:
+    def _trace(self, arguments: Arguments) -> _Traced:
+        guards = Guards(self.module)
         with with_own_forward(self.module):
-            graph = trace(self._root, arguments)
+            if isinstance(self._root, Single):
+                self._root = Single(self.module)  # with the present attributes of the layer
+            graph = trace(self._root, arguments, guards)
         propagate(graph, arguments.tensors)
-        return graph
+        found = recognise(graph)
+        for node, known in found.items():
+            if node.op == "call_module" and isinstance(known, Recognised):
+                module = graph.get_submodule(str(node.target))
+                if isinstance(self._root, Single):
+                    module = self.module
+                if module in self._modules:
+                    note_settings(guards, module, known.spec)
+        return _Traced(graph, guards, found)
 
-    def _build(self, key: tuple[Hashable, Hashable], arguments: Arguments) -> fx.GraphModule:
-        traced, self._traced = self._traced, None
-        first = traced and (traced[0], self._example.key) == key
-        graph = traced[1] if traced and first else self._trace(arguments)
-        recognised = {n: r for n, r in recognise(graph).items() if isinstance(r, Recognised)}
+    def _build(
+        self, key: tuple[Hashable, Hashable], arguments: Arguments
+    ) -> tuple[fx.GraphModule, Guards]:
+        first, self._traced = self._traced, None
+        if first and (first[0], self._example.key) == key and first[1].guards.hold():
+            traced = first[1]
+        else:
+            traced = self._trace(arguments)
+        graph = traced.graph
+        recognised = {n: r for n, r in traced.found.items() if isinstance(r, Recognised)}
         layers = {self._name(r.spec) for r in recognised.values() if isinstance(r.spec, ConvSpec)}
         new = layers - self.policy.choices.keys()
         read_from_stand_ins(graph, recognised)
@@ -343,7 +398,7 @@ class Host:
             setattr(graph, name, self._segment(plain))
         replace_in(graph, is_opaque)
         graph.recompile()
-        return graph
+        return graph, traced.guards
 
     def _segment(self, plain: fx.GraphModule) -> Segment:
         program = lower(plain.graph)
@@ -368,15 +423,15 @@ class Host:
             return self.name
         return f"{self.name}.{target}" if self.name else target
 
-    def _note_refused(self, graph: fx.GraphModule) -> None:
+    def _note_refused(self, found: Mapping[fx.Node, Recognised | str]) -> None:
         """Note why layers stay with PyTorch."""
         called: dict[str, Recognised | str] = {}
-        for node, found in recognise(graph).items():
+        for node, known in found.items():
             if node.op == "call_module":
                 target = str(node.target)
-                if isinstance(found, Recognised) and isinstance(found.spec, ConvSpec):
-                    target = found.spec.name  # a call of a function has a name of its own
-                called[target] = found
+                if isinstance(known, Recognised) and isinstance(known.spec, ConvSpec):
+                    target = known.spec.name  # a call of a function has a name of its own
+                called[target] = known
         for target, module in self._root.named_modules():
             if has_in_projection(module):
                 target = f"{target}.in_proj".removeprefix(".")
@@ -385,6 +440,10 @@ class Host:
             reason = _reason(target, called)
             if isinstance(reason, str):
                 self.refused[self._full_name(target)] = reason
+
+
+def _segments_of(graph: fx.GraphModule | None) -> list[Segment]:
+    return [] if graph is None else [m for m in graph.children() if isinstance(m, Segment)]
 
 
 def _reason(target: str, called: Mapping[str, Recognised | str]) -> Recognised | str:

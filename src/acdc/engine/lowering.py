@@ -135,7 +135,7 @@ class _Lowering:
             self._emit(node, known, lambda x, out: Activation(spec, x, out))
 
     def _dropout(self, node: fx.Node, spec: DropoutSpec, x: Value, out: Value) -> Op:
-        self._dropouts[node] = op = Dropout(spec.p, x, out, replace(out), node in self._last)
+        self._dropouts[node] = op = Dropout(spec, x, out, replace(out), node in self._last)
         return op
 
     def _lower_product(self, node: fx.Node, inputs: tuple[fx.Node, ...], kind: Kind) -> None:

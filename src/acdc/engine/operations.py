@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 from acdc.engine.calls import NormCall
 from acdc.engine.contract import Call, Fold, Pointwise, WeightGradCall
 from acdc.engine.dropout import draw
-from acdc.engine.graph import ActivationSpec, ConvSpec, LayerNormSpec, PoolSpec
+from acdc.engine.graph import ActivationSpec, ConvSpec, DropoutSpec, LayerNormSpec, PoolSpec
 from acdc.engine.layout import Buffer
 from acdc.engine.tape import Binder, GradientRequest, Op, Slot, Tape, Value
 
@@ -44,7 +45,8 @@ class Program:
     @property
     def is_current(self) -> bool:
         """Whether the modules still hold the parameters that the program was built for."""
-        return all(now is p for now, p in zip(params_of(self.ops), self.params, strict=True))
+        now = params_of(self.ops)
+        return len(now) == len(self.params) and all(map(operator.is_, now, self.params))
 
     @property
     def convs(self) -> list[Conv]:
@@ -697,7 +699,7 @@ class Dropout(Op):
     """A dropout in training. Its mask is drawn before the first instruction.
 
     Args:
-        p: The probability of a zero.
+        spec: It holds the probability of a zero.
         x, out: Its input and its output.
         mask: Zeros, and ``1 / (1 - p)`` where a number is kept.
         last: PyTorch would hold ``x`` with channels last. Otherwise it lies as the first input of
@@ -705,7 +707,7 @@ class Dropout(Op):
 
     """
 
-    p: float
+    spec: DropoutSpec
     x: Value
     out: Value
     mask: Value
@@ -733,7 +735,7 @@ class Dropout(Op):
         lies = torch.channels_last if self.last else f.memory_format
         lies = torch.contiguous_format if s.tokens else lies
         noise = torch.empty(size, dtype=s.dtype, device="cpu", memory_format=lies)
-        f.backend.to_layout(draw(noise, self.p), mask)
+        f.backend.to_layout(draw(noise, self.spec.p), mask)
 
     def recompute(self, tape: Tape) -> Slot:
         x, out = tape.value_in_backward(self.x), tape.new(self.out, self.out.halo)

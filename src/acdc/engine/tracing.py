@@ -33,6 +33,7 @@ from acdc.engine.attention import AsAWhole, InProjection, parts_of
 from acdc.engine.calls import as_modules
 from acdc.engine.dropout import replaced
 from acdc.engine.effects import Attributes, Change, Draws, SideEffect, Watch
+from acdc.engine.guards import Guards, Reads
 from acdc.engine.known import is_known
 from acdc.engine.locks import Lock
 
@@ -49,6 +50,11 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[Any, Any], ...]:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
+
+
+def any_hook_of_all_modules() -> bool:
+    """Return whether calling any module runs hooks, which are registered for all of them."""
+    return bool(nn.modules.module._has_any_global_hook())
 
 
 def is_opaque(module: nn.Module) -> bool:
@@ -424,42 +430,57 @@ def _held(root: nn.Module, target: str) -> Tensor | None:
     return None
 
 
-def trace(root: nn.Module, arguments: Arguments) -> fx.GraphModule:
+def trace(root: nn.Module, arguments: Arguments, guards: Guards | None = None) -> fx.GraphModule:
     """Return the graph of ``root.forward`` in its present mode, as a function of the tensors.
 
     The modules are left as they were, whether or not this raises.
+
+    Args:
+        root: The module.
+        arguments: What it is called with.
+        guards: What the forward reads of modules is noted here.
 
     Raises:
         Untraceable: it depends on the values of tensors, or has a side effect that a graph would
             have only once: it draws random numbers, makes new tensors, counts, or keeps a value.
 
     """
+    reads = Reads()
     with _tracing, torch.enable_grad():
-        tracer, graph = _traced(root, arguments)
+        tracer, graph = _traced(root, arguments, reads)
         tracer.added |= as_modules(graph, root)
+    if guards is not None:
+        reads.note_in(guards)
     held = _with_added(tracer, graph) if tracer.added else tracer.root
     traced = fx.GraphModule(held, graph, type(root).__name__)
-    names = (str(node.target) for node in graph.nodes if node.op == "get_attr")
-    traced.meta[_BUFFERS] = [n for n in names if not isinstance(_held(root, n), nn.Parameter)]
+    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    traced.meta[_TENSORS] = sorted(names)
     return traced
 
 
-_BUFFERS = "buffers"  # the key in ``meta`` of the names of the buffers that a graph reads
+_TENSORS = "tensors"  # the key in ``meta`` of the names of the tensors that a graph reads by itself
 
 
-def follow_buffers(graph: fx.GraphModule, root: nn.Module) -> bool:
-    """Let a graph read the buffers that its root holds now: another may have been assigned.
+def follow_tensors(graph: fx.GraphModule, root: nn.Module) -> bool:
+    """Let a graph read the parameters and buffers that its root holds now.
 
-    Return False if the graph does not hold for one of them.
+    Others may have been assigned, or take the place of parameters for the time of a call, as
+    ``torch.func.functional_call`` has it. Return False if the graph does not hold for one of them.
     """
-    for name in graph.meta[_BUFFERS]:
+    for name in graph.meta[_TENSORS]:
         before, now = _held(graph, name), _held(root, name)
         if before is now:
             continue
         if before is None or now is None or before.shape != now.shape or before.dtype != now.dtype:
             return False
         path, _, last = name.rpartition(".")
-        setattr(graph.get_submodule(path), last, now)
+        owner = graph.get_submodule(path)
+        for values in (owner._parameters, owner._buffers, vars(owner)):
+            values.pop(last, None)
+        if isinstance(now, nn.Parameter):
+            owner._parameters[last] = now
+        else:  # what takes the place of a parameter need not be one
+            vars(owner)[last] = now
     return True
 
 
@@ -487,7 +508,7 @@ def _with_added(tracer: _Tracer, graph: fx.Graph) -> nn.Module:
     return holder
 
 
-def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
+def _traced(root: nn.Module, arguments: Arguments, reads: Reads) -> tuple[_Tracer, fx.Graph]:
     """Trace without an effect that lasts. Other threads may draw random numbers meanwhile.
 
     The generators are the process's own. If they change, a second trace sees whether it was this
@@ -504,6 +525,7 @@ def _traced(root: nn.Module, arguments: Arguments) -> tuple[_Tracer, fx.Graph]:
                 _attention_is_one_call(),
                 watch,
                 draws or nullcontext(),
+                reads,
             ):
                 graph = tracer.trace(root)
             why = watch.reason or _why_wrong(root, graph, list(attributes.changes()))

@@ -20,7 +20,7 @@ from acdc.engine.locks import Lock
 from acdc.engine.modes import why_not_kernels
 from acdc.engine.partition import fuse, samples_of, segments_of
 from acdc.engine.shape_reads import read_from_stand_ins
-from acdc.engine.tracing import Untraceable, follow_buffers, propagate, trace
+from acdc.engine.tracing import Untraceable, follow_tensors, propagate, trace
 from acdc.errors import InputError
 from acdc.runtime.channels import remove_channels
 from acdc.runtime.frozen import Frozen, freeze, freeze_whole
@@ -244,8 +244,8 @@ class _Part:
             else:
                 if arguments.key != self.example.key:
                     reason = arguments.difference(self.example)
-                elif not follow_buffers(self.graph, self.root):
-                    reason = "a buffer has another shape or dtype than when it was traced"
+                elif not follow_tensors(self.graph, self.root):
+                    reason = "a tensor has another shape or dtype than when it was traced"
         if reason is not None:
             if reason not in self._said:
                 self._said.add(reason)
