@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from torch.utils.checkpoint import checkpoint
@@ -454,3 +455,34 @@ def test_checkpoints_where_the_parts_run_sparse(
     ran.clear()
     agree(model, plain, x_of(4))  # a call that a graph could hold, if it had no checkpoints
     assert ran
+
+
+# --- models of transformers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_model_of_transformers_is_traced_in_the_first_step_only(
+    kind: str, traces: list[str]
+) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }  # fmt: skip
+    if kind == "bert":
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, use_cache=False))
+    ids = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    example = {"input_ids": ids, "labels": ids}
+    masks = {
+        name: torch.rand(p.shape) < 0.3
+        for name, p in model.named_parameters()
+        if "layer" in name and p.dim() == 2
+    }
+    engine = acdc.Engine(model, example, choose=False)
+    engine.compress(masks)
+    for step in range(3):
+        traces.clear()
+        for mode in (True, False):
+            model.train(mode)(**example).loss.backward()
+        assert bool(traces) == (step == 0)

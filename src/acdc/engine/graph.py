@@ -536,15 +536,14 @@ def _norm_call(module: NormCall, dtype: torch.dtype) -> Spec:
 
 def note_settings(guards: Guards, module: nn.Module, spec: Spec) -> None:
     """Note what an operation was made of, except what the kernels read in every step."""
-    live: tuple[str, ...] = ()
-    if isinstance(spec, NormSpec):
-        live = ("eps", "momentum")
-    elif isinstance(spec, LayerNormSpec):
-        live = (spec.eps_name,)
+    is_linear = isinstance(spec, ConvSpec) and spec.is_linear
+    if is_linear or isinstance(spec, NormSpec | LayerNormSpec):
+        guards.note(module, ())  # its sizes are those of its parameters
     elif type(module) is nn.Dropout:
-        live = ("p",)
+        guards.note(module, ())
         guards.note_condition(lambda: 0 < module.p < 1, "p")
-    guards.note_all(module, live)
+    else:
+        guards.note_all(module)
 
 
 def is_layer(module: nn.Module) -> bool:

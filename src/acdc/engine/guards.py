@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -45,6 +45,7 @@ class Guards:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._parts: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
+        self._usual: list[dict[str, Any]] = []  # of modules with the forward of their class
         self._missing: list[tuple[dict[str, Any], frozenset[str]]] = []
         # What is compared by its value: a function that returns it, the value, and for each
         # attribute in it the name.
@@ -56,9 +57,11 @@ class Guards:
 
         An instance of a part may also get another forward than its class has.
         """
-        entries, wanted = vars(module), {*names, "forward"}
-        if module is self._root:
-            wanted.remove("forward")
+        entries, wanted = vars(module), set(names)
+        if "forward" in entries and module is not self._root:
+            wanted.add("forward")
+        elif module is not self._root:
+            self._usual.append(entries)
         if missing := wanted - entries.keys():
             self._missing.append((entries, frozenset(missing)))
         # Tensors are followed by `tracing.follow_tensors`.
@@ -74,9 +77,9 @@ class Guards:
         """Note the parts of a module."""
         self._parts.append((module._modules, tuple(module._modules.values())))
 
-    def note_all(self, module: nn.Module, but: Collection[str] = ()) -> None:
-        """Note all attributes of a module except these, and except those of every module."""
-        self.note(module, vars(module).keys() - _OF_EVERY_MODULE - set(but))
+    def note_all(self, module: nn.Module) -> None:
+        """Note all attributes of a module except those that every module has."""
+        self.note(module, vars(module).keys() - _OF_EVERY_MODULE)
 
     def note_condition(self, condition: Callable[[], Any], name: str) -> None:
         """Note what a function returns. It depends on the attribute of this name."""
@@ -112,6 +115,9 @@ class Guards:
             now = tuple(parts.values())
             if len(now) != len(noted) or not all(map(operator.is_, now, noted)):
                 yield "a part of it"
+        for entries in self._usual:
+            if "forward" in entries:
+                yield "the attribute 'forward'"
         for entries, missing in self._missing:
             if not entries.keys().isdisjoint(missing):
                 yield f"the attribute {min(missing & entries.keys())!r}"
