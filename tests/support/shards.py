@@ -28,7 +28,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from support import gloo
 
 PATIENCE = 180.0  # of a machine that is busy with something else
-MODULES = ("support.shards_topk", "support.shards_training", "support.shards_checkpoints")
+MODULES = (
+    "support.shards_topk",
+    "support.shards_training",
+    "support.shards_checkpoints",
+    "support.shards_results",
+)
 
 Check = Callable[[], None]
 checks: dict[str, tuple[tuple[int, ...], bool, Check]] = {}
