@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from acdc.collectives import together
+from acdc.distributed.ranks import check_same_step
 from acdc.errors import InputError
 from acdc.hooks.pairing import facts_of, twins
 from acdc.pair import Pair
@@ -34,6 +36,7 @@ def pair(sparsifier: Sparsifier, **facts: Any) -> Pair | None:
 
     Raises:
         InputError: The network is dense now, or there is no dense network.
+        PeerError: The ranks have executed different numbers of steps.
     """
     gathered = _gathering(sparsifier)
     sparse, dense, dense_step = twins(
@@ -66,6 +69,7 @@ def sparse_network(sparsifier: Sparsifier, **facts: Any) -> SparseNetwork | None
 
     Raises:
         InputError: The network is dense now, or a pruned weight is not zero.
+        PeerError: The ranks have executed different numbers of steps.
     """
     method, step = sparsifier.method, sparsifier.step
     if sparsifier.phase.kind == "dense":
@@ -85,15 +89,19 @@ def sparse_network(sparsifier: Sparsifier, **facts: Any) -> SparseNetwork | None
 
 
 def _gathering(sparsifier: Sparsifier) -> Callable[[State], dict[str, Tensor]]:
-    """Return a function from tensors by name to whole copies on the CPU; none but on the first
-    rank.
+    """Return a function from tensors to whole copies on the CPU; the other ranks get none.
+
+    Raises:
+        PeerError: The ranks have executed different numbers of steps.
     """
+    check_same_step(sparsifier)
     is_first = sparsifier.is_first
 
     def copied(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor):  # the extra state of a module
             return tensor
-        full = whole(tensor.detach())
+        with together("gather what training leaves"):
+            full = whole(tensor.detach())
         return full.to("cpu", copy=True) if is_first else None
 
     # A whole tensor is freed with the call of `copied`, before the next one is gathered.
