@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import acdc
 from acdc.errors import InputError
@@ -189,6 +191,72 @@ def test_a_weight_that_was_replaced_is_noticed_at_the_next_step(
     sparsifier.remove()
 
 
+@pytest.mark.parametrize("after", [0, 1, CUTS[0] + 1], ids=["new", "dense", "sparse"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_weight_that_was_replaced_is_noticed_by_a_new_optimizer(
+    change: Callable[[nn.Module], None], after: int
+) -> None:
+    """Nobody calls the one that the sparsifier has."""
+    model = build(Tied)
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(METHOD, model, optimizer)
+    steps(model, optimizer, after)
+    change(model)
+    optimizer = sgd(model)
+    for _ in range(2):
+        with pytest.raises(InputError, match="was replaced by another tensor") as noticed:
+            optimizer.step()
+    assert "remove()" in str(noticed.value)
+    sparsifier.remove()
+    if change is not moved:  # weights on meta have no values
+        Sparsifier(METHOD, model, optimizer)
+        optimizer.step()
+
+
+def test_a_weight_that_was_replaced_is_noticed_by_a_compiled_step() -> None:
+    model, _, _sparsifier = attached()
+    assigned(model)
+    step = torch.compile(sgd(model).step, backend="eager")
+    backward(model, 0)
+    with pytest.raises(InputError, match="was replaced by another tensor"):
+        step()
+
+
+def test_optimizers_of_something_else_step_as_before() -> None:
+    model, optimizer, sparsifier = attached()
+    other = build(seed=1)
+    others = sgd(other)
+    bias = torch.optim.SGD([model.fc2.bias], lr=0.1)  # of the model, and steps no pruned weight
+    steps(other, others, 1)
+    bias.step()
+    another_layer(model)
+    steps(other, others, 1)
+    steps(other, sgd(other), 1)
+    with pytest.raises(InputError, match=r"'fc2\.weight' of the model was replaced"):
+        sgd(model).step()
+    with pytest.raises(InputError, match=r"'fc2\.weight' of the model was replaced"):
+        optimizer.step()
+    sparsifier.remove()
+    sgd(model).step()
+
+
+def test_nothing_is_asked_before_a_step_once_all_sparsifiers_are_gone() -> None:
+    gc.collect()  # those of other tests
+    before = len(_global_optimizer_pre_hooks)
+    model, optimizer, sparsifier = attached()
+    other, others, another = attached()
+    assert len(_global_optimizer_pre_hooks) == 1
+    sparsifier.remove()
+    assert len(_global_optimizer_pre_hooks) == 1
+    del another
+    others = sgd(other)  # the sparsifier is lost with its optimizer
+    gc.collect()
+    another_layer(other)
+    steps(other, others, 1)
+    Sparsifier(METHOD, model, optimizer).remove()
+    assert len(_global_optimizer_pre_hooks) == 0 <= before
+
+
 def test_a_weight_that_left_its_group_is_noticed() -> None:
     model, optimizer, _sparsifier = attached()
     group = optimizer.param_groups[0]
@@ -251,6 +319,13 @@ def test_the_check_of_a_step_takes_microseconds() -> None:
         sparsifier._hooks.check()
         times.append(time.perf_counter() - began)
     assert min(times) < 1e-4  # 5 microseconds on an idle core
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
+    times = []
+    for _ in range(50):
+        began = time.perf_counter()
+        sparsifier._hooks._binding.check_before(other)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1e-5  # 1 microsecond
 
 
 # --- weights without values -----------------------------------------------------------------------

@@ -14,7 +14,11 @@ shards.load()
 def every() -> list[object]:
     """Return the names of the checks; long ones are for ``make test-distributed``."""
     marks = {True: pytest.mark.distributed, False: pytest.mark.slow}
-    return [pytest.param(name, marks=marks[long]) for name, (_, long, _) in shards.checks.items()]
+    return [
+        pytest.param(name, marks=marks[long])
+        for name, (_, long, _) in shards.checks.items()
+        if name not in shards.ENDING
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +32,12 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 def test_on_ranks(check: Callable[[str], list[str]], name: str) -> None:
     said = check(name)
     assert said == [""] * len(said), "\n".join(said)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", sorted(shards.ENDING))
+def test_no_rank_waits_for_ever(check: Callable[[str], list[str]], name: str) -> None:
+    said = check(name)
+    assert any(said)
+    assert all("ended with None" not in text for text in said), "\n".join(said)
+    assert all("as if nothing had happened" not in text for text in said), "\n".join(said)

@@ -15,18 +15,52 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from acdc.collectives import together
+from acdc.errors import InputError
 
 Mesh = Any
 """A ``torch.distributed.device_mesh.DeviceMesh``; ``None``: one process."""
+
+GATHER = (
+    "Call acdc.distributed.sparse_network(sparsifier), or acdc.distributed.pair(sparsifier) if the "
+    "method keeps a dense twin, on every rank: the first rank gets whole tensors. Without a "
+    "sparsifier, gather the state dict on every rank by get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) of "
+    "torch.distributed.checkpoint.state_dict."
+)
+"""How to make whole tensors of sharded ones, as sentences for an error."""
+
+PLAIN_MODEL = f"Load whole weights into a model that is not sharded, and give that. {GATHER}"
 
 
 def is_sharded(tensor: object) -> bool:
     """Return whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")  # without it, there is none
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def check_whole(model: nn.Module, what: str, instead: str = PLAIN_MODEL) -> None:
+    """Raise InputError if weights of a model are sharded.
+
+    Args:
+        model: The model.
+        what: What needs whole weights, for the sentence: ``"a Runtime"``.
+        instead: What to do instead: whole sentences.
+    """
+    # After a forward pass, FSDP may still hold whole weights, and free them at any time.
+    if fsdp_modules(model) or any(map(is_sharded, model.parameters())):
+        raise InputError(
+            f"The weights of the model are sharded over ranks, and {what} needs whole ones. "
+            f"{instead}"
+        )
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Return the modules to which ``fully_shard`` was applied."""
+    fsdp = getattr(getattr(distributed, "fsdp", None), "FSDPModule", None)
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp)]
 
 
 def local(tensor: Tensor) -> Tensor:

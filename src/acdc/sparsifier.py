@@ -31,7 +31,7 @@ from acdc.hooks.rescale import Rescaling
 from acdc.hooks.reset import StateReset
 from acdc.hooks.rows import RowScale
 from acdc.hooks.saved import check_same_run, identity, is_due, on_devices, unpacked
-from acdc.hooks.sharded import fsdp_modules, mesh_peers, refuse_pair, reshard
+from acdc.hooks.sharded import mesh_peers, refuse_pair, reshard
 from acdc.hooks.steps import Before, StepHooks
 from acdc.hooks.store import DenseStore
 from acdc.hooks.twin import DenseTwin
@@ -40,6 +40,7 @@ from acdc.methods.training import Masked
 from acdc.methods.weights import Weights
 from acdc.pair import Pair
 from acdc.schedule import Phase, Schedule
+from acdc.shards import fsdp_modules
 from acdc.summary import headline, summary
 from acdc.support import Support
 

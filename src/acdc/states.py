@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from acdc.bitmask import as_integers, same_bits
 from acdc.errors import InputError
+from acdc.shards import GATHER, is_sharded
 from acdc.support import Support
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def plain_tensors(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
         what: Whose it is, for the sentence: ``"the sparse twin"``.
 
     Raises:
-        InputError: An entry is no tensor, or one that safetensors cannot write.
+        InputError: An entry is no tensor, or one that safetensors cannot write, or sharded.
     """
     plain = {}
     for name, tensor in state.items():
@@ -45,6 +46,10 @@ def plain_tensors(state: Mapping[str, Any], what: str) -> dict[str, Tensor]:
             raise InputError(
                 f"The entry {name!r} of {what} is a {type(tensor).__name__}. Only tensors can be "
                 f"saved: remove the entry."
+            )
+        if is_sharded(tensor):
+            raise InputError(
+                f"The tensor {name!r} of {what} is sharded: this rank holds a part of it. {GATHER}"
             )
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
             raise InputError(
@@ -99,6 +104,10 @@ def check_pruned(support: Support, state: Mapping[str, Tensor], what: str) -> No
                 f"same model; the names are those of model.state_dict()."
             )
         weight = state[name]
+        if is_sharded(mask):
+            raise InputError(
+                f"The mask of {name!r} is sharded: this rank holds a part of it. {GATHER}"
+            )
         if weight.shape != mask.shape:
             raise InputError(
                 f"The support has shape {tuple(mask.shape)} for {name!r}, and the weight is of "
@@ -151,7 +160,8 @@ def load_into(model: Model, state: Mapping[str, Tensor], noun: str) -> Model:
         noun: Where it comes from, for the sentence: ``"pair"``.
 
     Raises:
-        InputError: The model has other names, shapes or dtypes. It is left as it was.
+        InputError: The model has other names, shapes or dtypes, or sharded weights. It is left as
+            it was.
     """
     mine = model.state_dict()
     extra = {name: mine.pop(name) for name in list(mine) if is_extra(name, mine[name])}
@@ -159,6 +169,14 @@ def load_into(model: Model, state: Mapping[str, Tensor], noun: str) -> Model:
         raise InputError(
             f"The {noun} is of another model: {found}. Build the model as in the run (not "
             f"wrapped, not compiled, same dtype). Nothing was loaded."
+        )
+    if sharded := [name for name, value in mine.items() if is_sharded(value)]:
+        raise InputError(
+            f"The {noun} holds whole tensors, and those of the model are sharded, {sharded[0]!r} "
+            f"first. Nothing was loaded. Load the {noun} before the model is sharded, or call "
+            f"set_model_state_dict(model, dict(state), options=StateDictOptions("
+            f"full_state_dict=True)) of torch.distributed.checkpoint.state_dict on every rank, "
+            f"with the state dict of the {noun}: it changes the dict that it is given."
         )
     model.load_state_dict({**state, **extra}, strict=True)  # extra state stays the model's own
     return model

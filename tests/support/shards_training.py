@@ -279,8 +279,34 @@ def attached_before_sharding() -> None:
     Sparsifier(acdc_of(Unstructured(0.8)), model, optimizer, process_group=dist.group.WORLD)
     shard(model, mesh(2))
     backward(model, 0)
-    with pytest.raises(InputError, match=r"was sharded after the sparsifier.*Shard first"):
+    sentence = r"was sharded after the sparsifier.*Shard first"
+    with pytest.raises(InputError, match=sentence):
         optimizer.step()
+
+
+@on(2)
+def attached_before_sharding_and_a_new_optimizer() -> None:
+    """The optimizer that the sparsifier was given takes no step."""
+    sentence = r"was sharded after the sparsifier.*Shard first"
+    for at_once, emptied in ((False, False), (True, True)):
+        model = build()
+        method, group = acdc_of(Unstructured(0.8)), dist.group.WORLD
+        sparsifier = Sparsifier(method, model, sgd(model), process_group=group)
+        shard(model, mesh(2), at_once)
+        if emptied:  # as models are whose weights are made after they are sharded
+            model.to_empty(device="cpu")
+            for part in model.modules():
+                if hasattr(part, "reset_parameters"):
+                    part.reset_parameters()
+        optimizer = sgd(model)
+        before = {name: local(param).clone() for name, param in model.named_parameters()}
+        backward(model, 0)
+        with pytest.raises(InputError, match=sentence):
+            optimizer.step()
+        assert all(torch.equal(local(p), before[n]) for n, p in model.named_parameters())
+        sparsifier.remove()
+        Sparsifier(method, model, optimizer)
+        train(model, optimizer)
 
 
 @on(2)
@@ -340,6 +366,22 @@ def evaluated_before_the_change() -> None:
         state = {k: whole(v) for k, v in model.state_dict().items()}
         alone.load_state_dict(state)
         assert torch.equal(alone.eval()(x), found), step
+
+
+@on(2)
+def evaluated_between_backward_and_step() -> None:
+    """FSDP then holds whole weights in the places of the sharded ones: nothing was replaced."""
+    model = shard(build(), mesh(2), at_once=True)
+    optimizer = sgd(model)
+    sparsifier = Sparsifier(acdc_of(Unstructured(0.8)), model, optimizer)
+    for step in range(TOTAL):
+        optimizer.zero_grad()
+        backward(model, step)
+        with torch.no_grad():
+            model(torch.ones(2, 3, 4, 4))
+        assert not any(map(is_sharded, model.parameters()))
+        optimizer.step()
+    assert sparsifier.step == TOTAL
 
 
 @on(2)

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_into
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as write
 
+from acdc.distributed.ranks import check_same_step
 from acdc.errors import InputError
 from acdc.hooks.optimizers import OneOrSeveral
 from acdc.hooks.saved import unpacked
@@ -66,7 +67,11 @@ def save(
     Returns:
         With ``asynchronous``: what ends when the checkpoint is written. Ask for its ``result()``
         before the process ends.
+
+    Raises:
+        PeerError: The ranks have executed different numbers of steps.
     """
+    check_same_step(sparsifier)
     run = {"optimizer": _states(optimizer), "sparsifier": sparsifier.state_dict()}
     state = {"model": get_model_state_dict(model), "run": _taken_apart(run, sparsifier)}
     if not asynchronous:

@@ -34,6 +34,7 @@ from acdc.engine.verdict import IGNORED, Verdict
 from acdc.errors import InputError
 from acdc.layers import unwrapped
 from acdc.processes import Peers
+from acdc.shards import check_whole
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Engine:
         choose: bool = True,
     ) -> None:
         self.model = unwrapped(model)
+        check_whole(self.model, "an Engine", "Train a sharded model without an engine.")
         self.refused: dict[str, str] = {}
         self.kernel_gradients = KernelGradients()
         self.workspace = Workspace()

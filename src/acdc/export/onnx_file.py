@@ -22,6 +22,7 @@ from acdc.files import Staging
 from acdc.index import Twin
 from acdc.outfile import is_stream, keep_mode, regular, unwritable, write
 from acdc.result import Result
+from acdc.shards import check_whole
 from acdc.states import load_into
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def to_onnx(
     """
     onnx = _onnx()
     path = Path(path)
+    check_whole(model, "an export")
     model = copy.deepcopy(model).to("cpu")
     if result is not None:
         model = load_into(model, result.state(twin), result.index.noun)

@@ -12,6 +12,7 @@ from acdc.engine.example import Example
 from acdc.index import Twin
 from acdc.result import Result
 from acdc.runtime.runtime import Runtime
+from acdc.shards import check_whole
 from acdc.states import load_into
 
 
@@ -37,6 +38,7 @@ def to_runtime(
         InputError: PyTorch would compute a part of the model, the result is of another model, or
             the file cannot be written.
     """
+    check_whole(model, "an export")
     model = copy.deepcopy(model).to("cpu")
     if result is not None:
         model = load_into(model, result.state(twin), result.index.noun)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from acdc.errors import InputError
-from acdc.hooks.optimizers import Optimizers
+from acdc.hooks import watch
+from acdc.hooks.optimizers import Optimizers, params_of
+from acdc.hooks.sharded import reshard
 from acdc.hooks.watch import PLAIN, WRAPPED, Watch
-from acdc.shards import is_sharded, local
+from acdc.shards import fsdp_modules, is_sharded, local
 
 Place = tuple[Any, Any, object]
 """A dictionary or a list, a key, and what is there."""
@@ -55,6 +57,7 @@ class Binding:
         self._model, self._params, self._optimizers = model, params, tuple(optimizers)
         self._allowed = WRAPPED if any(part.outer for part in optimizers.parts) else PLAIN
         self._watch: Watch | None = None
+        self._others = WeakIdKeyDictionary()  # optimizers of something else, as was checked
         _check_memory(model, params)
         if meta := [name for name, param in params.items() if param.is_meta]:
             raise InputError(
@@ -77,11 +80,13 @@ class Binding:
         for _, thing in self._parts():
             _bound[thing] = weakref.ref(self)
         self._watch = Watch(self._params.values(), self._allowed)
+        watch.begin(self)
 
     def release(self) -> None:
         """Let other sparsifiers have the model and the optimizer."""
         for _, thing in self._parts():
             _bound.pop(thing, None)
+        watch.end(self)
         self._seen_a_step()
 
     def check(self) -> None:
@@ -106,6 +111,23 @@ class Binding:
             )
         self._places = self._places_now()
 
+    def check_before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check the model before the first step of an optimizer that no sparsifier has.
+
+        Where weights were replaced (by ``fully_shard``, say) and a new optimizer was made of the
+        model, nobody calls the optimizer whose steps are followed by :meth:`check`.
+
+        Raises:
+            InputError: The optimizer steps the model, and a weight of the model was replaced.
+        """
+        if is_bound(optimizer) or optimizer in self._others:
+            return
+        if not self._is_unchanged():
+            held = set(map(id, params_of(optimizer)))
+            if any(id(param) in held for param in self._model.parameters()):
+                self._places = self._places_now()
+        self._others[optimizer] = True
+
     def _is_unchanged(self) -> bool:
         try:
             for holder, key, held in self._places:
@@ -116,6 +138,8 @@ class Binding:
         return True
 
     def _places_now(self) -> list[Place]:
+        # After an evaluation FSDP may still hold whole weights, in the places of the sharded ones.
+        reshard(fsdp_modules(self._model))
         return [
             *_in_model(self._model, self._params),
             *(place for one in self._optimizers for place in _in_optimizer(one, self._params)),

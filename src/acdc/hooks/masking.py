@@ -152,6 +152,15 @@ class Masking:
                 f"The model to project has no parameter {strangers[0]!r}. Give a copy of the model "
                 f"that the sparsifier is bound to."
             )
+        parts = {name: shards.local(params[name]).shape for name in self._dropped}
+        mine = {name: shards.local(self._params[name]).shape for name in self._dropped}
+        if strangers := [name for name, shape in parts.items() if shape != mine[name]]:
+            name = strangers[0]
+            raise InputError(
+                f"Of the parameter {name!r}, this process holds the shape {tuple(parts[name])} in "
+                f"the model to project, and {tuple(mine[name])} in the bound model. Give a copy of "
+                f"the model that the sparsifier is bound to, sharded in the same way."
+            )
         for name in self._dropped:
             part = shards.local(params[name])
             clear(part, self._dropped[name].to(part.device))

@@ -14,6 +14,9 @@ from acdc.pair import Pair
 from acdc.shards import mesh_of
 from acdc.support import Support
 
+ALONE = "call acdc.SparseNetwork(sparsifier.model.state_dict(), sparsifier.support).save(folder)"
+"""What saves the sparse network of one process, for a sentence."""
+
 
 def twins(
     method: Method[Any],
@@ -22,6 +25,7 @@ def twins(
     twin: DenseTwin | None,
     behind: Mapping[str, Tensor],
     copied: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    instead: str = ALONE,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """Return the sparse network as it is now, its dense twin, and the step of the latter.
 
@@ -32,6 +36,7 @@ def twins(
         twin: The network at the end of the last dense phase, if that has passed.
         behind: The dense weights behind a sparse view, if there are some.
         copied: Function from a state dict to copies of its tensors.
+        instead: What saves a sparse network that has no dense twin, for the sentence.
 
     Raises:
         InputError: The network is dense now, or there is no dense network.
@@ -43,8 +48,7 @@ def twins(
             f"There is no pair yet: after {step} of {schedule.total} steps the network is "
             f"{schedule.phase_at(step).kind}. The dense twin is the end of the last dense phase"
             + (f", at step {last.stop}" if last else ", and this schedule has none")
-            + "; the sparse one is the end of the run. A sparse network alone is saved by "
-            "acdc.SparseNetwork(model.state_dict(), sparsifier.support).save(folder)."
+            + f"; the sparse one is the end of the run. To save a sparse network alone, {instead}."
         )
     sparse = copied(model.state_dict())
     if twin is None or (behind and method.training.is_network):
@@ -53,9 +57,11 @@ def twins(
     return sparse, dict(dense), twin.step
 
 
-def facts_of(method: Method[Any], step: int, dense_step: int) -> dict[str, Any]:
-    """Return what every pair says about itself."""
-    known = {"method": method.name, "step": step, "dense_step": dense_step}
+def facts_of(method: Method[Any], step: int, dense_step: int | None = None) -> dict[str, Any]:
+    """Return what every pair says about itself, and every network (without ``dense_step``)."""
+    known = {"method": method.name, "step": step}
+    if dense_step is not None:
+        known["dense_step"] = dense_step
     return {**known, "schedule": method.resolved.to_dict()}
 
 

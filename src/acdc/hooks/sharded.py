@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from acdc.collectives import PeerError
 from acdc.errors import InputError
@@ -69,7 +69,8 @@ def refuse_pair(params: Mapping[str, Tensor]) -> None:
         raise InputError(
             "The weights of the model are sharded, and the pair is that of all ranks. Call "
             "acdc.distributed.pair(sparsifier) on every rank: it gathers one tensor at a time, and "
-            "the first rank gets the pair."
+            "the first rank gets the pair. For a method without a dense twin, such as GMP or RigL, "
+            "call acdc.distributed.sparse_network(sparsifier) in the same way."
         )
 
 
@@ -80,16 +81,10 @@ def reshard(modules: Iterable[Any]) -> None:
     a change.
 
     Args:
-        modules: What :func:`fsdp_modules` returned.
+        modules: What :func:`acdc.shards.fsdp_modules` returned.
     """
     for module in modules:
         module.reshard()
-
-
-def fsdp_modules(model: nn.Module) -> list[Any]:
-    """Return the modules to which ``fully_shard`` was applied."""
-    fsdp = getattr(getattr(distributed, "fsdp", None), "FSDPModule", None)
-    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp)]
 
 
 def _check_placements(params: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from acdc.errors import InputError
 from acdc.hooks.optimizers import OneOrSeveral, Optimizers
 from acdc.layers import unwrapped
+from acdc.shards import mesh_of
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,22 @@ class DenseTwin:
 
         Give as many optimizers as the sparsifier had, in the same order. Remove the sparsifier
         first, and set the learning-rate scheduler to ``step``.
+
+        Raises:
+            InputError: The twin is of sharded weights and those of the model are whole, or the
+                other way round. Nothing is loaded then.
         """
-        unwrapped(model).load_state_dict(self.model)
+        inner = unwrapped(model)
+        sharded = mesh_of(self.model.values()) is not None
+        if sharded != (mesh_of(inner.state_dict().values()) is not None):
+            held, others = ("sharded", "whole") if sharded else ("whole", "sharded")
+            raise InputError(
+                f"The weights of the dense twin are {held}, and those of the model are {others}. "
+                f"Restore it into the model that was trained. The pair of "
+                f"acdc.distributed.pair(sparsifier) loads into a model with whole weights: "
+                f"pair.dense_model(model)."
+            )
+        inner.load_state_dict(self.model)
         if optimizer is not None:
             Optimizers(optimizer).load_state_dict(deepcopy(self.optimizer))
 

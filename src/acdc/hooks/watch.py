@@ -1,16 +1,53 @@
-"""Notice an optimizer whose steps are not seen, before the first step that is."""
+"""Notice optimizers whose steps the sparsifier does not see."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from acdc.errors import InputError
 from acdc.shards import local
 
 PLAIN, WRAPPED = 1, 16  # changes before a step: of an optimizer, and of one that holds another one
+
+
+class Claim(Protocol):
+    """What is asked before a step of any optimizer of the process."""
+
+    def check_before(self, optimizer: Optimizer) -> None:
+        """Raise InputError unless the optimizer may step."""
+
+
+# Held weakly: a sparsifier ends with its optimizer. The hook is there as long as something is held.
+_claims: WeakSet[Claim] = WeakSet()
+_hooks: list[RemovableHandle] = []
+
+
+def begin(claim: Claim) -> None:
+    """Ask a claim before every step of any optimizer, until ``end``."""
+    _claims.add(claim)
+    if not _hooks:
+        plain = torch.compiler.disable(_ask)  # a compiled step calls it as it is
+        _hooks.append(register_optimizer_step_pre_hook(plain))
+
+
+def end(claim: Claim) -> None:
+    """Ask a claim no longer."""
+    _claims.discard(claim)
+    while _hooks and not _claims:
+        _hooks.pop().remove()
+
+
+def _ask(optimizer: Optimizer, *_: Any) -> None:
+    for claim in tuple(_claims):
+        claim.check_before(optimizer)
 
 
 class Watch:

@@ -27,6 +27,7 @@ from acdc.runtime.handle import Handle, computing
 from acdc.runtime.network import Network
 from acdc.runtime.plan import Layer, Plan, Settings
 from acdc.runtime.program import Conv
+from acdc.shards import check_whole
 
 PROFILED = 5  # runs of a profile
 
@@ -319,6 +320,7 @@ def _check(model: nn.Module) -> None:
             f"A Runtime takes a torch.nn.Module, got a {type(model).__name__}. Load a frozen file "
             "by Runtime.load."
         )
+    check_whole(model, "a Runtime")
     training = [name or type(m).__name__ for name, m in model.named_modules() if m.training]
     if training:
         raise InputError(
