@@ -21,6 +21,7 @@ import pytest
 import torch
 from distributed import Client
 
+from acdc.cli import main
 from acdc.compare import cluster, pool, work
 from acdc.compare.cells import Cell, prepare
 from acdc.compare.results import Outcome
@@ -117,6 +118,27 @@ def test_a_cell_that_crashes_its_process_costs_itself_alone(tmp_path: Path) -> N
     assert reasons(outcomes) == {"crasher": "Its process was killed by SIGSEGV."}
 
 
+def test_by_default_a_cell_that_crashes_its_process_costs_itself_alone(tmp_path: Path) -> None:
+    """The command has one worker: its crash ends neither the command nor what --resume goes on."""
+    folder = tmp_path / "crashing"
+    finished: dict[str, str] = {}
+    for more in ([], ["--resume"]):
+        assert main(["compare", f"{GRIDS}:crashing", "--out", str(tmp_path), *more]) == 0
+        (failed,) = map(json.loads, (folder / "failed.jsonl").read_text().splitlines())
+        assert failed["method"] == "crasher"
+        assert failed["reason"] == "Its process was killed by SIGSEGV."
+        found = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        assert [row["method"] for row in found] == ["dense", "acdc"]
+        before, finished = finished, {row["cell"]: row["finished"] for row in found}
+        assert before in ({}, finished)  # --resume tries the crash again, and trains nothing else
+
+
+def test_one_worker_trains_what_this_process_trains(tmp_path: Path) -> None:
+    for jobs in (0, 1):
+        assert not reasons(compare("small", tmp_path / str(jobs), jobs=jobs))
+    assert_same_runs(tmp_path / "1" / "small" / "runs", tmp_path / "0" / "small" / "runs")
+
+
 def test_workers_are_seen_while_the_client_asks_for_none_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,23 +178,24 @@ def test_one_killed_and_all_stopped(tmp_path: Path) -> None:
     )
     assert found["acdc"] == "Not trained yet."
     assert len(list((folder / "runs").glob("*/checkpoint/last.ckpt"))) == 2
-    # With one job this process trains, and no worker is killed.
+    # Without jobs this process trains, and no worker is killed.
     assert not reasons(compare("deadly", tmp_path, resume=True))
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_a_worker_has_its_share_of_the_threads_and_the_environment_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, jobs: int
 ) -> None:
     torch.set_num_threads(4)
     before = dict(os.environ)
-    own = cluster.Embedded(pool.Order("", str(tmp_path), "cpu", ""), 2)
+    own = cluster.Embedded(pool.Order("", str(tmp_path), "cpu", ""), jobs)
     try:
         assert own.free()
         assert own.client is not None
         given = own.client.submit(
             lambda: (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.getcwd())
         ).result()
-        assert given == (2, "2", os.getcwd())
+        assert given == (4 // jobs, str(4 // jobs), os.getcwd())
     finally:
         own.close()
     assert dict(os.environ) == before
@@ -187,20 +210,21 @@ def test_a_finished_grid_starts_no_worker(
 
 
 def test_errors_of_cells_are_the_sentences_of_one_process(tmp_path: Path) -> None:
-    alike = [compare("failing", tmp_path / str(jobs), jobs=jobs) for jobs in (1, 2)]
+    alike = [compare("failing", tmp_path / str(jobs), jobs=jobs) for jobs in (0, 2)]
     assert reasons(alike[0])
     assert reasons(alike[0]) == reasons(alike[1])
 
 
-def test_without_dask_one_job_trains_and_two_say_what_to_install(
+def test_without_dask_this_process_trains_and_workers_say_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "acdc.compare.cluster")
     monkeypatch.delattr("acdc.compare.cluster")
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert not reasons(compare("small", tmp_path))
-    with pytest.raises(MissingDependency, match=r"'distributed'.*acdc-train\[lab\]"):
-        compare("small", tmp_path, jobs=2, resume=True)
+    for jobs in (1, 2):
+        with pytest.raises(MissingDependency, match=r"'distributed'.*acdc-train\[lab\]"):
+            compare("small", tmp_path, jobs=jobs, resume=True)
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -28,8 +28,9 @@ def add(commands: Commands) -> None:
         metavar="N",
         type=int,
         help="number of cells trained at the same time, each in a worker, a process with its share "
-        "of the threads (default: 1, in this process; with --on: one in each worker; with --slurm: "
-        "as many as there are)",
+        "of the threads, so that a crash costs its own cell alone (default: 1; with --on: one in "
+        "each worker; with --slurm: as many as there are). 0: one after another in the process of "
+        "this command, for debuggers",
     )
     sub.add_argument(
         "--on",
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             outcomes = compare(
                 address,
                 args.out,
-                jobs=args.jobs,
+                jobs=_jobs(args),
                 on=args.on,
                 slurm=args.slurm,
                 resume=args.resume,
@@ -93,3 +94,11 @@ def run(args: argparse.Namespace) -> int:
         say(f"{failed} of {len(outcomes)} cells have no results; the page says why.")
     print(folder / "report.html")
     return 0
+
+
+def _jobs(args: argparse.Namespace) -> int | None:
+    """Return the number of jobs: one worker, unless the cells are trained elsewhere."""
+    if args.jobs is None and args.on is None and args.slurm is None:
+        return 1
+    jobs: int | None = args.jobs
+    return jobs

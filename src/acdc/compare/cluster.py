@@ -360,9 +360,9 @@ def _check_shared_memory() -> None:
         multiprocessing.get_context("spawn").Semaphore()
     except OSError as error:
         raise InputError(
-            f"Several jobs need semaphores of the system, and it makes none ({error.strerror}): "
-            f"/dev/shm may be missing or read-only. Make it writable, or give --jobs 1, or start "
-            f"workers elsewhere and give --on."
+            f"Workers need semaphores of the system, and it makes none ({error.strerror}): "
+            f"/dev/shm may be missing or read-only. Make it writable, or give --jobs 0: cells are "
+            f"then trained in the process of the command. Or start workers elsewhere and give --on."
         ) from error
 
 
