@@ -341,13 +341,26 @@ def test_a_cluster_that_cannot_train_a_grid_is_a_sentence(
     threads: int,
     sentence: str,
 ) -> None:
+    """It leaves nothing either, so that the corrected command needs no --resume."""
     monkeypatch.setattr(cluster, "CONNECTING", 0.5)
     if workers is None:
         with pytest.raises(InputError, match=sentence):
-            compare("small", tmp_path, on="tcp://127.0.0.1:9")
-        return
-    with machines(workers, threads) as there, pytest.raises(InputError, match=sentence):
-        compare("small", tmp_path, on=there.address)
+            compare("small", tmp_path / "out", on="tcp://127.0.0.1:9")
+    else:
+        with machines(workers, threads) as there, pytest.raises(InputError, match=sentence):
+            compare("small", tmp_path / "out", on=there.address)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_address_leaves_the_results_of_another_command_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "CONNECTING", 0.5)
+    compare("failing", tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="no scheduler of Dask answers"):
+        compare("failing", tmp_path, on="tcp://127.0.0.1:9", resume=True)
+    assert {p: p.read_bytes() for p in before} == before
 
 
 def test_a_cluster_with_another_environment_is_a_sentence(

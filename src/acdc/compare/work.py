@@ -156,8 +156,12 @@ def compare(
         with closing(_pool(order, jobs, on, slurm)) as pool:
             try:
                 _work(board, pool)
-            finally:
-                board.write()
+            except BaseException:
+                # A wrong address or option leaves no trace: the corrected command is a first one.
+                if board.begun:
+                    board.write()
+                raise
+            board.write()
     return board.outcomes()
 
 
@@ -186,13 +190,14 @@ def _work(board: _Board, pool: Pool) -> None:
 
     Raises:
         Interrupted: Asked to stop. Nothing is being trained any more.
+        InputError: The pool cannot train, or cannot go on.
     """
     with stop_signals() as stop:
         try:
             board.update()
             while not stop and board.unfinished():
                 while not stop and pool.free() and (job := board.start_next()):
-                    pool.begin(job.run)
+                    _begin(board, pool, job)
                 pool.wait(board)
         except train.Interrupted as error:  # raised by a run in this process
             stop.append(error.signal)
@@ -209,6 +214,16 @@ def _work(board: _Board, pool: Pool) -> None:
                 f"{progress.cells} cells settled. Nothing is lost: go on with --resume.",
                 stop[0],
             )
+
+
+def _begin(board: _Board, pool: Pool, job: Job) -> None:
+    """Give a job to the pool."""
+    try:
+        pool.begin(job.run)
+    except BaseException:
+        board.stopped(job.run.label)  # nobody trains it: the end of the command waits for no word
+        raise
+    board.begun = True
 
 
 State = Literal["known", "ready", "running", "done", "failed"]
@@ -249,6 +264,7 @@ class _Board:
         self.jobs: dict[str, Job] = {}  # by the label of the run
         self.base = base_recipe(grid)
         self.rows = results.read(folder, self.base)  # by label; each replaces a run that is gone
+        self.begun = False  # whether the pool has taken a run
         self.trained_epochs = 0.0
         self.began = self.drawn = time.monotonic()
         self.watched = 0.0
