@@ -60,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.runs": {"lightning", "sklearn", "numpy", "torchvision", "PIL"},
     "acdc.runs.supports": {"safetensors"},
     "acdc.compare.cluster": {"dask", "distributed"},
+    "acdc.compare.scheduler": {"dask", "distributed"},
     "acdc.compare.slurm": {"submitit"},
     "acdc.pages": {"numpy"},
     "acdc.pages.paired": {"scipy"},
