@@ -825,6 +825,32 @@ def test_numbers_of_jobs_that_cannot_be_are_a_sentence(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("device", ["no such", "mps"])
+def test_a_device_that_is_not_there_ends_the_command_and_not_every_cell(
+    tmp_path: Path, capsys: Capture, device: str
+) -> None:
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("This machine has mps.")
+    words = ["compare", grid_of("small"), "--out", str(tmp_path / "out"), "--device", device]
+    assert main(words) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"cannot be set up on device '{device}'" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_device_reaches_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(run: Any, folder: Path, device: str, *_: Any) -> str:
+        asked.append(device)
+        return "Not today."
+
+    monkeypatch.setattr(pool, "train_cell", refuse)
+    words = ["compare", grid_of("small"), "--jobs", "0", "--device", "cpu"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert set(asked) == {"cpu"}
+
+
 # --- the worked example -------------------------------------------------------------------------
 
 

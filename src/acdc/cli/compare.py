@@ -33,6 +33,12 @@ def add(commands: Commands) -> None:
         "this command, for debuggers",
     )
     sub.add_argument(
+        "--device",
+        metavar="D",
+        default="auto",
+        help="auto, cpu, cuda or mps (default: auto). Several workers may share a card",
+    )
+    sub.add_argument(
         "--on",
         metavar="ADDRESS",
         help="train on the workers of a Dask scheduler that is running, such as tcp://HOST:8786. "
@@ -85,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
                 on=args.on,
                 slurm=args.slurm,
                 resume=args.resume,
+                device=args.device,
                 command=args.command_line.replace(str(args.out), args.out.name),
                 watch=watcher,
                 draw=comparison.render,

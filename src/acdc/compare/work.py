@@ -47,6 +47,7 @@ from acdc.errors import AcdcError, InputError, need
 from acdc.files import alone
 from acdc.runs import train
 from acdc.runs.record import Folder
+from acdc.runs.setup import make_fabric
 from acdc.runs.signals import stop_signals
 
 log = logging.getLogger(__name__)
@@ -119,8 +120,8 @@ def compare(
         draw: Draws the page: every few minutes, and at the end. ``None``: there is no page.
 
     Raises:
-        InputError: There is no such grid, its folder is taken, its results cannot be written, or
-            the cluster cannot train it.
+        InputError: There is no such grid, its folder is taken, its results cannot be written, this
+            machine has no such device, or the cluster cannot train the grid.
         MissingDependency: ``distributed`` is not installed, and the cells need workers, or
             ``submitit``, and ``slurm`` is given.
         Interrupted: Stopped by SIGTERM or SIGINT. Every cell that was being trained has a
@@ -150,6 +151,8 @@ def compare(
         f"Another acdc compare is at work in {folder}. Wait for it, stop it, or choose another "
         f"folder with --out."
     )
+    if on is None and slurm is None and device != "auto":
+        make_fabric(base_recipe(grid), device, folder)  # otherwise every cell fails by itself
     with alone(folder, refusal):
         board = _Board(grid, folder, watch or (lambda _: None), draw)
         order = Order(address, str(folder), device, command)
