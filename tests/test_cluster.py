@@ -24,7 +24,9 @@ import psutil
 import pytest
 import torch
 from distributed import Client
+from distributed.comm.registry import backends
 
+from acdc.address import SOCKETS, URLS, check_address
 from acdc.cli import main
 from acdc.compare import cluster, pool, scheduler, work
 from acdc.compare.cells import Cell, prepare
@@ -366,7 +368,7 @@ def test_a_wrong_address_leaves_the_results_of_another_command_alone(tmp_path: P
         ("127.0.0.1", "it has no port"),
         ("tcp://host", "it has no port"),
         ("tcp://[::1]", "it has no port"),
-        ("tcp://::1:8786", "ipv6 needs brackets"),
+        ("tcp://::1:8786", "(IPv6) needs brackets"),
         ("tcp://host:notaport", "'notaport' is no port"),
         ("tcp://host:8786/", "'8786/' is no port"),
         ("tcp://host:70000", "70000 is no port"),
@@ -395,7 +397,21 @@ def test_what_is_no_address_is_refused_at_once(tmp_path: Path, address: str, sen
      "ws://host", "wss://host/user/me/scheduler", "ws://host:8786"],
 )  # fmt: skip
 def test_addresses_that_dask_takes_are_taken(address: str) -> None:
-    scheduler.check_address(address)
+    check_address(address)
+
+
+def test_the_protocols_are_those_of_dask() -> None:
+    assert {*SOCKETS, *URLS, "inproc"} == set(backends)
+
+
+def test_the_command_refuses_what_is_no_address_before_it_imports_torch() -> None:
+    code = (
+        "import sys; from acdc.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    words = ["compare", "compare_digits", "--on", "127.0.0.1"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert done.stderr.startswith("error: --on '127.0.0.1' is no address of a scheduler of Dask")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ ROWS: list[set[str]] = [
     {"topk", "transposable", "processes", "positions"},
     {"layers", "support", "schedule", "score"},
     {"kinds"},
-    {"random", "shape", "shards", "outfile", "schema"},
+    {"random", "shape", "shards", "outfile", "schema", "address"},
     {"files", "processor", "collectives"},
     {"errors"},
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from acdc.address import check_address
 from acdc.cli.arguments import Commands, add_command
 from acdc.cli.output import quiet_libraries, say
 
@@ -71,6 +72,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train the grid and print the path of its page."""
+    if args.on is not None:
+        check_address(args.on)  # before torch is imported, which takes seconds
     from acdc.recipes import grids
 
     address = grids.find(args.grid)

@@ -35,9 +35,10 @@ import torch
 from distributed import Client, Future, LocalCluster, Nanny, Worker, WorkerPlugin
 
 import acdc
+from acdc.address import check_address
 from acdc.compare.cells import Prepared, explain
 from acdc.compare.pool import Listener, Order, train_ordered
-from acdc.compare.scheduler import check_address, check_answer
+from acdc.compare.scheduler import check_answer
 from acdc.errors import InputError
 
 LOOKED_EVERY = 0.5  # seconds between two looks at the workers
