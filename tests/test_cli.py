@@ -133,6 +133,7 @@ SURFACE = {
     "compare": [
         ("GRID", "required"),
         ("--jobs N", "default None"),
+        ("--device D", "default auto"),
         ("--on ADDRESS", "default None"),
         ("--slurm KEY=VALUE", "any number, or none"),
         ("--resume", "flag"),

@@ -5,10 +5,13 @@ The processes are forked from one that has imported torch; the first test waits 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,12 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dask
 import psutil
 import pytest
 import torch
 from distributed import Client
+from distributed.comm.registry import backends
 
-from acdc.compare import cluster, pool, work
+from acdc.address import SOCKETS, URLS, check_address
+from acdc.cli import main
+from acdc.compare import cluster, pool, scheduler, work
 from acdc.compare.cells import Cell, prepare
 from acdc.compare.results import Outcome
 from acdc.compare.work import Progress
@@ -29,10 +36,11 @@ from acdc.errors import InputError, MissingDependency
 from acdc.files import alone
 from acdc.runs import train
 from support import compare_grids
-from support.dask_processes import machines
+from support.dask_processes import _worker, machines, start
 from support.runs import assert_same_run
 
 GRIDS = str(Path(compare_grids.__file__))
+SHORT = {"distributed.comm.timeouts.connect": "500ms"}
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +125,27 @@ def test_a_cell_that_crashes_its_process_costs_itself_alone(tmp_path: Path) -> N
     assert reasons(outcomes) == {"crasher": "Its process was killed by SIGSEGV."}
 
 
+def test_by_default_a_cell_that_crashes_its_process_costs_itself_alone(tmp_path: Path) -> None:
+    """The command has one worker: its crash ends neither the command nor what --resume goes on."""
+    folder = tmp_path / "crashing"
+    finished: dict[str, str] = {}
+    for more in ([], ["--resume"]):
+        assert main(["compare", f"{GRIDS}:crashing", "--out", str(tmp_path), *more]) == 0
+        (failed,) = map(json.loads, (folder / "failed.jsonl").read_text().splitlines())
+        assert failed["method"] == "crasher"
+        assert failed["reason"] == "Its process was killed by SIGSEGV."
+        found = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        assert [row["method"] for row in found] == ["dense", "acdc"]
+        before, finished = finished, {row["cell"]: row["finished"] for row in found}
+        assert before in ({}, finished)  # --resume tries the crash again, and trains nothing else
+
+
+def test_one_worker_trains_what_this_process_trains(tmp_path: Path) -> None:
+    for jobs in (0, 1):
+        assert not reasons(compare("small", tmp_path / str(jobs), jobs=jobs))
+    assert_same_runs(tmp_path / "1" / "small" / "runs", tmp_path / "0" / "small" / "runs")
+
+
 def test_workers_are_seen_while_the_client_asks_for_none_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,23 +185,24 @@ def test_one_killed_and_all_stopped(tmp_path: Path) -> None:
     )
     assert found["acdc"] == "Not trained yet."
     assert len(list((folder / "runs").glob("*/checkpoint/last.ckpt"))) == 2
-    # With one job this process trains, and no worker is killed.
+    # Without jobs this process trains, and no worker is killed.
     assert not reasons(compare("deadly", tmp_path, resume=True))
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_a_worker_has_its_share_of_the_threads_and_the_environment_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, jobs: int
 ) -> None:
     torch.set_num_threads(4)
     before = dict(os.environ)
-    own = cluster.Embedded(pool.Order("", str(tmp_path), "cpu", ""), 2)
+    own = cluster.Embedded(pool.Order("", str(tmp_path), "cpu", ""), jobs)
     try:
         assert own.free()
         assert own.client is not None
         given = own.client.submit(
             lambda: (torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], os.getcwd())
         ).result()
-        assert given == (2, "2", os.getcwd())
+        assert given == (4 // jobs, str(4 // jobs), os.getcwd())
     finally:
         own.close()
     assert dict(os.environ) == before
@@ -187,20 +217,21 @@ def test_a_finished_grid_starts_no_worker(
 
 
 def test_errors_of_cells_are_the_sentences_of_one_process(tmp_path: Path) -> None:
-    alike = [compare("failing", tmp_path / str(jobs), jobs=jobs) for jobs in (1, 2)]
+    alike = [compare("failing", tmp_path / str(jobs), jobs=jobs) for jobs in (0, 2)]
     assert reasons(alike[0])
     assert reasons(alike[0]) == reasons(alike[1])
 
 
-def test_without_dask_one_job_trains_and_two_say_what_to_install(
+def test_without_dask_this_process_trains_and_workers_say_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "acdc.compare.cluster")
     monkeypatch.delattr("acdc.compare.cluster")
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert not reasons(compare("small", tmp_path))
-    with pytest.raises(MissingDependency, match=r"'distributed'.*acdc-train\[lab\]"):
-        compare("small", tmp_path, jobs=2, resume=True)
+    for jobs in (1, 2):
+        with pytest.raises(MissingDependency, match=r"'distributed'.*acdc-train\[lab\]"):
+            compare("small", tmp_path, jobs=jobs, resume=True)
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -311,19 +342,129 @@ def test_cells_whose_command_is_gone_stop_after_a_checkpoint(tmp_path: Path) -> 
     [(0, 1, "has no workers"), (1, 2, "has 2 threads"), (None, 1, "no scheduler of Dask answers")],
 )
 def test_a_cluster_that_cannot_train_a_grid_is_a_sentence(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    workers: int | None,
-    threads: int,
-    sentence: str,
+    tmp_path: Path, workers: int | None, threads: int, sentence: str
 ) -> None:
-    monkeypatch.setattr(cluster, "CONNECTING", 0.5)
+    """It leaves nothing either, so that the corrected command needs no --resume."""
     if workers is None:
-        with pytest.raises(InputError, match=sentence):
-            compare("small", tmp_path, on="tcp://127.0.0.1:9")
-        return
-    with machines(workers, threads) as there, pytest.raises(InputError, match=sentence):
-        compare("small", tmp_path, on=there.address)
+        with dask.config.set(SHORT), pytest.raises(InputError, match=sentence):
+            compare("small", tmp_path / "out", on="tcp://127.0.0.1:9")
+    else:
+        with machines(workers, threads) as there, pytest.raises(InputError, match=sentence):
+            compare("small", tmp_path / "out", on=there.address)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_address_leaves_the_results_of_another_command_alone(tmp_path: Path) -> None:
+    compare("failing", tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with dask.config.set(SHORT), pytest.raises(InputError, match="no scheduler of Dask answers"):
+        compare("failing", tmp_path, on="tcp://127.0.0.1:9", resume=True)
+    assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("127.0.0.1", "it has no port"),
+        ("tcp://host", "it has no port"),
+        ("tcp://[::1]", "it has no port"),
+        ("tcp://::1:8786", "(IPv6) needs brackets"),
+        ("tcp://host:notaport", "'notaport' is no port"),
+        ("tcp://host:8786/", "'8786/' is no port"),
+        ("tcp://host:70000", "70000 is no port"),
+        ("ws://host:notaport", "'notaport'"),
+        ("", "it has no host"),
+        ("tcp://:8786", "it has no host"),
+        ("tcp://a host:8786", "'a host' is no host"),
+        ("nonsense://x:1", "knows no protocol 'nonsense'; it knows tcp://, tls://, ucx://"),
+        ("inproc://127.0.0.1/1/1", "in the process of its client"),
+    ],
+)
+def test_what_is_no_address_is_refused_at_once(tmp_path: Path, address: str, sentence: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        compare("small", tmp_path / "out", on=address)
+    assert time.monotonic() - began < 1
+    assert f"--on {address!r} is no address of a scheduler" in str(caught.value)
+    assert sentence in str(caught.value)
+    assert "such as tcp://HOST:8786." in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:8786", "tcp://host:1", "tcp://[::1]:8786", "tls://host:8786", "ucx://host:8786",
+     "ws://host", "wss://host/user/me/scheduler", "ws://host:8786"],
+)  # fmt: skip
+def test_addresses_that_dask_takes_are_taken(address: str) -> None:
+    check_address(address)
+
+
+def test_the_protocols_are_those_of_dask() -> None:
+    assert {*SOCKETS, *URLS, "inproc"} == set(backends)
+
+
+def test_the_command_refuses_what_is_no_address_before_it_imports_torch() -> None:
+    code = (
+        "import sys; from acdc.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    words = ["compare", "compare_digits", "--on", "127.0.0.1"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"]
+    assert done.stderr.startswith("error: --on '127.0.0.1' is no address of a scheduler of Dask")
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("tcp://nowhere.invalid:8786", "the name 'nowhere.invalid' is not known here"),
+        ("ws://nowhere.invalid", "the name 'nowhere.invalid' is not known here"),
+        ("tls://127.0.0.1:9", r"Dask cannot connect \(TypeError: TLS expects a `ssl_context`"),
+        ("ws://127.0.0.1:9", "no scheduler of Dask answers there within 0.5 s"),
+    ],
+)
+def test_why_a_scheduler_cannot_be_reached(address: str, sentence: str) -> None:
+    async def as_in_a_notebook() -> None:
+        scheduler.check_answer(address)
+
+    with dask.config.set(SHORT):
+        for check in (lambda: scheduler.check_answer(address),
+                      lambda: asyncio.run(as_in_a_notebook())):  # fmt: skip
+            with pytest.raises(InputError, match=f"--on {re.escape(address)}: {sentence}"):
+                check()
+
+
+def test_what_answers_is_a_scheduler() -> None:
+    with socket.socket() as silent, dask.config.set(SHORT):
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(InputError, match="no scheduler of Dask answers there"):
+            scheduler.check_answer(f"tcp://127.0.0.1:{silent.getsockname()[1]}")
+    with machines(0) as there:
+        scheduler.check_answer(there.address)
+        process, worker = start(_worker, there.address, 1)
+        try:
+            with pytest.raises(InputError, match="a worker of Dask answers there"):
+                scheduler.check_answer(worker)
+        finally:
+            process.kill()
+            process.join()
+
+
+def test_the_command_says_one_sentence_about_an_address_and_leaves_nothing(tmp_path: Path) -> None:
+    """Threads of Dask must not write their errors after it."""
+    words = [sys.executable, "-m", "acdc", "compare", f"{GRIDS}:small", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*words, "--on", "tcp://127.0.0.1:9"], capture_output=True, text=True,
+        env=os.environ | {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "1s"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert " ".join(done.stderr.split()) == (
+        "error: --on tcp://127.0.0.1:9: no scheduler of Dask answers there within 1 s "
+        "(distributed.comm.timeouts.connect in Dask's configuration). Start it with 'dask "
+        "scheduler', and workers with 'dask worker tcp://127.0.0.1:9 --nthreads 1'."
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cluster_with_another_environment_is_a_sentence(

@@ -506,7 +506,7 @@ def test_a_full_disk_fails_a_cell_that_is_tried_again(
     assert not rows(tmp_path / "small", "failed.jsonl")
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [0, 1])
 def test_warnings_of_runs_are_in_the_results_and_on_the_page(
     small: Path, tmp_path: Path, jobs: int
 ) -> None:
@@ -816,9 +816,39 @@ def test_no_such_grid_is_a_sentence(grid: str, sentence: str, capsys: Capture) -
     assert sentence in " ".join(capsys.readouterr().err.split())
 
 
-def test_no_jobs_are_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--jobs is 0"):
-        compare(grid_of("small"), tmp_path, jobs=0)
+def test_numbers_of_jobs_that_cannot_be_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--jobs is -1"):
+        compare(grid_of("small"), tmp_path, jobs=-1)
+    for option, elsewhere in (("--on", {"on": "tcp://127.0.0.1:1"}), ("--slurm", {"slurm": ()})):
+        with pytest.raises(InputError, match=f"--jobs 0 trains .* and {option} trains them"):
+            compare(grid_of("small"), tmp_path, jobs=0, **elsewhere)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["no such", "mps"])
+def test_a_device_that_is_not_there_ends_the_command_and_not_every_cell(
+    tmp_path: Path, capsys: Capture, device: str
+) -> None:
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("This machine has mps.")
+    words = ["compare", grid_of("small"), "--out", str(tmp_path / "out"), "--device", device]
+    assert main(words) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"cannot be set up on device '{device}'" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_device_reaches_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(run: Any, folder: Path, device: str, *_: Any) -> str:
+        asked.append(device)
+        return "Not today."
+
+    monkeypatch.setattr(pool, "train_cell", refuse)
+    words = ["compare", grid_of("small"), "--jobs", "0", "--device", "cpu"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert set(asked) == {"cpu"}
 
 
 # --- the worked example -------------------------------------------------------------------------
@@ -889,7 +919,7 @@ def test_a_terminal_shows_what_runs_and_the_time_left() -> None:
 
 
 def test_the_command_line_tells_each_cell(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["compare", grid_of("small"), "--out", str(tmp_path)]) == 0
+    assert main(["compare", grid_of("small"), "--jobs", "0", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert printed.out.strip() == str(tmp_path / "small" / "report.html")
     assert re.search(r"1/3  dense, seed 0: dense \d+\.\d{3}", printed.err)

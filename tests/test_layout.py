@@ -39,7 +39,7 @@ ROWS: list[set[str]] = [
     {"topk", "transposable", "processes", "positions"},
     {"layers", "support", "schedule", "score"},
     {"kinds"},
-    {"random", "shape", "shards", "outfile", "schema"},
+    {"random", "shape", "shards", "outfile", "schema", "address"},
     {"files", "processor", "collectives"},
     {"errors"},
 ]
@@ -60,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "acdc.runs": {"lightning", "sklearn", "numpy", "torchvision", "PIL"},
     "acdc.runs.supports": {"safetensors"},
     "acdc.compare.cluster": {"dask", "distributed"},
+    "acdc.compare.scheduler": {"dask", "distributed"},
     "acdc.compare.slurm": {"submitit"},
     "acdc.pages": {"numpy"},
     "acdc.pages.paired": {"scipy"},

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from acdc import recipes
+from acdc.compare import work
 from acdc.methods import ACDC
 from acdc.pair import Pair
-from acdc.recipes import paper
+from acdc.recipes import grids, paper
 from acdc.runs import models, train
 from acdc.runs.data import Augment, Images, Source
 from acdc.runs.recipe import Recipe, change, encode
@@ -94,6 +95,53 @@ def test_a_recipe_trains_through_every_kind_of_phase_to_a_saved_pair(
         assert torch.isfinite(twin(net)(torch.zeros(2, 3, 32, 32))).all()
     dense = sum(int(torch.count_nonzero(pair.dense[name])) for name in chosen)
     assert dense > pair.support.nnz
+
+
+LONG = """
+from dataclasses import replace
+from acdc import constant
+from acdc.methods.dense import Dense
+from acdc.recipes import grids
+from acdc.runs.models import CifarResNet
+from acdc.runs.recipe import change
+
+def grid():
+    grid = grids.compare_cifar10_long()
+    small = {"batch_size": "4", "checkpoint_steps": "1000", "engine": "off", "threads": "1"}
+    small |= {"data.train_examples": "8", "data.test_examples": "5"}
+    recipe = replace(
+        change(grid.task.recipe, small),
+        method=Dense(constant("dense", epochs=20)),
+        model=CifarResNet(depth=8),
+    )
+    return replace(grid, task=replace(grid.task, recipe=recipe), sparsities=(0.9,))
+"""
+
+
+def test_the_grid_of_the_recipe_on_cifar10_is_that_recipe_and_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, recipe = grids.compare_cifar10_long(), recipes.get("cifar10_resnet20")
+    assert replace(grid.task.recipe, method=recipe.method, about=recipe.about) == recipe
+    assert isinstance(recipe.method, ACDC)
+    built = {m.name: m.build(grid.task, 0.9, 200, 0).method for m in grid.methods}
+    assert list(built) == ["dense", "acdc", "gmp", "topkast", "rigl_erk"]
+    phases = built["acdc"].resolve(391).resolved
+    assert phases.table() == recipe.method.resolve(391).resolved.table()
+    net = recipe.model.build()
+    pruned, _ = recipe.method.resolve(391).select(net)
+    for name in built.keys() - {"dense"}:
+        assert built[name].resolve(391).select(net)[0].keys() == pruned.keys()
+
+    monkeypatch.setattr(type(recipe.data), "load", random_images)
+    (tmp_path / "mine.py").write_text(LONG)
+    outcomes = work.compare(f"{tmp_path / 'mine.py'}:grid", tmp_path, device="cpu")
+    assert [outcome.reason for outcome in outcomes] == [""] * 5
+    runs = [
+        tmp_path / grid.name / "runs" / outcome.run.label for outcome in outcomes if outcome.run
+    ]
+    sparse = [json.loads((run / "record.json").read_text())["sparse"] for run in runs[1:]]
+    assert len({one["nnz"] for one in sparse}) == 1  # all keep the same number of weights
 
 
 def test_the_page_of_the_recipes_names_every_recipe_of_the_paper() -> None:

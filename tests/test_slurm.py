@@ -59,6 +59,21 @@ class Cluster:
             state = f"State={'UP' if takes else 'DRAIN'}"
             subprocess.run(["scontrol", "update", "PartitionName=test", state], check=True)
 
+    def leave(self) -> None:
+        """Let the controller end."""
+        if self.node is None:
+            (self.folder / "away").touch()
+        else:
+            self.node.kill("slurmctld")
+        assert subprocess.run(["squeue"], capture_output=True).returncode != 0
+
+    def come_back(self) -> None:
+        """Start the controller again."""
+        if self.node is None:
+            (self.folder / "away").unlink()
+        else:
+            self.node.start("slurmctld", "-D")
+
     def cancel(self, *words: str) -> None:
         subprocess.run(["scancel", *words], check=True)
 
@@ -240,20 +255,6 @@ def test_the_controller_may_be_away_for_a_while(
     cluster: Cluster, tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is away while the first cell ends and the job of the second one is submitted."""
-
-    def away(_: str) -> None:
-        if cluster.node is None:
-            (cluster.folder / "away").touch()
-        else:
-            cluster.node.kill("slurmctld")
-        assert subprocess.run(["squeue"], capture_output=True).returncode != 0
-
-    def back() -> None:
-        if cluster.node is None:
-            (cluster.folder / "away").unlink()
-        else:
-            cluster.node.start("slurmctld", "-D")
-
     refused: list[str] = []
     submit = slurm.submitit.SlurmExecutor.submit
 
@@ -262,12 +263,12 @@ def test_the_controller_may_be_away_for_a_while(
             return submit(self, cell)
         except Exception as error:
             if not refused:
-                back()
+                cluster.come_back()
             refused.append(str(error))
             raise
 
     monkeypatch.setattr(slurm.submitit.SlurmExecutor, "submit", note)
-    watch = Once(tmp_path, away)
+    watch = Once(tmp_path, lambda _: cluster.leave())
     assert not reasons(compare("two", tmp_path, jobs=1, watch=watch))
     assert "Unable to contact slurm controller" in refused[0]
     assert_same_runs(tmp_path / "two" / "runs", straight)
@@ -287,6 +288,35 @@ def test_what_slurm_refuses_is_its_sentence(cluster: Cluster, tmp_path: Path) ->
         (cluster.folder / "refuses").unlink(missing_ok=True)
     assert "\n" not in str(caught.value)
     assert cluster.states().keys() == before.keys()
+    assert not list(tmp_path.iterdir())  # the corrected command needs no --resume
+
+
+def test_without_a_controller_the_command_ends_and_leaves_nothing(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    cluster.leave()
+    try:
+        with pytest.raises(InputError, match="Unable to contact slurm controller"):
+            compare("small", tmp_path / "out")
+    finally:
+        cluster.come_back()
+    assert not list(tmp_path.iterdir())
+    assert not reasons(compare("small", tmp_path / "out"))
+
+
+def test_ctrl_c_that_ends_sbatch_ends_the_command(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C of a terminal reaches the command and its sbatch; no job is waited for then."""
+
+    def fails(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise slurm.submitit.core.utils.FailedJobError("sbatch was interrupted")
+
+    monkeypatch.setattr(slurm.submitit.SlurmExecutor, "submit", fails)
+    with pytest.raises(train.Interrupted, match="0 of 3 cells settled"):
+        compare("small", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cluster_that_takes_no_more_jobs_makes_cells_wait(

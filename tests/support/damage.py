@@ -45,7 +45,7 @@ class Files:
         (folder,) = (root / "runs").iterdir()
         self.run.symlink_to(folder.name)  # the name of the folder has a hash
         _add_what_few_runs_have(self.run)
-        assert main(["compare", f"{GRID}:small", "--out", str(root / "grid")]) == 0
+        assert main(["compare", f"{GRID}:small", "--jobs", "0", "--out", str(root / "grid")]) == 0
         self.copy = root.with_name(f"{root.name}-copy")
         shutil.copytree(root, self.copy, symlinks=True)
 
@@ -67,7 +67,10 @@ class Files:
             "export": ["export", run, "--to", "safetensors", "--out", "/dev/null"],
             "onnx": ["export", run, "--to", "onnx", "--out", "/dev/null"],
             "resume": ["run", "digits", "--out", runs, "--resume", *self.settings],
-            "compare": ["compare", f"{GRID}:small", "--out", str(self.root / "grid"), "--resume"],
+            "compare": [
+                *["compare", f"{GRID}:small", "--jobs", "0"],
+                *["--out", str(self.root / "grid"), "--resume"],
+            ],
         }[command]
 
     def mutants(self, file: str) -> Iterator[tuple[str, str]]:

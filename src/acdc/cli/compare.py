@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from acdc.address import check_address
 from acdc.cli.arguments import Commands, add_command
 from acdc.cli.output import quiet_libraries, say
 
@@ -28,8 +29,15 @@ def add(commands: Commands) -> None:
         metavar="N",
         type=int,
         help="number of cells trained at the same time, each in a worker, a process with its share "
-        "of the threads (default: 1, in this process; with --on: one in each worker; with --slurm: "
-        "as many as there are)",
+        "of the threads, so that a crash costs its own cell alone (default: 1; with --on: one in "
+        "each worker; with --slurm: as many as there are). 0: one after another in the process of "
+        "this command, for debuggers",
+    )
+    sub.add_argument(
+        "--device",
+        metavar="D",
+        default="auto",
+        help="auto, cpu, cuda or mps (default: auto). Several workers may share a card",
     )
     sub.add_argument(
         "--on",
@@ -64,6 +72,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train the grid and print the path of its page."""
+    if args.on is not None:
+        check_address(args.on)  # before torch is imported, which takes seconds
     from acdc.recipes import grids
 
     address = grids.find(args.grid)
@@ -80,10 +90,11 @@ def run(args: argparse.Namespace) -> int:
             outcomes = compare(
                 address,
                 args.out,
-                jobs=args.jobs,
+                jobs=_jobs(args),
                 on=args.on,
                 slurm=args.slurm,
                 resume=args.resume,
+                device=args.device,
                 command=args.command_line.replace(str(args.out), args.out.name),
                 watch=watcher,
                 draw=comparison.render,
@@ -93,3 +104,11 @@ def run(args: argparse.Namespace) -> int:
         say(f"{failed} of {len(outcomes)} cells have no results; the page says why.")
     print(folder / "report.html")
     return 0
+
+
+def _jobs(args: argparse.Namespace) -> int | None:
+    """Return the number of jobs: one worker, unless the cells are trained elsewhere."""
+    if args.jobs is None and args.on is None and args.slurm is None:
+        return 1
+    jobs: int | None = args.jobs
+    return jobs

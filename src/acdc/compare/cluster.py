@@ -35,14 +35,15 @@ import torch
 from distributed import Client, Future, LocalCluster, Nanny, Worker, WorkerPlugin
 
 import acdc
+from acdc.address import check_address
 from acdc.compare.cells import Prepared, explain
 from acdc.compare.pool import Listener, Order, train_ordered
+from acdc.compare.scheduler import check_answer
 from acdc.errors import InputError
 
 LOOKED_EVERY = 0.5  # seconds between two looks at the workers
 TOLD_EVERY = 0.25  # seconds between two reports of the progress of a cell
 PATIENCE = 60.0  # seconds that a grid waits for a worker when none is left
-CONNECTING = 20.0  # seconds in which the scheduler has to answer
 
 
 @dataclass
@@ -241,30 +242,32 @@ class Embedded(_Workers):
 
 
 class Running(_Workers):
-    """The workers of a scheduler that is running, on machines that share the folder of the grid."""
+    """The workers of a scheduler that is running, on machines that share the folder of the grid.
+
+    Raises:
+        InputError: The address is none.
+    """
 
     def __init__(self, order: Order, scheduler: str, jobs: int | None) -> None:
+        check_address(scheduler)
         super().__init__(order.absolute(), jobs)
         self.scheduler = scheduler
 
     def _connect(self) -> Client:
-        start = f"Start it with 'dask scheduler', and workers with 'dask worker {self.scheduler} "
-        start += "--nthreads 1'."
+        check_answer(self.scheduler)
         try:
-            client = Client(self.scheduler, timeout=CONNECTING, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"--on {self.scheduler}: no scheduler of Dask answers there. {start}"
-            ) from error
+            client = Client(self.scheduler, set_as_default=False)
+        except OSError as error:
+            raise self._gone() from error  # it answered a moment ago
         try:
-            self._check(client, start)
+            self._check(client)
             client.register_plugin(StopCells())
         except BaseException:
             client.close()
             raise
         return client
 
-    def _check(self, client: Client, start: str) -> None:
+    def _check(self, client: Client) -> None:
         """See that the workers can train this grid.
 
         Raises:
@@ -272,7 +275,10 @@ class Running(_Workers):
         """
         workers = _workers_of(client)
         if not workers:
-            raise InputError(f"--on {self.scheduler}: the scheduler has no workers. {start}")
+            raise InputError(
+                f"--on {self.scheduler}: the scheduler has no workers. Start them with "
+                f"'dask worker {self.scheduler} --nthreads 1'."
+            )
         for address, worker in workers.items():
             if worker["nthreads"] != 1:
                 raise InputError(
@@ -360,9 +366,9 @@ def _check_shared_memory() -> None:
         multiprocessing.get_context("spawn").Semaphore()
     except OSError as error:
         raise InputError(
-            f"Several jobs need semaphores of the system, and it makes none ({error.strerror}): "
-            f"/dev/shm may be missing or read-only. Make it writable, or give --jobs 1, or start "
-            f"workers elsewhere and give --on."
+            f"Workers need semaphores of the system, and it makes none ({error.strerror}): "
+            f"/dev/shm may be missing or read-only. Make it writable, or give --jobs 0: cells are "
+            f"then trained in the process of the command. Or start workers elsewhere and give --on."
         ) from error
 
 

@@ -147,6 +147,7 @@ class SlurmJobs:
                 f"{error.strerror or error}."
             ) from error
         except (submitit.core.utils.FailedJobError, subprocess.SubprocessError) as error:
+            self._remove_refused()
             said = _said(error)
             if self.refused is None:  # the first job of all: its options may be wrong
                 raise InputError(f"Slurm refused the job of {run.label}: {said}") from error
@@ -273,6 +274,14 @@ class SlurmJobs:
 
     def _share(self, label: str) -> Path:
         return self.folder / f"{label}.share"
+
+    def _remove_refused(self) -> None:
+        """Remove what submitit wrote for a job that Slurm refused: files without its number."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.iterdir():
+                left = re.fullmatch(r"[0-9a-f]{32}\.pkl|\.submission_file_.*", path.name)
+                if left and not path.is_symlink():  # a link belongs to a job that was taken
+                    path.unlink()
 
     def _forget(self, label: str) -> None:
         """Remove the files of all jobs of a run that has a record."""

@@ -47,6 +47,7 @@ from acdc.errors import AcdcError, InputError, need
 from acdc.files import alone
 from acdc.runs import train
 from acdc.runs.record import Folder
+from acdc.runs.setup import make_fabric
 from acdc.runs.signals import stop_signals
 
 log = logging.getLogger(__name__)
@@ -101,9 +102,13 @@ def compare(
     Args:
         address: The grid's function: ``"package.module:function"`` or ``"file.py:function"``.
         out: The folder in which the grid gets its own.
-        jobs: Cells trained at the same time. More than one: each in a worker, a process with an
-            equal share of the threads. ``None``: one, in this process; with ``on`` as many as the
-            cluster has workers, with ``slurm`` as many as there are.
+        jobs: Cells trained at the same time, each in a worker: a process with an equal share of the
+            threads. A cell that ends its process, by a crash in native code, then costs itself
+            alone. A script that gives ``jobs`` needs ``if __name__ == "__main__":``, as every
+            program that starts processes does. 0: one after another in this process, where a
+            debugger sees them, and where a crash ends the comparison. ``None``: with ``on`` as many
+            as the cluster has workers, with ``slurm`` as many as there are, otherwise as 0, so that
+            a script needs no such line. The command's own default is 1.
         on: Address of the scheduler of a Dask cluster, ``"tcp://HOST:8786"``, whose workers train
             the cells. They need this environment, and ``out`` under the same path.
         slurm: Train each cell in a job of Slurm. Options of ``sbatch`` as ``"KEY=VALUE"`` or
@@ -115,17 +120,26 @@ def compare(
         draw: Draws the page: every few minutes, and at the end. ``None``: there is no page.
 
     Raises:
-        InputError: There is no such grid, its folder is taken, its results cannot be written, or
-            the cluster cannot train it.
-        MissingDependency: ``distributed`` is not installed, and there is more than one job, or
+        InputError: There is no such grid, its folder is taken, its results cannot be written, this
+            machine has no such device, or the cluster cannot train the grid.
+        MissingDependency: ``distributed`` is not installed, and the cells need workers, or
             ``submitit``, and ``slurm`` is given.
         Interrupted: Stopped by SIGTERM or SIGINT. Every cell that was being trained has a
             checkpoint.
     """
-    if jobs is not None and jobs < 1:
-        raise InputError(f"--jobs is {jobs}. It is a whole number from 1 up.")
+    if jobs is not None and jobs < 0:
+        raise InputError(
+            f"--jobs is {jobs}. It is the number of workers, a whole number from 1 up, or 0: cells "
+            f"are then trained in the process of the command."
+        )
     if on is not None and slurm is not None:
         raise InputError("--on and --slurm are both given. Give one: they train cells elsewhere.")
+    if jobs == 0 and (on is not None or slurm is not None):
+        raise InputError(
+            f"--jobs 0 trains cells in the process of the command, and "
+            f"{'--slurm' if on is None else '--on'} trains them elsewhere. Give one of the two, or "
+            f"--jobs from 1 up: how many cells are trained at the same time."
+        )
     grid = locate(address)
     folder = out / grid.name
     if not resume and any((folder / name).exists() for name in ("runs", "results.jsonl")):
@@ -137,14 +151,20 @@ def compare(
         f"Another acdc compare is at work in {folder}. Wait for it, stop it, or choose another "
         f"folder with --out."
     )
+    if on is None and slurm is None and device != "auto":
+        make_fabric(base_recipe(grid), device, folder)  # otherwise every cell fails by itself
     with alone(folder, refusal):
         board = _Board(grid, folder, watch or (lambda _: None), draw)
         order = Order(address, str(folder), device, command)
         with closing(_pool(order, jobs, on, slurm)) as pool:
             try:
                 _work(board, pool)
-            finally:
-                board.write()
+            except BaseException:
+                # A wrong address or option leaves no trace: the corrected command is a first one.
+                if board.begun:
+                    board.write()
+                raise
+            board.write()
     return board.outcomes()
 
 
@@ -156,13 +176,16 @@ def _pool(order: Order, jobs: int | None, on: str | None, slurm: Sequence[str] |
         except ImportError as error:
             raise need("submitit", "slurm") from error
         return SlurmJobs(order, slurm, jobs)
-    if on is None and jobs in (None, 1):
+    if on is None and not jobs:  # None or 0
         return ThisProcess(Path(order.folder), order.device, order.command)
     try:
         from acdc.compare import cluster
     except ImportError as error:
         raise need("distributed", "lab") from error
-    return cluster.Embedded(order, jobs or 1) if on is None else cluster.Running(order, on, jobs)
+    if on is not None:
+        return cluster.Running(order, on, jobs)
+    assert jobs
+    return cluster.Embedded(order, jobs)
 
 
 def _work(board: _Board, pool: Pool) -> None:
@@ -170,13 +193,14 @@ def _work(board: _Board, pool: Pool) -> None:
 
     Raises:
         Interrupted: Asked to stop. Nothing is being trained any more.
+        InputError: The pool cannot train, or cannot go on.
     """
     with stop_signals() as stop:
         try:
             board.update()
             while not stop and board.unfinished():
                 while not stop and pool.free() and (job := board.start_next()):
-                    pool.begin(job.run)
+                    _begin(board, pool, job)
                 pool.wait(board)
         except train.Interrupted as error:  # raised by a run in this process
             stop.append(error.signal)
@@ -193,6 +217,16 @@ def _work(board: _Board, pool: Pool) -> None:
                 f"{progress.cells} cells settled. Nothing is lost: go on with --resume.",
                 stop[0],
             )
+
+
+def _begin(board: _Board, pool: Pool, job: Job) -> None:
+    """Give a job to the pool."""
+    try:
+        pool.begin(job.run)
+    except BaseException:
+        board.stopped(job.run.label)  # nobody trains it: the end of the command waits for no word
+        raise
+    board.begun = True
 
 
 State = Literal["known", "ready", "running", "done", "failed"]
@@ -233,6 +267,7 @@ class _Board:
         self.jobs: dict[str, Job] = {}  # by the label of the run
         self.base = base_recipe(grid)
         self.rows = results.read(folder, self.base)  # by label; each replaces a run that is gone
+        self.begun = False  # whether the pool has taken a run
         self.trained_epochs = 0.0
         self.began = self.drawn = time.monotonic()
         self.watched = 0.0

@@ -37,6 +37,7 @@ from acdc.methods import (
     WoodFisher,
 )
 from acdc.pattern import NM, Pattern, Scope, Unstructured
+from acdc.recipes.paper import cifar10_resnet20
 from acdc.runs.data import Augment, Cifar10, Digits, FashionMNIST, TinyShakespeare
 from acdc.runs.models import CifarResNet, SmallGPT, SmallResNet
 from acdc.runs.optim import SGD, AdamW, Cosine
@@ -304,6 +305,50 @@ def compare_cifar10() -> Grid:
     )
 
 
+def compare_cifar10_long() -> Grid:
+    """CIFAR-10 with the recipe ``cifar10_resnet20`` of the AC/DC paper: ResNet-20, 200 epochs.
+
+    Model, data, learning rates, pruned layers and the phases of AC/DC are those of the recipe. All
+    methods keep the same numbers of weights (``SCOPE``); the recipe itself has one threshold over
+    all layers. RigL, GMP and Top-KAST change their supports every 100 steps, their default.
+    """
+    recipe = cifar10_resnet20()
+    published: Any = recipe.method
+    layers = published.layers
+    dense, acdc, *others = methods(*SHORTER_LIST)
+    return Grid(
+        name="compare_cifar10_long",
+        about="compares methods on CIFAR-10 with ResNet-20 at 90 and 95 %, 200 epochs as the paper",
+        task=Task(
+            "CIFAR-10, ResNet-20 as in the paper",
+            replace(recipe, about="", method=Dense(Constant(recipe.epochs))),
+        ),
+        methods=(
+            dense,
+            replace(acdc, build=_changed(_paper_acdc, layers=layers)),
+            *(replace(m, build=_changed(m.build, layers=layers, every="100st")) for m in others),
+        ),
+        sparsities=(0.9, 0.95),
+    )
+
+
+def _paper_acdc(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+    """The phases of ``cifar10_resnet20`` as shares of the run: 20 of 200 epochs are a tenth."""
+    plan = alternate(epochs=epochs, warmup="5%", sparse="10%", dense="10%", last_sparse="15%")
+    return Candidate(ACDC(Unstructured(sparsity, SCOPE), plan), changes={"dense_finetune": True})
+
+
+def _changed(build: Build, **fields: Any) -> Build:
+    """Return how to train a method with other values of its fields."""
+
+    def changed(task: Task, sparsity: float, epochs: int, seed: int) -> Candidate:
+        candidate = build(task, sparsity, epochs, seed)
+        method: Any = candidate.method
+        return replace(candidate, method=replace(method, **fields))
+
+    return changed
+
+
 def memorisation_cifar10() -> Grid:
     """CIFAR-10 with 1,000 random labels and no augmentation, ResNet-20, 30 epochs."""
     return Grid(
@@ -382,6 +427,7 @@ GRIDS: dict[str, Callable[[], Grid]] = {
         compare_fashion_mnist,
         compare_fashion_mnist_long,
         compare_cifar10,
+        compare_cifar10_long,
         compare_tinyshakespeare,
         compare_tinyshakespeare_long,
         memorisation_cifar10,
