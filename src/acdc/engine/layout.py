@@ -6,8 +6,9 @@ and a block is 8 columns of ``lanes`` tokens. ``docs/engine.md`` gives the reaso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -128,12 +129,14 @@ class Buffer:
         data: The memory.
         per_thread: It has one block per thread, whatever the shape says. This is enough for values
             that are read as soon as they are written, when kernels go block by block.
+        ready: Calls of kernels that need no further preparation, by what they depend on.
 
     """
 
     shape: Shape
     data: torch.Tensor
     per_thread: bool = False
+    ready: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def zeros(shape: Shape) -> Buffer:

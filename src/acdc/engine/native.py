@@ -483,10 +483,8 @@ class Native(Kernels):
     # ---- conversions ----
 
     def to_layout(self, plain: Tensor, out: Buffer) -> Buffer:
-        plain = plain.detach() if _convertible(plain) else plain.detach().contiguous()
-        a = _kernels.convert_args()
-        a.image, a.plain = self._image(out), self._plain(plain, out)
-        self._run("to_layout", a, out, plain)
+        if not self._convert("to_layout", out, plain):
+            self._convert("to_layout", out, plain.contiguous())
         return out
 
     def from_layout(self, buffer: Buffer, out: Tensor | None = None) -> Tensor:
@@ -496,12 +494,34 @@ class Native(Kernels):
                 (s.samples, s.channels) if s.tokens else (s.samples, s.channels, s.height, s.width)
             )
             out = torch.empty(size, dtype=s.dtype, device="cpu")
-        if not _convertible(out):
-            return out.copy_(self.from_layout(buffer))
-        a = _kernels.convert_args()
-        a.image, a.plain = self._image(buffer), self._plain(out, buffer)
-        self._run("from_layout", a, buffer, out)
+        if not self._convert("from_layout", buffer, out):
+            out.copy_(self.from_layout(buffer))
         return out
+
+    def _convert(self, name: str, buffer: Buffer, plain: Tensor) -> bool:
+        """Convert between a buffer and a tensor, or return False if the strides must be others.
+
+        The next tensor of this form finds its call ready: a step of a transformer converts about
+        175 times, and making the arguments takes longer than a small conversion.
+        """
+        key = (name, self._index, plain.shape, plain.stride(), plain.dtype, torch.get_num_threads())
+        call = buffer.ready.get(key)
+        if call is None or self._bound is not None:
+            if not _convertible(plain):
+                return False
+            a = _kernels.convert_args()
+            a.image, a.plain = self._image(buffer), self._plain(plain, buffer)
+            a.threads = torch.get_num_threads()
+            function, is_double = getattr(_kernels, name), buffer.shape.dtype == torch.float64
+            call = NativeCall(function, self._index, is_double, a)
+        if self._bound is not None:
+            call.held = (plain,)
+            self._bound.append(call)
+            return True
+        buffer.ready[key] = call
+        call.args.plain.data = plain.data_ptr()
+        call()
+        return True
 
     # ---- the sparse layer ----
 
@@ -1049,5 +1069,8 @@ def _dense_planes(plain: Tensor) -> bool:
 
 
 def _convertible(plain: Tensor) -> bool:
-    """Return whether the conversion kernels read these strides: dense planes or dense channels."""
-    return _dense_planes(plain) or plain.stride(1) == 1
+    """Return whether the conversion kernels read these strides: dense planes or dense channels.
+
+    One channel has any stride.
+    """
+    return _dense_planes(plain) or plain.stride(1) == 1 or plain.is_contiguous()

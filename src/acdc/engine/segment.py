@@ -450,7 +450,6 @@ def _format(x: Tensor) -> torch.memory_format:
 
 def _plain(frame: Frame, slot: Slot, shape: tuple[int, ...], memory: torch.memory_format) -> Tensor:
     """Return the contents of a slot as a tensor of this shape and memory format."""
-    with torch.no_grad():
-        out = torch.empty(shape, dtype=slot.value.dtype, device="cpu", memory_format=memory)
-        frame.backend.from_layout(frame.buffer(slot), _flat(out, slot.value))
+    out = torch.empty(shape, dtype=slot.value.dtype, device="cpu", memory_format=memory)
+    frame.backend.from_layout(frame.buffer(slot), _flat(out, slot.value))
     return out
