@@ -25,7 +25,8 @@ import torch
 from rich.console import Console
 
 from acdc.cli import main
-from acdc.compare import pool, results, work
+from acdc.cli.compare import without_folders
+from acdc.compare import cluster, pool, results, work
 from acdc.compare.cells import Cell, base_recipe, cells, epochs_at_equal_cost, prepare
 from acdc.compare.grid import Grid, Task, locate
 from acdc.compare.results import Outcome
@@ -823,6 +824,34 @@ def test_numbers_of_jobs_that_cannot_be_are_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"--jobs 0 trains .* and {option} trains them"):
             compare(grid_of("small"), tmp_path, jobs=0, **elsewhere)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_more_workers_than_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def embedded(order: Any, jobs: int) -> None:
+        raise InputError(f"{jobs} workers")
+
+    monkeypatch.setattr(cluster, "Embedded", embedded)
+    count = len(list(cells(compare_grids.small())))
+    for jobs, workers in ((1, 1), (count, count), (99, count)):
+        with pytest.raises(InputError, match=f"^{workers} workers$"):
+            compare(grid_of("small"), tmp_path, jobs=jobs)
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "wanted"),
+    [
+        (
+            "acdc compare a.py:grid --out . --jobs 2",
+            ".",
+            "acdc compare a.py:grid --out {} --jobs 2",
+        ),
+        ("acdc compare p --out /long/way/p", "/long/way/p", "acdc compare p --out p"),
+        ("acdc compare p --out=/long/way/p", "/long/way/p", "acdc compare p --out=p"),
+        ("acdc compare p.py:p --out p", "p", "acdc compare p.py:p --out p"),
+    ],
+)
+def test_the_recorded_command_names_the_folder_alone(command: str, out: str, wanted: str) -> None:
+    assert without_folders(command, Path(out)) == wanted.format(Path.cwd().name)
 
 
 @pytest.mark.parametrize("device", ["no such", "mps"])

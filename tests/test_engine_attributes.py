@@ -10,6 +10,7 @@ import argparse
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -96,6 +97,26 @@ def replaced(name: str, value: nn.Module) -> Change:
     return lambda model: setattr(model.get_submodule(path), last, value)
 
 
+@dataclass(slots=True)
+class Slots:
+    """An object without a dictionary."""
+
+    scale: float
+
+
+class Masked(nn.Module):
+    """A buffer that may be None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.register_buffer("mask", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return self.two(x if self.mask is None else x * self.mask)
+
+
 class Drops(nn.Module):
     """A dropout by the function of PyTorch."""
 
@@ -154,6 +175,39 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Change]] = {
         lambda: chain(Scales()), lambda m: setattr(m[1], "config", argparse.Namespace(scale=7.0))
     ),
     "a list in a dictionary": (lambda: chain(Scales()), grow),
+    "an object in an object": (
+        lambda: net(lambda m, x: m.two(m.one(x) * m.cfg.model.scale),
+                    cfg=argparse.Namespace(model=argparse.Namespace(scale=2.0))),
+        lambda m: setattr(m.cfg.model, "scale", 7.0),
+    ),
+    "an object in a list": (
+        lambda: net(lambda m, x: m.two(m.one(x) * m.cfg[0].scale),
+                    cfg=[argparse.Namespace(scale=2.0)]),
+        lambda m: setattr(m.cfg[0], "scale", 7.0),
+    ),
+    "an object with slots": (
+        lambda: net(lambda m, x: m.two(m.one(x) * m.cfg.scale), cfg=Slots(2.0)),
+        lambda m: setattr(m.cfg, "scale", 7.0),
+    ),
+    "True for 1": (
+        lambda: net(lambda m, x: m.two(m.one(x) * (3 if m.flag is True else 2)), flag=1),
+        attribute("flag", True),
+    ),
+    "a float for an integer": (
+        lambda: net(lambda m, x: m.two(m.one(x) * (3 if isinstance(m.n, float) else 2)), n=2),
+        attribute("n", 2.0),
+    ),
+    "a buffer that was None": (
+        lambda: Masked(), lambda m: setattr(m, "mask", torch.linspace(0, 1, 12))
+    ),
+    "a buffer that is new": (
+        lambda: net(lambda m, x: m.two(m.one(x) * (3 if hasattr(m, "extra") else 2))),
+        lambda m: m.register_buffer("extra", torch.ones(1)),
+    ),
+    "nn.Dropout from nothing to all": (
+        lambda: chain(nn.Dropout(0.0)), attribute("p", 1.0, "1")
+    ),
+    "another class": (lambda: chain(nn.ReLU()), attribute("__class__", nn.Tanh, "1")),
     "an attribute is deleted": (
         lambda: net(lambda m, x: m.two(m.one(x) * getattr(m, "scale", 1.0)), scale=2.0),
         lambda m: delattr(m, "scale"),
@@ -221,6 +275,71 @@ def test_a_change_of_a_network_for_images(kind: str, ran: list[int]) -> None:
     ran.clear()
     agree(model, plain, x)
     assert ran
+
+
+def test_the_forward_of_a_class_is_replaced(
+    ran: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As notebooks do it, where a cell with the class is executed again."""
+    model, plain = on_engine(chain(Scales()))
+    agree(model, plain, x_of(1))
+    monkeypatch.setattr(Scales, "forward", lambda self, x: x * 7)
+    ran.clear()
+    agree(model, plain, x_of(2))
+    assert ran
+
+
+def test_a_batch_norm_that_leaves_its_statistics(ran: list[int]) -> None:
+    model, plain = on_engine(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)),
+        torch.randn(4, 3, 8, 8),
+    )
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    agree(model, plain, x)
+    for network in (model, plain):
+        network[1].track_running_stats = False  # type: ignore[index]
+    ran.clear()
+    for _ in range(2):
+        agree(model, plain, x)
+    assert ran
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("when", ["before the phase", "in the phase"])
+def test_a_forward_that_somebody_has_wrapped(when: str) -> None:
+    """As accelerate wraps it for autocast: the wrapper is called, and stays when the phase ends."""
+    model = chain(nn.ReLU())
+    masks = {"0.weight": torch.rand(12, 8) < 0.3}
+    model[0].weight.data[~masks["0.weight"]] = 0  # type: ignore[index]
+    engine = acdc.Engine(model, x_of(), choose=False)
+    if when == "in the phase":
+        engine.compress(masks)
+    wanted = 2 * model(x_of(1))
+    inner = model.forward
+    wrapper = model.forward = lambda x: 2 * inner(x)  # type: ignore[assignment, method-assign]
+    for _ in range(2):
+        engine.compress(masks)
+        torch.testing.assert_close(model(x_of(1)), wanted)
+        engine.decompress()
+        torch.testing.assert_close(model(x_of(1)), wanted)
+    assert model.forward is wrapper
+
+
+def test_the_example_fits_no_longer(ran: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    """A call in parts needs to know what the parts are called with, from the example."""
+
+    def forward(m: Any, x: Any) -> Tensor:
+        if m.pairs:
+            x, _ = x
+        return m.two(m.one(x))
+
+    model, plain = on_engine(net(forward, pairs=False))
+    agree(model, plain, x_of(1))
+    for network in (model, plain):
+        network.pairs = True  # type: ignore[assignment]
+    torch.testing.assert_close(model((x_of(1), object())), plain((x_of(1), object())))
+    assert "the example of the engine" in caplog.text
 
 
 def test_a_single_layer(ran: list[int]) -> None:

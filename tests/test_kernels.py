@@ -870,3 +870,24 @@ def test_the_check_of_the_called_kernels_can_fail():
     fails, sentence = verdict([relu, add], [relu], ["test_b", "test_a"])
     assert not fails
     assert sentence == "kernels: NOT CHECKED, because test_a and 1 more did not run and pass"
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_buffer_is_converted_again_and_again(name, dtype):
+    """Each time with other memory, and with other strides."""
+    kernels = backend(name)
+    for shape, size in (
+        (Shape.of_images((5, 3, 4, 6), kernels.lanes, 1, dtype), (5, 3, 4, 6)),
+        (Shape.of_tokens(37, 6, kernels.lanes, dtype), (37, 6)),
+    ):
+        buffer, numel = Buffer.zeros(shape), math.prod(size)
+        for turn in range(6):
+            plain = torch.arange(numel, dtype=dtype).add(turn).view(size)
+            if turn % 3 == 1:
+                plain = plain.transpose(0, 1).contiguous().transpose(0, 1)
+            elif turn % 3 == 2 and len(size) == 4:
+                plain = plain.to(memory_format=torch.channels_last)
+            kernels.to_layout(plain, buffer)
+            assert torch.equal(kernels.from_layout(buffer), plain)
+            assert torch.equal(kernels.from_layout(buffer, torch.empty_like(plain)), plain)

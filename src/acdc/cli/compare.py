@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from acdc.address import check_address
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
                 slurm=args.slurm,
                 resume=args.resume,
                 device=args.device,
-                command=args.command_line.replace(str(args.out), args.out.name),
+                command=without_folders(args.command_line, args.out),
                 watch=watcher,
                 draw=comparison.render,
             )
@@ -104,6 +105,13 @@ def run(args: argparse.Namespace) -> int:
         say(f"{failed} of {len(outcomes)} cells have no results; the page says why.")
     print(folder / "report.html")
     return 0
+
+
+def without_folders(command_line: str, out: Path) -> str:
+    """Return the command with the name of its folder alone: it is published."""
+    name = out.absolute().name
+    words = [name if word == str(out) else word for word in shlex.split(command_line)]
+    return shlex.join(f"--out={name}" if word.startswith("--out=") else word for word in words)
 
 
 def _jobs(args: argparse.Namespace) -> int | None:

@@ -215,8 +215,9 @@ class Embedded(_Workers):
             )
         except RuntimeError as error:
             raise InputError(
-                "A worker died while it was started. If memory is short, give fewer --jobs. Then "
-                "go on with --resume."
+                "A worker died while it was started. If a script of yours gives jobs, the call "
+                'must stand below if __name__ == "__main__":, as in every program that starts '
+                "processes. If memory is short, give fewer --jobs. Then go on with --resume."
             ) from error
         self.stack.enter_context(cluster)
         client = Client(cluster, set_as_default=False)

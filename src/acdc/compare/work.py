@@ -153,6 +153,8 @@ def compare(
     )
     if on is None and slurm is None and device != "auto":
         make_fabric(base_recipe(grid), device, folder)  # otherwise every cell fails by itself
+    if jobs and on is None and slurm is None:
+        jobs = min(jobs, max(1, sum(1 for _ in cells(grid))))  # further workers would idle
     with alone(folder, refusal):
         board = _Board(grid, folder, watch or (lambda _: None), draw)
         order = Order(address, str(folder), device, command)

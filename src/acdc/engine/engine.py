@@ -29,7 +29,7 @@ from acdc.engine.native import Native, give_memory_back
 from acdc.engine.plans import Plans
 from acdc.engine.profile import Profile, profiled
 from acdc.engine.reference import Reference
-from acdc.engine.tracing import Untraceable
+from acdc.engine.tracing import Untraceable, first_line
 from acdc.engine.verdict import IGNORED, Verdict
 from acdc.errors import InputError
 from acdc.layers import unwrapped
@@ -338,7 +338,12 @@ class Engine:
         with _no_cache(self.model), ExitStack() as stack:
             for host in self._hosts:
                 stack.enter_context(with_own_forward(host.module))
-            return calls_of(self.model, *self._example)
+            try:
+                return calls_of(self.model, *self._example)
+            except Exception as error:  # the model has changed, and the example fits no longer
+                log.warning("Parts of the model stay with PyTorch: the example of the engine ends "
+                            "in an error now (%s).", first_line(error))  # fmt: skip
+                return {}
 
 
 @contextmanager

@@ -496,6 +496,8 @@ def _module_spec(module: nn.Module, name: str, dtype: torch.dtype) -> Spec:
     if isinstance(module, nn.BatchNorm2d) and kind is nn.BatchNorm2d:
         if (module.weight is None) != (module.bias is None):
             raise InputError("a BatchNorm has both weight and bias, or neither")
+        if not module.track_running_stats and module.running_mean is not None:
+            raise InputError("a BatchNorm that has statistics and leaves them as they are")
         return NormSpec(module)
     if kind is nn.ReLU:
         return ReluSpec()
@@ -537,11 +539,13 @@ def _norm_call(module: NormCall, dtype: torch.dtype) -> Spec:
 def note_settings(guards: Guards, module: nn.Module, spec: Spec) -> None:
     """Note what an operation was made of, except what the kernels read in every step."""
     is_linear = isinstance(spec, ConvSpec) and spec.is_linear
-    if is_linear or isinstance(spec, NormSpec | LayerNormSpec):
+    if isinstance(spec, NormSpec):
+        guards.note(module, ("track_running_stats",))
+    elif is_linear or isinstance(spec, LayerNormSpec):
         guards.note(module, ())  # its sizes are those of its parameters
     elif type(module) is nn.Dropout:
         guards.note(module, ())
-        guards.note_condition(lambda: 0 < module.p < 1, "p")
+        guards.note_condition(lambda: (module.p == 0, 0 < module.p < 1), "p")
     else:
         guards.note_all(module)
 

@@ -17,7 +17,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+_MISSING = object()
 LARGE = 1000  # entries of a container; comparing more takes too long
+DEPTH = 20  # of containers and objects inside of each other
 VARIANTS = 4  # graphs of one kind of calls, each with other values of attributes
 CALLS = 20  # with so many calls between two changes, a module is traced again and again
 
@@ -32,10 +34,11 @@ _NOT_OPENED = (
 class Guards:
     """What one graph was traced from, besides its arguments, modes and hooks.
 
-    These are the attributes of modules that the forward read, the parts of these modules,
-    the entries of lists, tuples, sets and dictionaries among the attributes, and the attributes of
-    other objects among them. Global variables, closures, and containers with more than 1,000
-    entries are not compared. Parameters and buffers may change: a graph reads the present ones.
+    These are the attributes of modules that the forward read, the parts, the classes and the names
+    of the tensors of these modules, the entries of lists, tuples, sets and dictionaries among the
+    attributes, and the attributes of other objects among them, up to a depth of 20. Not compared
+    are global variables, closures, classes as attributes, and what has more than 1,000 entries.
+    Parameters and buffers may be others: a graph reads the present ones.
 
     Args:
         root: The module whose forward is traced. The engine replaces it on the instance.
@@ -45,7 +48,10 @@ class Guards:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._parts: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
+        self._types: list[tuple[nn.Module, type]] = []
+        self._forwards: dict[type, Any] = {}
         self._usual: list[dict[str, Any]] = []  # of modules with the forward of their class
+        self._tensors: list[tuple[dict[str, Any], list[str]]] = []
         self._missing: list[tuple[dict[str, Any], frozenset[str]]] = []
         # What is compared by its value: a function that returns it, the value, and for each
         # attribute in it the name.
@@ -57,6 +63,8 @@ class Guards:
 
         An instance of a part may also get another forward than its class has.
         """
+        self._types.append((module, type(module)))
+        self._forwards[type(module)] = type(module).forward
         entries, wanted = vars(module), set(names)
         if "forward" in entries and module is not self._root:
             wanted.add("forward")
@@ -74,8 +82,10 @@ class Guards:
             self._open(entries[name], name)
 
     def note_parts(self, module: nn.Module) -> None:
-        """Note the parts of a module."""
+        """Note the parts of a module, and which tensors it has."""
         self._parts.append((module._modules, tuple(module._modules.values())))
+        for tensors in (module._parameters, module._buffers):
+            self._tensors.append((tensors, _there(tensors)))
 
     def note_all(self, module: nn.Module) -> None:
         """Note all attributes of a module except those that every module has."""
@@ -85,22 +95,35 @@ class Guards:
         """Note what a function returns. It depends on the attribute of this name."""
         self._values.append((condition, condition(), (name,)))
 
-    def _open(self, value: Any, name: str) -> None:
+    def _open(self, value: Any, name: str, depth: int = 0) -> None:
         """Note what an attribute holds."""
-        if isinstance(value, _NOT_OPENED) or id(value) in self._seen:
+        if isinstance(value, _NOT_OPENED) or id(value) in self._seen or depth > DEPTH:
             return
         self._seen.add(id(value))
         if not isinstance(value, (*_CONTAINERS, tuple)):
-            value = getattr(value, "__dict__", None)
-            if type(value) is not dict:
-                return
-        if len(value) > LARGE:
+            value = self._attributes_of(value, name)
+        if value is None or len(value) > LARGE:
             return
         if not isinstance(value, tuple):
             self._values.append((partial(_itself, value), value.copy(), (name,)))
-        for entry in value.values() if isinstance(value, dict) else value:
-            if isinstance(entry, (*_CONTAINERS, tuple)):  # not what objects hold in turn
-                self._open(entry, name)
+        for entry in list(value.values() if isinstance(value, dict) else value):
+            self._open(entry, name, depth + 1)
+
+    def _attributes_of(self, value: Any, name: str) -> Any:
+        """Return the attributes of an object: a dictionary, the values of slots, or None."""
+        try:
+            attributes = getattr(value, "__dict__", None)
+        except ReferenceError:  # a weak reference to something that is gone
+            return None
+        if type(attributes) is dict:
+            return attributes
+        held = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+        slots = [n for names in held for n in ((names,) if isinstance(names, str) else names)]
+        if not slots or type(value).__module__.startswith(("torch", "builtins")):
+            return None
+        get = partial(_slots_of, value, tuple(slots))
+        self._values.append((get, get(), (name,)))
+        return get()
 
     def hold(self) -> bool:
         """Return whether nothing has changed. Every forward pass asks this."""
@@ -115,24 +138,51 @@ class Guards:
             now = tuple(parts.values())
             if len(now) != len(noted) or not all(map(operator.is_, now, noted)):
                 yield "a part of it"
+        for module, kind in self._types:
+            if type(module) is not kind:
+                yield "the class of a part"
+        for kind, forward in self._forwards.items():
+            if kind.forward is not forward:  # type: ignore[attr-defined]
+                yield "the forward of a class"
+        for tensors, names in self._tensors:
+            if _there(tensors) != names:
+                yield "a tensor that is there, or is not,"
         for entries in self._usual:
             if "forward" in entries:
                 yield "the attribute 'forward'"
         for entries, missing in self._missing:
             if not entries.keys().isdisjoint(missing):
                 yield f"the attribute {min(missing & entries.keys())!r}"
-        for get, noted, names in self._values:
+        for get, noted, attributes in self._values:
             try:
                 value = get()
-                if value == noted:
+                if value == noted and _same_types(value, noted):
                     continue
             except Exception:  # an attribute is gone, or arrays were compared
                 value = noted
-            yield f"the attribute {_name_of_change(value, noted, names)!r}"
+            yield f"the attribute {_name_of_change(value, noted, attributes)!r}"
 
 
 def _itself(value: Any) -> Any:
     return value
+
+
+def _there(tensors: dict[str, Any]) -> list[str]:
+    """Return the names of the parameters or buffers that are not None."""
+    return [name for name, tensor in tensors.items() if tensor is not None]
+
+
+def _slots_of(value: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(getattr(value, name, _MISSING) for name in names)
+
+
+def _same_types(now: Any, noted: Any) -> bool:
+    """Return whether equal values have equal types: 1 is no True, and no 1.0."""
+    if isinstance(now, dict):
+        now, noted = now.values(), noted.values()
+    elif not isinstance(now, list | tuple):
+        return type(now) is type(noted)
+    return all(a is b or type(a) is type(b) for a, b in zip(now, noted, strict=True))
 
 
 def _name_of_change(now: Any, noted: Any, names: tuple[str, ...]) -> str:

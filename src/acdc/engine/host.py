@@ -159,7 +159,11 @@ class Host:
         self._replace_forward()
 
     def _replace_forward(self) -> None:
-        if self._own_segments():
+        if has_other_forward(self.module) and not self.active:
+            # Somebody has wrapped the forward since, as accelerate does for autocast. The wrapper
+            # stays: it may hold the engine's forward, or the module's own.
+            self._warn("its forward was replaced by other code")
+        elif self._own_segments():
             self.module.forward = _Forward(self)
 
     def pause(self) -> None:
