@@ -311,6 +311,15 @@ class Engine:
 
     def _parts_of(self, host: Host) -> list[Host]:
         """Return hosts of the parts of a module: for calls that no graph of the module holds."""
+        try:
+            _ = self._calls
+        except Exception as error:  # the model has changed, and the example fits no longer
+            log.warning(
+                "Parts of the model stay with PyTorch: the example of the engine ends in an error "
+                "now (%s).",
+                first_line(error),
+            )
+            return []
         hosts: list[Host] = []
         self._host_parts(host.name, host.module, hosts, {})
         return hosts
@@ -338,12 +347,7 @@ class Engine:
         with _no_cache(self.model), ExitStack() as stack:
             for host in self._hosts:
                 stack.enter_context(with_own_forward(host.module))
-            try:
-                return calls_of(self.model, *self._example)
-            except Exception as error:  # the model has changed, and the example fits no longer
-                log.warning("Parts of the model stay with PyTorch: the example of the engine ends "
-                            "in an error now (%s).", first_line(error))  # fmt: skip
-                return {}
+            return calls_of(self.model, *self._example)
 
 
 @contextmanager
