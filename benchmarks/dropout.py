@@ -11,7 +11,6 @@ the engine as it is take turns. A ratio is the median over the rounds, with its 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,19 +18,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from acdc.bench.race import Workload, quartiles, race
 from acdc.bench.step import OnEngine, Training
 from acdc.bench.zoo import find
 from acdc.engine import dropout, native
-from common import save, spread
+from common import Contenders, measure, save
 
 MASKS = {"mask, 512 x 384": (512, 384), "mask, 1024 x 1536": (1024, 1536)}
 ATTENTIONS = {"attention, 16 x 6 heads x 64 words of 64": (16, 6, 64, 64)}
 NETWORKS = ("hf_bert", "hf_gpt2", "torch_encoder")
 SPARSITIES = (0.9, 0.95)
 P = 0.1
-
-Contenders = dict[str, Callable[[], object]]
 
 
 @contextmanager
@@ -84,23 +80,6 @@ def steps(name: str, sparsity: float) -> Contenders:
             engine.step()
 
     return {"dense": dense.step, "pytorch": plain, "engine": engine.step}
-
-
-def measure(contenders: Contenders, rounds: int, seconds: float) -> dict[str, Any]:
-    """Time all in turn, and return the medians and the ratios to the first."""
-    once = {name: Workload((call,)) for name, call in contenders.items()}
-    race(once, 1)  # to warm up
-    mean = statistics.mean(found[0] for found in race(once, 1).values())
-    calls = max(1, round(seconds / mean))
-    turns = race({name: Workload((call,) * calls) for name, call in contenders.items()}, rounds)
-    times = {name: [turn / calls for turn in found] for name, found in turns.items()}
-    row: dict[str, Any] = {name: spread(found) for name, found in times.items()}
-    first, *others = times
-    for name in others:
-        ratios = [a / b for a, b in zip(times[first], times[name], strict=True)]
-        row[f"{name}_ratio"] = statistics.median(ratios)
-        row[f"{name}_ratio_q1_q3"] = quartiles(ratios)
-    return row
 
 
 def main() -> None:

@@ -173,16 +173,24 @@ CHANGES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("after", [1, CUTS[0] + 1], ids=["dense", "sparse"])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_weight_that_was_replaced_is_noticed_at_the_next_step(
+def changed(
     change: Callable[[nn.Module], None], after: int
-) -> None:
+) -> tuple[nn.Module, torch.optim.Optimizer, Sparsifier]:
+    """Return a model that was changed after so many steps, its optimizer and its sparsifier."""
     model = build(Tied)
     optimizer = sgd(model)
     sparsifier = Sparsifier(METHOD, model, optimizer)
     steps(model, optimizer, after)
     change(model)
+    return model, optimizer, sparsifier
+
+
+@pytest.mark.parametrize("after", [1, CUTS[0] + 1], ids=["dense", "sparse"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_weight_that_was_replaced_is_noticed_at_the_next_step(
+    change: Callable[[nn.Module], None], after: int
+) -> None:
+    _model, optimizer, sparsifier = changed(change, after)
     with pytest.raises(InputError, match="was replaced by another tensor") as noticed:
         optimizer.step()
     assert "remove()" in str(noticed.value)
@@ -197,11 +205,7 @@ def test_a_weight_that_was_replaced_is_noticed_by_a_new_optimizer(
     change: Callable[[nn.Module], None], after: int
 ) -> None:
     """Nobody calls the one that the sparsifier has."""
-    model = build(Tied)
-    optimizer = sgd(model)
-    sparsifier = Sparsifier(METHOD, model, optimizer)
-    steps(model, optimizer, after)
-    change(model)
+    model, _, sparsifier = changed(change, after)
     optimizer = sgd(model)
     for _ in range(2):
         with pytest.raises(InputError, match="was replaced by another tensor") as noticed:

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from acdc.cli import main
-from acdc.cli.compare import without_folders
+from acdc.cli.output import without_folder
 from acdc.compare import cluster, pool, results, work
 from acdc.compare.cells import Cell, base_recipe, cells, epochs_at_equal_cost, prepare
 from acdc.compare.grid import Grid, Task, locate
@@ -847,11 +847,13 @@ def test_no_more_workers_than_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ),
         ("acdc compare p --out /long/way/p", "/long/way/p", "acdc compare p --out p"),
         ("acdc compare p --out=/long/way/p", "/long/way/p", "acdc compare p --out=p"),
+        ("acdc compare p --out /long/way/p/", "/long/way/p", "acdc compare p --out p"),
         ("acdc compare p.py:p --out p", "p", "acdc compare p.py:p --out p"),
+        ("acdc bench --json d/x.json --case x", "d/x.json", "acdc bench --json x.json --case x"),
     ],
 )
 def test_the_recorded_command_names_the_folder_alone(command: str, out: str, wanted: str) -> None:
-    assert without_folders(command, Path(out)) == wanted.format(Path.cwd().name)
+    assert without_folder(command, Path(out)) == wanted.format(Path.cwd().name)
 
 
 @pytest.mark.parametrize("device", ["no such", "mps"])

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import acdc
-from acdc.engine import segment
 from acdc.engine.host import ARGUMENTS
 from support.engine_nets import Outer
 
@@ -67,15 +66,6 @@ def x_of(seed: int = 0, rows: int = 6) -> Tensor:
 
 
 MASK = (x_of(7) > 0).float()
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The segments that the kernels computed."""
-    count: list[int] = []
-    compute = segment.compute
-    monkeypatch.setattr(segment, "compute", lambda *a: count.append(1) or compute(*a))
-    return count
 
 
 def on_engine(part: nn.Module, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:

@@ -22,7 +22,6 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils.checkpoint import checkpoint
 
 import acdc
-from acdc.engine import segment
 from acdc.engine.guards import CALLS, VARIANTS
 from support.engine_nets import Written
 
@@ -45,15 +44,6 @@ def on_engine(model: nn.Module, example: Tensor | None = None) -> tuple[nn.Modul
     engine = acdc.Engine(model, x_of() if example is None else example, choose=False)
     engine.compress(masks)
     return model, plain
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The segments that the kernels computed."""
-    count: list[int] = []
-    compute = segment.compute
-    monkeypatch.setattr(segment, "compute", lambda *a: count.append(1) or compute(*a))
-    return count
 
 
 def agree(model: nn.Module, plain: nn.Module, x: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import acdc
-from acdc.engine import choice, memory, segment, timing
+from acdc.engine import choice, memory, timing
 from acdc.engine.choice import Choice
 from acdc.engine.timing import Candidate, LayerTimes
 from acdc.errors import InputError
@@ -69,15 +69,6 @@ def loss_of(model: nn.Module, samples: int = 6) -> Tensor:
 
 def same(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The segments that the kernels computed."""
-    count: list[int] = []
-    compute = segment.compute
-    monkeypatch.setattr(segment, "compute", lambda *a: count.append(1) or compute(*a))
-    return count
 
 
 # --- the model stays what it was ------------------------------------------------------------------

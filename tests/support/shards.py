@@ -44,7 +44,7 @@ numbers of ranks are as many processes after one another, in one folder.
 
 
 ENDING: set[str] = set()
-"""Names of checks after which not all ranks are well: what they say is looked at by a test."""
+"""Names of checks that some ranks must end with an error. The test reads the errors."""
 
 
 def on(*worlds: int, long: bool = False) -> Callable[[Check], Check]:

@@ -423,15 +423,14 @@ def _measure(
     from acdc import outfile
     from acdc.bench.race import threads
     from acdc.bench.table import notes, save
+    from acdc.cli.output import without_folder
 
     if args.repeats < 1:
         raise InputError(f"--repeats is {args.repeats}. It is a whole number from 1 up.")
     rows: list[dict[str, Any]] = []
     if args.json:
         outfile.check(args.json)
-        # The recorded command has the name of the file without its folder: the folder says nothing
-        # to readers on other machines.
-        command = args.command_line.replace(str(args.json), args.json.name)
+        command = without_folder(args.command_line, args.json)
         once = outfile.is_stream(args.json)  # what went into a pipe cannot be written again
     with threads(args.threads):
         print(table.header(), flush=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
 from acdc.address import check_address
 from acdc.cli.arguments import Commands, add_command
-from acdc.cli.output import quiet_libraries, say
+from acdc.cli.output import quiet_libraries, say, without_folder
 
 
 def add(commands: Commands) -> None:
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
                 slurm=args.slurm,
                 resume=args.resume,
                 device=args.device,
-                command=without_folders(args.command_line, args.out),
+                command=without_folder(args.command_line, args.out),
                 watch=watcher,
                 draw=comparison.render,
             )
@@ -105,13 +104,6 @@ def run(args: argparse.Namespace) -> int:
         say(f"{failed} of {len(outcomes)} cells have no results; the page says why.")
     print(folder / "report.html")
     return 0
-
-
-def without_folders(command_line: str, out: Path) -> str:
-    """Return the command with the name of its folder alone: it is published."""
-    name = out.absolute().name
-    words = [name if word == str(out) else word for word in shlex.split(command_line)]
-    return shlex.join(f"--out={name}" if word.startswith("--out=") else word for word in words)
 
 
 def _jobs(args: argparse.Namespace) -> int | None:

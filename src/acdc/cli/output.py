@@ -7,11 +7,13 @@ import errno
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 
@@ -32,6 +34,25 @@ def percent(part: int, whole: int) -> str:
     ('12.50 %', '–')
     """
     return f"{100 * part / whole:.2f} %" if whole else "–"
+
+
+def without_folder(command_line: str, path: Path) -> str:
+    """Return a command with the name of a file or folder in place of its path.
+
+    A recorded command is published, and the path says nothing to readers on other machines.
+
+    >>> without_folder("acdc compare a.py:grid --out /some/where/a", Path("/some/where/a"))
+    'acdc compare a.py:grid --out a'
+    """
+    name = path.name or path.resolve().name or str(path)
+
+    def short(word: str) -> str:
+        option, equals, value = word.partition("=")
+        if equals and option.startswith("--"):
+            return f"{option}={short(value)}"
+        return name if word and Path(word) == path else word
+
+    return shlex.join(map(short, shlex.split(command_line)))
 
 
 def print_json(data: Mapping[str, Any]) -> None:

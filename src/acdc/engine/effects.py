@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 _PLAIN = (bool, int, float, complex, str, bytes)
 _PYTHONS = random.random.__self__  # type: ignore[attr-defined]
 _READING = {"getstate", "get_state", "initial_seed"}  # of a generator
-_NOT_OPENED = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
-_CONTAINERS = (list, dict, set, deque)
+NOT_OPENED = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
+CONTAINERS = (list, dict, set, deque)
 
 
 class SideEffect(Exception):
@@ -90,13 +90,13 @@ class Attributes:
         elif isinstance(value, tuple):
             for entry in value:
                 self._note(entry, name, objects)
-        elif isinstance(value, _CONTAINERS):
+        elif isinstance(value, CONTAINERS):
             if id(value) in self._noted:
                 return
             self._note_container(value, name, of if name == "_buffers" else None)
             for entry in list(value.values() if isinstance(value, dict) else value):
                 self._note(entry, name, objects)
-        elif objects and not isinstance(value, _NOT_OPENED):
+        elif objects and not isinstance(value, NOT_OPENED):
             attributes = getattr(value, "__dict__", None)
             if type(attributes) is dict:
                 self._note(attributes, name, objects=False)

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-_MISSING = object()
+from acdc.engine.effects import CONTAINERS, NOT_OPENED
+
 LARGE = 1000  # entries of a container; comparing more takes too long
 DEPTH = 20  # of containers and objects inside of each other
 VARIANTS = 4  # graphs of one kind of calls, each with other values of attributes
 CALLS = 20  # with so many calls between two changes, a module is traced again and again
 
+_MISSING = object()
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, dict, set, deque)
-_NOT_OPENED = (
-    *(Tensor, nn.Module, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType),
-    *(bool, int, float, complex, str, bytes, type(None)),
-)
 
 
 class Guards:
@@ -48,7 +43,7 @@ class Guards:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._parts: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
-        self._types: list[tuple[nn.Module, type]] = []
+        self._classes: dict[nn.Module, type] = {}
         self._forwards: dict[type, Any] = {}
         self._usual: list[dict[str, Any]] = []  # of modules with the forward of their class
         self._tensors: list[tuple[dict[str, Any], list[str]]] = []
@@ -63,13 +58,15 @@ class Guards:
 
         An instance of a part may also get another forward than its class has.
         """
-        self._types.append((module, type(module)))
-        self._forwards[type(module)] = type(module).forward
         entries, wanted = vars(module), set(names)
-        if "forward" in entries and module is not self._root:
-            wanted.add("forward")
-        elif module is not self._root:
-            self._usual.append(entries)
+        if module not in self._classes:
+            self._classes[module] = type(module)
+            self._forwards[type(module)] = type(module).forward
+            if module is not self._root:
+                if "forward" in entries:
+                    wanted.add("forward")
+                else:
+                    self._usual.append(entries)
         if missing := wanted - entries.keys():
             self._missing.append((entries, frozenset(missing)))
         # Tensors are followed by `tracing.follow_tensors`.
@@ -97,10 +94,10 @@ class Guards:
 
     def _open(self, value: Any, name: str, depth: int = 0) -> None:
         """Note what an attribute holds."""
-        if isinstance(value, _NOT_OPENED) or id(value) in self._seen or depth > DEPTH:
+        if isinstance(value, NOT_OPENED) or id(value) in self._seen or depth > DEPTH:
             return
         self._seen.add(id(value))
-        if not isinstance(value, (*_CONTAINERS, tuple)):
+        if not isinstance(value, (*CONTAINERS, tuple)):
             value = self._attributes_of(value, name)
         if value is None or len(value) > LARGE:
             return
@@ -138,7 +135,7 @@ class Guards:
             now = tuple(parts.values())
             if len(now) != len(noted) or not all(map(operator.is_, now, noted)):
                 yield "a part of it"
-        for module, kind in self._types:
+        for module, kind in self._classes.items():
             if type(module) is not kind:
                 yield "the class of a part"
         for kind, forward in self._forwards.items():
@@ -225,7 +222,7 @@ class Reads:
         """Note the present values of these attributes."""
         for module, names in self._found.values():
             guards.note_parts(module)
-            guards.note(module, {name for name in names if _is_attribute(module, name)})
+            guards.note(module, (name for name in names if _is_attribute(module, name)))
 
 
 def _is_attribute(module: nn.Module, name: str) -> bool:
@@ -234,7 +231,8 @@ def _is_attribute(module: nn.Module, name: str) -> bool:
         return False
     if any(name in members for members in (module._modules, module._parameters, module._buffers)):
         return False
-    # A method or a property of the class: what it reads is noted by itself.
+    # The class may have a method or a property of this name. Its code reads attributes in turn, and
+    # `Reads` sees these reads, too.
     return name in vars(module) or not hasattr(getattr(type(module), name, None), "__get__")
 
 

@@ -31,7 +31,7 @@ from acdc.engine.guards import Guards, Variants
 from acdc.engine.judge import Judge, Pass
 from acdc.engine.lowering import lower
 from acdc.engine.memory import Workspace
-from acdc.engine.modes import why_not_kernels, why_plain
+from acdc.engine.modes import why_not_traced, why_plain
 from acdc.engine.operations import Conv, Program
 from acdc.engine.partition import fuse
 from acdc.engine.plans import Plans
@@ -40,7 +40,6 @@ from acdc.engine.shape_reads import read_from_stand_ins
 from acdc.engine.tape import Op
 from acdc.engine.tracing import (
     Untraceable,
-    any_hook_of_all_modules,
     follow_tensors,
     has_other_forward,
     hooks_of,
@@ -160,9 +159,13 @@ class Host:
 
     def _replace_forward(self) -> None:
         if has_other_forward(self.module) and not self.active:
-            # Somebody has wrapped the forward since, as accelerate does for autocast. The wrapper
-            # stays: it may hold the engine's forward, or the module's own.
-            self._warn("its forward was replaced by other code")
+            # As accelerate wraps it for autocast. The wrapper stays: it may call the engine's
+            # forward, if it was made in a sparse phase, or the module's own.
+            self._warn_once(
+                "other forward",
+                f"{self._title} keeps the forward that other code has given it. It runs sparse "
+                f"only if that code calls the forward of a sparse phase.",
+            )
         elif self._own_segments():
             self.module.forward = _Forward(self)
 
@@ -237,9 +240,7 @@ class Host:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module."""
-        reason = why_not_kernels(args, kwargs)
-        if any_hook_of_all_modules():
-            reason = "a hook of all modules must see every call"
+        reason = why_not_traced(args, kwargs)
         if reason is not None:
             self._warn(reason)
             return self.original(*args, **kwargs)
@@ -302,10 +303,13 @@ class Host:
             raise Untraceable(str(error)) from error
 
     def _warn(self, reason: str, parts: Sequence[Host] = ()) -> None:
-        if reason not in self._warned:
-            self._warned.add(reason)
-            how = "in parts" if parts else "on plain PyTorch"
-            self._say("%s runs %s: %s.", self._title, how, reason)
+        how = "in parts" if parts else "on plain PyTorch"
+        self._warn_once(reason, f"{self._title} runs {how}: {reason}.")
+
+    def _warn_once(self, key: str, sentence: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            self._say("%s", sentence)
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -366,18 +370,16 @@ class Host:
         return self.name or type(self.module).__name__
 
     def _trace(self, arguments: Arguments) -> _Traced:
-        guards = Guards(self.module)
+        guards, single = Guards(self.module), isinstance(self._root, Single)
         with with_own_forward(self.module):
-            if isinstance(self._root, Single):
+            if single:
                 self._root = Single(self.module)  # with the present attributes of the layer
             graph = trace(self._root, arguments, guards)
         propagate(graph, arguments.tensors)
         found = recognise(graph)
         for node, known in found.items():
             if node.op == "call_module" and isinstance(known, Recognised):
-                module = graph.get_submodule(str(node.target))
-                if isinstance(self._root, Single):
-                    module = self.module
+                module = self.module if single else graph.get_submodule(str(node.target))
                 if module in self._modules:
                     note_settings(guards, module, known.spec)
         return _Traced(graph, guards, found)

@@ -32,6 +32,13 @@ def why_plain(values: Iterable[object]) -> str | None:
     return None
 
 
+def why_not_traced(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Return why a module's own forward must compute a call with these arguments, or None."""
+    if nn.modules.module._has_any_global_hook():  # a graph does not call the modules
+        return "a hook of all modules must see every call"
+    return why_not_kernels(args, kwargs)
+
+
 def why_not_kernels(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """Return why PyTorch must compute a call with these arguments, or None."""
     reason = why_plain((*args, *kwargs.values()))

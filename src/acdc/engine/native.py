@@ -505,20 +505,18 @@ class Native(Kernels):
         175 times, and making the arguments takes longer than a small conversion.
         """
         key = (name, self._index, plain.shape, plain.stride(), plain.dtype, torch.get_num_threads())
-        call = buffer.ready.get(key)
-        if call is None or self._bound is not None:
+        call = buffer.ready.get(key) if self._bound is None else None
+        if call is None:
             if not _convertible(plain):
                 return False
             a = _kernels.convert_args()
             a.image, a.plain = self._image(buffer), self._plain(plain, buffer)
-            a.threads = torch.get_num_threads()
-            function, is_double = getattr(_kernels, name), buffer.shape.dtype == torch.float64
-            call = NativeCall(function, self._index, is_double, a)
-        if self._bound is not None:
-            call.held = (plain,)
-            self._bound.append(call)
-            return True
-        buffer.ready[key] = call
+            call = self._call(name, a, buffer)
+            if self._bound is not None:  # it keeps its arguments
+                call.held = (plain,)
+                self._bound.append(call)
+                return True
+            buffer.ready[key] = call
         call.args.plain.data = plain.data_ptr()
         call()
         return True
@@ -864,13 +862,17 @@ class Native(Kernels):
             held: The tensors that the arguments point into, beside the buffers.
 
         """
-        args.threads = torch.get_num_threads()
-        is_double = buffer.shape.dtype == torch.float64
-        call = NativeCall(getattr(_kernels, name), self._index, is_double, args, held)
+        call = self._call(name, args, buffer, *held)
         if self._bound is None:
             call()
         else:
             self._bound.append(call)
+
+    def _call(self, name: str, args: Struct, buffer: Buffer, *held: Tensor) -> NativeCall:
+        """Return the call of a kernel. The arguments are those of ``_run``."""
+        args.threads = torch.get_num_threads()
+        is_double = buffer.shape.dtype == torch.float64
+        return NativeCall(getattr(_kernels, name), self._index, is_double, args, held)
 
     def _conv(
         self,
@@ -1071,6 +1073,6 @@ def _dense_planes(plain: Tensor) -> bool:
 def _convertible(plain: Tensor) -> bool:
     """Return whether the conversion kernels read these strides: dense planes or dense channels.
 
-    One channel has any stride.
+    A contiguous tensor with one channel may have any stride there.
     """
     return _dense_planes(plain) or plain.stride(1) == 1 or plain.is_contiguous()

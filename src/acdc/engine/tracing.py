@@ -52,11 +52,6 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[Any, Any], ...]:
     )
 
 
-def any_hook_of_all_modules() -> bool:
-    """Return whether calling any module runs hooks, which are registered for all of them."""
-    return bool(nn.modules.module._has_any_global_hook())
-
-
 def is_opaque(module: nn.Module) -> bool:
     """Return whether the module must be called as it is.
 
@@ -445,11 +440,11 @@ def trace(root: nn.Module, arguments: Arguments, guards: Guards | None = None) -
             have only once: it draws random numbers, makes new tensors, counts, or keeps a value.
 
     """
-    reads = Reads()
+    reads = None if guards is None else Reads()
     with _tracing, torch.enable_grad():
         tracer, graph = _traced(root, arguments, reads)
         tracer.added |= as_modules(graph, root)
-    if guards is not None:
+    if reads is not None and guards is not None:
         reads.note_in(guards)
     held = _with_added(tracer, graph) if tracer.added else tracer.root
     traced = fx.GraphModule(held, graph, type(root).__name__)
@@ -508,7 +503,7 @@ def _with_added(tracer: _Tracer, graph: fx.Graph) -> nn.Module:
     return holder
 
 
-def _traced(root: nn.Module, arguments: Arguments, reads: Reads) -> tuple[_Tracer, fx.Graph]:
+def _traced(root: nn.Module, arguments: Arguments, reads: Reads | None) -> tuple[_Tracer, fx.Graph]:
     """Trace without an effect that lasts. Other threads may draw random numbers meanwhile.
 
     The generators are the process's own. If they change, a second trace sees whether it was this
@@ -525,7 +520,7 @@ def _traced(root: nn.Module, arguments: Arguments, reads: Reads) -> tuple[_Trace
                 _attention_is_one_call(),
                 watch,
                 draws or nullcontext(),
-                reads,
+                reads or nullcontext(),
             ):
                 graph = tracer.trace(root)
             why = watch.reason or _why_wrong(root, graph, list(attributes.changes()))
