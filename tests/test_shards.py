@@ -17,7 +17,7 @@ def every() -> list[object]:
     return [
         pytest.param(name, marks=marks[long])
         for name, (_, long, _) in shards.checks.items()
-        if name not in shards.ENDING
+        if name not in shards.ENDING | shards.CRASHING
     ]
 
 
@@ -32,6 +32,13 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 def test_on_ranks(check: Callable[[str], list[str]], name: str) -> None:
     said = check(name)
     assert said == [""] * len(said), "\n".join(said)
+
+
+@pytest.mark.slow
+def test_a_rank_that_crashes_says_where(check: Callable[[str], list[str]]) -> None:
+    (said,) = check("crashes[1]")
+    assert said.startswith("ended with -6: Fatal Python error: Aborted")
+    assert "in crashes\n" in said
 
 
 @pytest.mark.distributed

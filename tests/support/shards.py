@@ -46,6 +46,9 @@ numbers of ranks are as many processes after one another, in one folder.
 ENDING: set[str] = set()
 """Names of checks that some ranks must end with an error. The test reads the errors."""
 
+CRASHING = {"crashes[1]"}
+"""Names of checks whose rank a signal ends."""
+
 
 def on(*worlds: int, long: bool = False) -> Callable[[Check], Check]:
     """Register a check for so many ranks each."""
@@ -151,6 +154,11 @@ def mesh(*sizes: int) -> dist.DeviceMesh:
     """Return a device mesh of these sizes."""
     names = ("replicate", "shard") if len(sizes) == 2 else ("shard",)
     return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
+@on(1)
+def crashes() -> None:
+    os.abort()
 
 
 def main() -> None:
