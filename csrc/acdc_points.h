@@ -49,8 +49,20 @@ typedef struct acdc_points_conv_args {
     const void* bias;           /* [channels of y] or null */
     int32_t uniform;            /* all rows of a part have the same offsets: every weight is kept */
     int32_t vectors;            /* registers of points in a tile; the kernel cuts it to what exists */
+    int32_t tile_channels;      /* channels of x in a tile of channels; 0: they do not follow each other */
     int32_t activation, threads;
 } acdc_points_conv_args;
+
+/* The same for a linear layer that keeps all weights, where every image has one pixel: y[out] = f(bias + residual[out] +
+ * sum over the channels of x of weight[out][in] * x[in]). */
+typedef struct acdc_points_dense_args {
+    acdc_points x, y, residual; /* residual: origin null: absent; it may be y */
+    const void* weight;         /* [channels of y][size], zeros behind the channels of x */
+    const void* bias;           /* [channels of y] or null */
+    int64_t size;               /* channels of x, rounded up to whole registers of 16 numbers */
+    void* workspace;            /* [samples of x][size] numbers, aligned to 64 bytes */
+    int32_t activation, threads;
+} acdc_points_dense_args;
 
 /* Makes the list of acdc_points_conv_args from the kept weights of a layer. */
 typedef struct acdc_points_list_args {
@@ -168,6 +180,7 @@ typedef struct acdc_points_copy_args {
     row(points_store, acdc_points_copy_args)       \
     row(points_planes, acdc_points_planes_args)    \
     row(points_conv, acdc_points_conv_args)        \
+    row(points_dense, acdc_points_dense_args)      \
     row(points_map, acdc_points_map_args)          \
     row(points_gate, acdc_points_gate_args)        \
     row(points_norm, acdc_points_norm_args)        \

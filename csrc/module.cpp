@@ -335,7 +335,15 @@ NB_MODULE(_kernels, m) {
         nb::class_<Struct> cls(m, "points_conv_args");
         cls.def(nb::init<>());
         FIELD(x); FIELD(y); FIELD(residual); FIELD(groups); FIELD(tiles); FIELD(parts); FIELD(channel); FIELD(begin);
-        FIELD(entries); FIELD(bias); FIELD(uniform); FIELD(vectors); FIELD(activation); FIELD(threads);
+        FIELD(entries); FIELD(bias); FIELD(uniform); FIELD(vectors); FIELD(tile_channels);
+        FIELD(activation); FIELD(threads);
+    }
+    {
+        using Struct = acdc_points_dense_args;
+        nb::class_<Struct> cls(m, "points_dense_args");
+        cls.def(nb::init<>());
+        FIELD(x); FIELD(y); FIELD(residual); FIELD(weight); FIELD(bias); FIELD(size); FIELD(workspace);
+        FIELD(activation); FIELD(threads);
     }
     {
         using Struct = acdc_points_list_args;

@@ -1,6 +1,7 @@
 // One instruction set's kernels of the runtime, compiled as body.cpp is.
 #include "points_attention.h"
 #include "points_conv.h"
+#include "points_dense.h"
 #include "points_move.h"
 
 #define ACDC_JOIN_(a, b) a##b

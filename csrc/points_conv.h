@@ -9,6 +9,20 @@
 namespace ACDC_ISA {
 namespace {
 
+// The points that the next tile reads. They are fetched while the rows of this one are computed, some channels with
+// each row, since channels lie so far apart that no CPU foresees them.
+struct NextPoints {
+    const char* at = nullptr;
+    int64_t channel = 0;  // pitch in bytes
+    int left = 0, per_row = 0;
+
+    template <int bytes> void fetch() {
+        if (left <= 0) return;
+        for (int n = least(per_row, left); n > 0; --n, at += channel) each_line<bytes>(at, [](const char* p) { prefetch_read(p); });
+        left -= per_row;
+    }
+};
+
 // A part of the list at one tile of points.
 template <class real> struct PointsTile {
     const real* x;
@@ -20,6 +34,7 @@ template <class real> struct PointsTile {
     const Entry<real>* entries;
     bool first, last;  // of the tiles of channels: starts the sums, ends them
     int activation;
+    NextPoints next;
 };
 
 // With few registers, each point has several sums, so that a multiply-add need not wait for the one before it.
@@ -53,11 +68,25 @@ template <class real, int V> inline void end_row(const PointsTile<real>& t, real
     if (t.last && !simple) activate(y, V, t.activation, t.live);
 }
 
-template <class real, int V> void points_tile(const PointsTile<real>& t) {
+// The result of a row that is computed soon and what it is added to are fetched, too.
+constexpr int rows_ahead = 4;
+
+template <class real, int V> inline void fetch_row(const PointsTile<real>& t, int row) {
+    if (!t.first || row >= t.rows) return;
+    const int64_t channel = t.channel[row];
+    each_line<V * lanes * int(sizeof(real))>((const char*)(t.y + channel * t.y_channel), [](const char* p) { prefetch_write(p); });
+    if (t.residual)
+        each_line<V * lanes * int(sizeof(real))>((const char*)(t.residual + channel * t.residual_channel),
+                                                 [](const char* p) { prefetch_read(p); });
+}
+
+template <class real, int V> void points_tile(PointsTile<real>& t) {
     constexpr int chains = chains_of(V);
     for (int row = 0; row < t.rows; ++row) {
         const int channel = t.channel[row];
         real* y = t.y + channel * t.y_channel;
+        fetch_row<real, V>(t, row + rows_ahead);
+        t.next.template fetch<V * lanes * int(sizeof(real))>();
         vec<real> sum[chains][V];
         start_row<real, V>(t, channel, y, sum[0]);
         ACDC_UNROLL
@@ -109,14 +138,14 @@ template <class real, int V, int R> inline void points_rows(const PointsTile<rea
 
 // All rows of the part have the same offsets, as in a layer that keeps all weights. A sum has one order, whether
 // its row is computed alone or with others.
-template <class real, int V> void points_block(const PointsTile<real>& t) {
+template <class real, int V> void points_block(PointsTile<real>& t) {
     constexpr int some = V == 1 ? 8 : 4;  // with one register of points, the sums of more rows hide the latency
     int row = 0;
     for (; row + some <= t.rows; row += some) points_rows<real, V, some>(t, row);
     for (; row < t.rows; ++row) points_rows<real, V, 1>(t, row);
 }
 
-template <class real> using PointsTileKernel = void (*)(const PointsTile<real>&);
+template <class real> using PointsTileKernel = void (*)(PointsTile<real>&);
 
 // The double kernels serve checks, so they have fewer tiles and compile fast.
 template <class real> constexpr int points_limit = sizeof(real) == 8 ? 4 : lanes == 16 ? 16 : 14;
@@ -130,6 +159,18 @@ template <class real, std::size_t... i> PointsTileKernel<real> points_block_of(i
 template <class real, std::size_t... i> PointsTileKernel<real> points_tile_of(int vectors, std::index_sequence<i...>) {
     static constexpr PointsTileKernel<real> table[] = {points_tile<real, int(i) + 1>...};
     return table[vectors - 1];
+}
+
+// The points of a tile of channels, `right` of the point `at`.
+template <class real>
+inline NextPoints next_points(const acdc_points_conv_args& a, int64_t at, int tile, int64_t right, int rows) {
+    NextPoints next;
+    if (!a.tile_channels || !rows) return next;
+    next.at = (const char*)(channel_of<real>(a.x, int64_t(tile) * a.tile_channels) + at + right);
+    next.channel = a.x.channel * int64_t(sizeof(real));
+    next.left = least(a.tile_channels, a.x.channels - tile * a.tile_channels);
+    next.per_row = (next.left + rows - 1) / rows;
+    return next;
 }
 
 template <class real> void points_conv(const acdc_points_conv_args* args, const acdc_share*) {
@@ -159,6 +200,7 @@ template <class real> void points_conv(const acdc_points_conv_args* args, const 
             t.rows = part[1] - part[0];
             t.first = tile == 0;
             t.last = tile == a.tiles - 1;
+            t.next = next_points<real>(a, at, t.last ? 0 : tile + 1, t.last ? wide * lanes : 0, t.rows);
             kernel(t);
         }
     });

@@ -135,48 +135,47 @@ template <class real> inline void plane_row(real* to, const real* x, int width, 
     int j = first;
     const int end = first + count;
     for (; j < end && outside(j); ++j) to[j] = 0;
-    const int inside = x ? least(end, (width - phase + step - 1) / step) : j;
+    const int inside = most(j, x ? least(end, (width - phase + step - 1) / step) : j);
+    const real* from = x + step * j + phase;
+    const auto one = [=](int64_t i) { to[j + i] = from[step * i]; };
     if (step == 2)
-        for (; j < inside; ++j) to[j] = x[2 * j + phase];
+        over(inside - j, [=](int64_t i) { store_loose(to + j + i, every_second(from + 2 * i)); }, one);
     else
-        for (; j < inside; ++j) to[j] = x[step * j + phase];
+        for (int64_t i = 0; i < inside - j; ++i) one(i);
+    j = inside;
     for (; j < end; ++j) to[j] = 0;
 }
 
 template <class real> void points_planes(const acdc_points_planes_args* args, const acdc_share*) {
     const acdc_points_planes_args& a = *args;
-    each_item(int64_t(a.planes.channels) * a.x.samples, a.threads, [&](int, int64_t item) {
-        const int64_t n = item % a.x.samples, plane = item / a.x.samples;
-        const int phase = int(plane / a.x.channels);
-        for (int i = a.first_row; i < a.first_row + a.rows; ++i) {
-            const int row = i * a.row_step + a.phase_row[phase];
-            const bool inside = row >= 0 && row < a.x.height;
-            const real* x = channel_of<real>(a.x, plane % a.x.channels) + n * a.x.sample + row * a.x.row;
-            real* to = channel_of<real>(a.planes, plane) + n * a.planes.sample + i * a.planes.row;
-            plane_row(to, inside ? x : nullptr, a.x.width, a.first_column, a.columns, a.column_step, a.phase_column[phase]);
-        }
+    // All planes of a channel follow one another, so that it is read from a cache after the first of them.
+    each_item(int64_t(a.x.channels) * a.x.samples, a.threads, [&](int, int64_t item) {
+        const int64_t n = item % a.x.samples, c = item / a.x.samples;
+        for (int phase = 0; phase < a.phases; ++phase)
+            for (int i = a.first_row; i < a.first_row + a.rows; ++i) {
+                const int row = i * a.row_step + a.phase_row[phase];
+                const bool inside = row >= 0 && row < a.x.height;
+                const real* x = channel_of<real>(a.x, c) + n * a.x.sample + row * a.x.row;
+                real* to = channel_of<real>(a.planes, phase * int64_t(a.x.channels) + c) + n * a.planes.sample + i * a.planes.row;
+                plane_row(to, inside ? x : nullptr, a.x.width, a.first_column, a.columns, a.column_step, a.phase_column[phase]);
+            }
     });
 }
 
 // ---- pooling ----
-// NaN is larger than everything, as in PyTorch.
-template <class real> inline real larger(real a, real b) { return b > a || b != b ? b : a; }
+// The larger one, or the sum. NaN is larger than everything, as in PyTorch.
+template <bool maximum> struct Pooled {
+    template <class real> static real of(real a, real b) { return !maximum ? a + b : b > a || b != b ? b : a; }
+    template <class real> static vec<real> both(vec<real> a, vec<real> b) {
+        return maximum ? select<real>((b > a) | (b != b), b, a) : a + b;
+    }
+};
 
 // The first and the last + 1 pixel of a window along one axis.
 struct Span { int first, last; };
 inline Span span_at(int index, int step, int padding, int window, int size) {
     const int first = index * step - padding;
     return {most(first, 0), least(first + window, size)};
-}
-
-// to[i] = the larger one or the sum of to[i] and from[i * step].
-template <class real, bool maximum> inline void join(real* to, const real* from, int count, int step) {
-    const auto loop = [&](int stride) {
-        for (int i = 0; i < count; ++i) to[i] = maximum ? larger(to[i], from[i * stride]) : to[i] + from[i * stride];
-    };
-    if (step == 1) loop(1);
-    else if (step == 2) loop(2);
-    else loop(step);
 }
 
 // How many pixels an average counts along one axis.
@@ -187,6 +186,37 @@ inline int counted(const acdc_points_pool_args& a, int index, int step, int padd
     return least(first + window, size + padding) - first;
 }
 
+// Of `count` numbers, `step` apart.
+template <class real, bool maximum> inline real pool_window(const real* p, int64_t step, int count) {
+    real result = p[0];
+    for (int i = 1; i < count; ++i) result = Pooled<maximum>::of(result, p[i * step]);
+    return result;
+}
+
+// Each column of some rows.
+template <class real, bool maximum> inline void pool_rows(real* to, const real* x, int64_t step, int count, int width) {
+    over(width,
+         [=](int64_t i) {
+             vec<real> result = load_loose(x + i);
+             for (int r = 1; r < count; ++r) result = Pooled<maximum>::template both<real>(result, load_loose(x + i + r * step));
+             store_loose(to + i, result);
+         },
+         [=](int64_t i) { to[i] = pool_window<real, maximum>(x + i, step, count); });
+}
+
+// Each window of a row. `read` reads the numbers that are `step` apart.
+template <class real, bool maximum, class Read>
+inline void pool_columns(real* y, const real* row, int step, const acdc_points_pool_args& a, Read read) {
+    const int count = a.window_columns;
+    over(a.y.width,
+         [=](int64_t i) {
+             vec<real> result = read(row + i * step);
+             for (int c = 1; c < count; ++c) result = Pooled<maximum>::template both<real>(result, read(row + i * step + c));
+             store_loose(y + i, result);
+         },
+         [=](int64_t i) { y[i] = pool_window<real, maximum>(row + i * step, 1, count); });
+}
+
 // `row` has room for a row of x with its padding, which changes no maximum and no sum.
 template <class real, bool maximum> void pool_plane(const acdc_points_pool_args& a, const real* x, real* y, real* row) {
     const real outside = maximum ? -real(__builtin_inff()) : real(0);
@@ -195,10 +225,13 @@ template <class real, bool maximum> void pool_plane(const acdc_points_pool_args&
     real* const inside = row + a.column_padding;
     for (int r = 0; r < a.y.height; ++r, y += a.y.row) {
         const Span rows = span_at(r, a.row_step, a.row_padding, a.window_rows, a.x.height);
-        for (int i = 0; i < a.x.width; ++i) inside[i] = x[rows.first * a.x.row + i];
-        for (int i = rows.first + 1; i < rows.last; ++i) join<real, maximum>(inside, x + i * a.x.row, a.x.width, 1);
-        for (int i = 0; i < a.y.width; ++i) y[i] = row[i * a.column_step];
-        for (int i = 1; i < a.window_columns; ++i) join<real, maximum>(y, row + i, a.y.width, a.column_step);
+        pool_rows<real, maximum>(inside, x + rows.first * a.x.row, a.x.row, rows.last - rows.first, a.x.width);
+        if (a.column_step == 1)
+            pool_columns<real, maximum>(y, row, 1, a, [](const real* p) { return load_loose(p); });
+        else if (a.column_step == 2)
+            pool_columns<real, maximum>(y, row, 2, a, [](const real* p) { return every_second(p); });
+        else
+            for (int i = 0; i < a.y.width; ++i) y[i] = pool_window<real, maximum>(row + i * a.column_step, 1, a.window_columns);
         if (maximum) continue;
         const int down = counted(a, r, a.row_step, a.row_padding, a.window_rows, a.x.height);
         for (int i = 0; i < a.y.width; ++i)

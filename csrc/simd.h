@@ -108,6 +108,23 @@ template <bool last, class real> inline vec<real> pairs(vec<real> a, vec<real> b
     return pairs<last, real>(a, b, std::make_index_sequence<lanes>());
 }
 
+// p[0], p[2], p[4] and so on. Reads no number after the last of them.
+template <class real, std::size_t... i> inline vec<real> every_second(const real* p, std::index_sequence<i...>) {
+    return __builtin_shufflevector(load_loose(p), load_loose(p + lanes - 1),
+                                   (2 * int(i) < lanes ? 2 * int(i) : 2 * int(i) + 1)...);
+}
+template <class real> inline vec<real> every_second(const real* p) {
+    return every_second<real>(p, std::make_index_sequence<lanes>());
+}
+
+// Calls some(first, vector) for vectors of numbers that cover [0, count), the last one of which may overlap the one
+// before it, or one(i) for each number if they fill no vector.
+template <class Some, class One> inline void over(int64_t count, Some some, One one) {
+    for (int64_t i = 0; i + lanes <= count; i += lanes) some(i);
+    if (count >= lanes && count % lanes) return some(count - lanes);
+    for (int64_t i = 0; count < lanes && i < count; ++i) one(i);
+}
+
 // Transposes lanes x lanes numbers in place: exchange ever smaller blocks across the diagonal.
 template <class real, int s = lanes / 2> inline void transpose(vec<real>* rows) {
     ACDC_UNROLL

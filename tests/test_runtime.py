@@ -379,6 +379,9 @@ def test_every_kernel_is_used() -> None:
     for model, example in calls:
         runtime = acdc.Runtime(ready(model), example)
         used |= {call.kernel for plan in runtime._handle.plans for call in plan._every}
+    with_head, x = with_dense_head(), batch((3, 17, 19))
+    runtime = acdc.Runtime(with_head, x)
+    used |= {call.kernel for plan in runtime._handle.plans for call in plan._every}
     assert used == set(native.point_kernel_names())
 
 
@@ -465,6 +468,31 @@ def test_autocast_and_transforms_are_pytorchs() -> None:
 
 
 # --- memory, threads and processes ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize(
+    "kind", [lambda step: nn.MaxPool2d(3, step, 1), lambda step: nn.AvgPool2d((2, 3), step, 1)]
+)
+def test_pooling_and_strides_of_every_width(
+    kind: Callable[[int], nn.Module], step: int, isa: str
+) -> None:
+    """Registers are filled in part or whole, and NaN and infinity are what they are in PyTorch."""
+    torch.manual_seed(0)
+    for width in (*range(3, 20), 31, 32, 33, 48, 63, 64, 65):
+        strided = nn.Conv2d(2, 2, 3, step, 1, bias=False)
+        strided.weight.data[0, 1] = strided.weight.data[1, 0] = 0
+        model = nn.Sequential(kind(step), strided).to(torch.float32).eval()
+        x = batch((2, 5, width), 2, torch.float32)
+        x[0, 0, 0, 0], x[0, 0, 3, width // 2] = float("nan"), float("inf")
+        runtime = acdc.Runtime(model, x, isa=isa, strict=True)
+        with torch.no_grad():
+            wanted = model(x)
+        got = runtime(x)
+        finite = wanted[1]
+        torch.testing.assert_close(got[1], finite, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[0, 0], wanted[0, 0], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("isa", native.instruction_sets())
@@ -785,6 +813,37 @@ def test_a_runtime_is_not_pickled_or_copied() -> None:
 
 
 # --- layers that keep all weights -----------------------------------------------------------------
+
+
+def with_dense_head() -> nn.Module:
+    """Return a network whose head keeps all weights, and computes images of one pixel."""
+    body = ready(nn.Sequential(conv(3, 24), conv(24, 24)), 0.9)
+    torch.manual_seed(0)
+    head = nn.Linear(24, 10).double()
+    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+
+
+def test_a_dense_head_holds_its_weight_as_a_matrix() -> None:
+    """It takes half of the memory of an index list, and no sample depends on the others."""
+    model, x = with_dense_head(), batch((3, 17, 19), 16)
+    runtime = acdc.Runtime(model, x[:1], strict=True)
+    (head,) = [row for row in runtime.explain().rows if row.how == "dense"]
+    assert head.kernel.endswith("dense")
+    assert head.bytes == 10 * 32 * 8
+    alone = torch.cat([runtime(x[n : n + 1]) for n in range(16)])
+    compare(model, runtime, x)
+    torch.testing.assert_close(runtime(x), alone, rtol=1e-12, atol=1e-12)
+    compare(model, runtime, batch((3, 17, 19), 40))
+
+
+def test_a_dense_layer_with_one_position_and_several_pixels_has_a_list() -> None:
+    model = ready(nn.Sequential(conv(3, 24), conv(24, 24)), 0.9)
+    torch.manual_seed(0)
+    model.append(nn.Conv2d(24, 10, 1).double().eval())
+    runtime = acdc.Runtime(model, batch((3, 3, 4)), strict=True)
+    (row,) = [row for row in runtime.explain().rows if row.how == "dense"]
+    assert not row.kernel.endswith("dense")
+    compare(model, runtime, batch((3, 3, 4)))
 
 
 @pytest.mark.parametrize("isa", native.instruction_sets())

@@ -150,6 +150,7 @@ template <class real> void check_point_layer(const PointLayer& layer, const acdc
     if (random.chance(0.5)) a.bias = bias.data;
     a.groups = layer.cuts, a.tiles = layer.tiles(), a.parts = list.parts.data, a.channel = list.channel.data;
     a.begin = list.begin.data, a.entries = list.entries.data, a.vectors = random.between(1, 16);
+    a.tile_channels = layer.groups == 1 && random.chance(0.5) ? layer.tile : 0;
     a.activation = random.one_of({ACDC_NOTHING, ACDC_RELU, ACDC_HARDSIGMOID}), a.threads = random.between(1, 3);
     (*pointer_to_points_conv<real>(table))(&a, nullptr);
 
@@ -167,6 +168,49 @@ template <class real> void check_point_layer(const PointLayer& layer, const acdc
         want[std::size_t(&y.at(out, point) - y.memory.data)] = sum;
     });
     close<real>("points_conv", got, want);
+}
+
+template <class real> auto pointer_to_points_dense(const acdc_points_table& table) {
+    if constexpr (sizeof(real) == 4) return table.points_dense_f32;
+    else return table.points_dense_f64;
+}
+
+// A linear layer without an index list equals plain loops. A sample computed alone gives the same bits.
+template <class real> void check_dense(const acdc_points_table& table, Random& random) {
+    const int outs = random.between(1, 14), ins = random.between(1, 70), samples = random.between(1, 16);
+    const int64_t size = (ins + 15) / 16 * 16, step = random.between(1, 3), pitch = (samples * step + 15) / 16 * 16;
+    Memory<real> x(ins * pitch, Aligned::line), y(outs * pitch, Aligned::line), residual(outs * pitch, Aligned::line);
+    Memory<real> weight(outs * size), workspace(samples * size, Aligned::line);
+    const Memory<real> bias = vector_of<real>(random.normals(outs));
+    for (auto* memory : {&x, &y, &residual})
+        for (int64_t i = 0; i < memory->count; ++i) memory->data[i] = real(random.normal());
+    for (int64_t i = 0; i < weight.count; ++i) weight.data[i] = i % size < ins ? real(random.normal()) : real(0);
+
+    acdc_points_dense_args a{};
+    a.x = {x.data, pitch, step, 1, ins, samples, 1, 1, nullptr};
+    a.y = {y.data, pitch, step, 1, outs, samples, 1, 1, nullptr};
+    if (random.chance(0.5)) a.residual = {residual.data, pitch, step, 1, outs, samples, 1, 1, nullptr};
+    if (random.chance(0.5)) a.bias = bias.data;
+    a.weight = weight.data, a.size = size, a.workspace = workspace.data;
+    a.activation = random.one_of({ACDC_NOTHING, ACDC_RELU}), a.threads = random.between(1, 3);
+
+    std::vector<double> want = values_of(y);
+    for (int out = 0; out < outs; ++out)
+        for (int n = 0; n < samples; ++n) {
+            const int64_t at = out * pitch + n * step;
+            double sum = (a.bias ? double(bias.data[out]) : 0) + (a.residual.origin ? double(residual.data[at]) : 0);
+            for (int in = 0; in < ins; ++in) sum += double(weight.data[out * size + in]) * double(x.data[in * pitch + n * step]);
+            want[std::size_t(at)] = a.activation == ACDC_RELU ? std::fmax(sum, 0) : sum;
+        }
+    (*pointer_to_points_dense<real>(table))(&a, nullptr);
+    close<real>("points_dense", values_of(y), want);
+
+    const std::vector<double> together = values_of(y);
+    const int alone = random.between(0, samples - 1);
+    for (acdc_points* points : {&a.x, &a.y, &a.residual})
+        if (points->origin) points->origin = static_cast<real*>(points->origin) + alone * step, points->samples = 1;
+    (*pointer_to_points_dense<real>(table))(&a, nullptr);
+    if (values_of(y) != together) throw Failure("points_dense: a sample depends on the others");
 }
 
 inline void check_positions(Random& random) {
@@ -192,6 +236,8 @@ inline void check_point_lists(Random& random) {
         if (!acdc_table_at(i)->supported()) continue;
         check_point_layer<float>(layer, *acdc_points_table_at(i), random);
         check_point_layer<double>(layer, *acdc_points_table_at(i), random);
+        check_dense<float>(*acdc_points_table_at(i), random);
+        check_dense<double>(*acdc_points_table_at(i), random);
     }
 }
 

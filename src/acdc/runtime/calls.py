@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from acdc.engine import native
+from acdc.engine.layout import allocate
 from acdc.engine.native import NativeCall
 from acdc.runtime.lists import Cut, IndexList
 from acdc.runtime.points import Buffer
@@ -58,12 +59,35 @@ class Calls:
         """Return the call of a convolution."""
         fields: dict[str, Any] = {} if residual is None else {"residual": _points(residual)}
         bias = _vector(op.bias, self.dtype)
+        plain = x.channels == op.geometry.in_channels and op.geometry.groups == 1
         return self._call(
             "points_conv",
             entries, x, out, residual, bias,
             x=_points(x), y=_points(out), groups=entries.groups, tiles=entries.tiles,
             parts=entries.parts, channel=entries.channel, begin=entries.begin,
             entries=entries.entries, bias=bias, uniform=cut.uniform, vectors=cut.vectors,
+            tile_channels=cut.channels if plain else 0,
+            activation=ACTIVATIONS.index(op.activation), **fields,
+        )  # fmt: skip
+
+    def dense(
+        self, op: Conv, weight: Tensor, x: Buffer, out: Buffer, residual: Buffer | None
+    ) -> NativeCall:
+        """Return the call of a linear layer that keeps all weights, for images of one pixel.
+
+        Args:
+            op: The layer.
+            weight: ``[out, in]``, in rows of whole registers.
+            x, out, residual: What is read and written.
+
+        """
+        fields: dict[str, Any] = {} if residual is None else {"residual": _points(residual)}
+        bias, size = _vector(op.bias, self.dtype), weight.shape[1]
+        (workspace,) = allocate([x.grid.samples * size], self.dtype)
+        return self._call(
+            "points_dense",
+            x, out, residual, bias, weight, workspace,
+            x=_points(x), y=_points(out), weight=weight, bias=bias, size=size, workspace=workspace,
             activation=ACTIVATIONS.index(op.activation), **fields,
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ from acdc.runtime.program import Program
 log = logging.getLogger(__name__)
 
 PLANS = 8  # of each program; the plan that was not used for the longest time is dropped
-MOST_IMAGES = 16  # samples in a plan, if its values fit into the cache
+MOST_IMAGES = 8  # samples in a plan, if its values fit into the cache
 MOST_TOKENS = 512
 
 _forked = False

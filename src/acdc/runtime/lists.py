@@ -8,18 +8,26 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from acdc.engine import native
 from acdc.engine.caches import caches
 from acdc.engine.geometry import ConvGeometry, Size2
 from acdc.engine.locks import Lock
 from acdc.engine.tile import SHORT_ROW
-from acdc.runtime.points import Grid, Reach
+from acdc.runtime.points import WIDEST, Grid, Reach
 from acdc.runtime.program import Conv
 
 # Lanes -> registers of points in a tile: of one row, and of several rows with the same offsets.
 ROW = {4: 12, 8: 12, 16: 14}
 BLOCK = {4: 3, 8: 3, 16: 4}
+
+# Bytes of points in a tile that may be read from the second-level cache. A result is read and
+# written once for each tile of channels, which costs more where a row has few kept weights.
+FAR = 256 * 2**10
+
+FEW = 16
+"""The most points at which a layer that keeps all weights is computed without an index list."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +96,26 @@ class Cut:
         fit = max(8, 1 << max(1, caches().first // read).bit_length() - 1)
         filters = op.geometry.out_channels * op.geometry.in_channels // op.geometry.groups
         kept_of_channel = len(op.weight.values) / max(1, filters)
-        channels = fit if fit * kept_of_channel >= SHORT_ROW else 2 * fit
+        channels = fit
+        while channels * kept_of_channel < SHORT_ROW and channels * read < FAR:
+            channels *= 2
         balanced = across >= 4 * threads or across % threads == 0
         groups = 1 if balanced else min(threads, op.geometry.out_channels)
         return Cut(vectors, channels, groups, uniform)
+
+
+def is_dense(op: Conv, out: Grid, taps: Taps) -> bool:
+    """Return whether a layer keeps all weights and computes images of one pixel, and few of them.
+
+    Such a layer needs no index list.
+    """
+    return (
+        len(op.weight.values) == op.weight_numel
+        and op.geometry.groups == 1
+        and taps.of == ((0, 0, 0),)
+        and out.height == out.width == 1
+        and out.samples <= FEW
+    )
 
 
 def instruction_set_for(points: int, isa: str) -> str:
@@ -125,13 +149,14 @@ class IndexList:
 
 
 class SharedLists:
-    """The index lists that the plans of all handles of a network share.
+    """The index lists and matrices that the plans of all handles of a network share.
 
-    A list exists as long as a plan needs it.
+    Each of them exists as long as a plan needs it.
     """
 
     def __init__(self) -> None:
         self._lists: WeakValueDictionary[tuple[Hashable, ...], IndexList] = WeakValueDictionary()
+        self._matrices: WeakValueDictionary[Conv, Tensor] = WeakValueDictionary()
         self._lock = Lock(rank=1)  # taken while a handle's lock is held
 
     def get(self, op: Conv, x: Grid, taps: Taps, cut: Cut) -> IndexList | None:
@@ -141,6 +166,16 @@ class SharedLists:
             found = self._lists.get(key) or index_list(op, x, taps, cut)
             if found is not None:
                 self._lists[key] = found
+            return found
+
+    def matrix(self, op: Conv) -> Tensor:
+        """Return the weight of a layer that keeps all of them: ``[out, in]``, whole registers."""
+        with self._lock:
+            found = self._matrices.get(op)
+            if found is None:
+                rows = op.weight.values.reshape(op.geometry.out_channels, op.geometry.in_channels)
+                found = pad(rows, (0, -rows.shape[1] % WIDEST)).contiguous()
+                self._matrices[op] = found
             return found
 
 

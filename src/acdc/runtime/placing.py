@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from acdc.engine.caches import caches
 from acdc.engine.layout import allocate
 from acdc.engine.native import advise_huge_pages
 from acdc.runtime.lists import Taps
-from acdc.runtime.points import Buffer, Grid, Reach
+from acdc.runtime.points import WIDEST, Buffer, Grid, Reach
 from acdc.runtime.program import Conv, Gate, Map, Norm, Op, Planes, Program, Value
 
 
@@ -88,11 +89,30 @@ def grids_of(steps: Steps, samples: int) -> list[Grid]:
             if strided:
                 down, right = reach.above + reach.below, reach.left + reach.right
             _need(needs, classes.of(op.out), value.width + right, value.height + down, reach)
-    grids = []
-    for number, value in enumerate(steps.values):
-        row, rows, reach = needs[classes.of(number)]
-        grids.append(Grid(samples, value.height, value.width, row, rows, reach))
-    return grids
+    members: dict[int, list[int]] = defaultdict(list)
+    for number in range(len(steps.values)):
+        members[classes.of(number)].append(number)
+    grids: dict[int, Grid] = {}
+    for key, numbers in members.items():
+        row, rows, reach = needs[key]
+        sizes = [(steps.values[number].height, steps.values[number].width) for number in numbers]
+        row = _aligned([Grid(samples, *size, row, rows, reach) for size in sizes])
+        for number, size in zip(numbers, sizes, strict=True):
+            grids[number] = Grid(samples, *size, row, rows, reach)
+    return [grids[number] for number in range(len(steps.values))]
+
+
+def _aligned(grids: Sequence[Grid]) -> int:
+    """Return the pitch of rows: whole cache lines, where no value takes more registers for it.
+
+    A register that is read from two cache lines takes twice as long.
+    """
+    row = grids[0].row
+    wide = -(-row // WIDEST) * WIDEST
+    if grids[0].reach.above + grids[0].reach.below == 0:
+        return row
+    free = all(replace(grid, row=wide).registers == grid.registers for grid in grids)
+    return wide if free else row
 
 
 def _need(

@@ -11,7 +11,7 @@ from torch import Tensor
 from acdc.engine.native import NativeCall
 from acdc.errors import InputError
 from acdc.runtime.calls import Calls, direct, sequence
-from acdc.runtime.lists import Cut, SharedLists, instruction_set_for
+from acdc.runtime.lists import Cut, SharedLists, instruction_set_for, is_dense
 from acdc.runtime.placing import Steps, grids_of, place, steps_of
 from acdc.runtime.points import Buffer
 from acdc.runtime.program import (
@@ -60,14 +60,14 @@ class Layer:
     Args:
         op: The layer.
         isa: Its instruction set.
-        cut: How it is cut into items of work.
-        bytes: The memory of its index list.
+        cut: How it is cut into items of work. None: its weight is read as a matrix.
+        bytes: The memory of its index list or matrix.
 
     """
 
     op: Conv
     isa: str
-    cut: Cut
+    cut: Cut | None
     bytes: int
 
 
@@ -177,6 +177,11 @@ class Plan:
 
     def _conv(self, op: Conv, x: Buffer, out: Buffer, steps: Steps) -> NativeCall:
         taps, isa = steps.taps[op], instruction_set_for(out.grid.count, self.settings.isa)
+        residual = None if op.residual is None else self._buffers[op.residual]
+        if is_dense(op, out.grid, taps):
+            weight = self._lists.matrix(op)
+            self.layers.append(Layer(op, self._calls.isa, None, weight.nbytes))
+            return self._calls.dense(op, weight, x, out, residual)
         calls = Calls(isa, self.program.dtype, self.settings.threads)
         cut = Cut.rule(
             op, out.grid, taps, calls.lanes, self.settings.threads, self.program.dtype.itemsize
@@ -188,5 +193,4 @@ class Plan:
                 "fit into 32-bit offsets. Give fewer samples or smaller images."
             )
         self.layers.append(Layer(op, isa, cut, entries.bytes))
-        residual = None if op.residual is None else self._buffers[op.residual]
         return calls.conv(op, entries, cut, x, out, residual)

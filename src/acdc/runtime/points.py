@@ -60,6 +60,11 @@ class Grid:
         return (self.samples - 1) * self.sample + (self.height - 1) * self.row + self.width
 
     @property
+    def registers(self) -> int:
+        """How many of the widest registers the points of a channel fill."""
+        return -(-self.count // WIDEST)
+
+    @property
     def before(self) -> int:
         """The points before the first pixel, in whole registers."""
         return _whole(self.reach.above * self.row + self.reach.left, WIDEST)

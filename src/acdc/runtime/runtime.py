@@ -286,7 +286,8 @@ def _rows(plan: Plan) -> list[Row]:
 
 def _row(layer: Layer) -> Row:
     kept, weights = layer.op.weight.values.numel(), layer.op.weight_numel
-    kernel = f"points {layer.isa} {layer.cut.vectors}x{layer.cut.channels}"
+    cut = "dense" if layer.cut is None else f"{layer.cut.vectors}x{layer.cut.channels}"
+    kernel = f"points {layer.isa} {cut}"
     how: Literal["sparse", "dense"] = "sparse" if kept < weights else "dense"
     return Row(layer.op.name, how, kept, weights, "", kernel, layer.bytes)
 
