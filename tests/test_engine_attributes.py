@@ -241,6 +241,27 @@ def test_a_change_between_two_calls(name: str, ran: list[int]) -> None:
     assert bool(ran) == (name != "a layer that is replaced")
 
 
+def test_the_memory_of_weights_is_channels_last_in_the_middle_of_a_phase(ran: list[int]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    x, masks, plain = torch.randn(4, 3, 8, 8), {}, copy.deepcopy(model)
+    for number in ("0", "2"):
+        weight = model[int(number)].weight.data
+        masks[f"{number}.weight"] = torch.rand(weight.shape) < 0.3
+        for network in (model, plain):
+            network[int(number)].weight.data[~masks[f"{number}.weight"]] = 0
+    engine = acdc.Engine(model, x, choose=False)
+    engine.compress(masks)
+    agree(model, plain, x)
+    for network in (model, plain):
+        network.to(memory_format=torch.channels_last)
+    agree(model, plain, x)  # on plain PyTorch
+    ran.clear()
+    engine.compress(masks)
+    agree(model, plain, x)
+    assert ran
+
+
 @pytest.mark.parametrize("kind", ["kernel", "stride", "pool", "p of images"])
 def test_a_change_of_a_network_for_images(kind: str, ran: list[int]) -> None:
     def make() -> nn.Module:
@@ -402,6 +423,24 @@ def test_a_value_that_changes_with_every_call(
             assert ran
     assert traces.count("Written") <= VARIANTS
     assert "'scale'" in caplog.text
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_that_asks_whether_gradients_are_computed(
+    training: bool, ran: list[int], traces: list[str]
+) -> None:
+    factor = {True: 2.0, False: 3.0}
+    made = net(lambda m, x: m.two(m.one(x) * factor[torch.is_grad_enabled()]))
+    model, plain = on_engine(made.train(training))
+    traced = []
+    for seed in range(3):
+        agree(model, plain, x_of(seed))
+        ran.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x_of(seed)), plain(x_of(seed)))
+        assert ran
+        traced.append(len(traces))
+    assert traced[0] == traced[-1]
 
 
 def test_a_value_that_changes_now_and_then(

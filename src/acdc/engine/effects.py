@@ -3,13 +3,14 @@
 A graph holds the operations on traced values. Everything else happens while the forward is traced,
 and never again. ``Attributes`` finds changes of the modules and undoes them. ``Watch`` stops
 operations that write into tensors, or read their values, outside of the graph. ``Draws`` sees calls
-of generators of random numbers.
+of generators of random numbers, and ``GradientMode`` the question whether gradients are computed.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -209,6 +210,35 @@ class Draws:
             self.seen = self.seen or owner is _PYTHONS or owner is torch.default_generator
         if self._before is not None:
             self._before(frame, event, arg)
+
+
+class GradientMode:
+    """Sees whether this thread asks ``torch.is_grad_enabled()``, as a forward may that is traced.
+
+    A function that was imported by its own name is not seen.
+
+    Attributes:
+        was_read: Whether it was asked.
+
+    """
+
+    def __init__(self) -> None:
+        self.was_read = False
+        self._plain: Any = None
+
+    def __enter__(self) -> GradientMode:
+        self._plain, thread = torch.is_grad_enabled, threading.get_ident()
+
+        def is_grad_enabled() -> bool:
+            if threading.get_ident() == thread:
+                self.was_read = True
+            return torch._C.is_grad_enabled()
+
+        torch.is_grad_enabled = is_grad_enabled
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.is_grad_enabled = self._plain
 
 
 class Watch(TorchDispatchMode):

@@ -221,7 +221,7 @@ class Host:
             and self._chosen <= self.policy.choices.keys()
             and self._modules == list(self.module.modules())
             and self._has_own_params()
-            and all(segment.program.is_current for segment in self._own_segments())
+            and all(s.program.is_current and s.program.has_layouts for s in self._own_segments())
         )
 
     def begin(self, *args: Any, **kwargs: Any) -> Pass:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -49,6 +49,11 @@ class Program:
         return len(now) == len(self.params) and all(map(operator.is_, now, self.params))
 
     @property
+    def has_layouts(self) -> bool:
+        """Whether the weights lie in memory as they did when the program was built."""
+        return all(conv.spec.weight.stride() == conv.strides for conv in self.convs)
+
+    @property
     def convs(self) -> list[Conv]:
         """The sparse layers."""
         return [op for op in self.ops if isinstance(op, Conv)]
@@ -80,12 +85,19 @@ class Conv(Op):
         x, out: Its input and its output.
         norm: The BatchNorm of ``out``, if the convolution also computes its sums.
 
+    Attributes:
+        strides: Those that the weight had. The index lists are made for them.
+
     """
 
     spec: ConvSpec
     x: Value
     out: Value
     norm: Norm | None = None
+    strides: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.strides = self.spec.weight.stride()
 
     @property
     def reads(self) -> tuple[Value, ...]:

@@ -165,6 +165,8 @@ class Segment(nn.Module):
             return f"its batch has {sorted(samples)} samples"
         if not self.program.is_current:
             return "a parameter was replaced by another"
+        if not self.program.has_layouts:
+            return "a weight lies in memory in another order than when the phase began"
         if any(
             norm.of_batch and min(samples) * norm.y.height * norm.y.width == 1
             for norm in self.program.norms

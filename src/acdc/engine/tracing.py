@@ -32,7 +32,7 @@ from acdc.engine.arguments import Arguments, fake
 from acdc.engine.attention import AsAWhole, InProjection, parts_of
 from acdc.engine.calls import as_modules
 from acdc.engine.dropout import replaced
-from acdc.engine.effects import Attributes, Change, Draws, SideEffect, Watch
+from acdc.engine.effects import Attributes, Change, Draws, GradientMode, SideEffect, Watch
 from acdc.engine.guards import Guards, Reads
 from acdc.engine.known import is_known
 from acdc.engine.locks import Lock
@@ -407,7 +407,7 @@ def _captures_outputs() -> bool:
 
 
 def _modes() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    return torch._C.is_grad_enabled(), torch.is_autocast_enabled("cpu")
 
 
 def stored_tensor(root: nn.Module, node: fx.Node) -> Tensor | None:
@@ -440,12 +440,18 @@ def trace(root: nn.Module, arguments: Arguments, guards: Guards | None = None) -
             have only once: it draws random numbers, makes new tensors, counts, or keeps a value.
 
     """
-    reads = None if guards is None else Reads()
-    with _tracing, torch.enable_grad():
-        tracer, graph = _traced(root, arguments, reads)
+    reads, mode = None if guards is None else Reads(), GradientMode()
+    with _tracing:
+        with torch.enable_grad():  # a graph holds with and without gradients
+            tracer, graph = _traced(root, arguments, reads, mode)
+        if mode.was_read and not torch.is_grad_enabled():
+            reads = None if guards is None else Reads()
+            tracer, graph = _traced(root, arguments, reads, mode)
         tracer.added |= as_modules(graph, root)
     if reads is not None and guards is not None:
         reads.note_in(guards)
+        if mode.was_read:
+            guards.note_condition(torch.is_grad_enabled, "torch.is_grad_enabled()")
     held = _with_added(tracer, graph) if tracer.added else tracer.root
     traced = fx.GraphModule(held, graph, type(root).__name__)
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -503,7 +509,9 @@ def _with_added(tracer: _Tracer, graph: fx.Graph) -> nn.Module:
     return holder
 
 
-def _traced(root: nn.Module, arguments: Arguments, reads: Reads | None) -> tuple[_Tracer, fx.Graph]:
+def _traced(
+    root: nn.Module, arguments: Arguments, reads: Reads | None, mode: GradientMode
+) -> tuple[_Tracer, fx.Graph]:
     """Trace without an effect that lasts. Other threads may draw random numbers meanwhile.
 
     The generators are the process's own. If they change, a second trace sees whether it was this
@@ -521,6 +529,7 @@ def _traced(root: nn.Module, arguments: Arguments, reads: Reads | None) -> tuple
                 watch,
                 draws or nullcontext(),
                 reads or nullcontext(),
+                mode,
             ):
                 graph = tracer.trace(root)
             why = watch.reason or _why_wrong(root, graph, list(attributes.changes()))

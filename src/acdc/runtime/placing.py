@@ -105,7 +105,7 @@ def grids_of(steps: Steps, samples: int) -> list[Grid]:
 def _aligned(grids: Sequence[Grid]) -> int:
     """Return the pitch of rows: whole cache lines, where no value takes more registers for it.
 
-    A register that is read from two cache lines takes twice as long.
+    A register that is read from two cache lines takes longer.
     """
     row = grids[0].row
     wide = -(-row // WIDEST) * WIDEST
