@@ -817,6 +817,27 @@ def test_no_such_grid_is_a_sentence(grid: str, sentence: str, capsys: Capture) -
     assert sentence in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("def g(): return 1 / 0", "ended with ZeroDivisionError: division by zero (mine.py, line"),
+        ("import beside", "ended with NameError: name 'x' is not defined (beside.py, line 2)."),
+        ("import no_module", "Error: No module named 'no_module' (mine.py, line 1)."),
+        ("def g(:", "mine.py is no Python that can be read: invalid syntax (mine.py, line 1)."),
+        ("import acdc\n\ndef g(): return acdc.GMP(acdc.Unstructured(2.0))", "error: Sparsity"),
+    ],
+)  # fmt: skip
+def test_an_error_in_the_file_of_a_grid_is_a_sentence(
+    code: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("mine.py").write_text(code + "\n")
+    Path("beside.py").write_text("\nx\n")
+    assert main(["compare", "mine.py:g"]) == 2
+    assert sentence.lower() in " ".join(capsys.readouterr().err.split()).lower()
+
+
 def test_numbers_of_jobs_that_cannot_be_are_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--jobs is -1"):
         compare(grid_of("small"), tmp_path, jobs=-1)

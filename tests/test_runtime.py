@@ -812,6 +812,17 @@ def test_a_runtime_is_not_pickled_or_copied() -> None:
             attempt(runtime)
 
 
+def test_a_forward_that_asks_whether_gradients_are_computed() -> None:
+    """It is served without."""
+
+    def forward(layers: Any, x: Tensor) -> Any:
+        y = layers.first(x)
+        return layers.second(y) if torch.is_grad_enabled() else y
+
+    model = ready(Written(forward, first=conv(3, 8), second=conv(8, 8)))
+    compare(model, acdc.Runtime(model, batch((3, 6, 6))), batch((3, 6, 6), 3))
+
+
 # --- layers that keep all weights -----------------------------------------------------------------
 
 

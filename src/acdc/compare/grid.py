@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from acdc.errors import InputError
+from acdc.errors import AcdcError, InputError
 from acdc.methods.base import Method
 from acdc.methods.dense import Dense
 from acdc.runs.recipe import Recipe
@@ -182,10 +184,11 @@ def locate(address: str) -> Grid:
     """Return the grid at an address, ``"package.module:function"`` or ``"file.py:function"``.
 
     Raises:
-        InputError: There is no such file or function, or it returns no grid.
+        InputError: There is no such file or function, it raises an error, or it returns no grid.
     """
     source, _, name = address.rpartition(":")
-    module = _module(source)
+    with _errors_of(source):
+        module = _module(source)
     function = getattr(module, name, None)
     if not callable(function):
         have = [n for n, value in vars(module).items() if callable(value) and n[:1] != "_"]
@@ -193,12 +196,30 @@ def locate(address: str) -> Grid:
             f"{source} has no function {name!r}. It has: {', '.join(have) or 'none'}. Write "
             f"FILE.py:FUNCTION, where the function takes nothing and returns a Grid."
         )
-    grid = function()
+    with _errors_of(address):
+        grid = function()
     if not isinstance(grid, Grid):
         raise InputError(
             f"{address} returned a {type(grid).__name__}. It has to return an acdc.compare.Grid."
         )
     return grid
+
+
+@contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    """Make a sentence of an error that somebody's own code raises in this context."""
+    try:
+        yield
+    except AcdcError:
+        raise
+    except SyntaxError as error:  # its message names the place
+        raise InputError(f"{what} is no Python that can be read: {error}.") from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"{what} ended with {type(error).__name__}: {error} "
+            f"({Path(place.filename).name}, line {place.lineno})."
+        ) from error
 
 
 def _module(source: str) -> ModuleType:
