@@ -346,7 +346,7 @@ def test_a_cluster_that_takes_no_more_jobs_makes_cells_wait(
     while len(heard) < 2:
         pool.wait(Hears())
     pool.close()
-    assert heard == [(run.label, None) for run in runs[:2]]
+    assert sorted(heard) == sorted((run.label, None) for run in runs[:2])  # they run side by side
 
 
 @pytest.mark.parametrize(

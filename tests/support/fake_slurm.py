@@ -47,7 +47,7 @@ class Job:
             return ""
 
     def write(self, name: str, text: str) -> None:
-        part = self.folder / f"{name}.part"
+        part = self.folder / f"{name}.{os.getpid()}.part"  # a job may end while it is cancelled
         part.write_text(text)
         part.rename(self.folder / name)
 

@@ -187,8 +187,7 @@ def locate(address: str) -> Grid:
         InputError: There is no such file or function, it raises an error, or it returns no grid.
     """
     source, _, name = address.rpartition(":")
-    with _errors_of(source):
-        module = _module(source)
+    module = _module(source)
     function = getattr(module, name, None)
     if not callable(function):
         have = [n for n, value in vars(module).items() if callable(value) and n[:1] != "_"]
@@ -224,7 +223,8 @@ def _errors_of(what: str) -> Iterator[None]:
 
 def _module(source: str) -> ModuleType:
     if not source.endswith(".py"):
-        return importlib.import_module(source)
+        with _errors_of(source):
+            return importlib.import_module(source)
     path = Path(source).resolve()
     if not path.is_file():
         raise InputError(
@@ -237,5 +237,6 @@ def _module(source: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look up their module
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # the file may import files beside it
-    spec.loader.exec_module(module)
+    with _errors_of(source):
+        spec.loader.exec_module(module)
     return module
