@@ -80,13 +80,14 @@ template <class real, int V> inline void fetch_row(const PointsTile<real>& t, in
                                                  [](const char* p) { prefetch_read(p); });
 }
 
-template <class real, int V> void points_tile(PointsTile<real>& t) {
+template <class real, int V> void points_tile(const PointsTile<real>& t) {
     constexpr int chains = chains_of(V);
+    NextPoints next = t.next;
     for (int row = 0; row < t.rows; ++row) {
         const int channel = t.channel[row];
         real* y = t.y + channel * t.y_channel;
         fetch_row<real, V>(t, row + rows_ahead);
-        t.next.template fetch<V * lanes * int(sizeof(real))>();
+        next.fetch<V * lanes * int(sizeof(real))>();
         vec<real> sum[chains][V];
         start_row<real, V>(t, channel, y, sum[0]);
         ACDC_UNROLL
@@ -138,14 +139,14 @@ template <class real, int V, int R> inline void points_rows(const PointsTile<rea
 
 // All rows of the part have the same offsets, as in a layer that keeps all weights. A sum has one order, whether
 // its row is computed alone or with others.
-template <class real, int V> void points_block(PointsTile<real>& t) {
+template <class real, int V> void points_block(const PointsTile<real>& t) {
     constexpr int some = V == 1 ? 8 : 4;  // with one register of points, the sums of more rows hide the latency
     int row = 0;
     for (; row + some <= t.rows; row += some) points_rows<real, V, some>(t, row);
     for (; row < t.rows; ++row) points_rows<real, V, 1>(t, row);
 }
 
-template <class real> using PointsTileKernel = void (*)(PointsTile<real>&);
+template <class real> using PointsTileKernel = void (*)(const PointsTile<real>&);
 
 // The double kernels serve checks, so they have fewer tiles and compile fast.
 template <class real> constexpr int points_limit = sizeof(real) == 8 ? 4 : lanes == 16 ? 16 : 14;

@@ -135,30 +135,33 @@ template <class real> inline void plane_row(real* to, const real* x, int width, 
     int j = first;
     const int end = first + count;
     for (; j < end && outside(j); ++j) to[j] = 0;
-    const int inside = most(j, x ? least(end, (width - phase + step - 1) / step) : j);
-    const real* from = x + step * j + phase;
-    const auto one = [=](int64_t i) { to[j + i] = from[step * i]; };
-    if (step == 2)
-        over(inside - j, [=](int64_t i) { store_loose(to + j + i, every_second(from + 2 * i)); }, one);
-    else
-        for (int64_t i = 0; i < inside - j; ++i) one(i);
-    j = inside;
+    if (x) {
+        const int inside = most(j, least(end, (width - phase + step - 1) / step)), count = inside - j;
+        const real* from = x + step * j + phase;
+        real* const start = to + j;
+        const auto one = [=](int64_t i) { start[i] = from[step * i]; };
+        if (step == 2)
+            over(count, [=](int64_t i) { store_loose(start + i, every_second(from + 2 * i)); }, one);
+        else
+            for (int i = 0; i < count; ++i) one(i);
+        j = inside;
+    }
     for (; j < end; ++j) to[j] = 0;
 }
 
 template <class real> void points_planes(const acdc_points_planes_args* args, const acdc_share*) {
     const acdc_points_planes_args& a = *args;
-    // All planes of a channel follow one another, so that it is read from a cache after the first of them.
-    each_item(int64_t(a.x.channels) * a.x.samples, a.threads, [&](int, int64_t item) {
-        const int64_t n = item % a.x.samples, c = item / a.x.samples;
-        for (int phase = 0; phase < a.phases; ++phase)
-            for (int i = a.first_row; i < a.first_row + a.rows; ++i) {
-                const int row = i * a.row_step + a.phase_row[phase];
-                const bool inside = row >= 0 && row < a.x.height;
-                const real* x = channel_of<real>(a.x, c) + n * a.x.sample + row * a.x.row;
-                real* to = channel_of<real>(a.planes, phase * int64_t(a.x.channels) + c) + n * a.planes.sample + i * a.planes.row;
-                plane_row(to, inside ? x : nullptr, a.x.width, a.first_column, a.columns, a.column_step, a.phase_column[phase]);
-            }
+    // The planes of a channel follow one another, so that it is read from a cache after the first of them.
+    each_item(int64_t(a.planes.channels) * a.x.samples, a.threads, [&](int, int64_t item) {
+        const int phase = int(item % a.phases);
+        const int64_t n = item / a.phases % a.x.samples, c = item / a.phases / a.x.samples;
+        for (int i = a.first_row; i < a.first_row + a.rows; ++i) {
+            const int row = i * a.row_step + a.phase_row[phase];
+            const bool inside = row >= 0 && row < a.x.height;
+            const real* x = channel_of<real>(a.x, c) + n * a.x.sample + row * a.x.row;
+            real* to = channel_of<real>(a.planes, phase * int64_t(a.x.channels) + c) + n * a.planes.sample + i * a.planes.row;
+            plane_row(to, inside ? x : nullptr, a.x.width, a.first_column, a.columns, a.column_step, a.phase_column[phase]);
+        }
     });
 }
 

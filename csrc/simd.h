@@ -117,12 +117,15 @@ template <class real> inline vec<real> every_second(const real* p) {
     return every_second<real>(p, std::make_index_sequence<lanes>());
 }
 
-// Calls some(first, vector) for vectors of numbers that cover [0, count), the last one of which may overlap the one
-// before it, or one(i) for each number if they fill no vector.
+// Calls some(i) for vectors that begin at i and cover [0, count). The last one may overlap the one before it. Numbers
+// that fill no vector get one(i) each.
 template <class Some, class One> inline void over(int64_t count, Some some, One one) {
+    if (count < lanes) {
+        for (int64_t i = 0; i < count; ++i) one(i);
+        return;
+    }
     for (int64_t i = 0; i + lanes <= count; i += lanes) some(i);
-    if (count >= lanes && count % lanes) return some(count - lanes);
-    for (int64_t i = 0; count < lanes && i < count; ++i) one(i);
+    if (count % lanes) some(count - lanes);
 }
 
 // Transposes lanes x lanes numbers in place: exchange ever smaller blocks across the diagonal.

@@ -407,6 +407,7 @@ def _captures_outputs() -> bool:
 
 
 def _modes() -> tuple[bool, bool]:
+    # `GradientMode` watches the other name of this function, for what a forward asks.
     return torch._C.is_grad_enabled(), torch.is_autocast_enabled("cpu")
 
 

@@ -59,14 +59,15 @@ class Calls:
         """Return the call of a convolution."""
         fields: dict[str, Any] = {} if residual is None else {"residual": _points(residual)}
         bias = _vector(op.bias, self.dtype)
-        plain = x.channels == op.geometry.in_channels and op.geometry.groups == 1
+        # Channels of a tile follow each other, unless planes or groups lie between them.
+        follow = x.channels == op.geometry.in_channels and op.geometry.groups == 1
         return self._call(
             "points_conv",
             entries, x, out, residual, bias,
             x=_points(x), y=_points(out), groups=entries.groups, tiles=entries.tiles,
             parts=entries.parts, channel=entries.channel, begin=entries.begin,
             entries=entries.entries, bias=bias, uniform=cut.uniform, vectors=cut.vectors,
-            tile_channels=cut.channels if plain else 0,
+            tile_channels=cut.channels if follow else 0,
             activation=ACTIVATIONS.index(op.activation), **fields,
         )  # fmt: skip
 

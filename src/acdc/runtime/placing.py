@@ -13,7 +13,7 @@ from acdc.engine.caches import caches
 from acdc.engine.layout import allocate
 from acdc.engine.native import advise_huge_pages
 from acdc.runtime.lists import Taps
-from acdc.runtime.points import WIDEST, Buffer, Grid, Reach
+from acdc.runtime.points import Buffer, Grid, Reach
 from acdc.runtime.program import Conv, Gate, Map, Norm, Op, Planes, Program, Value
 
 
@@ -89,30 +89,24 @@ def grids_of(steps: Steps, samples: int) -> list[Grid]:
             if strided:
                 down, right = reach.above + reach.below, reach.left + reach.right
             _need(needs, classes.of(op.out), value.width + right, value.height + down, reach)
-    members: dict[int, list[int]] = defaultdict(list)
-    for number in range(len(steps.values)):
-        members[classes.of(number)].append(number)
-    grids: dict[int, Grid] = {}
-    for key, numbers in members.items():
+    grids: dict[int, dict[int, Grid]] = defaultdict(dict)
+    for number, value in enumerate(steps.values):
+        key = classes.of(number)
         row, rows, reach = needs[key]
-        sizes = [(steps.values[number].height, steps.values[number].width) for number in numbers]
-        row = _aligned([Grid(samples, *size, row, rows, reach) for size in sizes])
-        for number, size in zip(numbers, sizes, strict=True):
-            grids[number] = Grid(samples, *size, row, rows, reach)
-    return [grids[number] for number in range(len(steps.values))]
+        grids[key][number] = Grid(samples, value.height, value.width, row, rows, reach)
+    found = {number: grid for same in grids.values() for number, grid in _aligned(same).items()}
+    return [found[number] for number in range(len(found))]
 
 
-def _aligned(grids: Sequence[Grid]) -> int:
-    """Return the pitch of rows: whole cache lines, where no value takes more registers for it.
+def _aligned(grids: dict[int, Grid]) -> dict[int, Grid]:
+    """Align the rows of values that have the same pitches, where none takes more registers for it.
 
-    A register that is read from two cache lines takes longer.
+    A register that is read from two cache lines takes longer. Filters of one row gain nothing.
     """
-    row = grids[0].row
-    wide = -(-row // WIDEST) * WIDEST
-    if grids[0].reach.above + grids[0].reach.below == 0:
-        return row
-    free = all(replace(grid, row=wide).registers == grid.registers for grid in grids)
-    return wide if free else row
+    aligned = {number: grid.aligned for number, grid in grids.items()}
+    reach = next(iter(grids.values())).reach
+    free = all(aligned[number].registers == grid.registers for number, grid in grids.items())
+    return aligned if free and reach.above + reach.below else grids
 
 
 def _need(

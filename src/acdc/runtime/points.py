@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,7 +62,12 @@ class Grid:
     @property
     def registers(self) -> int:
         """How many of the widest registers the points of a channel fill."""
-        return -(-self.count // WIDEST)
+        return _whole(self.count, WIDEST) // WIDEST
+
+    @property
+    def aligned(self) -> Grid:
+        """The same pixels with rows of whole registers: one is then read from one cache line."""
+        return replace(self, row=_whole(self.row, WIDEST))
 
     @property
     def before(self) -> int:
